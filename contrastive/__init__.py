@@ -1,0 +1,28 @@
+"""Pretrain CLIP and SigLIP models from scratch; evaluate them; use them as image encoders.
+
+model = contrastive.create_model("siglip_vit_b_16")
+bundle = contrastive.load("runs/quickstart-sigmoid")
+"""
+
+import importlib
+from typing import Any
+
+# Loaded when first asked for: `import contrastive` alone takes no time.
+_HOMES = {
+    "create_model": "contrastive.models",
+    "list_models": "contrastive.models",
+    "load": "contrastive.interop",
+    "losses": None,
+    "models": None,
+}
+
+__all__ = ["create_model", "list_models", "load", "losses", "models"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'contrastive' has no attribute '{name}'")
+    home = _HOMES[name]
+    return (
+        importlib.import_module(f"contrastive.{name}") if home is None else getattr(importlib.import_module(home), name)
+    )

@@ -1,0 +1,282 @@
+"""Configuration: frozen dataclasses filled from defaults, then a YAML file, then dotted flags.
+
+tyro parses the flags and writes the help. This front rewrites YAML files as flags put ahead of the user's,
+lets `--loss NAME` choose which options a slot has, and turns every mistake into one line.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from contrastive.errors import UserError, did_you_mean
+from contrastive.registry import Registry
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one section of the configuration is chosen by name: `--loss sigmoid`, `--model clip_vit_b_16`."""
+
+    default_for: Callable[[str], Any]
+    """Name to the section's options; UserError for an unknown name."""
+    names: tuple[str, ...]
+    is_slot: bool
+    """A slot's components have options of their own; presets share one type and differ in values."""
+
+
+def slot(registry: Registry, default: str) -> Any:
+    """A field filled by one of the option classes of `registry`; only the chosen one's options exist."""
+    choice = Choice(lambda name: registry.get(name)(), registry.names(), is_slot=True)
+    metadata = {"choice": choice, "registry": registry}
+    return dataclasses.field(default_factory=registry.get(default), metadata=metadata)
+
+
+def preset(default_for: Callable[[str], Any], names: tuple[str, ...], default: Callable[[], Any]) -> Any:
+    """A field of one type whose defaults a named preset replaces."""
+    choice = Choice(default_for, names, is_slot=False)
+    return dataclasses.field(default_factory=default, metadata={"choice": choice})
+
+
+@dataclass
+class _Layer:
+    """One YAML file as flat dotted keys."""
+
+    path: Path
+    values: dict[str, Any]
+
+
+def parse(cls: type[T], args: list[str], files: list[Path], *, prog: str, description: str) -> T:
+    """Fill the dataclass `cls`: defaults, then each of `files` in turn, then the flags `args`.
+
+    A section chosen by name (`loss`, `optimizer`, `model`) takes the flag's choice, else the last file's. What
+    a file says about a component that was not chosen is left aside. `--help` prints and exits with status 0.
+
+    Raises:
+        UserError: an unknown key or flag (with a suggestion), a value of the wrong type, an unreadable file.
+    """
+    layers = [_Layer(path, _read(path)) for path in files]
+    args, named = _take(
+        args, {name: f"a name: one of {', '.join(choice.names)}" for name, choice in _choices(cls).items()}
+    )
+    for name, choice in _choices(cls).items():
+        _settle(name, choice, layers, named)
+    chosen = _with_choices(cls, named)
+    known = _flat_types(chosen)
+    flags = [
+        flag
+        for layer in layers
+        for key, value in layer.values.items()
+        for flag in _as_flags(key, value, known, layer.path)
+    ]
+    for arg in args:
+        if arg.startswith("--"):
+            _check_known(arg, known)
+    return _run_tyro(chosen, flags + args, prog, _describe(description, cls))
+
+
+def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
+    """Split one `--name VALUE` off the flags; UserError when the value is missing."""
+    rest, taken = _take(args, {name: "a value"})
+    return rest, taken.get(name)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain values for YAML, the chosen components by name."""
+    plain = dataclasses.asdict(config)
+    for field in dataclasses.fields(config):
+        registry = field.metadata.get("registry")
+        if registry is not None:
+            plain[field.name] = {
+                "name": registry.name_of(type(getattr(config, field.name))),
+                **plain[field.name],
+            }
+    return _without_tuples(plain)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build a dataclass without choices (a ModelConfig, say) from `dataclasses.asdict`'s values.
+
+    Raises:
+        UserError: a key that the class does not have; `where` names the file in the message.
+    """
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{where}: unknown key '{key}'.{did_you_mean(key, hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            value = from_dict(hints[key], value, where)
+        arguments[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
+
+
+def _without_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_tuples(item) for key, item in value.items()}
+    return [_without_tuples(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"{path}: expected `key: value` lines, got {type(content).__name__}")
+    return dict(_flatten(content or {}))
+
+
+def _flatten(content: dict, prefix: str = ""):
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _choices(cls: type) -> dict[str, Choice]:
+    return {f.name: f.metadata["choice"] for f in dataclasses.fields(cls) if "choice" in f.metadata}
+
+
+def _take(args: list[str], needs: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Split `--loss sigmoid` and the like off the flags; `needs` says what each name's value is."""
+    rest, taken = [], {}
+    remaining = iter(args)
+    for arg in remaining:
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if arg.startswith("--") and name in needs:
+            value = value if equals else next(remaining, "")
+            if not value or value.startswith("--"):
+                raise UserError(f"--{name} needs {needs[name]}")
+            taken[name] = value
+        else:
+            rest.append(arg)
+    return rest, taken
+
+
+def _settle(name: str, choice: Choice, layers: list[_Layer], named: dict[str, str]) -> None:
+    """Decide what component section `name` holds; drop what layers say about another one."""
+    in_files = []
+    for layer in layers:
+        whole = layer.values.pop(name, None)  # `loss: sigmoid`
+        in_files.append(layer.values.pop(f"{name}.name", whole))
+    from_file = next((found for found in reversed(in_files) if found), None)
+    if name not in named and from_file is None:
+        return
+    named.setdefault(name, from_file)
+    for layer, in_file in zip(layers, in_files, strict=True):
+        # An unnamed section of options belongs to any component of a slot, but only to its own preset.
+        other = in_file != named[name] and (in_file or not choice.is_slot)
+        if other:
+            layer.values = {k: v for k, v in layer.values.items() if not k.startswith(f"{name}.")}
+
+
+def _with_choices(cls: type[T], named: dict[str, str]) -> type[T]:
+    """Return `cls` with each chosen section's own type and defaults in place."""
+    fields = []
+    for field in dataclasses.fields(cls):
+        if "choice" in field.metadata:
+            choice = field.metadata["choice"]
+            default = choice.default_for(named[field.name]) if field.name in named else field.default_factory()
+            fields.append((field.name, type(default), _like(field, default)))
+    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True)
+
+
+def _like(field: dataclasses.Field, default: Any) -> Any:
+    return dataclasses.field(default_factory=lambda: default, metadata=field.metadata)
+
+
+def _flat_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted option name to its type."""
+    flat: dict[str, Any] = {}
+    for name, annotation in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(annotation):
+            flat.update(_flat_types(annotation, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = annotation
+    return flat
+
+
+def _check_known(flag: str, known: dict[str, Any]) -> None:
+    name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+    section, _, option = name.rpartition(".")
+    positive = f"{section}.{option.removeprefix('no_')}".lstrip(".")  # --evaluate.no_progress
+    if name not in known and known.get(positive) is not bool and name != "help":
+        raise UserError(f"unknown flag --{name}.{did_you_mean(name, known)} See --help")
+
+
+def _as_flags(key: str, value: Any, known: dict[str, Any], path: Path) -> list[str]:
+    if key not in known:
+        raise UserError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
+    if not _accepts(known[key], value):
+        wanted = getattr(known[key], "__name__", None) if isinstance(known[key], type) else str(known[key])
+        raise UserError(f"{path}: {key} is {value!r}, expected {(wanted or '').replace('typing.', '')}")
+    if known[key] is bool:
+        section, _, option = key.rpartition(".")
+        return [f"--{key}"] if value else ["--" + f"{section}.no_{option}".lstrip(".")]
+    items = value if isinstance(value, list) else [value]
+    return [f"--{key}", *map(str, items)]
+
+
+def _accepts(annotation: Any, value: Any) -> bool:
+    """Whether a YAML value has the option's type. tyro itself would take a wrongly typed default."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_accepts(option, value) for option in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is tuple:
+        if not isinstance(value, list):
+            return False
+        wanted = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+        return len(wanted) == len(value) and all(map(_accepts, wanted, value))
+    if annotation is types.NoneType:
+        return value is None
+    if annotation is float:  # YAML reads 1e-3, without a point, as text
+        text = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+        return bool(text) or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    return type(value) is annotation
+
+
+def _describe(description: str, cls: type) -> str:
+    lines = [f"--{name} {{{','.join(c.names)}}}" for name, c in _choices(cls).items() if c.is_slot]
+    lines += [f"--{name} NAME" for name, c in _choices(cls).items() if not c.is_slot]
+    return "\n\n".join([description, "Chosen by name: " + "  ".join(lines)])
+
+
+def _run_tyro(cls: type[T], args: list[str], prog: str, description: str) -> T:
+    import tyro
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(cls, args=args, prog=prog, description=description, use_underscores=True)
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+        raise UserError(_first_message(errors.getvalue())) from None
+
+
+def _first_message(box: str) -> str:
+    """tyro draws an error as a box with a rule under the message; keep the message, as one line."""
+    lines = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("│╭╮╰╯ ")
+        if not text or set(text) == {"─"} or text.startswith("Got errors"):
+            break
+        lines.append(text)
+    return " ".join(lines).rstrip(" .") + ". See --help"

@@ -1,0 +1,83 @@
+"""What a person sees, and what is written down: the console, the progress bar's clock, metrics.jsonl."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from contrastive.errors import UserError
+
+console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all ranks, known before any process group exists."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(message: str) -> None:
+    """Print one line on the main process."""
+    if is_main_process():
+        console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """Print one line on the main process, marked as a warning."""
+    if is_main_process():
+        console.print(f"[yellow]warning:[/yellow] {_escaped(message)}")
+
+
+def run_script(prog: str, main) -> None:
+    """Run a script's `main(args)`; a UserError becomes one line on stderr and exit status 2.
+
+    Under several processes every rank fails alike; only the first one speaks.
+    """
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if is_main_process():
+            print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _escaped(message: str) -> str:
+    return message.replace("[", r"\[")
+
+
+class MetricsLog:
+    """Rows of `metrics.jsonl`: one JSON object a line, appended and flushed.
+
+    Args:
+        path: the file; rows of steps after `keep_until` are dropped when it exists, because a resumed run
+            repeats them.
+        keep_until: the step that training continues from.
+    """
+
+    def __init__(self, path: Path, keep_until: int):
+        rows = [row for row in read_metrics(path) if row["step"] <= keep_until] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def write(self, row: dict) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Return the rows of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,193 @@
+"""Defaults, then files, then flags; and every mistake is one line."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import pytest
+import yaml
+
+from contrastive.config import from_dict, parse, preset, slot, take_option, to_dict
+from contrastive.errors import UserError
+from contrastive.registry import Registry
+
+PETS = Registry("pet")
+
+
+@PETS.register("cat")
+@dataclass(frozen=True)
+class Cat:
+    lives: int = 9
+    """How many."""
+    indoor: bool = False
+    """Whether."""
+
+
+@PETS.register("dog")
+@dataclass(frozen=True)
+class Dog:
+    tricks: tuple[str, ...] = ()
+    """Which."""
+    indoor: bool = True
+    """Whether."""
+
+
+@dataclass(frozen=True)
+class House:
+    rooms: int = 3
+    """How many."""
+    height: float = 2.5
+    """In metres."""
+
+
+def house(name):
+    if name != "villa":
+        raise UserError(f"unknown house '{name}'")
+    return House(rooms=12)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family."""
+
+    name: str = "Smith"
+    """Surname."""
+    mood: Literal["good", "bad"] = "good"
+    """Today's."""
+    income: float | None = None
+    """A year."""
+    range: tuple[float, float] = (0.0, 1.0)
+    """Of something."""
+    pet: Cat = slot(PETS, "cat")
+    house: House = preset(house, ("villa",), House)
+    other: House = field(default_factory=House)
+
+
+def run(*args, files=()):
+    return parse(Family, list(args), list(files), prog="test", description="A test.")
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text, name="a.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_defaults_file_flags(file):
+    path = file("name: Jones\nother: {rooms: 5, height: 1e-3}\nincome: 3\nrange: [0.5, 2]\npet: {indoor: true}")
+    config = run("--other.rooms", "6", "--mood=bad", files=[path])
+    assert (config.name, config.mood, config.income, config.range) == ("Jones", "bad", 3.0, (0.5, 2.0))
+    assert (config.other, config.pet) == (House(6, 0.001), Cat(indoor=True))
+    assert run().range == (0.0, 1.0)
+
+
+def test_hyphens_and_underscores():
+    @dataclass(frozen=True)
+    class Options:
+        batch_size: int = 1
+        """Size."""
+
+    for flag in ("--batch_size", "--batch-size"):
+        assert parse(Options, [flag, "3"], [], prog="t", description="").batch_size == 3
+
+
+def test_slots_show_only_their_own_options(file):
+    assert run("--pet", "dog", "--pet.tricks", "sit", "roll").pet == Dog(("sit", "roll"))
+    assert run(files=[file("pet: dog")]).pet == Dog()
+    assert run(files=[file("pet: {name: dog, indoor: false}")]).pet == Dog(indoor=False)
+    with pytest.raises(UserError, match=r"unknown flag --pet.lives\. .*See --help"):
+        run("--pet", "dog", "--pet.lives", "3")
+    with pytest.raises(UserError, match="unknown pet 'dgo'. Did you mean 'dog'"):
+        run("--pet", "dgo")
+
+
+def test_flag_for_another_component_drops_the_files_options(file):
+    assert run("--pet", "dog", files=[file("pet: {name: cat, lives: 7}")]).pet == Dog()
+    assert run("--pet", "cat", files=[file("pet: {name: cat, lives: 7}")]).pet == Cat(lives=7)
+    assert run("--pet", "dog", files=[file("pet: {indoor: false}")]).pet == Dog(indoor=False)
+    later = [file("pet: {name: cat, lives: 7}"), file("pet: {name: dog, tricks: [sit]}", "b.yaml")]
+    assert run(files=later).pet == Dog(("sit",))
+
+
+def test_presets(file):
+    assert run("--house", "villa", "--house.height", "4").house == House(12, 4.0)
+    assert run("--house", "villa", files=[file("house: {height: 9.0}")]).house == House(12)
+    assert run(files=[file("house: {name: villa, height: 9.0}")]).house == House(12, 9.0)
+    with pytest.raises(UserError, match="unknown house 'hut'"):
+        run("--house", "hut")
+
+
+def test_written_configuration_reads_back(file):
+    config = run("--pet", "dog", "--pet.no_indoor", "--income", "2.5", "--range", "1", "2", "--house", "villa")
+    path = file(yaml.safe_dump(to_dict(config)))
+    assert asdict(run(files=[path])) == asdict(config)
+    assert from_dict(House, {"rooms": 1}, "x") == House(1)
+    with pytest.raises(UserError, match="x: unknown key 'room'. Did you mean 'rooms'"):
+        from_dict(House, {"room": 1}, "x")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--nmae", "x"], "unknown flag --nmae. Did you mean 'name'"),
+        (["--other.romos", "1"], "unknown flag --other.romos. Did you mean 'other.rooms'"),
+        (["--other.rooms", "many"], "--other.rooms.*'many'"),
+        (["--other.rooms", "1.5"], "--other.rooms.*'1.5'"),
+        (["--mood", "fine"], "fine.*mood.*good"),
+        (["--pet"], "--pet needs a name: one of cat, dog"),
+        (["--name"], "name"),
+        (["stray"], "stray"),
+    ],
+)
+def test_bad_flags_are_one_line(args, message):
+    with pytest.raises(UserError, match=message) as error:
+        run(*args)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nmae: x", "a.yaml: unknown key 'nmae'. Did you mean 'name'"),
+        ("other: {romos: 1}", "unknown key 'other.romos'. Did you mean 'other.rooms'"),
+        ("other: {rooms: many}", "other.rooms is 'many', expected int"),
+        ("other: {rooms: 1.5}", "other.rooms is 1.5, expected int"),
+        ("other: {rooms: true}", "other.rooms is True, expected int"),
+        ("other: {height: tall}", "other.height is 'tall', expected float"),
+        ("name: 3", "name is 3, expected str"),
+        ("mood: fine", "mood is 'fine', expected"),
+        ("income: lots", "income is 'lots', expected float"),
+        ("range: [1]", "range is .1., expected tuple"),
+        ("pet: {indoor: 1}", "pet.indoor is 1, expected bool"),
+        ("- a list", "expected `key: value` lines"),
+        ("a: [", "a.yaml, line 1: not valid YAML"),
+    ],
+)
+def test_bad_files_are_one_line(file, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        run(files=[file(text)])
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="cannot read the configuration .*nothing.yaml: No such file"):
+        run(files=[tmp_path / "nothing.yaml"])
+
+
+def test_help_exits_with_success(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--help")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--pet {cat,dog}" in shown and "--other.height" in shown and "In metres." in shown
+
+
+def test_take_option():
+    assert take_option(["--a", "1", "--config", "x.yaml"], "config") == (["--a", "1"], "x.yaml")
+    assert take_option(["--config=x.yaml"], "config") == ([], "x.yaml")
+    assert take_option(["--a"], "config") == (["--a"], None)
+    with pytest.raises(UserError, match="--config needs a value"):
+        take_option(["--config"], "config")
