@@ -1,0 +1,80 @@
+"""Initial weights, as the papers' code draws them."""
+
+import math
+from typing import Literal
+
+from torch import nn
+
+from contrastive.models.attention import MLP, Attention
+from contrastive.models.image_tower import ImageTower
+from contrastive.models.pooling import AttentionPooling
+from contrastive.models.text_tower import TextTower
+
+
+def initialise(model: nn.Module, style: Literal["clip", "siglip"]) -> None:
+    """Draw all weights of a dual encoder in place from torch's global generator."""
+    for tower in (model.image_tower, model.text_tower):
+        (_init_clip if style == "clip" else _init_siglip)(tower)
+
+
+def _init_clip(tower: ImageTower | TextTower) -> None:
+    """OpenAI CLIP `initialize_parameters`: residual branches shrink with depth, all else with width."""
+    width, depth = tower.config.width, tower.config.depth
+    residual_std = width**-0.5 * (2 * depth) ** -0.5
+    for module in tower.modules():
+        if isinstance(module, Attention):
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                _normal(projection, width**-0.5)
+            _normal(module.out_proj, residual_std)
+        elif isinstance(module, MLP):
+            _normal(module.fc1, (2 * width) ** -0.5)
+            _normal(module.fc2, residual_std)
+        elif isinstance(module, AttentionPooling):
+            nn.init.normal_(module.probe, std=width**-0.5)
+    if isinstance(tower, TextTower):
+        nn.init.normal_(tower.token_embedding.weight, std=0.02)
+        nn.init.normal_(tower.position_embedding, std=0.01)
+    else:
+        _init_image_inputs(tower, width**-0.5)
+        if tower.class_token is not None:
+            nn.init.normal_(tower.class_token, std=width**-0.5)
+    if tower.projection is not None:
+        _normal(tower.projection, width**-0.5)
+
+
+def _init_siglip(tower: ImageTower | TextTower) -> None:
+    """big_vision `models/vit.py`: Xavier-uniform matrices, tiny MLP biases, positions of std 1/sqrt(width)."""
+    width = tower.config.width
+    for module in tower.modules():
+        if isinstance(module, Attention):
+            for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+                nn.init.xavier_uniform_(projection.weight)
+                nn.init.zeros_(projection.bias)
+        elif isinstance(module, MLP):
+            for layer in (module.fc1, module.fc2):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.normal_(layer.bias, std=1e-6)
+        elif isinstance(module, AttentionPooling):
+            nn.init.xavier_uniform_(module.probe.data[0])
+    if isinstance(tower, TextTower):
+        nn.init.normal_(tower.token_embedding.weight, std=width**-0.5)
+        nn.init.normal_(tower.position_embedding, std=width**-0.5)
+    else:
+        _init_image_inputs(tower, width**-0.5)  # the class token starts at zero in big_vision
+    if tower.projection is not None:
+        _normal(tower.projection, width**-0.5)
+
+
+def _init_image_inputs(tower: ImageTower, position_std: float) -> None:
+    fan_in = 3 * tower.config.patch_size**2
+    nn.init.normal_(tower.patch_embed.weight, std=math.sqrt(1 / fan_in))
+    if tower.patch_embed.bias is not None:
+        nn.init.zeros_(tower.patch_embed.bias)
+    if tower.config.position == "learned":
+        nn.init.normal_(tower.position_embedding, std=position_std)
+
+
+def _normal(layer: nn.Linear, std: float) -> None:
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,108 @@
+"""The text tower: a transformer over token ids, causal as in CLIP or bidirectional as in SigLIP."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from contrastive.errors import UserError
+from contrastive.models.attention import Activation
+from contrastive.models.pooling import pool_average, pool_eos
+from contrastive.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class TextTowerConfig:
+    """Options of the text transformer. The defaults are SigLIP's B/16."""
+
+    vocab_size: int | None = None
+    """Number of token ids; none: as many as the run's tokenizer has."""
+    context_length: int = 64
+    """Tokens per text; shorter texts are padded, longer ones cut."""
+    width: int = 768
+    """Channels of every token."""
+    depth: int = 12
+    """Number of transformer blocks."""
+    num_heads: int = 12
+    """Attention heads; must divide width."""
+    mlp_dim: int = 3072
+    """Hidden channels of the MLP."""
+    causal: bool = False
+    """Attend to earlier positions only, as in CLIP."""
+    pool: Literal["eos", "last", "average"] = "last"
+    """The vector of a text: its end-of-text token (CLIP), the last position (SigLIP), or the mean of its tokens."""
+    projection_bias: bool = True
+    """Bias in the projection to embed_dim; SigLIP has one, CLIP none."""
+    eos_id: int | None = None
+    """Id of the end-of-text token; none: the run's tokenizer's."""
+    pad_id: int | None = None
+    """Id of the padding token; none: the run's tokenizer's."""
+    activation: Activation = "gelu_tanh"
+    """Activation of the MLP."""
+    norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm."""
+    dropout: float = 0.0
+    """Dropout probability after attention and MLP, and on attention weights."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, about a third more time."""
+
+    def check(self) -> None:
+        """Raise UserError when the options contradict each other."""
+        if self.width % self.num_heads:
+            raise UserError(f"model.text.width {self.width} is not a multiple of model.text.num_heads {self.num_heads}")
+        if self.vocab_size is None:
+            raise UserError("model.text.vocab_size is not set: give the size of the tokenizer's vocabulary")
+        for name, pool in (("eos_id", "eos"), ("pad_id", "average")):
+            token_id = getattr(self, name)
+            if token_id is None and self.pool == pool:
+                raise UserError(f"model.text.pool '{pool}' needs model.text.{name}: give the tokenizer's")
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                raise UserError(f"model.text.{name} {token_id} is outside the vocabulary of {self.vocab_size}")
+
+
+class TextTower(nn.Module):
+    """Token ids (B, N) to one vector per text (B, E). E is embed_dim, D the width."""
+
+    def __init__(self, config: TextTowerConfig, embed_dim: int):
+        super().__init__()
+        config.check()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Parameter(torch.zeros(config.context_length, config.width))
+        self.transformer = Transformer(
+            width=config.width,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            mlp_dim=config.mlp_dim,
+            activation=config.activation,
+            norm_eps=config.norm_eps,
+            dropout=config.dropout,
+            is_causal=config.causal,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.projection = nn.Linear(config.width, embed_dim, bias=config.projection_bias)
+
+    def forward_features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens after the last block and the final LayerNorm: ids (B, N) to (B, N, D).
+
+        N may be shorter than context_length, never longer (UserError).
+        """
+        if tokens.shape[1] > self.config.context_length:
+            raise UserError(
+                f"{tokens.shape[1]} tokens per text, but the model's context_length is {self.config.context_length}"
+            )
+        x = self.token_embedding(tokens) + self.position_embedding[: tokens.shape[1]]
+        return self.norm(self.transformer(x))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N) int64 ids to (B, E), not L2-normalised."""
+        x = self.forward_features(tokens)
+        if self.config.pool == "eos":
+            x = pool_eos(x, tokens, self.config.eos_id)
+        elif self.config.pool == "last":
+            x = x[:, -1]
+        else:
+            x = pool_average(x, tokens, self.config.pad_id)
+        return self.projection(x)
