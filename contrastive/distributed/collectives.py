@@ -1,0 +1,81 @@
+"""Collective operations over the process group; each is the identity on one process. W is the number of ranks."""
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate over ranks; the backward sums each rank's gradient of this rank's rows.
+
+    Without that sum a tower gradient comes out W times too small (open_clip without `gather_with_grad`).
+    """
+
+    @staticmethod
+    def forward(ctx, tensor):
+        gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows = grad.shape[0] // world_size()
+        if dist.get_backend() == "nccl":
+            own = grad.new_empty(rows, *grad.shape[1:])
+            dist.reduce_scatter_tensor(own, grad.contiguous())
+            return own
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad[rank() * rows : (rank() + 1) * rows]
+
+
+def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather equal-sized rows of every rank: (B/W, ...) to (B, ...), rank order, differentiable.
+
+    The gradient of a row is the sum over ranks of what each rank's loss gives it.
+    """
+    return _AllGather.apply(tensor) if world_size() > 1 else tensor
+
+
+def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate (n_r, ...) of every rank in rank order; n_r may differ. No gradient."""
+    if world_size() == 1:
+        return tensor
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=tensor.device)
+    counts[rank()] = tensor.shape[0]
+    dist.all_reduce(counts)
+    longest = int(counts.max())
+    padded = tensor.new_zeros(longest, *tensor.shape[1:])
+    padded[: tensor.shape[0]] = tensor
+    gathered = tensor.new_empty(world_size() * longest, *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    blocks = gathered.view(world_size(), longest, *tensor.shape[1:])
+    return torch.cat([block[:count] for block, count in zip(blocks, counts.tolist(), strict=True)])
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elementwise sum over ranks, same shape, no gradient."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's picklable `value`, in rank order. For small things: counts, messages."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values

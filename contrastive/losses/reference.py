@@ -1,0 +1,35 @@
+"""The oracle: each loss as its formula on the full matrix of one process. Slow, plain, and trusted.
+
+`positive` (B, B) marks the pairs that belong together, `counted` (B, B) those that enter the loss.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def pair_labels(caption_ids: torch.Tensor, duplicates: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (positive, counted), both bool (B, B), for caption ids (B,) int64.
+
+    Identical captions are negatives, are left out, or are positives, as `duplicates` says.
+    """
+    own = torch.eye(len(caption_ids), dtype=torch.bool, device=caption_ids.device)
+    same = caption_ids[:, None] == caption_ids[None, :]
+    positive = own | same if duplicates == "positive" else own
+    counted = own | ~same if duplicates == "ignore" else torch.ones_like(own)
+    return positive, counted
+
+
+def sigmoid_loss(image, text, logit_scale, logit_bias, positive, counted):
+    """−Σ log σ(±z) / B with z = scale · I·Tᵀ + bias over all counted pairs (SigLIP, equation 1)."""
+    logits = logit_scale * image @ text.T + logit_bias
+    sign = positive.to(logits.dtype) * 2 - 1
+    return -(F.logsigmoid(sign * logits) * counted).sum() / len(image)
+
+
+def softmax_loss(image, text, logit_scale, positive, counted):
+    """Mean of row- and column-wise cross entropy, the target uniform over positives (CLIP, figure 3; UniCL)."""
+    logits = (logit_scale * image @ text.T).masked_fill(~counted, -torch.inf)
+    target = positive.to(logits.dtype)
+    rows = (logits.masked_fill(~positive, 0) * target).sum(1) / target.sum(1) - logits.logsumexp(1)
+    columns = (logits.masked_fill(~positive, 0) * target).sum(0) / target.sum(0) - logits.logsumexp(0)
+    return -(rows.mean() + columns.mean()) / 2
