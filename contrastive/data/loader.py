@@ -1,0 +1,167 @@
+"""Batches for training and evaluation: plain torch DataLoaders, told exactly which samples to fetch."""
+
+import ctypes
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from contrastive.data.pairs import PairDataset
+from contrastive.data.preprocess import Preprocess
+from contrastive.data.record import BadSample, Source
+from contrastive.errors import UserError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class _Loader(DataLoader):
+    """A DataLoader whose workers' UserErrors arrive as the one line they were."""
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            # torch sends a worker's error as its whole traceback; the last line is 'module.UserError: text'.
+            message = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
+            # Its frames hold the workers; let go of them now, not whenever garbage is next collected.
+            traceback.clear_frames(error.__traceback__)
+            raise UserError(message) from error
+
+
+class _Steps:
+    """For each step, the positions of this rank's slice of the global batch."""
+
+    def __init__(self, global_batch_size: int, rank: int, world_size: int, start_step: int, num_steps: int):
+        self.global_batch_size, self.local_batch_size = global_batch_size, global_batch_size // world_size
+        self.rank, self.steps = rank, range(start_step, start_step + num_steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[range]:
+        for step in self.steps:
+            first = step * self.global_batch_size + self.rank * self.local_batch_size
+            yield range(first, first + self.local_batch_size)
+
+
+def train_loader(
+    dataset: PairDataset,
+    *,
+    global_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    num_steps: int,
+    num_workers: int = 0,
+    timeout: float = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Return a loader of one local batch for each step from `start_step` on.
+
+    A batch is image uint8 (b, 3, S, S), tokens int64 (b, L), caption_id and index int64 (b,), and bad, the
+    list of (reason, key) met while making it; b = global_batch_size / world_size. The batches of all ranks in
+    rank order are the global batch, whatever the number of ranks and workers. No global random state is
+    read or changed.
+
+    Args:
+        timeout: seconds to wait for a batch from the workers before an error; 0 waits for ever.
+
+    Raises:
+        UserError: the batch does not divide among the ranks.
+    """
+    if global_batch_size != dataset.order.global_batch_size:
+        raise ValueError(f"batch {global_batch_size}, but the order is for {dataset.order.global_batch_size}")
+    if global_batch_size % world_size:
+        raise UserError(
+            f"global batch size {global_batch_size} does not divide among {world_size} processes; "
+            f"use a multiple of {world_size}"
+        )
+    steps = _Steps(global_batch_size, rank, world_size, start_step, num_steps)
+    return _Loader(
+        dataset,
+        batch_sampler=steps,
+        collate_fn=_collate_pairs,
+        pin_memory=pin_memory,
+        **_worker_options(num_workers, timeout),
+    )
+
+
+def eval_loader(
+    source: Source, preprocess: Preprocess, indices: Sequence[int], batch_size: int, num_workers: int = 0
+) -> DataLoader:
+    """Return a loader over `indices` of the source, in their order.
+
+    A batch is image uint8 (b, 3, S, S), index int64 (b,) and bad, the list of (reason, key) of images that
+    could not be read. Those are left out, so b may be below `batch_size`, or 0.
+    """
+    return _Loader(
+        _Images(source, preprocess, np.asarray(indices, np.int64)),
+        batch_size=batch_size,
+        collate_fn=functools.partial(_collate_images, image_size=preprocess.config.image_size),
+        **_worker_options(num_workers, timeout=0),
+    )
+
+
+class _Images(Dataset):
+    """Preprocessed images, or what was wrong with them."""
+
+    def __init__(self, source: Source, preprocess: Preprocess, indices: np.ndarray):
+        self.source, self.preprocess, self.indices = source, preprocess, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[int, torch.Tensor] | tuple[str, str]:
+        index, key = int(self.indices[place]), ""
+        try:
+            record = self.source[index]
+            key = record.key
+            return index, self.preprocess.pixels(record.image)
+        except BadSample as fault:
+            return fault.reason, fault.key or key
+
+
+def _collate_pairs(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    bad = [fault for sample in samples for fault in sample.pop("bad")]
+    return {**default_collate(samples), "bad": bad}
+
+
+def _collate_images(samples: list[tuple], image_size: int) -> dict[str, Any]:
+    good = [sample for sample in samples if isinstance(sample[0], int)]
+    bad = [sample for sample in samples if isinstance(sample[0], str)]
+    if not good:
+        empty = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+        return {"image": empty, "index": torch.empty(0, dtype=torch.int64), "bad": bad}
+    index, image = default_collate(good)
+    return {"image": image, "index": index, "bad": bad}
+
+
+def _worker_options(num_workers: int, timeout: float) -> dict[str, Any]:
+    # torch seeds workers from a generator; with one of its own the global one is left alone.
+    options = {"num_workers": num_workers, "generator": torch.Generator()}
+    if num_workers:
+        fork = "fork" if sys.platform == "linux" else None
+        options |= {"timeout": timeout, "multiprocessing_context": fork, "worker_init_fn": _start_worker}
+    return options
+
+
+def _start_worker(worker: int) -> None:
+    """Keep a worker to one core, and make it live exactly as long as the process it loads for."""
+    torch.set_num_threads(1)
+    if sys.platform != "linux":
+        return
+    # torch's own check for a dead parent may take five seconds, and never ends a worker that is stuck.
+    # Linux counts the thread that started us as the parent: it has to outlive the iteration.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:  # it died before the line above
+        os._exit(1)
+    # Ctrl-C, and launchers that signal a whole process group, are for the trainer: it saves, then ends us.
+    os.setpgrp()

@@ -1,0 +1,87 @@
+"""What an image goes through before the image tower, in evaluation and for users: fixed size, normalised."""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from contrastive.data.decode import decode
+from contrastive.data.resize import resize
+from contrastive.errors import UserError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """How images become pixels."""
+
+    image_size: int = 224
+    """Side of the square in pixels."""
+    resize: Literal["squash", "crop"] = "squash"
+    """'squash' scales both sides to the size (SigLIP); 'crop' the short side, then cuts the centre (CLIP)."""
+    mean: tuple[float, float, float] = SIGLIP_MEAN
+    """Subtracted from each channel, where white is 1."""
+    std: tuple[float, float, float] = SIGLIP_STD
+    """Divides each channel after that."""
+
+    def __post_init__(self):
+        if self.image_size < 1:
+            raise UserError(f"image size {self.image_size} is not positive; set it to 1 or more")
+        if self.resize not in ("squash", "crop"):
+            raise UserError(f"unknown resize '{self.resize}'; use 'squash' or 'crop'")
+        if min(self.std) <= 0:
+            raise UserError(f"preprocess std {self.std} has to be positive in each channel")
+
+
+class Preprocess:
+    """Turn images into the pixels a model was trained on.
+
+    `preprocess(image)` gives float32 (3, S, S), normalised: what a user wants for one image. Loaders keep the
+    two halves apart, so that images travel as uint8 and are normalised on the device.
+    """
+
+    def __init__(self, config: PreprocessConfig):
+        self.config = config
+
+    def __call__(self, image: bytes | Image.Image | np.ndarray) -> torch.Tensor:
+        """Return float32 (3, S, S), normalised. An image that cannot be read raises BadSample."""
+        return self.normalize(self.pixels(image))
+
+    def pixels(self, image: bytes | Image.Image | np.ndarray) -> torch.Tensor:
+        """Return uint8 RGB (3, S, S), without augmentation."""
+        pixels, size = decode(image), self.config.image_size
+        if self.config.resize == "squash":
+            return resize(pixels, size, size)
+        return _crop_centre(_resize_short_side(pixels, size), size)
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return (pixels / 255 - mean) / std as float32 on the same device; pixels uint8 (..., 3, H, W)."""
+        mean, std = (_per_channel(values, pixels.device) for values in (self.config.mean, self.config.std))
+        # The same operations in the same order as torchvision, so the bits are the same too.
+        return (pixels.to(torch.float32) / 255).sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=32)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # kept for later calls, which may want gradients
+        return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+
+
+def _resize_short_side(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Keep the aspect ratio; the long side is rounded down, as torchvision and open_clip do."""
+    _, height, width = pixels.shape
+    if height <= width:
+        return resize(pixels, size, int(size * width / height))
+    return resize(pixels, int(size * height / width), size)
+
+
+def _crop_centre(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    _, height, width = pixels.shape
+    top, left = round((height - size) / 2), round((width - size) / 2)  # half to even, as torchvision
+    return pixels[:, top : top + size, left : left + size]

@@ -1,0 +1,15 @@
+"""Resizing of uint8 pixels: bicubic with antialiasing, as Pillow does it."""
+
+import torch
+from torch.nn.functional import interpolate
+
+
+def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize uint8 (3, H, W) to (3, height, width).
+
+    torch's antialiased uint8 kernel follows Pillow's and is about three times as fast; on pixels that lie
+    channels-last, as decoders leave them, it needs no copy.
+    """
+    if image.shape[1:] == (height, width):
+        return image
+    return interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)[0]

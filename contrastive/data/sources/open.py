@@ -1,0 +1,142 @@
+"""From one string to a source of data."""
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from contrastive.data.prompts import default_templates, load_templates
+from contrastive.data.record import BadSample, Source
+from contrastive.data.sources.class_prompts import ClassPrompts
+from contrastive.data.sources.columns import Columns
+from contrastive.data.sources.digits import Digits
+from contrastive.data.sources.folder import ImageFolder
+from contrastive.data.sources.hugging_face import is_saved_dataset, open_hub, open_saved
+from contrastive.data.sources.paths import expand_paths
+from contrastive.data.sources.shards import Shards
+from contrastive.data.sources.table import open_table
+from contrastive.errors import UserError, did_you_mean
+from contrastive.registry import Registry
+
+# A scheme, the part of a specification before ':', to the function that opens the part after it. Another
+# package adds one with `@SOURCES.register("name")`.
+SOURCES: Registry[Callable[[str, Columns], Source]] = Registry("data source")
+
+FORMS = (
+    "scenes[:SPLIT], digits[:SPLIT], 'shards/{0000..0099}.tar', PAIRS.csv|tsv|jsonl|parquet, a folder saved by "
+    "datasets, a folder of images, hf:NAME[:SPLIT]"
+)
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+_PROBED = 100
+
+
+def open_source(
+    spec: str, *, image_column: str | None = None, caption_column: str | None = None, prompts: str = "auto"
+) -> Source:
+    """Open the source that `spec` names.
+
+    Args:
+        spec: 'scenes[:SPLIT]', 'digits[:SPLIT]', 'hf:NAME[:SPLIT]' or another registered scheme; a path, glob
+            or brace range of .tar shards or of .csv, .tsv, .jsonl, .parquet tables; a folder saved by `datasets`
+            (':SPLIT' after it where it has splits); a folder of images in class folders or with captions.
+        image_column, caption_column: of tables and data sets; None looks for the usual names. For shards,
+            `caption_column` is the field of KEY.json. Sources without columns pass over both.
+        prompts: how class names become captions: a set of templates or a file (see `load_templates`). 'auto'
+            keeps the captions a source has and takes the templates that fit for one without.
+
+    Returns:
+        The source. One with labels but neither captions nor class names is returned as it is: it can be
+        scored against names from elsewhere, not trained on.
+
+    Raises:
+        UserError: nothing of that name, nothing in it, damage, or neither captions nor labels.
+    """
+    spec = spec.strip()
+    templates = None if prompts == "auto" else load_templates(prompts)
+    if not spec:
+        raise UserError(f"no data source is given; use one of: {FORMS}")
+    return _as_pairs(_open(spec, Columns(image=image_column, caption=caption_column)), templates)
+
+
+def _open(spec: str, columns: Columns) -> Source:
+    scheme, _, argument = spec.partition(":")
+    if scheme in SOURCES.names():
+        return SOURCES.get(scheme)(argument, columns)
+    if "://" in spec or scheme == "pipe":
+        raise UserError(f"'{spec}': only local files are read; copy the data here first, and give its path")
+    folder, _, split = os.path.expanduser(spec).rpartition(":")
+    if os.path.isdir(folder) and not os.path.exists(os.path.expanduser(spec)):
+        return _open_split(spec, folder, split, columns)
+    if not any(character in scheme for character in "/.*?[{~\\") and not os.path.exists(spec):
+        hint = did_you_mean(scheme, (*SOURCES.names(), *os.listdir()))
+        raise UserError(f"unknown data source '{scheme}'.{hint} Forms: {FORMS}")
+    paths = expand_paths(spec)
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        return _open_folder(spec, paths[0], columns)
+    return _open_files(spec, paths, columns)
+
+
+def _open_split(spec: str, folder: str, split: str, columns: Columns) -> Source:
+    if not is_saved_dataset(folder):
+        raise UserError(f"{spec}: only a folder saved by datasets has splits; give '{folder}'")
+    return open_saved(spec, folder, split, columns)
+
+
+def _open_folder(spec: str, folder: str, columns: Columns) -> Source:
+    if is_saved_dataset(folder):
+        return open_saved(spec, folder, None, columns)
+    return ImageFolder(spec, folder)
+
+
+def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
+    suffixes = sorted({os.path.splitext(path)[1].lower() for path in paths})
+    if len(suffixes) > 1:
+        raise UserError(f"{spec} matches files of several kinds ({', '.join(suffixes)}); name one kind")
+    if suffixes[0] == ".tar":
+        return Shards(spec, paths, columns.caption)
+    if suffixes[0] in _TABLES:
+        return open_table(spec, paths, columns)
+    raise UserError(f"{spec}: files of kind '{suffixes[0]}' are not read; use .tar, {', '.join(_TABLES)} or a folder")
+
+
+def _as_pairs(source: Source, templates: tuple[str, ...] | None) -> Source:
+    if not len(source):
+        raise UserError(f"{source.name} is empty")
+    captioned = _some(source, source.captions)
+    labelled = _some(source, lambda index: source.label(index) is not None)
+    if not captioned and not labelled:
+        raise UserError(
+            f"{source.name} has neither captions nor labels; name the column of the captions with caption_column, "
+            "or put KEY.txt, KEY.json or KEY.cls beside each image"
+        )
+    if not labelled or not source.class_names or (captioned and templates is None):
+        return source
+    return ClassPrompts(source, templates or default_templates(source))
+
+
+def _some(source: Source, of: Callable[[int], object]) -> bool:
+    """True when one of some samples, spread over the source, has it."""
+    for index in np.linspace(0, len(source) - 1, num=min(_PROBED, len(source)), dtype=np.int64):
+        try:
+            if of(int(index)):
+                return True
+        except BadSample:
+            continue
+    return False
+
+
+@SOURCES.register("scenes")
+def _open_scenes(argument: str, columns: Columns) -> Source:
+    from contrastive.data.sources.scenes import Scenes
+
+    return Scenes(argument or "train")
+
+
+@SOURCES.register("digits")
+def _open_digits(argument: str, columns: Columns) -> Source:
+    return Digits(argument or "train")
+
+
+@SOURCES.register("hf")
+def _open_hf(argument: str, columns: Columns) -> Source:
+    return open_hub(argument, columns)

@@ -1,0 +1,164 @@
+"""What stands where in a scene: the description that both the renderer and the captions read.
+
+Lengths are fractions of the image side, x runs to the right and y runs down, so one description
+serves every image size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
+BACKDROPS = ("plain", "gradient", "noise", "stripes", "checks")
+
+# Radii of the sizes that captions name. The gaps between them keep "small" and "large" true words.
+RADII = {"small": (0.15, 0.18), "medium": (0.22, 0.27), "large": (0.32, 0.38)}
+PAIR_RADII = {"small": (0.15, 0.17), "medium": (0.20, 0.22)}
+MARGIN = 0.04  # kept free at the border, so that neither drawing nor a light crop cuts an object
+
+# The largest turn in degrees. Small where a turn would make one shape look like another.
+TURNS = {"star": 36.0, "crescent": 35.0, "triangle": 18.0, "heart": 18.0, "square": 14.0, "cross": 14.0}
+
+_DRAWS = 64  # numbers drawn for one scene, more than any scene uses
+_TWO_OBJECTS = 0.2  # the share of training scenes with a second object
+
+
+class Draws:
+    """The random numbers of one scene: a pure function of `(seed, index)`.
+
+    Raw Philox output is used because numpy promises never to change that stream.
+    """
+
+    def __init__(self, seed: int, index: int) -> None:
+        raw = np.random.Philox(key=np.array([seed, index], dtype=np.uint64)).random_raw(_DRAWS)
+        self._next = iter(((raw >> 11) * 2.0**-53).tolist()).__next__
+
+    def unit(self) -> float:
+        """One number in [0, 1)."""
+        return self._next()
+
+    def between(self, low: float, high: float) -> float:
+        """One number in [low, high)."""
+        return low + (high - low) * self._next()
+
+    def choice(self, options: Sequence[T]) -> T:
+        """One of `options`, all equally likely."""
+        return options[int(self._next() * len(options))]
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One coloured shape. `radius` bounds it, `turn` is in degrees, `tint` shifts red, green and blue."""
+
+    colour: str
+    shape: str
+    size: str
+    x: float
+    y: float
+    radius: float
+    turn: float
+    tint: tuple[float, float, float]
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def place(self) -> str | None:
+        """'top left', 'centre', ...; None where the words would be open to doubt."""
+        row, column = _zone(self.y, "top", "bottom"), _zone(self.x, "left", "right")
+        if row is None or column is None:
+            return None
+        return f"{row} {column}".strip() or "centre"
+
+
+@dataclass(frozen=True, slots=True)
+class Backdrop:
+    """A muted ground: `tone` is its colour, `contrast` (both 0..255) how far its pattern departs from it."""
+
+    kind: str
+    tone: tuple[float, float, float]
+    contrast: float
+    angle: float
+    period: float
+    shift_x: float
+    shift_y: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One or two things on a backdrop. With two, the first is `relation` ('left', ...) of the second."""
+
+    backdrop: Backdrop
+    things: tuple[Thing, ...]
+    relation: str | None
+
+
+def draw_single(draws: Draws, pair: tuple[str, str]) -> Scene:
+    """A scene with one thing of the given (colour, shape), anywhere in the image."""
+    backdrop = _draw_backdrop(draws)
+    size = draws.choice(tuple(RADII))
+    radius = draws.between(*RADII[size])
+    edge = radius + MARGIN
+    x, y = draws.between(edge, 1 - edge), draws.between(edge, 1 - edge)
+    return Scene(backdrop, (_draw_thing(draws, pair, size, x, y, radius),), None)
+
+
+def draw_any(draws: Draws, pairs: Sequence[tuple[str, str]]) -> Scene:
+    """A training scene: mostly one thing, sometimes two that differ and stand in a relation."""
+    if draws.unit() >= _TWO_OBJECTS:
+        return draw_single(draws, draws.choice(pairs))
+    backdrop = _draw_backdrop(draws)
+    position = int(draws.between(0, len(pairs)))
+    first = pairs[position]
+    second = pairs[(position + 1 + int(draws.between(0, len(pairs) - 1))) % len(pairs)]
+    relation = draws.choice(("left", "right", "above", "below"))
+    # Each has its half of the relation's axis; across it they stay close, so that one relation alone is true.
+    middle = draws.between(0.32, 0.68)
+    things = []
+    for pair, lower in ((first, relation in ("left", "above")), (second, relation in ("right", "below"))):
+        size = draws.choice(tuple(PAIR_RADII))
+        radius = draws.between(*PAIR_RADII[size])
+        along = draws.between(radius + MARGIN, 0.49 - radius)
+        along = along if lower else 1 - along
+        across = middle + draws.between(-0.06, 0.06)
+        x, y = (along, across) if relation in ("left", "right") else (across, along)
+        things.append(_draw_thing(draws, pair, size, x, y, radius))
+    return Scene(backdrop, tuple(things), relation)
+
+
+def _draw_backdrop(draws: Draws) -> Backdrop:
+    grey = draws.between(100, 150)
+    return Backdrop(
+        kind=draws.choice(BACKDROPS),
+        tone=(
+            grey + draws.between(-10, 10),
+            grey + draws.between(-10, 10),
+            grey + draws.between(-10, 10),
+        ),
+        contrast=draws.between(13, 22),
+        angle=draws.between(0, 180),
+        period=draws.between(0.14, 0.3),
+        shift_x=draws.unit(),
+        shift_y=draws.unit(),
+    )
+
+
+def _draw_thing(draws: Draws, pair: tuple[str, str], size: str, x: float, y: float, radius: float) -> Thing:
+    most = TURNS.get(pair[1], 0.0)
+    turn = draws.between(-most, most)
+    tint = (draws.between(-10, 10), draws.between(-10, 10), draws.between(-10, 10))
+    return Thing(pair[0], pair[1], size, x, y, radius, turn, tint)
+
+
+def _zone(value: float, low: str, high: str) -> str | None:
+    if value < 0.37:
+        return low
+    if value > 0.63:
+        return high
+    return "" if 0.43 <= value <= 0.57 else None

@@ -1,0 +1,198 @@
+"""Tokenizers: from text to rows of ids of one fixed length.
+
+A row is `bos tokens eos pad pad ...` (no bos where a vocabulary has none). It always has `context_length`
+ids: a SigLIP text tower pools its last position, so a shorter row would mean something else to it. Text that
+is too long is cut so that eos still ends it, which is the position a CLIP text tower pools.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+
+from contrastive.data import bpe
+from contrastive.data.captions import caption_fault
+from contrastive.errors import UserError, did_you_mean
+
+OPTIONS_FILE = "contrastive_tokenizer.json"
+MODEL_FILE = "tokenizer.json"
+CLIP_CONTEXT_LENGTH = 77
+
+
+class Tokenizer(ABC):
+    """Text to int64 (B, context_length), and back. Picklable, and safe in forked processes.
+
+    kind: 'bpe' (trained on the run's captions), 'clip', or 'transformers'.
+    vocab_size: rows that a token embedding needs.
+    bos_id: None where no such token is placed.
+    """
+
+    def __init__(self, kind: str, vocab_size: int, context_length: int, pad_id: int, eos_id: int, bos_id: int | None):
+        if context_length < 3:
+            raise UserError(f"context length {context_length} leaves no room for text; set it to 3 or more")
+        self.kind, self.vocab_size, self.context_length = kind, vocab_size, context_length
+        self.pad_id, self.eos_id, self.bos_id = pad_id, eos_id, bos_id
+
+    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        """Return int64 (B, context_length); one string is a batch of one."""
+        rows = self._encode([texts] if isinstance(texts, str) else list(texts))
+        padded = np.full((len(rows), self.context_length), self.pad_id, np.int64)
+        for target, row in zip(padded, rows, strict=True):
+            target[: len(row)] = row
+        return torch.from_numpy(padded)
+
+    def decode(self, ids: torch.Tensor | Sequence[int]) -> str:
+        """Return the text of one row of ids, as the vocabulary keeps it (lower-cased for BPE), up to eos."""
+        ids = [int(i) for i in ids]
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        if ids and ids[0] == self.bos_id:
+            ids = ids[1:]
+        return self._decode(ids).strip()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the vocabulary and a small JSON of the options; `load_tokenizer(folder)` reads them back."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save(folder)
+        (folder / OPTIONS_FILE).write_text(json.dumps(self._options(), indent=2) + "\n")
+
+    def _options(self) -> dict:
+        names = ("kind", "vocab_size", "context_length", "pad_id", "eos_id", "bos_id")
+        return {name: getattr(self, name) for name in names}
+
+    @abstractmethod
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Return rows of at most context_length ids, each ended by eos, not padded."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    @abstractmethod
+    def _save(self, folder: Path) -> None: ...
+
+
+class BpeTokenizer(Tokenizer):
+    """A BPE of the `tokenizers` library: CLIP's or a trained one. Every row begins with bos."""
+
+    def __init__(self, core: tokenizers.Tokenizer, kind: str, context_length: int):
+        names = (bpe.CLIP_EOS, bpe.CLIP_BOS) if kind == "clip" else (bpe.EOS, bpe.BOS)
+        eos_id, bos_id = (core.token_to_id(name) for name in names)
+        # CLIP pads with 0, the id of '!': harmless, as nothing behind eos is looked at.
+        pad_id = 0 if kind == "clip" else core.token_to_id(bpe.PAD)
+        super().__init__(kind, core.get_vocab_size(), context_length, pad_id, eos_id, bos_id)
+        self._core = core
+
+    def _encode(self, texts):
+        if self.kind == "clip":
+            texts = [bpe.clean_clip(text) for text in texts]
+        room = self.context_length - 2
+        encoded = (self._core.encode(text, add_special_tokens=False).ids for text in texts)
+        return [[self.bos_id, *ids[:room], self.eos_id] for ids in encoded]
+
+    def _decode(self, ids):
+        return self._core.decode(ids, skip_special_tokens=False)
+
+    def _save(self, folder):
+        self._core.save(str(folder / MODEL_FILE))
+
+
+class TransformersTokenizer(Tokenizer):
+    """A tokenizer folder of transformers, padded on the right whatever its own default is.
+
+    Special tokens at the front are its own doing; eos is added where it does not end a text by itself.
+    """
+
+    def __init__(self, folder: Path, context_length: int):
+        from transformers import AutoTokenizer
+
+        try:
+            core = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # a damaged folder fails in as many ways as it has files
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"cannot read a tokenizer from folder '{folder}': {reason}") from error
+        for name in ("pad", "eos"):
+            if getattr(core, f"{name}_token_id") is None:
+                raise UserError(
+                    f"the tokenizer in '{folder}' has no {name} token; "
+                    f"name one as {name}_token in its tokenizer_config.json"
+                )
+        core.padding_side = core.truncation_side = "right"
+        vocab_size = max(core.get_vocab().values()) + 1
+        first = core("a")["input_ids"][0]
+        bos_id = core.bos_token_id if first == core.bos_token_id else None
+        super().__init__("transformers", vocab_size, context_length, core.pad_token_id, core.eos_token_id, bos_id)
+        self._core = core
+
+    def _encode(self, texts):
+        if not texts:
+            return []
+        rows = self._core(texts, truncation=True, max_length=self.context_length)["input_ids"]
+        return [
+            row if row and row[-1] == self.eos_id else [*row[: self.context_length - 1], self.eos_id] for row in rows
+        ]
+
+    def _decode(self, ids):
+        return self._core.decode(ids, skip_special_tokens=True)
+
+    def _save(self, folder):
+        self._core.save_pretrained(str(folder))
+
+
+def clip_tokenizer(context_length: int = CLIP_CONTEXT_LENGTH) -> Tokenizer:
+    """Return CLIP's tokenizer (Radford et al., 2021): ids identical to open_clip's, padded with 0."""
+    return BpeTokenizer(bpe.clip(), "clip", context_length)
+
+
+def train_bpe(captions: Iterable[str], vocab_size: int = 8192, context_length: int = 64) -> Tokenizer:
+    """Train a byte-level, lower-casing BPE on captions: pad, bos, eos are ids 0, 1, 2.
+
+    Captions that training would skip (empty, overlong, not text) are skipped here too. The result depends on
+    the captions alone. Errors as in `bpe.train`.
+    """
+    usable = (caption for caption in captions if caption_fault(caption) is None)
+    return BpeTokenizer(bpe.train(usable, vocab_size), "bpe", context_length)
+
+
+def load_tokenizer(name_or_folder: str | Path, context_length: int | None = None) -> Tokenizer:
+    """Return the tokenizer called 'clip', or the one in a folder saved by us or by transformers.
+
+    context_length: None takes the saved one, or 77 for CLIP; a folder of transformers needs it given.
+
+    Raises:
+        UserError: no such tokenizer, no pad or eos token, or special ids that the vocabulary does not have.
+    """
+    if str(name_or_folder) == "clip":
+        return clip_tokenizer(context_length or CLIP_CONTEXT_LENGTH)
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"no tokenizer '{name_or_folder}': neither 'clip' nor a folder."
+            f"{did_you_mean(str(name_or_folder), ['clip'])}"
+        )
+    options_path = folder / OPTIONS_FILE
+    if options_path.exists():
+        return _load_saved(folder, json.loads(options_path.read_text()), context_length)
+    if context_length is None:
+        raise UserError(f"the tokenizer in '{folder}' does not say how long a text is; give a context length")
+    return TransformersTokenizer(folder, context_length)
+
+
+def _load_saved(folder: Path, options: dict, context_length: int | None) -> Tokenizer:
+    context_length = context_length or options["context_length"]
+    if options["kind"] == "transformers":
+        tokenizer = TransformersTokenizer(folder, context_length)
+    else:
+        core = tokenizers.Tokenizer.from_file(str(folder / MODEL_FILE))
+        tokenizer = BpeTokenizer(core, options["kind"], context_length)
+    for name in ("vocab_size", "pad_id", "eos_id", "bos_id"):
+        if getattr(tokenizer, name) != options[name]:
+            raise UserError(
+                f"the tokenizer in '{folder}' has {name} {getattr(tokenizer, name)} but {OPTIONS_FILE} says "
+                f"{options[name]}; copy the whole folder again from the run that made it"
+            )
+    return tokenizer

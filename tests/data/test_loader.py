@@ -1,0 +1,291 @@
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from contrastive.data.augment import AugmentConfig
+from contrastive.data.loader import eval_loader, train_loader
+from contrastive.data.order import Order
+from contrastive.data.pairs import PairDataset, caption_id
+from contrastive.data.preprocess import Preprocess, PreprocessConfig
+from contrastive.data.record import BadSample, Record
+from contrastive.data.tokenizer import train_bpe
+from contrastive.errors import UserError
+
+COLOURS = ["red", "green", "blue", "white", "black", "brown"]
+
+
+def jpeg(index):
+    rng = np.random.default_rng(index)
+    image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((50 + index % 7, 40), 3)
+    file = io.BytesIO()
+    image.save(file, "JPEG")
+    return file.getvalue()
+
+
+class Memory:
+    """A source in memory; `images` and `captions` replace those of single samples."""
+
+    name, class_names, fingerprint = "memory", None, "0"
+
+    def __init__(self, count=40, images=None, captions=None):
+        self.count, self.images, self.words = count, images or {}, captions or {}
+
+    def __len__(self):
+        return self.count
+
+    def captions(self, index):
+        return self.words.get(index, tuple(f"{colour} thing {index}" for colour in COLOURS))
+
+    def __getitem__(self, index):
+        image = self.images.get(index) if index in self.images else jpeg(index)
+        if image is None:
+            raise BadSample("missing_image", f"key{index}")
+        return Record(f"key{index}", image, self.captions(index))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe([f"{colour} thing {i}" for colour in COLOURS for i in range(40)], 300, 12)
+
+
+def pairs(tokenizer, source=None, batch=8, seed=0, augment=None, size=16):
+    source = source or Memory()
+    augment = augment or AugmentConfig(crop_scale=(0.3, 1.0), flip=True)
+    return PairDataset(source, Order(len(source), batch, seed), tokenizer, size, augment, seed)
+
+
+def batches(dataset, steps=7, **options):
+    return list(train_loader(dataset, global_batch_size=8, num_steps=steps, **options))
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+            assert same, name
+
+
+BAD = {"images": {3: b"<html>", 5: b"", 9: None}, "captions": {4: ("",), 7: (), 11: ("", "x thing")}}
+
+
+def test_batch_has_the_promised_tensors(tokenizer):
+    dataset = pairs(tokenizer)
+    first, second = batches(dataset, steps=2)
+    kinds = {name: (tuple(value.shape), value.dtype) for name, value in first.items() if name != "bad"}
+    assert kinds == {
+        "image": ((8, 3, 16, 16), torch.uint8),
+        "tokens": ((8, 12), torch.int64),
+        "caption_id": ((8,), torch.int64),
+        "index": ((8,), torch.int64),
+    }
+    assert first["bad"] == [] and first["image"].is_contiguous()
+    assert first["index"].tolist() == dataset.order.indices(0).tolist()
+    assert second["index"].tolist() == dataset.order.indices(1).tolist()
+
+
+def test_tokens_and_caption_id_belong_to_the_image(tokenizer):
+    source = Memory()
+    for batch in batches(pairs(tokenizer, source)):
+        for index, tokens, identity in zip(batch["index"], batch["tokens"], batch["caption_id"], strict=True):
+            text = tokenizer.decode(tokens)
+            assert text in source.captions(int(index)) and caption_id(text) == identity
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_batches(tokenizer, workers):
+    dataset = pairs(tokenizer, Memory(**BAD))
+    expected = batches(dataset)
+    assert any(batch["bad"] for batch in expected)
+    assert_same(batches(dataset, num_workers=workers, timeout=30), expected)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_ranks_gives_the_same_global_batches(tokenizer, world):
+    dataset = pairs(tokenizer, Memory(**BAD))
+    shares = [batches(dataset, rank=rank, world_size=world) for rank in range(world)]
+    joined = [
+        {
+            name: sum((part[name] for part in parts), []) if name == "bad" else torch.cat([p[name] for p in parts])
+            for name in parts[0]
+        }
+        for parts in zip(*shares, strict=True)
+    ]
+    assert_same(joined, batches(dataset))
+
+
+def test_starting_late_is_the_tail_of_starting_early(tokenizer):
+    dataset = pairs(tokenizer)
+    assert_same(batches(dataset, steps=3, start_step=9), batches(dataset, steps=12)[9:])
+    assert len(train_loader(dataset, global_batch_size=8, num_steps=3, start_step=9)) == 3
+    assert batches(dataset, steps=0) == []
+
+
+def test_a_far_step_costs_no_more_than_a_near_one(tokenizer):
+    def seconds(step):
+        dataset = pairs(tokenizer)
+        begun = time.perf_counter()
+        batches(dataset, steps=1, start_step=step)
+        return time.perf_counter() - begun
+
+    seconds(0)
+    assert min(seconds(1_000_000) for _ in range(3)) < 2 * min(seconds(10) for _ in range(3)) + 0.01
+
+
+def test_visits_differ_in_crop_and_caption_and_seeds_differ(tokenizer):
+    dataset = pairs(tokenizer, Memory(8))
+    visits = batches(dataset, steps=12)
+    of_sample_2 = [(b["image"][i], int(b["caption_id"][i])) for b in visits for i in range(8) if b["index"][i] == 2]
+    assert len(of_sample_2) == 12
+    assert len({image.numpy().tobytes() for image, _ in of_sample_2}) == 12
+    assert len({caption for _, caption in of_sample_2}) >= 4
+    other = pairs(tokenizer, Memory(8), seed=1)[0]
+    assert not torch.equal(other["image"], dataset[0]["image"])
+
+
+def test_no_global_random_state_is_touched(tokenizer):
+    import random
+
+    dataset = pairs(tokenizer)
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = batches(dataset)
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    assert np.array_equal(np.random.get_state()[1], before[2])
+    torch.manual_seed(123), np.random.seed(123)
+    assert_same(batches(dataset), first)
+
+
+def test_bad_samples_are_replaced_and_named(tokenizer):
+    source = Memory(**BAD)
+    epoch = batches(pairs(tokenizer, source), steps=5)  # 40 samples
+    bad = sum((batch["bad"] for batch in epoch), [])
+    visited = torch.cat([batch["index"] for batch in epoch])
+    assert visited.shape == (40,) and not set(visited.tolist()) & {3, 4, 5, 7, 9}
+    reasons = {key: reason for reason, key in bad}
+    expected = {
+        "key3": "unreadable_image",
+        "key5": "unreadable_image",
+        "key9": "missing_image",
+        "key4": "empty_caption",
+        "key7": "missing_caption",
+    }
+    assert expected.items() <= reasons.items()
+    assert set(reasons) <= {*expected, "key11"}
+    assert_same(epoch, batches(pairs(tokenizer, source), steps=5))
+
+
+def test_image_with_one_usable_caption_is_kept(tokenizer):
+    source = Memory(8, captions={i: ("", "  ", "red thing") for i in range(8)})
+    epochs = batches(pairs(tokenizer, source), steps=6)
+    assert all(sorted(batch["index"].tolist()) == list(range(8)) for batch in epochs)
+    assert all(tokenizer.decode(tokens) == "red thing" for batch in epochs for tokens in batch["tokens"])
+    faults = sum((batch["bad"] for batch in epochs), [])
+    assert {reason for reason, _ in faults} == {"empty_caption"} and 20 < len(faults) < 44  # two thirds of 48
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_only_bad_samples_stop_with_one_line(tokenizer, workers):
+    source = Memory(8, images={i: b"no image" for i in range(8)})
+    with pytest.raises(UserError, match="^100 samples in a row .*unreadable_image.*memory'$") as error:
+        batches(pairs(tokenizer, source), num_workers=workers)
+    assert "\n" not in str(error.value)
+
+
+def test_untouched_arrays_arrive_as_they_are(tokenizer):
+    images = {i: np.full((16, 16, 3), i, np.uint8) for i in range(8)}
+    dataset = pairs(tokenizer, Memory(8, images), augment=AugmentConfig(crop_scale=(1.0, 1.0)))
+    batch = batches(dataset, steps=1)[0]
+    assert (batch["image"] == batch["index"].view(8, 1, 1, 1)).all()
+
+
+def test_batch_that_does_not_divide_among_ranks(tokenizer):
+    with pytest.raises(UserError, match="8 does not divide among 3"):
+        batches(pairs(tokenizer), world_size=3)
+
+
+def test_eval_loader_keeps_order_and_leaves_out_bad_images():
+    source = Memory(12, images={3: b"<html>", 4: None, 5: b""})
+    preprocess = Preprocess(PreprocessConfig(16, "crop"))
+    indices = [7, 3, 0, 11, 4, 5, 3, 2]
+    for workers in (0, 2):
+        found = list(eval_loader(source, preprocess, indices, batch_size=2, num_workers=workers))
+        assert [batch["index"].tolist() for batch in found] == [[7], [0, 11], [], [2]]
+        assert [len(batch["image"]) for batch in found] == [1, 2, 0, 1]
+        assert found[2]["image"].shape == (0, 3, 16, 16)
+        faults = [("unreadable_image", "key3")], [], [("missing_image", "key4"), ("unreadable_image", "key5")]
+        assert [batch["bad"] for batch in found[:3]] == list(faults)
+        assert torch.equal(found[3]["image"][0], preprocess.pixels(jpeg(2)))
+
+
+class Stuck(Memory):
+    def __getitem__(self, index):
+        time.sleep(2.5)  # far beyond the timeout, and short enough for the test to end
+
+
+class Deadly(Memory):
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("source", "words"), [(Stuck(), "timed out"), (Deadly(), "exited unexpectedly|killed")])
+def test_worker_that_hangs_or_dies_is_an_error(tokenizer, source, words):
+    begun = time.perf_counter()
+    with pytest.raises(RuntimeError, match=words):
+        batches(pairs(tokenizer, source), num_workers=1, timeout=1)
+    assert time.perf_counter() - begun < 15
+
+
+ORPHANS = """
+import os, sys, time
+sys.path.insert(0, {folder!r})
+from test_loader import *
+class Slow(Memory):
+    def __getitem__(self, index):
+        time.sleep({pause})
+        return super().__getitem__(index)
+words = train_bpe(["red thing"], 259, 12)
+loader = iter(train_loader(pairs(words, Slow()), global_batch_size=8, num_steps=1000, num_workers=2))
+{first}
+import multiprocessing
+while len(multiprocessing.active_children()) < 2:
+    time.sleep(0.1)
+time.sleep(0.5)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+time.sleep(1000)
+"""
+
+
+def running(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and prctl")
+@pytest.mark.parametrize(
+    ("pause", "first"),
+    [(0, "next(loader)"), (100, "import threading; threading.Thread(target=next, args=(loader,)).start()")],
+    ids=["idle", "stuck"],
+)
+def test_workers_die_with_their_parent(pause, first):
+    code = ORPHANS.format(folder=str(Path(__file__).parent), pause=pause, first=first)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2 and all(running(pid) for pid in workers)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 3
+    while any(running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(running(pid) for pid in workers)
