@@ -1,0 +1,33 @@
+"""Exponential moving average of a model's weights."""
+
+import torch
+from torch import nn
+
+
+class ExponentialMovingAverage:
+    """average ← decay · average + (1 − decay) · weight after every step, in float32.
+
+    The first steps use min(decay, (1 + step) / (10 + step)), so that random initial weights fade soon.
+
+    Args:
+        model: its parameters are averaged, starting from their present values.
+        decay: 0.999 averages about 1,000 steps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.average = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        weights = [p.detach().float() for _, p in model.named_parameters()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's weights with the averages; a second call undoes it."""
+        for name, parameter in model.named_parameters():
+            weight = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(weight)
