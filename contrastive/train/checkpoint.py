@@ -1,0 +1,132 @@
+"""Checkpoints: everything a run needs to continue exactly, in a folder that is whole or absent.
+
+    model.safetensors, config.json, tokenizer/   a model folder, as interop.native writes it
+    ema.safetensors                              averaged weights, where the run keeps them
+    optimizer.safetensors                        NUMBER/PARAMETER/STATE for each optimizer in turn
+    state.json                                   the data cursor
+    manifest.json                                sha256 of every file
+
+Learning rate, data order and random numbers are functions of the step, so they are not stored.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from contrastive.data.preprocess import PreprocessConfig
+from contrastive.data.tokenizer import Tokenizer
+from contrastive.errors import UserError
+from contrastive.interop.manifest import write_folder
+from contrastive.interop.native import load_weights, newest_whole, save_model
+from contrastive.log import warn
+from contrastive.models import DualEncoder
+from contrastive.optim import ExponentialMovingAverage
+
+Optimizers = list[torch.optim.Optimizer]
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    *,
+    model: DualEncoder,
+    optimizers: Optimizers,
+    ema: ExponentialMovingAverage | None,
+    cursor: dict,
+    preprocess: PreprocessConfig,
+    tokenizer: Tokenizer,
+    keep: int,
+) -> Path:
+    """Write `checkpoints/step-NNNNNNNN`, then delete all but the `keep` newest.
+
+    Raises:
+        UserError: the disk is full or cannot be written; earlier checkpoints are as they were.
+    """
+    folder = checkpoints / f"step-{cursor['step']:08d}"
+
+    def fill(temporary: Path) -> None:
+        average = None if ema is None else ema.average
+        save_model(temporary, model.state_dict(), model.config, preprocess, tokenizer, average)
+        save_file(_optimizer_tensors(model, optimizers), temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(cursor, indent=1))
+
+    try:
+        write_folder(folder, fill)
+    except OSError as error:
+        raise UserError(
+            f"cannot save {folder}: {error.strerror or error}; earlier checkpoints are intact, "
+            "make room and continue with --resume"
+        ) from error
+    for old in sorted(checkpoints.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def find_checkpoint(checkpoints: Path) -> Path:
+    """Return the newest checkpoint that verifies, and say which were passed over.
+
+    Raises:
+        UserError: none is whole; a run is never silently started afresh.
+    """
+    folder, passed = newest_whole(checkpoints)
+    for line in passed:
+        warn(f"checkpoint passed over: {line}")
+    if folder is None:
+        why = "all are damaged: " + "; ".join(passed) if passed else "there is none yet"
+        raise UserError(f"cannot resume from {checkpoints}: {why}. Start again with another --run_folder")
+    return folder
+
+
+def read_cursor(folder: Path) -> dict:
+    """Return where in the data the checkpoint stands."""
+    return json.loads((folder / "state.json").read_text())
+
+
+def load_checkpoint(
+    folder: Path, model: DualEncoder, optimizers: Optimizers, ema: ExponentialMovingAverage | None
+) -> None:
+    """Fill model, optimizers and average in place from a verified checkpoint.
+
+    Raises:
+        UserError: they differ from what the run was started with.
+    """
+    load_weights(model, folder / "model.safetensors")
+    if ema is not None:
+        if not (folder / "ema.safetensors").exists():
+            raise UserError(f"{folder} has no averaged weights; resume with the train.ema_decay it was started with")
+        saved = load_file(folder / "ema.safetensors")
+        for name, tensor in ema.average.items():
+            tensor.copy_(saved[name])
+    tensors = load_file(folder / "optimizer.safetensors")
+    for number, optimizer in enumerate(optimizers):
+        _fill_optimizer(optimizer, _names(model), f"{number}/", tensors, folder)
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, torch.Tensor]:
+    names = _names(model)
+    return {
+        f"{number}/{names[parameter]}/{key}": tensor.detach().cpu().contiguous()
+        for number, optimizer in enumerate(optimizers)
+        for parameter, state in optimizer.state.items()
+        for key, tensor in state.items()
+    }
+
+
+def _fill_optimizer(optimizer, names: dict, prefix: str, tensors: dict, folder: Path) -> None:
+    """Put the saved state of each parameter where `load_state_dict` expects it: by its number."""
+    state: dict[int, dict] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, parameter in enumerate(parameters):
+        own = f"{prefix}{names[parameter]}/"
+        state[index] = {key.removeprefix(own): t for key, t in tensors.items() if key.startswith(own)}
+    has_state = any(state.values())
+    if has_state != any(key.startswith(prefix) for key in tensors) or (has_state and not all(state.values())):
+        raise UserError(f"{folder}: the optimizer's state is of another optimizer or model; resume with the same")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state if has_state else {}})

@@ -1,0 +1,176 @@
+"""The training loop: data in, one loss over the global batch, an update, now and then a look and a save."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from contrastive.data.order import Order
+from contrastive.data.record import Source
+from contrastive.distributed.collectives import all_reduce_sum, gather_objects
+from contrastive.distributed.runtime import Runtime
+from contrastive.errors import UserError
+from contrastive.log import MetricsLog, say, warn
+from contrastive.optim import ExponentialMovingAverage
+from contrastive.optim.base import set_learning_rates
+from contrastive.train.checkpoint import save_checkpoint
+from contrastive.train.evaluation import Evaluated, evaluate
+from contrastive.train.interrupt import StopRequest
+from contrastive.train.progress import Advice, ProgressBar, StepTimer
+from contrastive.train.run_folder import RunFolder
+from contrastive.train.settings import PretrainConfig
+from contrastive.train.step import forward_backward
+
+
+@dataclass
+class Trainer:
+    """A run in progress: its parts, and the step it stands at."""
+
+    config: PretrainConfig
+    runtime: Runtime
+    folder: RunFolder
+    subject: Evaluated
+    wrapped: nn.Module
+    """The dual encoder as the runtime wraps it; `subject.model` is the same weights bare."""
+    loss: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    ema: ExponentialMovingAverage | None
+    order: Order
+    fingerprint: str
+    held_out: list[Source]
+    step: int = 0
+    """Steps done."""
+    bad_samples: Counter[str] = field(default_factory=Counter)
+    """Samples that this rank passed over, by reason."""
+    _skipped_in_a_row: int = 0
+
+    def fit(self, loader: DataLoader, metrics: MetricsLog | None) -> bool:
+        """Train until the last step or a request to stop; return whether the last step was reached.
+
+        Args:
+            loader: this rank's batches from `step` on.
+            metrics: where rows go; None on all ranks but the first.
+
+        Raises:
+            UserError: the loss is not finite for several steps, or a checkpoint cannot be written.
+        """
+        config, total = self.config, self.config.train.steps
+        timer = StepTimer(config.train.global_batch_size)
+        advice = Advice(config.loss.chance_loss(config.train.global_batch_size), total)
+        with StopRequest() as stop, ProgressBar(self.step, total) as bar:
+            for batch in loader:
+                timer.data_arrived()
+                row, stopping = self._one_step(batch, stop)
+                timer.step_done()
+                if self.step % config.train.log_every == 0 or self.step == total:
+                    row |= {"samples_per_second": timer.samples_per_second, "data_wait": timer.data_wait}
+                    self._log("train", row, metrics)
+                    bar.show(row)
+                    advice.consider(row)
+                if self.step % config.evaluation.every == 0 or self.step == total:
+                    self._evaluate(metrics)
+                if self.step % config.checkpoint.every == 0 or self.step == total or stopping:
+                    self._save()
+                timer.pause_over()
+                if stopping and self.step < total:
+                    say(f"stopped at step {self.step} and saved; continue with --resume")
+                    return False
+        return True
+
+    def _one_step(self, batch: dict, stop: StopRequest) -> tuple[dict, bool]:
+        """Do one optimizer step; return its row for the log and whether any rank was asked to stop."""
+        config, model = self.config, self.subject.model
+        factor = config.schedule.factor(self.step, config.train.steps)
+        set_learning_rates(self.optimizers, factor)
+        self.bad_samples.update(reason for reason, _ in batch["bad"])
+        device = self.runtime.device
+        pixels = self.subject.preprocess.normalize(batch["image"].to(device, non_blocking=True))
+        loss = forward_backward(
+            self.wrapped,
+            self.loss,
+            pixels,
+            batch["tokens"].to(device, non_blocking=True),
+            batch["caption_id"].to(device, non_blocking=True),
+            accumulate=config.train.accumulate,
+            seed=(config.train.seed, self.step),
+            runtime=self.runtime,
+        )
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+        # One small sum tells every rank the same: the global loss, and whether anyone was asked to stop.
+        shared = all_reduce_sum(torch.stack([loss.double(), loss.new_tensor(stop.as_number()).double()]))
+        mean_loss, requests = shared[0].item() / self.runtime.world_size, shared[1].item()
+        self._update(mean_loss, norm.item())
+        self.step += 1
+        bias = model.logit_bias
+        return {
+            "step": self.step,
+            "loss": mean_loss,
+            "grad_norm": norm.item(),
+            "lr": config.optimizer.lr * factor,
+            "logit_scale": model.logit_scale.exp().item(),
+            "logit_bias": None if bias is None else bias.item(),
+        }, requests > 0
+
+    @torch.no_grad()
+    def _update(self, loss: float, grad_norm: float) -> None:
+        """Move the weights, unless the loss or gradient is not finite; those are equal on all ranks."""
+        model = self.subject.model
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._skipped_in_a_row = 0
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if self.config.loss.max_logit_scale is not None:
+                model.logit_scale.clamp_(max=math.log(self.config.loss.max_logit_scale))
+            if self.ema is not None:
+                self.ema.update(model, self.step)
+        else:
+            self._skipped_in_a_row += 1
+            warn(f"step {self.step + 1} skipped: loss {loss}, gradient norm {grad_norm}")
+            if self._skipped_in_a_row >= self.config.train.max_skipped:
+                raise UserError(
+                    f"{self._skipped_in_a_row} steps in a row had no finite loss or gradient; lower optimizer.lr or "
+                    "use --train.precision fp32, and continue from the last checkpoint with --resume"
+                )
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def _evaluate(self, metrics: MetricsLog | None) -> None:
+        if self.ema is not None:
+            self.ema.swap(self.subject.model)
+        figures = evaluate(self.subject, self.held_out, self.config, self.runtime)
+        if self.ema is not None:
+            self.ema.swap(self.subject.model)
+        if figures:
+            self._log("eval", {"step": self.step, **figures}, metrics)
+            for source in self.held_out:
+                own = {k.rpartition("/")[2]: v for k, v in figures.items() if f"/{source.name}/" in k}
+                shown = "  ".join(f"{name} {value:.1f}" for name, value in own.items() if "median" not in name)
+                say(f"step {self.step}  {source.name}: {shown}")
+
+    def _save(self) -> None:
+        """Write a checkpoint from the first rank; the others wait, so that none runs ahead of a failure."""
+        if self.runtime.is_main:
+            save_checkpoint(
+                self.folder.checkpoints,
+                model=self.subject.model,
+                optimizers=self.optimizers,
+                ema=self.ema,
+                cursor=self.order.cursor(self.step, self.fingerprint),
+                preprocess=self.subject.preprocess.config,
+                tokenizer=self.subject.tokenizer,
+                keep=self.config.checkpoint.keep,
+            )
+        self.runtime.barrier()
+
+    def all_bad_samples(self) -> dict[str, int]:
+        """Samples passed over on all ranks since this launch, by reason. Call it on every rank."""
+        return dict(sum(gather_objects(self.bad_samples), Counter()))
+
+    def _log(self, kind: str, row: dict, metrics: MetricsLog | None) -> None:
+        if metrics is not None:
+            metrics.write({"kind": kind, **row})
+        numbers = {f"{kind}/{k}": v for k, v in row.items() if isinstance(v, float)}
+        self.runtime.track(numbers, self.step)

@@ -1,0 +1,112 @@
+"""What a person sees of a running loop: a bar on a terminal, a line now and then in a log file."""
+
+import time
+from collections import deque
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from contrastive.log import console, is_main_process, say, warn
+
+WINDOW = 20  # steps that speed and waiting are averaged over
+SECONDS_BETWEEN_LINES = 15
+STARVED = 0.3  # share of the time waiting for data from which it is worth a warning
+
+
+class StepTimer:
+    """Samples per second and the share of time spent waiting for data, over the last WINDOW steps."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._started = time.perf_counter()
+        self._waited = 0.0
+
+    def data_arrived(self) -> None:
+        self._waited = time.perf_counter() - self._started
+
+    def step_done(self) -> None:
+        now = time.perf_counter()
+        self._steps.append((now - self._started, self._waited))
+        self._started = now
+
+    def pause_over(self) -> None:
+        """Forget the time since the last step: an evaluation or a save ran."""
+        self._started = time.perf_counter()
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.batch_size * len(self._steps) / sum(total for total, _ in self._steps)
+
+    @property
+    def data_wait(self) -> float:
+        return sum(waited for _, waited in self._steps) / sum(total for total, _ in self._steps)
+
+
+class ProgressBar:
+    """Shows the training rows; use as a context manager. Silent on all ranks but the first."""
+
+    def __init__(self, start_step: int, total_steps: int):
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not (console.is_terminal and is_main_process()),
+        )
+        self._task = self._bar.add_task("training", total=total_steps, completed=start_step, figures="")
+        self._total_steps = total_steps
+        self._last_line = 0.0
+
+    def __enter__(self) -> "ProgressBar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.stop()
+
+    def show(self, row: dict) -> None:
+        """Show a row of metrics.jsonl."""
+        figures = (
+            f"loss {row['loss']:.4f}  {row['samples_per_second']:.0f} samples/s  "
+            f"data wait {row['data_wait']:.0%}  scale {row['logit_scale']:.2f}"
+        )
+        if row["logit_bias"] is not None:
+            figures += f"  bias {row['logit_bias']:.2f}"
+        self._bar.update(self._task, completed=row["step"], figures=figures)
+        if self._bar.disable and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            say(f"step {row['step']}/{self._total_steps}  {figures}")
+
+
+class Advice:
+    """Warns once each when a run does not learn or its data loader starves the device."""
+
+    def __init__(self, chance_loss: float, total_steps: int):
+        self._chance_loss = chance_loss
+        self._patience = max(200, total_steps // 10)
+        self._losses: deque[float] = deque(maxlen=50)
+        self._given: set[str] = set()
+
+    def consider(self, row: dict) -> None:
+        """Look at a row of metrics.jsonl and warn when it says that something is wrong."""
+        self._losses.append(row["loss"])
+        if row["step"] >= self._patience and sum(self._losses) / len(self._losses) > 0.97 * self._chance_loss:
+            self._once(
+                f"after {row['step']} steps the loss is still {row['loss']:.2f}, where a model that tells nothing "
+                f"apart sits ({self._chance_loss:.2f}): check that captions fit their images "
+                "(report.html shows pairs), try a lower optimizer.lr or a longer schedule.warmup_steps, and "
+                "--loss.duplicates positive if many captions are identical"
+            )
+        if row["step"] >= WINDOW and row["data_wait"] > STARVED:
+            self._once(
+                f"the device waits for data {row['data_wait']:.0%} of the time: raise --data.num_workers, or store "
+                "smaller images"
+            )
+
+    def _once(self, message: str) -> None:
+        kind = message.split()[0]
+        if kind not in self._given:
+            self._given.add(kind)
+            warn(message)

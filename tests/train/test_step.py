@@ -1,0 +1,116 @@
+"""Micro-batches give the gradient of the whole batch: every parameter, dropout replayed."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from contrastive.distributed.runtime import Runtime
+from contrastive.losses import LOSSES
+from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
+from contrastive.train.step import forward_backward, seed_step
+
+CONFIG = ModelConfig(
+    embed_dim=16,
+    image=ImageTowerConfig(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32),
+    text=TextTowerConfig(vocab_size=20, context_length=6, width=16, depth=1, num_heads=2, mlp_dim=32),
+    init_logit_scale=10.0,
+)
+
+
+def gradients(loss_name, accumulate, runtime, rank=0, world_size=1, **image_options):
+    torch.manual_seed(0)
+    bias = -3.0 if loss_name == "sigmoid" else None
+    config = replace(CONFIG, image=replace(CONFIG.image, **image_options), init_logit_bias=bias)
+    model = DualEncoder(config).double()
+    wrapped = runtime.wrap(model)
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(24, 3, 16, 16, generator=generator, dtype=torch.float64).chunk(world_size)[rank]
+    tokens = torch.randint(0, 20, (24, 6), generator=generator).chunk(world_size)[rank]
+    value = forward_backward(
+        wrapped,
+        LOSSES.get(loss_name)().build(),
+        pixels,
+        tokens,
+        tokens[:, 0],
+        accumulate=accumulate,
+        seed=(0, 5),
+        runtime=runtime,
+    )
+    return value, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("loss_name", ["sigmoid", "softmax"])
+def test_micro_batches_equal_the_whole_batch(loss_name):
+    runtime = Runtime("fp32")
+    value, expected = gradients(loss_name, 1, runtime)
+    for accumulate in (2, 3, 24):
+        other_value, other = gradients(loss_name, accumulate, runtime)
+        torch.testing.assert_close(other_value, value, rtol=1e-12, atol=0)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-9, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"patch_dropout": 0.5}])
+def test_random_parts_are_replayed(options):
+    """The gradient is that of one fixed draw: it agrees with finite differences of the accumulated loss."""
+    runtime = Runtime("fp32")
+    value, grads = gradients("sigmoid", 3, runtime, **options)
+    again, same = gradients("sigmoid", 3, runtime, **options)
+    assert torch.equal(value, again) and all(torch.equal(grads[n], same[n]) for n in grads)
+
+    def shifted(name, index, by):
+        original = DualEncoder.__init__
+
+        def init(self, config):
+            original(self, config)
+            with torch.no_grad():
+                dict(self.named_parameters())[name].view(-1)[index] += by
+
+        DualEncoder.__init__ = init
+        try:
+            return gradients("sigmoid", 3, runtime, **options)[0]
+        finally:
+            DualEncoder.__init__ = original
+
+    for name, index in (("image_tower.transformer.blocks.0.mlp.fc1.weight", 3), ("logit_bias", 0), ("logit_scale", 0)):
+        slope = (shifted(name, index, 1e-4) - shifted(name, index, -1e-4)) / 2e-4
+        # The shift is added in float32, before the model is made double: 1e-4 is met to about 1e-3 of itself.
+        torch.testing.assert_close(slope, grads[name].view(-1)[index], rtol=5e-3, atol=1e-6)
+
+
+def run_rank(rank, world_size, port, folder):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    runtime = Runtime("fp32")
+    assert (runtime.rank, runtime.world_size) == (rank, world_size)
+    results = [gradients("sigmoid", accumulate, runtime, rank, world_size) for accumulate in (1, 3)]
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    runtime.close()
+
+
+def test_micro_batches_on_two_ranks_equal_one_process(tmp_path, free_port):
+    mp.spawn(run_rank, (2, free_port, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
+    value, expected = gradients("sigmoid", 1, Runtime("fp32"))
+    for case in range(2):
+        losses = torch.stack([results[case][0] for results in ranks])
+        torch.testing.assert_close(losses.mean(), value, rtol=1e-10, atol=0)
+        for results in ranks:
+            for name, gradient in expected.items():
+                torch.testing.assert_close(results[case][1][name], gradient, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def test_random_numbers_are_a_function_of_the_place():
+    draws = set()
+    for place in ((0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, 1), (0, 1, 0, 1)):
+        seed_step(*place)
+        first = torch.rand(1).item()
+        seed_step(*place)
+        assert torch.rand(1).item() == first
+        draws.add(first)
+    assert len(draws) == 5
