@@ -44,7 +44,7 @@ class Trainer:
     step: int = 0
     """Steps done."""
     bad_samples: Counter[str] = field(default_factory=Counter)
-    """Samples that this rank passed over, by reason."""
+    """Samples that this rank passed over since the last checkpoint, by reason."""
     _skipped_in_a_row: int = 0
 
     def fit(self, loader: DataLoader, metrics: MetricsLog | None) -> bool:
@@ -73,6 +73,7 @@ class Trainer:
                 if self.step % config.evaluation.every == 0 or self.step == total:
                     self._evaluate(metrics)
                 if self.step % config.checkpoint.every == 0 or self.step == total or stopping:
+                    self._count_bad_samples(metrics)
                     self._save()
                 timer.pause_over()
                 if stopping and self.step < total:
@@ -165,9 +166,12 @@ class Trainer:
             )
         self.runtime.barrier()
 
-    def all_bad_samples(self) -> dict[str, int]:
-        """Samples passed over on all ranks since this launch, by reason. Call it on every rank."""
-        return dict(sum(gather_objects(self.bad_samples), Counter()))
+    def _count_bad_samples(self, metrics: MetricsLog | None) -> None:
+        """Log what all ranks passed over since the last checkpoint: a resumed run then counts nothing twice."""
+        counts = sum(gather_objects(self.bad_samples), Counter())
+        self.bad_samples.clear()
+        if counts and metrics is not None:
+            metrics.write({"kind": "bad_samples", "step": self.step, **counts})
 
     def _log(self, kind: str, row: dict, metrics: MetricsLog | None) -> None:
         if metrics is not None:

@@ -1,6 +1,7 @@
 """From options to a trained model: set the parts up, train, write the final model and the report."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from contrastive.data.loader import train_loader
 from contrastive.data.order import Order, check_cursor
 from contrastive.data.pairs import PairDataset
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
-from contrastive.data.record import Source
+from contrastive.data.record import BadSample, Source
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from contrastive.distributed.runtime import Runtime
@@ -67,12 +68,8 @@ def pretrain(config: PretrainConfig) -> bool:
         _show(trainer, source)
     runtime.start_trackers(folder.path.name, {k: str(v) for k, v in to_dict(config).items()})
     finished = _train(trainer, source)
-    bad_samples = trainer.all_bad_samples()
-    if bad_samples:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(bad_samples.items()))
-        warn(f"samples passed over and replaced in this launch: {counts}")
     if finished:
-        _finish(trainer, source, bad_samples)
+        _finish(trainer, source)
     runtime.close()
     folder.unlock()
     return finished
@@ -94,8 +91,15 @@ def _tokenizer(config: PretrainConfig, source: Source, folder: RunFolder) -> Tok
 def _captions(source: Source) -> Iterable[str]:
     """Captions spread evenly over the source."""
     indices = range(0, len(source), max(1, len(source) // TOKENIZER_CAPTIONS))
-    captions = (caption for index in indices for caption in source.captions(index))
-    return itertools.islice(captions, TOKENIZER_CAPTIONS)
+    return itertools.islice(_readable(source, indices), TOKENIZER_CAPTIONS)
+
+
+def _readable(source: Source, indices: Iterable[int]) -> Iterable[str]:
+    for index in indices:
+        try:
+            yield from source.captions(index)
+        except BadSample:
+            continue  # the loader counts it
 
 
 def _trainer(
@@ -169,7 +173,7 @@ def _train(trainer: Trainer, source: Source) -> bool:
             metrics.close()
 
 
-def _finish(trainer: Trainer, source: Source, bad_samples: dict[str, int]) -> None:
+def _finish(trainer: Trainer, source: Source) -> None:
     """Write the final model, the averaged weights if there are any, and the report."""
     if trainer.ema is not None:
         trainer.ema.swap(trainer.subject.model)
@@ -186,17 +190,26 @@ def _finish(trainer: Trainer, source: Source, bad_samples: dict[str, int]) -> No
             subject.tokenizer,
         ),
     )
+    metrics = read_metrics(folder.metrics)
+    bad_samples = sum((_counts(row) for row in metrics if row["kind"] == "bad_samples"), Counter())
+    if bad_samples:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(bad_samples.items()))
+        warn(f"samples passed over and replaced: {counts}")
     shown = trainer.held_out[-1] if trainer.held_out else source
     examples = collect_examples(subject.model, shown, subject.preprocess, subject.tokenizer, trainer.runtime.device)
     write_report(
         folder.report,
         title=folder.path.name,
         config=to_dict(trainer.config),
-        metrics=read_metrics(folder.metrics),
+        metrics=metrics,
         bad_samples=bad_samples,
         **examples,
     )
     say(f"model: {folder.final}   report: {folder.report}")
+
+
+def _counts(row: dict) -> Counter[str]:
+    return Counter({name: value for name, value in row.items() if name not in ("kind", "step")})
 
 
 def _show(trainer: Trainer, source: Source) -> None:

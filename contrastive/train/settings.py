@@ -50,7 +50,7 @@ class EvaluationConfig:
     batch_size: int = 256
     """Images embedded at once."""
     limit: int | None = None
-    """Images of each source, an even spread; none: all."""
+    """Images of each source, a fixed random subset; none: all."""
 
 
 @dataclass(frozen=True)

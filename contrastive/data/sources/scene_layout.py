@@ -17,8 +17,8 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "cre
 BACKDROPS = ("plain", "gradient", "noise", "stripes", "checks")
 
 # Radii of the sizes that captions name. The gaps between them keep "small" and "large" true words.
-RADII = {"small": (0.15, 0.18), "medium": (0.22, 0.27), "large": (0.32, 0.38)}
-PAIR_RADII = {"small": (0.15, 0.17), "medium": (0.20, 0.22)}
+RADII = {"small": (0.20, 0.24), "medium": (0.27, 0.31), "large": (0.35, 0.42)}
+PAIR_RADII = {"small": (0.16, 0.18), "medium": (0.20, 0.22)}
 MARGIN = 0.04  # kept free at the border, so that neither drawing nor a light crop cuts an object
 
 # The largest turn in degrees. Small where a turn would make one shape look like another.

@@ -1,0 +1,1 @@
+"""Evaluation: embeddings of a source, zero-shot classification, retrieval, pictures, the run report."""

@@ -1,0 +1,170 @@
+"""Image-text retrieval, both ways (Karpathy and Fei-Fei 2015). N images, M texts, E embed_dim."""
+
+from collections import Counter
+from typing import Literal
+
+import numpy as np
+import torch
+
+from contrastive.data.record import BadSample
+from contrastive.errors import UserError
+from contrastive.evaluate.embeddings import embed_images, embed_texts, pick_indices
+
+RECALL_AT = (1, 5, 10)
+BLOCK_ELEMENTS = 2**24
+"""Similarities held at once: 64 MB of float32."""
+
+
+def retrieval_metrics(
+    image_features: torch.Tensor, text_features: torch.Tensor, text_image: torch.Tensor
+) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in percent and the median rank (1 is best), both ways.
+
+    Args:
+        image_features: (N, E), every image with at least one text.
+        text_features: (M, E).
+        text_image: (M,) int64, the image row each text belongs to.
+
+    Returns:
+        'image_to_text_r1', ..., 'text_to_image_r10', 'image_to_text_median_rank' and
+        'text_to_image_median_rank'. A recall whose k takes in every candidate is left out: it would say
+        100 % of any model.
+
+    Image to text is a hit when any text of the image is among the first k. Ties, and NaNs, count against the
+    model: one that embeds everything alike scores 0. The N x M matrix is never held, only blocks of rows.
+    """
+    num_images, num_texts = len(image_features), len(text_features)
+    if num_texts == 0 or not torch.bincount(text_image, minlength=num_images).all():
+        raise ValueError("retrieval_metrics needs at least one text for each image")
+    image_ranks = _ranks_of_texts(image_features, text_features, text_image)
+    text_ranks = _ranks_of_images(image_features, text_features, text_image)
+    metrics = {}
+    for way, ranks, candidates in (
+        ("image_to_text", image_ranks, num_texts),
+        ("text_to_image", text_ranks, num_images),
+    ):
+        for k in RECALL_AT:
+            if k < candidates:
+                metrics[f"{way}_r{k}"] = 100 * (ranks < k).double().mean().item()
+        metrics[f"{way}_median_rank"] = float(np.median(ranks.numpy())) + 1
+    return metrics
+
+
+def chance_recall(text_image: torch.Tensor, num_images: int) -> dict[str, float]:
+    """Expected recall of a random order in percent, by the names `retrieval_metrics` uses.
+
+    Image to text: 1 - C(M - c, k) / C(M, k) for an image with c of the M texts, averaged over images.
+    """
+    num_texts = len(text_image)
+    own = torch.bincount(text_image, minlength=num_images).double()
+    chance = {}
+    for k in RECALL_AT:
+        if k < num_texts:
+            miss = torch.ones_like(own)
+            for drawn in range(k):
+                miss *= (num_texts - own - drawn).clamp(min=0) / (num_texts - drawn)
+            chance[f"image_to_text_r{k}"] = 100 * (1 - miss.mean().item())
+        if k < num_images:
+            chance[f"text_to_image_r{k}"] = 100 * k / num_images
+    return chance
+
+
+def retrieval(
+    bundle,
+    source,
+    *,
+    device: str | torch.device,
+    captions: Literal["first", "all"] = "first",
+    batch_size: int = 256,
+    num_workers: int = 0,
+    limit: int | None = None,
+    progress: bool = False,
+) -> dict:
+    """Retrieve captions by image and images by caption within `source`.
+
+    Args:
+        bundle: anything with `model`, `preprocess` and `tokenizer`.
+        captions: 'first' uses one caption per image, 'all' uses every one. Name it beside the figures: they
+            are not comparable with each other.
+        limit: evaluate a fixed random subset of that many images; figures rise as the set shrinks.
+
+    Returns:
+        The figures of `retrieval_metrics`, and 'chance' {name: percent}, 'captions', 'num_images',
+        'num_texts', 'duplicate_texts' (texts whose wording another one has too: they tie, and ties count
+        against the model), 'skipped' {reason: count}.
+
+    Raises:
+        UserError: fewer than two readable images with captions.
+
+    With several ranks, call it on all of them; every rank returns the same.
+    """
+    if captions not in ("first", "all"):
+        raise UserError(f"captions must be 'first' or 'all', not '{captions}'")
+    picked = pick_indices(len(source), limit)
+    texts_of, skipped = _captioned(source, picked, captions)
+    loading = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
+    embeddings = embed_images(bundle.model, source, bundle.preprocess, indices=list(texts_of), device=device, **loading)
+    num_images = len(embeddings.index)
+    if num_images < 2:
+        raise UserError(f"{source.name}: retrieval needs at least 2 readable images with captions")
+    pairs = [(text, row) for row, i in enumerate(embeddings.index.tolist()) for text in texts_of[i]]
+    texts = [text for text, _ in pairs]
+    text_image = torch.tensor([row for _, row in pairs])
+    text_features = embed_texts(bundle.model, bundle.tokenizer, texts, device=device)
+    return {
+        **retrieval_metrics(embeddings.features, text_features, text_image),
+        "chance": chance_recall(text_image, num_images),
+        "captions": captions,
+        "num_images": num_images,
+        "num_texts": len(texts),
+        "duplicate_texts": len(texts) - len(set(texts)),
+        "skipped": dict(skipped + embeddings.skipped),
+    }
+
+
+def _captioned(
+    source, picked: np.ndarray, captions: Literal["first", "all"]
+) -> tuple[dict[int, tuple[str, ...]], Counter[str]]:
+    """The captions of each of the `picked` images that has any, and why the others are left out."""
+    texts_of, skipped = {}, Counter()
+    for index in picked.tolist():
+        try:
+            texts = tuple(text for text in source.captions(index) if text.strip())
+        except BadSample as fault:
+            skipped[fault.reason] += 1
+            continue
+        if texts:
+            texts_of[index] = texts if captions == "all" else texts[:1]
+        else:
+            skipped["missing_caption"] += 1
+    if not texts_of:
+        raise UserError(f"{source.name} has no captions; retrieval needs images with captions")
+    return texts_of, skipped
+
+
+def _ranks_of_texts(
+    image_features: torch.Tensor, text_features: torch.Tensor, text_image: torch.Tensor
+) -> torch.Tensor:
+    """(N,): how many texts of other images are at least as near as the nearest own one."""
+    rows = max(1, BLOCK_ELEMENTS // len(text_features))
+    ranks = []
+    for start in range(0, len(image_features), rows):
+        scores = image_features[start : start + rows] @ text_features.T
+        own = text_image[None, :] == torch.arange(start, start + len(scores))[:, None]
+        best = scores.masked_fill(~own, -float("inf")).amax(dim=1, keepdim=True)
+        # Not strictly below, so that ties and NaNs count as ahead.
+        ranks.append((~(scores < best) & ~own).sum(dim=1))
+    return torch.cat(ranks)
+
+
+def _ranks_of_images(
+    image_features: torch.Tensor, text_features: torch.Tensor, text_image: torch.Tensor
+) -> torch.Tensor:
+    """(M,): how many other images are at least as near as the text's own one."""
+    rows = max(1, BLOCK_ELEMENTS // len(image_features))
+    ranks = []
+    for start in range(0, len(text_features), rows):
+        scores = text_features[start : start + rows] @ image_features.T
+        own = scores.gather(1, text_image[start : start + rows, None])
+        ranks.append((~(scores < own)).sum(dim=1) - 1)
+    return torch.cat(ranks)

@@ -1,0 +1,34 @@
+"""Start the real scripts, as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ACCELERATE = ("-m", "accelerate.commands.accelerate_cli", "launch")
+
+
+def environment() -> dict[str, str]:
+    """The caller's environment without what a launcher of its own may have set, one thread a process."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_") and k != "MASTER_PORT"}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(*args: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    start = [sys.executable, *launcher] if launcher else [sys.executable]
+    return [*start, str(ROOT / "scripts" / "pretrain.py"), *map(str, args)]
+
+
+def pretrain(*args, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(*args, launcher=launcher), capture_output=True, text=True, env=environment(), timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def rows(run_folder: Path, kind: str = "train") -> list[dict]:
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]

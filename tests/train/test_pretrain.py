@@ -1,0 +1,107 @@
+"""The real command, end to end: it trains, scores, survives a kill, and gives the same on two ranks."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import yaml
+from launching import ACCELERATE, command, environment, pretrain, rows
+from safetensors.torch import load_file
+
+import contrastive
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_trains_and_leaves_a_run_folder(loss, tiny, tmp_path):
+    run = tmp_path / "run"
+    done = pretrain("--config", tiny, "--loss", loss, "--run_folder", run, launcher=ACCELERATE)
+    assert f"model: {run}/final" in done.stderr
+    losses = [row["loss"] for row in rows(run)]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert [row["step"] for row in rows(run, "eval")] == [4, 8]
+    assert 0 <= rows(run, "eval")[-1]["zero_shot/digits:test/acc1"] <= 100
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert written["loss"]["name"] == loss and written["loss"]["duplicates"] == "positive"  # class prompts
+    assert written["model"]["text"]["vocab_size"] < 300
+    bundle = contrastive.load(run)
+    assert bundle.tokenizer(["a photo of a seven"]).shape == (1, 8)
+    assert bundle.model.encode_text(bundle.tokenizer(["seven"])).shape == (1, 16)
+    assert (bundle.model.logit_bias is None) == (loss == "softmax")
+
+
+def test_two_processes_give_the_losses_of_one(tiny, tmp_path):
+    """With the issue's own command, which accelerate alone would run as a single process."""
+    common = ("--config", tiny, "--model.image.dropout", "0", "--train.log_every", "1")
+    pretrain(*common, "--run_folder", tmp_path / "one")
+    port = str(random.randint(20_000, 30_000))
+    done = pretrain(
+        *common,
+        "--run_folder",
+        tmp_path / "two",
+        launcher=(*ACCELERATE, "--num_processes", "2", "--cpu", "--main_process_port", port),
+    )
+    assert "2 x cpu" in done.stderr
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == len(two) == 8
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    for a, b in zip(rows(tmp_path / "one", "eval"), rows(tmp_path / "two", "eval"), strict=True):
+        assert a == pytest.approx(b, abs=2.6)  # one image of 40 may sit on the boundary
+
+
+def test_killed_and_resumed_equals_undisturbed(tiny, tmp_path):
+    """SIGKILL of the process group at a random step: same losses, same weights, bit for bit. With dropout."""
+    common = ("--config", tiny, "--train.steps", "14", "--train.ema_decay", "0.9", "--evaluation.every", "14")
+    pretrain(*common, "--run_folder", tmp_path / "whole")
+    run = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(*common, "--run_folder", run, launcher=ACCELERATE),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    at_step = random.randint(3, 11)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) < at_step:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it was killed"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "final").exists()
+    done = pretrain("--run_folder", run, "--resume")
+    assert "resuming" in done.stderr
+    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(tmp_path / "whole")], at_step
+    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (run, tmp_path / "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs), at_step
+
+
+def test_sigterm_saves_and_resumes_exactly(tiny, tmp_path):
+    common = ("--config", tiny, "--train.steps", "12", "--checkpoint.every", "100", "--optimizer", "muon")
+    pretrain(*common, "--run_folder", tmp_path / "whole")
+    run = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(*common, "--run_folder", run), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.terminate()
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130 and "saved; continue with --resume" in message
+    pretrain("--run_folder", run, "--resume")
+    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(tmp_path / "whole")]
+
+
+def test_accumulation_keeps_the_negatives(tiny, tmp_path):
+    common = ("--config", tiny, "--model.image.dropout", "0")
+    pretrain(*common, "--run_folder", tmp_path / "whole")
+    pretrain(*common, "--run_folder", tmp_path / "parts", "--train.accumulate", "4")
+    for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "parts"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
