@@ -21,7 +21,7 @@ class DataConfig:
     prompts: str = "auto"
     """Prompt templates for labelled data: a set's name, a file with one template a line, or auto."""
     tokenizer: str = "auto"
-    """bpe (trained on the captions), clip, or a tokenizer folder. auto: clip if the model has its vocabulary, else bpe."""
+    """bpe trained on the captions, clip, or a tokenizer folder; auto: clip for models with its vocabulary, else bpe."""
     vocab_size: int = 8192
     """Largest vocabulary of a bpe trained on the run's captions."""
     resize: Literal["squash", "crop"] = "squash"

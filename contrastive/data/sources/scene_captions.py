@@ -60,6 +60,7 @@ def _word_single(scene: Scene, draws: Draws) -> list[str]:
         _framed(sized + place + ground, draws),
         _framed(draws.choice(partly), draws),
         draws.choice((_framed(plain, draws), *reworded)),
+        _framed(draws.choice((f"something {thing.colour}", _article(thing.shape))), draws),
         draws.choice((thing.name, plain, plain)),
     ]
 

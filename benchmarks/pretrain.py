@@ -1,0 +1,45 @@
+"""Time a pretraining run as a whole, score it, and append a row.
+
+    python benchmarks/pretrain.py quickstart --loss sigmoid --run_folder runs/bench-sigmoid
+
+The first word names results/NAME.jsonl; the rest are flags of scripts/pretrain.py.
+"""
+
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rows import append
+
+from contrastive.config import take_option
+from contrastive.log import read_metrics
+
+SCRIPT = "scripts/pretrain.py"
+
+
+def main(name: str, flags: list[str]) -> None:
+    _, run_folder = take_option(flags, "run_folder")
+    command = ["accelerate", "launch", SCRIPT, *flags]
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]], check=True)
+    seconds = time.perf_counter() - started
+    metrics = read_metrics(Path(run_folder) / "metrics.jsonl")
+    training = [row for row in metrics if row["kind"] == "train"]
+    last = [row for row in metrics if row["kind"] == "eval"][-1]
+    row = {
+        "what": "pretraining as a whole process: start, training, evaluations, final model, report",
+        "wall_seconds": round(seconds, 1),
+        "steps": training[-1]["step"],
+        "samples_per_second_median": round(statistics.median(r["samples_per_second"] for r in training), 1),
+        "data_wait_median": round(statistics.median(r["data_wait"] for r in training), 4),
+        "final_loss": training[-1]["loss"],
+        **{key: round(value, 2) for key, value in last.items() if "/" in key},
+    }
+    print(append(name, row, shlex.join(command)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

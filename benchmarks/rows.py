@@ -1,0 +1,46 @@
+"""Rows of benchmarks/results/*.jsonl: what was measured, on what, with which versions, when."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "torchvision", "accelerate", "numpy")
+
+
+def append(name: str, row: dict, command: str) -> dict:
+    """Append `row` to results/NAME.jsonl with device, versions, commit, date and the command; return all of it."""
+    full = {**row, "command": command, **_surroundings()}
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(full) + "\n")
+    return full
+
+
+def _surroundings() -> dict:
+    commit = _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    return f"{os.cpu_count()} cores of {model}"
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=RESULTS.parent)
+    return done.stdout.strip()
