@@ -3,6 +3,8 @@ PYTHON ?= python3
 LOSS ?= sigmoid
 RUN ?= runs/quickstart-$(LOSS)
 BIN := .venv/bin
+# What accelerate would assume anyway; saying so spares a warning.
+ONE_PROCESS := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: help setup lint test quickstart clean
 
@@ -27,7 +29,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 quickstart: setup
-	$(BIN)/accelerate launch scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN)
+	$(BIN)/accelerate launch $(ONE_PROCESS) scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN)
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:test
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:heldout
 

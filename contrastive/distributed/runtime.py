@@ -39,8 +39,7 @@ class Runtime:
                 mixed_precision="bf16" if wants_bf16 else "no",
                 log_with=list(trackers) or None,
                 project_dir=folder,
-                # Buffers are constants of the architecture, the same on every rank.
-                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
             )
         except (ValueError, ImportError) as error:
             raise UserError(f"cannot start with trackers {', '.join(trackers)}: {error}") from None

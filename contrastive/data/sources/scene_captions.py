@@ -43,10 +43,12 @@ def word_scene(scene: Scene, draws: Draws) -> tuple[str, ...]:
 
 
 def _word_single(scene: Scene, draws: Draws) -> list[str]:
-    """Half of the wordings name colour and shape alone: what is drawn is the last thing a model learns to see.
+    """Two telling wordings, then two bare ones that name colour and shape alone.
 
-    Place, size and ground are easier, and with captions that always tell them a batch can be told apart
-    without looking at shapes.
+    The bare ones are what teaches shapes: place, size, ground and colour are easier to see, and where every
+    caption tells them a batch can be told apart without looking at shapes. They come in few wordings, so that
+    the same thing twice in a batch often has the same caption, which `loss.duplicates` can see. None names a
+    shape without its colour: "a star" is never a red one in training, and a model would learn just that.
     """
     thing = scene.things[0]
     sized = _sized(thing, draws)
@@ -55,13 +57,11 @@ def _word_single(scene: Scene, draws: Draws) -> list[str]:
     partly = [plain + place, sized, plain + ground]
     if place:
         partly.append(f"{place.strip()}, {plain}")
-    reworded = (f"a {thing.shape} that is {thing.colour}", f"a {thing.shape} in {thing.colour}")
     return [
         _framed(sized + place + ground, draws),
         _framed(draws.choice(partly), draws),
-        draws.choice((_framed(plain, draws), *reworded)),
-        _framed(draws.choice((f"something {thing.colour}", _article(thing.shape))), draws),
-        draws.choice((thing.name, plain, plain)),
+        draws.choice((thing.name, f"a {thing.shape} that is {thing.colour}", f"a {thing.shape} in {thing.colour}")),
+        plain,
     ]
 
 

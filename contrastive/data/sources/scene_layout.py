@@ -12,7 +12,7 @@ import numpy as np
 
 T = TypeVar("T")
 
-COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "cyan")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
 BACKDROPS = ("plain", "gradient", "noise", "stripes", "checks")
 
@@ -133,7 +133,9 @@ def draw_any(draws: Draws, pairs: Sequence[tuple[str, str]]) -> Scene:
 
 
 def _draw_backdrop(draws: Draws) -> Backdrop:
-    grey = draws.between(100, 150)
+    # Dark, so that every colour is brighter than its ground: edges then look alike in all colours, and what a
+    # model learns of a shape in one colour serves it in another.
+    grey = draws.between(22, 58)
     return Backdrop(
         kind=draws.choice(BACKDROPS),
         tone=(
@@ -141,7 +143,7 @@ def _draw_backdrop(draws: Draws) -> Backdrop:
             grey + draws.between(-10, 10),
             grey + draws.between(-10, 10),
         ),
-        contrast=draws.between(13, 22),
+        contrast=draws.between(10, 18),
         angle=draws.between(0, 180),
         period=draws.between(0.14, 0.3),
         shift_x=draws.unit(),

@@ -8,7 +8,7 @@ import numpy as np
 
 from contrastive.data.sources.scene_layout import Backdrop, Scene, Thing
 
-# Far apart from one another and from the grounds, which are all near mid-grey.
+# Far apart from one another and from the grounds, which are all dark.
 RGB = {
     "red": (214, 26, 34),
     "green": (24, 158, 52),
@@ -17,7 +17,7 @@ RGB = {
     "purple": (142, 36, 178),
     "orange": (250, 132, 14),
     "white": (244, 244, 244),
-    "black": (12, 12, 12),
+    "cyan": (20, 205, 220),
 }
 
 _SPECKLES = 128  # a side of the cached noise, from which each scene takes its own window
@@ -43,7 +43,7 @@ def _draw_backdrop(backdrop: Backdrop, image_size: int) -> np.ndarray:
 
 
 def _gradient(backdrop: Backdrop, image_size: int) -> np.ndarray:
-    # Steep enough to be seen, yet no corner so dark or so light that black or white would fade into it.
+    # Steep enough to be seen, yet no corner so light that a colour would fade into it.
     return _along(backdrop.angle, image_size) * np.float32(2.2)
 
 
