@@ -10,6 +10,7 @@ ONE_PROCESS := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_
 
 help:
 	@echo "make quickstart [LOSS=softmax]  train on rendered scenes, then score zero-shot (minutes, on a CPU)"
+	@echo "make quickstart ARGS=--resume  continue one that was interrupted"
 	@echo "make test                       all tests"
 	@echo "make lint                       ruff"
 	@echo "make setup                      .venv with everything installed"
@@ -29,7 +30,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 quickstart: setup
-	$(BIN)/accelerate launch $(ONE_PROCESS) scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN)
+	$(BIN)/accelerate launch $(ONE_PROCESS) scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN) $(ARGS)
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:test
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:heldout
 

@@ -55,8 +55,18 @@ class _Layer:
     values: dict[str, Any]
 
 
-def parse(cls: type[T], args: list[str], files: list[Path], *, prog: str, description: str) -> T:
+def parse(
+    cls: type[T],
+    args: list[str],
+    files: list[Path],
+    *,
+    prog: str,
+    description: str,
+    either: tuple[tuple[str, str], ...] = (),
+) -> T:
     """Fill the dataclass `cls`: defaults, then each of `files` in turn, then the flags `args`.
+
+    Of two options in `either`, the one given last is kept: a flag for one outdoes the other in a file.
 
     A section chosen by name (`loss`, `optimizer`, `model`) takes the flag's choice, else the last file's. What
     a file says about a component that was not chosen is left aside. `--help` prints and exits with status 0.
@@ -70,6 +80,8 @@ def parse(cls: type[T], args: list[str], files: list[Path], *, prog: str, descri
     )
     for name, choice in _choices(cls).items():
         _settle(name, choice, layers, named)
+    for pair in either:
+        _keep_one(pair, layers, args)
     chosen = _with_choices(cls, named)
     known = _flat_types(chosen)
     flags = [
@@ -82,6 +94,20 @@ def parse(cls: type[T], args: list[str], files: list[Path], *, prog: str, descri
         if arg.startswith("--"):
             _check_known(arg, known)
     return _run_tyro(chosen, flags + args, prog, _describe(description, cls))
+
+
+def _keep_one(pair: tuple[str, str], layers: list[_Layer], args: list[str]) -> None:
+    """Drop from each layer what a later one, or a flag, replaces by its alternative."""
+    given = {arg.removeprefix("--").partition("=")[0] for arg in args}
+    if set(pair) <= given:
+        raise UserError(f"give --{pair[0]} or --{pair[1]}, not both")
+    for layer in reversed(layers):
+        present = [name for name in pair if layer.values.get(name) is not None]
+        if len(present) == 2:
+            raise UserError(f"{layer.path}: give {pair[0]} or {pair[1]}, not both")
+        if given & set(pair):
+            layer.values = {name: value for name, value in layer.values.items() if name not in pair}
+        given.update(present)
 
 
 def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
@@ -131,21 +157,23 @@ def _read(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path}: expected `key: value` lines, got {type(content).__name__}")
-    return dict(_flatten(content or {}))
+    return flatten(content or {})
 
 
-def _flatten(content: dict, prefix: str = ""):
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys: {'train': {'steps': 3}} to {'train.steps': 3}."""
+    flat: dict[str, Any] = {}
     for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _choices(cls: type) -> dict[str, Choice]:
@@ -174,6 +202,8 @@ def _settle(name: str, choice: Choice, layers: list[_Layer], named: dict[str, st
     for layer in layers:
         whole = layer.values.pop(name, None)  # `loss: sigmoid`
         in_files.append(layer.values.pop(f"{name}.name", whole))
+        if in_files[-1] is not None and not isinstance(in_files[-1], str):
+            raise UserError(f"{layer.path}: {name} is {in_files[-1]!r}, expected one of {', '.join(choice.names)}")
     from_file = next((found for found in reversed(in_files) if found), None)
     if name not in named and from_file is None:
         return

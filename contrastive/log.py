@@ -3,9 +3,11 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from torch import distributed
 
 from contrastive.errors import UserError
 
@@ -29,16 +31,18 @@ def warn(message: str) -> None:
         console.print(f"[yellow]warning:[/yellow] {_escaped(message)}")
 
 
-def run_script(prog: str, main) -> None:
-    """Run a script's `main(args)`; a UserError becomes one line on stderr and exit status 2.
+def run_script(prog: str, main: Callable[[list[str]], None]) -> None:
+    """Run a script's `main(args)`; what the user or the machine did wrong becomes one line and exit status 2.
 
-    Under several processes every rank fails alike; only the first one speaks.
+    Before the processes have met, all fail alike and only the first one speaks; after that each may fail alone.
     """
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        if is_main_process():
-            print(f"{prog}: error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        met = distributed.is_available() and distributed.is_initialized()
+        if is_main_process() or met:
+            where = f" [rank {os.environ['RANK']}]" if met else ""
+            print(f"{prog}: error:{where} {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -59,10 +63,15 @@ class MetricsLog:
 
     def __init__(self, path: Path, keep_until: int):
         rows = [row for row in read_metrics(path) if row["step"] <= keep_until] if path.exists() else []
+        self._known = {(row["kind"], row["step"]) for row in rows}
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(temporary, path)
         self._file = path.open("a")
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether a row of this kind and step was there when the log was opened."""
+        return (kind, step) in self._known
 
     def write(self, row: dict) -> None:
         self._file.write(json.dumps(row) + "\n")

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from contrastive.config import parse, take_option
-from contrastive.distributed.runtime import start_all_processes
+from contrastive.distributed.runtime import prepare_process
 from contrastive.log import run_script
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
 
 def main(args: list[str]) -> None:
+    prepare_process()
     from contrastive.train import PretrainConfig, pretrain
     from contrastive.train.settings import default_run
 
@@ -25,18 +26,15 @@ def main(args: list[str]) -> None:
         "pretrain.py",
         f"Pretrain a dual encoder. --config FILE.yaml (default {QUICKSTART.name})",
     )
-    config = parse(PretrainConfig, args, [config_file], prog=prog, description=description)
+    options = {"prog": prog, "description": description, "either": (("train.steps", "train.epochs"),)}
+    config = parse(PretrainConfig, args, [config_file], **options)
     config = replace(config, run_folder=config.run_folder or default_run(config_file, config.loss_name))
     saved = Path(config.run_folder) / "config.yaml"
-    if config.resume and saved.exists():
-        files = [saved, Path(chosen)] if chosen else [saved]
-        config = replace(
-            parse(PretrainConfig, args, files, prog=prog, description=description), run_folder=config.run_folder
-        )
+    if config.resume and saved.exists():  # the run's own options, with what the flags say now
+        config = replace(parse(PretrainConfig, args, [saved], **options), run_folder=config.run_folder)
     if not pretrain(config):
         sys.exit(130)  # stopped on request, after saving
 
 
 if __name__ == "__main__":
-    start_all_processes()
     run_script("pretrain.py", main)

@@ -162,6 +162,7 @@ def test_bad_flags_are_one_line(args, message):
         ("income: lots", "income is 'lots', expected float"),
         ("range: [1]", "range is .1., expected tuple"),
         ("pet: {indoor: 1}", "pet.indoor is 1, expected bool"),
+        ("pet: 5", "pet is 5, expected one of cat, dog"),
         ("- a list", "expected `key: value` lines"),
         ("a: [", "a.yaml, line 1: not valid YAML"),
     ],
@@ -183,6 +184,28 @@ def test_help_exits_with_success(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "--pet {cat,dog}" in shown and "--other.height" in shown and "In metres." in shown
+
+
+def test_either_of_two_options(file):
+    @dataclass(frozen=True)
+    class Options:
+        steps: int | None = None
+        """Steps."""
+        epochs: float | None = None
+        """Epochs."""
+
+    def both(args, files=()):
+        config = parse(Options, args, list(files), prog="t", description="", either=(("steps", "epochs"),))
+        return config.steps, config.epochs
+
+    by_epochs, by_steps = file("epochs: 2.0"), file("steps: 7", "b.yaml")
+    assert both(["--steps", "3"], [by_epochs]) == (3, None)
+    assert both(["--epochs", "1"], [by_epochs]) == (None, 1.0)
+    assert both([], [by_epochs, by_steps]) == (7, None)
+    with pytest.raises(UserError, match="not both"):
+        both(["--steps", "3", "--epochs", "1"])
+    with pytest.raises(UserError, match="c.yaml: give steps or epochs, not both"):
+        both([], [file("steps: 1\nepochs: 2.0", "c.yaml")])
 
 
 def test_take_option():

@@ -1,6 +1,5 @@
 """Batches for training and evaluation: plain torch DataLoaders, told exactly which samples to fetch."""
 
-import ctypes
 import functools
 import multiprocessing
 import os
@@ -17,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from contrastive.data.pairs import PairDataset
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import BadSample, Source
+from contrastive.distributed.process import end_with_parent
 from contrastive.errors import UserError
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class _Loader(DataLoader):
@@ -160,7 +158,7 @@ def _start_worker(worker: int) -> None:
         return
     # torch's own check for a dead parent may take five seconds, and never ends a worker that is stuck.
     # Linux counts the thread that started us as the parent: it has to outlive the iteration.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     if os.getppid() != multiprocessing.parent_process().pid:  # it died before the line above
         os._exit(1)
     # Ctrl-C, and launchers that signal a whole process group, are for the trainer: it saves, then ends us.

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
+from contrastive.distributed.process import end_with_parent
 from contrastive.errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -26,23 +29,31 @@ class Runtime:
         folder: where trackers that write files put them.
 
     Raises:
-        UserError: bf16 asked of a device without it, or a tracker that is not installed.
+        UserError: bf16 asked of a device without it, a tracker that is not installed, or a launch with FSDP,
+            DeepSpeed or fp16.
     """
 
     def __init__(self, precision: Precision = "auto", trackers: tuple[str, ...] = (), folder: Path | None = None):
-        has_bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+        on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
+        has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not has_bf16:
             raise UserError("train.precision 'bf16': this GPU has no bf16; use --train.precision fp32")
-        wants_bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available() and has_bf16)
-        try:
-            self._accelerator = Accelerator(
-                mixed_precision="bf16" if wants_bf16 else "no",
-                log_with=list(trackers) or None,
-                project_dir=folder,
-                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-            )
-        except (ValueError, ImportError) as error:
-            raise UserError(f"cannot start with trackers {', '.join(trackers)}: {error}") from None
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if asked not in ("no", "bf16"):
+            raise UserError(f"accelerate launch --mixed_precision {asked} is not supported; use bf16 or no")
+        wants_bf16 = precision == "bf16" or (precision == "auto" and has_bf16 and (on_gpu or asked == "bf16"))
+        absent = set(trackers) - {str(tracker) for tracker in get_available_trackers()}
+        if absent:
+            raise UserError(f"tracker {', '.join(sorted(absent))} is unknown or not installed: pip install it first")
+        self._accelerator = Accelerator(
+            mixed_precision="bf16" if wants_bf16 else "no",
+            log_with=list(trackers) or None,
+            project_dir=folder,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        kind = self._accelerator.distributed_type
+        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise UserError(f"{kind.value} of the accelerate configuration is not supported; use plain data parallel")
         self.precision = "bf16" if wants_bf16 else "fp32"
 
     @property
@@ -65,10 +76,6 @@ class Runtime:
         """Move the model to the device; under several ranks, wrap it so that backward averages gradients."""
         return self._accelerator.prepare_model(model)
 
-    def autocast(self):
-        """A context in which the towers run in the run's precision."""
-        return self._accelerator.autocast()
-
     def without_gradient_sync(self, model: nn.Module):
         """A context whose backward passes keep gradients local: all but the last micro-batch."""
         return self._accelerator.no_sync(model) if self.world_size > 1 else nullcontext()
@@ -77,7 +84,7 @@ class Runtime:
         self._accelerator.wait_for_everyone()
 
     def start_trackers(self, name: str, config: dict) -> None:
-        """Open the trackers' run `name` and record the flat `config`."""
+        """Open the trackers' run `name` and record `config`, dotted names to numbers and text."""
         if self._accelerator.log_with:
             plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
             self._accelerator.init_trackers(name, config=plain)
@@ -92,15 +99,35 @@ class Runtime:
         self._accelerator.end_training()
 
 
-def start_all_processes() -> None:
+def prepare_process() -> None:
+    """Mend how `accelerate launch` starts and leaves processes. Call it first thing in a script."""
+    _start_all_processes()
+    _use_all_cores()
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        # A launcher that is killed leaves its processes training; this lets them save and end.
+        end_with_parent(signal.SIGTERM)
+
+
+def _use_all_cores() -> None:
+    """Without --cpu accelerate 1.15 gives its one process a single thread, even where there is no GPU.
+
+    A number of threads that the user chose, in the launcher's own environment or by flag, is left alone.
+    """
+    if torch.cuda.is_available() or os.environ.get("OMP_NUM_THREADS") != "1" or "RANK" in os.environ:
+        return
+    import psutil
+
+    launcher = psutil.Process().parent()
+    chosen = "OMP_NUM_THREADS" in launcher.environ() or any("threads" in word for word in launcher.cmdline())
+    if "launch" in launcher.cmdline() and not chosen:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def _start_all_processes() -> None:
     """Become as many processes as `accelerate launch --cpu --num_processes N` was asked for.
 
     Without MPI accelerate 1.15 starts only one of them, and says nothing. It shows: an address to meet at is
     set, but no rank. torchrun then replaces this process, with N read from accelerate's own command line.
-    Call it first thing in a script. In every other case it returns at once.
-
-    Raises:
-        UserError: N cannot be found out.
     """
     ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
@@ -110,9 +137,11 @@ def start_all_processes() -> None:
     from accelerate.commands.launch import launch_command_parser
 
     launcher = psutil.Process().parent().cmdline()
-    if "launch" not in launcher:
+    options = (
+        launch_command_parser().parse_args(launcher[launcher.index("launch") + 1 :]) if "launch" in launcher else None
+    )
+    if options is None or options.num_processes is None or (options.num_machines or 1) > 1:
         raise UserError("cannot tell how many processes to start; use torchrun --nproc_per_node N instead")
-    options = launch_command_parser().parse_args(launcher[launcher.index("launch") + 1 :])
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(options.num_processes)]
     torchrun += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
     os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])

@@ -24,10 +24,10 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        sums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
+        everything = sorted(temporary.rglob("*"))
+        sums = {str(path.relative_to(temporary)): _sha256(path) for path in everything if path.is_file()}
         (temporary / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1))
-        for path in [*files, temporary / MANIFEST, temporary]:
+        for path in [*everything, temporary / MANIFEST, temporary]:
             _sync(path)
         if folder.exists():
             shutil.rmtree(folder)
@@ -49,8 +49,11 @@ def problem(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != expected:
-            return f"{name} is damaged"
+        try:
+            if _sha256(path) != expected:
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 

@@ -8,7 +8,7 @@ tokenizer/          as data.tokenizer saves it
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -77,8 +77,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     if description.get("format") != FORMAT:
         raise UserError(f"{folder / 'config.json'} is not of a contrastive model (no format '{FORMAT}')")
     config = from_dict(ModelConfig, description["model"], str(folder / "config.json"))
-    # The initial bias only says whether there is one; the weights hold the values.
-    model = DualEncoder(replace(config))
+    model = DualEncoder(config)
     weights = folder / "ema.safetensors"
     if not weights.exists():
         weights = folder / "model.safetensors"

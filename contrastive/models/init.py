@@ -18,7 +18,10 @@ def initialise(model: nn.Module, style: Literal["clip", "siglip"]) -> None:
 
 
 def _init_clip(tower: ImageTower | TextTower) -> None:
-    """OpenAI CLIP `initialize_parameters`: residual branches shrink with depth, all else with width."""
+    """OpenAI CLIP's `initialize_parameters`: residual branches shrink with depth, all else with width.
+
+    OpenAI draws only the text tower so; both towers follow it here, as in transformers' CLIPModel.
+    """
     width, depth = tower.config.width, tower.config.depth
     residual_std = width**-0.5 * (2 * depth) ** -0.5
     for module in tower.modules():

@@ -3,7 +3,7 @@
     model.safetensors, config.json, tokenizer/   a model folder, as interop.native writes it
     ema.safetensors                              averaged weights, where the run keeps them
     optimizer.safetensors                        NUMBER/PARAMETER/STATE for each optimizer in turn
-    state.json                                   the data cursor
+    state.json                                   the data cursor, step included
     manifest.json                                sha256 of every file
 
 Learning rate, data order and random numbers are functions of the step, so they are not stored.
@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -55,13 +56,15 @@ def save_checkpoint(
 
     try:
         write_folder(folder, fill)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot save {folder}: {error.strerror or error}; earlier checkpoints are intact, "
+            f"cannot save {folder}: {getattr(error, 'strerror', None) or error}; earlier checkpoints are intact, "
             "make room and continue with --resume"
         ) from error
-    for old in sorted(checkpoints.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    # Newer ones than this are damaged: the run was resumed from before them. They count for nothing here.
+    until_now = [path for path in sorted(checkpoints.glob("step-*")) if path.name <= folder.name]
+    for old in until_now[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -101,8 +104,12 @@ def load_checkpoint(
         for name, tensor in ema.average.items():
             tensor.copy_(saved[name])
     tensors = load_file(folder / "optimizer.safetensors")
+    names = _names(model)
+    own = {f"{n}/{names[p]}" for n, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
+    if tensors and {key.rpartition("/")[0] for key in tensors} != own:
+        raise UserError(f"{folder}: its optimizer state is of another optimizer or model; resume with the same")
     for number, optimizer in enumerate(optimizers):
-        _fill_optimizer(optimizer, _names(model), f"{number}/", tensors, folder)
+        _fill_optimizer(optimizer, names, f"{number}/", tensors)
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
@@ -119,14 +126,13 @@ def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, to
     }
 
 
-def _fill_optimizer(optimizer, names: dict, prefix: str, tensors: dict, folder: Path) -> None:
+def _fill_optimizer(optimizer, names: dict, prefix: str, tensors: dict) -> None:
     """Put the saved state of each parameter where `load_state_dict` expects it: by its number."""
-    state: dict[int, dict] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict] = {}
     for index, parameter in enumerate(parameters):
         own = f"{prefix}{names[parameter]}/"
-        state[index] = {key.removeprefix(own): t for key, t in tensors.items() if key.startswith(own)}
-    has_state = any(state.values())
-    if has_state != any(key.startswith(prefix) for key in tensors) or (has_state and not all(state.values())):
-        raise UserError(f"{folder}: the optimizer's state is of another optimizer or model; resume with the same")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state if has_state else {}})
+        saved = {key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)}
+        if saved:  # at step 0 there is none
+            state[index] = saved
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -39,14 +39,14 @@ def evaluate(subject: Evaluated, sources: list[Source], config: PretrainConfig, 
     figures = {}
     for source in sources:
         score, kind = (retrieval, "retrieval") if source.class_names is None else (zero_shot, "zero_shot")
-        with runtime.autocast():
-            result = score(
-                subject,
-                source,
-                device=runtime.device,
-                batch_size=config.evaluation.batch_size,
-                limit=config.evaluation.limit,
-            )
+        # In float32, as the weights are: what zero_shot.py will say of the final model.
+        result = score(
+            subject,
+            source,
+            device=runtime.device,
+            batch_size=config.evaluation.batch_size,
+            limit=config.evaluation.limit,
+        )
         figures |= {
             f"{kind}/{source.name}/{name}": value
             for name, value in result.items()

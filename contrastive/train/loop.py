@@ -61,6 +61,10 @@ class Trainer:
         timer = StepTimer(config.train.global_batch_size)
         advice = Advice(config.loss.chance_loss(config.train.global_batch_size), total)
         with StopRequest() as stop, ProgressBar(self.step, total) as bar:
+            if self.step == 0:
+                self._save()  # so that --resume works from the first step on
+            elif not gather_objects(metrics is not None and metrics.has("eval", self.step))[0]:
+                self._evaluate_if_due(metrics)  # a kill came between the save and the evaluation
             for batch in loader:
                 timer.data_arrived()
                 row, stopping = self._one_step(batch, stop)
@@ -70,15 +74,14 @@ class Trainer:
                     self._log("train", row, metrics)
                     bar.show(row)
                     advice.consider(row)
-                if self.step % config.evaluation.every == 0 or self.step == total:
-                    self._evaluate(metrics)
                 if self.step % config.checkpoint.every == 0 or self.step == total or stopping:
                     self._count_bad_samples(metrics)
                     self._save()
-                timer.pause_over()
                 if stopping and self.step < total:
                     say(f"stopped at step {self.step} and saved; continue with --resume")
                     return False
+                self._evaluate_if_due(metrics)
+                timer.pause_over()
         return True
 
     def _one_step(self, batch: dict, stop: StopRequest) -> tuple[dict, bool]:
@@ -138,7 +141,9 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def _evaluate(self, metrics: MetricsLog | None) -> None:
+    def _evaluate_if_due(self, metrics: MetricsLog | None) -> None:
+        if self.step % self.config.evaluation.every and self.step != self.config.train.steps:
+            return
         if self.ema is not None:
             self.ema.swap(self.subject.model)
         figures = evaluate(self.subject, self.held_out, self.config, self.runtime)

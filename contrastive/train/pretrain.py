@@ -1,6 +1,6 @@
 """From options to a trained model: set the parts up, train, write the final model and the report."""
 
-import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from contrastive.config import to_dict
+from contrastive.config import flatten, to_dict
 from contrastive.data.loader import train_loader
 from contrastive.data.order import Order, check_cursor
 from contrastive.data.pairs import PairDataset
@@ -17,7 +17,9 @@ from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.record import BadSample, Source
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from contrastive.distributed.collectives import gather_objects
 from contrastive.distributed.runtime import Runtime
+from contrastive.errors import UserError
 from contrastive.evaluate.examples import collect_examples
 from contrastive.evaluate.report import write_report
 from contrastive.interop.manifest import write_folder
@@ -32,7 +34,7 @@ from contrastive.train.run_folder import RunFolder
 from contrastive.train.settings import PretrainConfig, check, check_division, num_workers, resolve
 
 CLIP_VOCABULARY = 49_408
-TOKENIZER_CAPTIONS = 100_000  # enough to count words; more only takes longer
+TOKENIZER_SAMPLES = 50_000  # enough to count words; more only takes longer
 
 
 def pretrain(config: PretrainConfig) -> bool:
@@ -46,6 +48,8 @@ def pretrain(config: PretrainConfig) -> bool:
     """
     check(config)
     folder = RunFolder(Path(config.run_folder), config.resume)
+    if is_main_process():
+        folder.check()
     source = open_source(
         config.data.train,
         image_column=config.data.image_column,
@@ -53,33 +57,36 @@ def pretrain(config: PretrainConfig) -> bool:
         prompts=config.data.prompts,
     )
     held_out = open_held_out(config)
-    tokenizer = _tokenizer(config, source, folder)
+    checkpoint = find_checkpoint(folder.checkpoints) if config.resume else None
+    tokenizer = _tokenizer(config, source, checkpoint)
     config = resolve(config, source, tokenizer)
     runtime = Runtime(config.train.precision, config.trackers, folder.path)
-    check_division(config.train, runtime.world_size)
-    if runtime.is_main:
-        folder.lock()
-    runtime.barrier()
-    trainer = _trainer(config, runtime, folder, source, tokenizer, held_out)
-    if runtime.is_main:
-        folder.write_config(to_dict(replace(config, resume=False)))
-        if not folder.tokenizer.exists():
-            tokenizer.save(folder.tokenizer)
-        _show(trainer, source)
-    runtime.start_trackers(folder.path.name, {k: str(v) for k, v in to_dict(config).items()})
-    finished = _train(trainer, source)
-    if finished:
-        _finish(trainer, source)
-    runtime.close()
-    folder.unlock()
+    try:
+        check_division(config.train, runtime.world_size)
+        if runtime.is_main:
+            folder.lock()
+        seen = gather_objects(checkpoint and checkpoint.name)
+        if len(set(seen)) > 1:
+            raise UserError(f"ranks see different checkpoints in {folder.checkpoints}: {', '.join(map(str, seen))}")
+        trainer = _trainer(config, runtime, folder, source, tokenizer, held_out, checkpoint)
+        if runtime.is_main:
+            folder.write_config(to_dict(replace(config, resume=False)))
+            _show(trainer, source)
+        runtime.start_trackers(folder.path.name, flatten(to_dict(config)))
+        finished = _train(trainer, source)
+        if finished:
+            _finish(trainer, source)
+        runtime.close()
+    finally:
+        folder.unlock()
     return finished
 
 
-def _tokenizer(config: PretrainConfig, source: Source, folder: RunFolder) -> Tokenizer:
+def _tokenizer(config: PretrainConfig, source: Source, checkpoint: Path | None) -> Tokenizer:
     """The run's own tokenizer when it resumes; else the one asked for."""
     length = config.model.text.context_length
-    if config.resume:
-        return load_tokenizer(folder.tokenizer, length)
+    if checkpoint is not None:
+        return load_tokenizer(checkpoint / "tokenizer", length)
     name = config.data.tokenizer
     if name == "auto":
         name = "clip" if config.model.text.vocab_size == CLIP_VOCABULARY else "bpe"
@@ -89,13 +96,8 @@ def _tokenizer(config: PretrainConfig, source: Source, folder: RunFolder) -> Tok
 
 
 def _captions(source: Source) -> Iterable[str]:
-    """Captions spread evenly over the source."""
-    indices = range(0, len(source), max(1, len(source) // TOKENIZER_CAPTIONS))
-    return itertools.islice(_readable(source, indices), TOKENIZER_CAPTIONS)
-
-
-def _readable(source: Source, indices: Iterable[int]) -> Iterable[str]:
-    for index in indices:
+    """All captions of at most TOKENIZER_SAMPLES samples, spread evenly over the source."""
+    for index in range(0, len(source), math.ceil(len(source) / TOKENIZER_SAMPLES)):
         try:
             yield from source.captions(index)
         except BadSample:
@@ -109,6 +111,7 @@ def _trainer(
     source: Source,
     tokenizer: Tokenizer,
     held_out: list[Source],
+    checkpoint: Path | None,
 ) -> Trainer:
     """Build the model and optimizers, and bring them to where the run stands."""
     torch.manual_seed(config.train.seed)
@@ -118,8 +121,7 @@ def _trainer(
     ema = None if decay is None else ExponentialMovingAverage(model, decay)
     order = Order(len(source), config.train.global_batch_size, config.train.seed)
     step = 0
-    if config.resume:
-        checkpoint = find_checkpoint(folder.checkpoints)
+    if checkpoint is not None:
         cursor = read_cursor(checkpoint)
         step = cursor["step"]
         check_cursor(cursor, order.cursor(step, source.fingerprint))
@@ -161,7 +163,7 @@ def _train(trainer: Trainer, source: Source) -> bool:
         world_size=runtime.world_size,
         start_step=trainer.step,
         num_steps=max(0, config.train.steps - trainer.step),
-        num_workers=num_workers(config.data, runtime.device.type == "cuda", runtime.world_size),
+        num_workers=num_workers(config.data, runtime.device.type == "cuda"),
         timeout=config.data.timeout,
         pin_memory=runtime.device.type == "cuda",
     )

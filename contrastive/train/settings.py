@@ -19,10 +19,10 @@ from contrastive.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig
 class TrainConfig:
     """The loop."""
 
-    steps: int = 1000
-    """Optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps; give these or epochs."""
     epochs: float | None = None
-    """Passes over the data; overrides steps."""
+    """Passes over the data, instead of steps."""
     global_batch_size: int = 256
     """Pairs in one step over all ranks; each is a negative for all the others."""
     accumulate: int = 1
@@ -89,26 +89,48 @@ class PretrainConfig:
 
 def check(config: PretrainConfig) -> None:
     """Raise UserError for options that no data can make right."""
-    config.model.image.check()
-    train = config.train
-    positive = {
-        "train.steps": train.steps,
-        "train.global_batch_size": train.global_batch_size,
-        "train.accumulate": train.accumulate,
-        "train.log_every": train.log_every,
-        "train.epochs": train.epochs,
+    image, text, train = config.model.image, config.model.text, config.train
+    above_zero = {
+        **{
+            f"model.image.{n}": getattr(image, n) for n in ("image_size", "patch_size", "width", "num_heads", "mlp_dim")
+        },
+        **{f"model.text.{n}": getattr(text, n) for n in ("context_length", "width", "num_heads", "mlp_dim")},
+        **{
+            f"train.{n}": getattr(train, n) for n in ("steps", "epochs", "global_batch_size", "accumulate", "log_every")
+        },
+        "train.max_grad_norm": train.max_grad_norm,
+        "train.max_skipped": train.max_skipped,
+        "model.embed_dim": config.model.embed_dim,
+        "model.init_logit_scale": config.model.init_logit_scale,
+        "loss.init_scale": config.loss.initial_logits(2)[0],
+        "loss.max_logit_scale": config.loss.max_logit_scale,
+        "optimizer.lr": config.optimizer.lr,
         "evaluation.every": config.evaluation.every,
         "evaluation.batch_size": config.evaluation.batch_size,
+        "evaluation.limit": config.evaluation.limit,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
+        "data.timeout": config.data.timeout,
     }
-    for name, value in positive.items():
-        if value is not None and value <= 0:
+    for name, value in above_zero.items():
+        if value is not None and not value > 0:
             raise UserError(f"{name} is {value}; it must be above 0")
-    if train.ema_decay is not None and not 0 < train.ema_decay < 1:
-        raise UserError(f"train.ema_decay is {train.ema_decay}; it must be between 0 and 1")
+    shares = {
+        "model.image.dropout": image.dropout,
+        "model.image.patch_dropout": image.patch_dropout,
+        "model.text.dropout": text.dropout,
+        "train.ema_decay": train.ema_decay,
+    }
+    for name, value in shares.items():
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 0 and below 1")
+    if config.data.num_workers is not None and config.data.num_workers < 0:
+        raise UserError(f"data.num_workers is {config.data.num_workers}; it must be at least 0")
+    if train.steps is None and train.epochs is None:
+        raise UserError("how long to train is not said: give --train.steps or --train.epochs")
     if config.model.init_logit_bias is not None and config.loss.initial_logits(2)[1] is None:
         raise UserError("model.init_logit_bias is for losses with a bias (sigmoid); leave it out")
+    config.model.image.check()
 
 
 def check_division(train: TrainConfig, world_size: int) -> None:
@@ -132,9 +154,7 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
             f"train.global_batch_size {batch} is larger than '{source.name}' with its {len(source)} samples; "
             f"use at most {len(source)}"
         )
-    steps = config.train.steps
-    if config.train.epochs is not None:
-        steps = max(1, round(config.train.epochs * len(source) / batch))
+    steps = config.train.steps or max(1, round(config.train.epochs * len(source) / batch))
     scale, bias = config.loss.initial_logits(batch)
     model = replace(
         config.model,
@@ -173,11 +193,12 @@ def _fit_text(model: ModelConfig, tokenizer: Tokenizer):
     return replace(text, vocab_size=vocab_size, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
 
 
-def num_workers(config: DataConfig, on_gpu: bool, ranks: int) -> int:
-    """Loader processes per rank: as asked, or a fair share of the cores where a GPU leaves them free."""
+def num_workers(config: DataConfig, on_gpu: bool) -> int:
+    """Loader processes per rank: as asked, or a fair share of this machine's cores where a GPU leaves them free."""
     if config.num_workers is not None:
         return config.num_workers
-    return min(8, max(1, (os.cpu_count() or 1) // ranks)) if on_gpu else 0
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, max(1, len(os.sched_getaffinity(0)) // ranks)) if on_gpu else 0
 
 
 def default_run(config_file: Path, loss: str) -> str:

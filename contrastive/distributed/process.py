@@ -1,0 +1,16 @@
+"""The tie between a process and the one that started it."""
+
+import ctypes
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent ends (Linux; elsewhere nothing happens).
+
+    The parent is the thread that started this process: it has to live as long as the process should.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
