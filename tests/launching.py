@@ -21,10 +21,10 @@ def command(*args: str, launcher: tuple[str, ...] = ()) -> list[str]:
     return [*start, str(ROOT / "scripts" / "pretrain.py"), *map(str, args)]
 
 
-def pretrain(*args, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(*args, launcher=launcher), capture_output=True, text=True, env=environment(), timeout=300
-    )
+def pretrain(*args, launcher: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess:
+    """Run to the end; `variables` change the environment, an empty one is removed."""
+    env = {name: value for name, value in {**environment(), **variables}.items() if value}
+    done = subprocess.run(command(*args, launcher=launcher), capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -239,5 +239,6 @@ def _show(trainer: Trainer, source: Source) -> None:
     )
     train = config.train
     table.add_row("training", f"{train.steps:,} steps of {train.global_batch_size:,} pairs")
-    table.add_row("on", f"{runtime.world_size} x {runtime.device.type}, {runtime.precision}")
+    threads = f", {torch.get_num_threads()} threads each" if runtime.device.type == "cpu" else ""
+    table.add_row("on", f"{runtime.world_size} x {runtime.device.type}, {runtime.precision}{threads}")
     console.print(table)

@@ -94,19 +94,20 @@ class Advice:
         self._losses.append(row["loss"])
         if row["step"] >= self._patience and sum(self._losses) / len(self._losses) > 0.97 * self._chance_loss:
             self._once(
+                "no learning",
                 f"after {row['step']} steps the loss is still {row['loss']:.2f}, where a model that tells nothing "
                 f"apart sits ({self._chance_loss:.2f}): check that captions fit their images "
                 "(report.html shows pairs), try a lower optimizer.lr or a longer schedule.warmup_steps, and "
-                "--loss.duplicates positive if many captions are identical"
+                "--loss.duplicates positive if many captions are identical",
             )
         if row["step"] >= WINDOW and row["data_wait"] > STARVED:
             self._once(
+                "starving",
                 f"the device waits for data {row['data_wait']:.0%} of the time: raise --data.num_workers, or store "
-                "smaller images"
+                "smaller images",
             )
 
-    def _once(self, message: str) -> None:
-        kind = message.split()[0]
+    def _once(self, kind: str, message: str) -> None:
         if kind not in self._given:
             self._given.add(kind)
             warn(message)

@@ -34,6 +34,22 @@ def test_trains_and_leaves_a_run_folder(loss, tiny, tmp_path):
     assert (bundle.model.logit_bias is None) == (loss == "softmax")
 
 
+def test_accelerate_launch_uses_all_cores_unless_told_otherwise(tiny, tmp_path):
+    """accelerate 1.15 without --cpu sets OMP_NUM_THREADS=1 for its one process."""
+    common = ("--config", tiny, "--train.steps", "1", "--evaluation.limit", "10")
+    cores = len(os.sched_getaffinity(0))
+    free = pretrain(*common, "--run_folder", tmp_path / "free", launcher=ACCELERATE, OMP_NUM_THREADS="")
+    assert f"1 x cpu, fp32, {cores} threads each" in free.stderr
+    told = pretrain(*common, "--run_folder", tmp_path / "told", launcher=ACCELERATE, OMP_NUM_THREADS="1")
+    assert "1 x cpu, fp32, 1 threads each" in told.stderr
+
+
+def test_trackers_get_the_figures(tiny, tmp_path):
+    pretrain("--config", tiny, "--run_folder", tmp_path / "run", "--trackers", "tensorboard")
+    events = list((tmp_path / "run").rglob("events.out.tfevents*"))
+    assert any(b"train/loss" in path.read_bytes() for path in events)
+
+
 def test_two_processes_give_the_losses_of_one(tiny, tmp_path):
     """With the issue's own command, which accelerate alone would run as a single process."""
     common = ("--config", tiny, "--model.image.dropout", "0", "--train.log_every", "1")
