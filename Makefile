@@ -3,8 +3,8 @@ PYTHON ?= python3
 LOSS ?= sigmoid
 RUN ?= runs/quickstart-$(LOSS)
 BIN := .venv/bin
-# What accelerate would assume anyway; saying so spares a warning.
-ONE_PROCESS := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# What accelerate would assume anyway: saying so spares a warning, and --quiet its traceback after our error line.
+ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: help setup lint test quickstart clean
 

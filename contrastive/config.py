@@ -93,7 +93,7 @@ def parse(
     for arg in args:
         if arg.startswith("--"):
             _check_known(arg, known)
-    return _run_tyro(chosen, flags + args, prog, _describe(description, cls))
+    return _run_tyro(chosen, flags + args, known, prog, _describe(description, cls))
 
 
 def _keep_one(pair: tuple[str, str], layers: list[_Layer], args: list[str]) -> None:
@@ -253,8 +253,7 @@ def _as_flags(key: str, value: Any, known: dict[str, Any], path: Path) -> list[s
     if key not in known:
         raise UserError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
     if not _accepts(known[key], value):
-        wanted = getattr(known[key], "__name__", None) if isinstance(known[key], type) else str(known[key])
-        raise UserError(f"{path}: {key} is {value!r}, expected {(wanted or '').replace('typing.', '')}")
+        raise UserError(f"{path}: {key} is {value!r}, expected {_type_name(known[key])}")
     if known[key] is bool:
         section, _, option = key.rpartition(".")
         return [f"--{key}"] if value else ["--" + f"{section}.no_{option}".lstrip(".")]
@@ -282,13 +281,25 @@ def _accepts(annotation: Any, value: Any) -> bool:
     return type(value) is annotation
 
 
+def _type_name(annotation: Any) -> str:
+    """int, 'float or none', 'one of gelu, quick_gelu', 'float float': what to write, in words."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_type_name, inner))
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin is tuple:
+        return f"a list of {_type_name(inner[0])}" if inner[-1] is Ellipsis else f"{len(inner)} values"
+    return "none" if annotation is types.NoneType else annotation.__name__
+
+
 def _describe(description: str, cls: type) -> str:
     lines = [f"--{name} {{{','.join(c.names)}}}" for name, c in _choices(cls).items() if c.is_slot]
     lines += [f"--{name} NAME" for name, c in _choices(cls).items() if not c.is_slot]
     return "\n\n".join([description, "Chosen by name: " + "  ".join(lines)])
 
 
-def _run_tyro(cls: type[T], args: list[str], prog: str, description: str) -> T:
+def _run_tyro(cls: type[T], args: list[str], known: dict[str, Any], prog: str, description: str) -> T:
     import tyro
 
     errors = io.StringIO()
@@ -298,7 +309,11 @@ def _run_tyro(cls: type[T], args: list[str], prog: str, description: str) -> T:
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
-        raise UserError(_first_message(errors.getvalue())) from None
+        message = _first_message(errors.getvalue())
+    flag = re.match(r"Error parsing --(\S+): .*'(.*)'", message)
+    if flag and flag[1] in known:  # tyro's words are about its parser
+        message = f"--{flag[1]} is '{flag[2]}', expected {_type_name(known[flag[1]])}"
+    raise UserError(f"{message}. See --help")
 
 
 def _first_message(box: str) -> str:
@@ -309,4 +324,4 @@ def _first_message(box: str) -> str:
         if not text or set(text) == {"─"} or text.startswith("Got errors"):
             break
         lines.append(text)
-    return " ".join(lines).rstrip(" .") + ". See --help"
+    return " ".join(lines).rstrip(" .")

@@ -115,6 +115,27 @@ def test_sigterm_saves_and_resumes_exactly(tiny, tmp_path):
     assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(tmp_path / "whole")]
 
 
+@pytest.mark.parametrize(
+    ("change", "field"), [(("--train.seed", "5"), "seed"), (("--train.global_batch_size", "32"), "global_batch_size")]
+)
+def test_resume_refuses_other_data_order(change, field, tiny, tmp_path):
+    run = tmp_path / "run"
+    pretrain("--config", tiny, "--run_folder", run, "--train.steps", "2")
+    before = (run / "metrics.jsonl").read_bytes()
+    again = command("--run_folder", run, "--resume", "--train.steps", "4", *change)
+    done = subprocess.run(again, capture_output=True, text=True, env=environment())
+    assert done.returncode == 2 and field in done.stderr and "Traceback" not in done.stderr
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_failed_start_leaves_nothing_in_the_way(tiny, tmp_path):
+    run = tmp_path / "run"
+    wrong = command("--config", tiny, "--run_folder", run, "--model.text.width", "17")
+    done = subprocess.run(wrong, capture_output=True, text=True, env=environment())
+    assert done.returncode == 2 and "model.text.width 17 is not a multiple" in done.stderr
+    pretrain("--config", tiny, "--run_folder", run, "--train.steps", "1")
+
+
 def test_accumulation_keeps_the_negatives(tiny, tmp_path):
     common = ("--config", tiny, "--model.image.dropout", "0")
     pretrain(*common, "--run_folder", tmp_path / "whole")
