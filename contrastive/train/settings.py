@@ -1,5 +1,6 @@
 """The options of a pretraining run, and how those left open follow from its data."""
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -170,8 +171,8 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
         model=model,
         loss=loss,
         train=replace(config.train, steps=steps, epochs=None),
-        evaluation=replace(config.evaluation, every=config.evaluation.every or max(1, steps // 4)),
-        checkpoint=replace(config.checkpoint, every=config.checkpoint.every or max(1, steps // 10)),
+        evaluation=replace(config.evaluation, every=config.evaluation.every or math.ceil(steps / 4)),
+        checkpoint=replace(config.checkpoint, every=config.checkpoint.every or math.ceil(steps / 10)),
     )
 
 
