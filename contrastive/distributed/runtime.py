@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -115,11 +116,10 @@ def _use_all_cores() -> None:
     """
     if torch.cuda.is_available() or os.environ.get("OMP_NUM_THREADS") != "1" or "RANK" in os.environ:
         return
-    import psutil
-
-    launcher = psutil.Process().parent()
-    chosen = "OMP_NUM_THREADS" in launcher.environ() or any("threads" in word for word in launcher.cmdline())
-    if "launch" in launcher.cmdline() and not chosen:
+    launcher = _launcher()
+    if launcher is None or "OMP_NUM_THREADS" in launcher.environ():
+        return
+    if not any("threads" in word for word in launcher.cmdline()):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
@@ -133,15 +133,22 @@ def _start_all_processes() -> None:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if not on_cpu or "MASTER_PORT" not in os.environ or any(name in os.environ for name in ranks):
         return
-    import psutil
     from accelerate.commands.launch import launch_command_parser
 
-    launcher = psutil.Process().parent().cmdline()
-    options = (
-        launch_command_parser().parse_args(launcher[launcher.index("launch") + 1 :]) if "launch" in launcher else None
-    )
-    if options is None or options.num_processes is None or (options.num_machines or 1) > 1:
+    launcher = _launcher()
+    words = launcher.cmdline() if launcher is not None else ["launch"]
+    options, _ = launch_command_parser().parse_known_args([*words[words.index("launch") + 1 :], "no script"])
+    if options.num_processes is None or (options.num_machines or 1) > 1:
         raise UserError("cannot tell how many processes to start; use torchrun --nproc_per_node N instead")
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(options.num_processes)]
     torchrun += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
     os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+
+
+def _launcher() -> psutil.Process | None:
+    """The `accelerate launch` that started this process, if one did and its command line can be read."""
+    parent = psutil.Process().parent()
+    try:
+        return parent if parent is not None and "launch" in parent.cmdline() else None
+    except psutil.Error:
+        return None

@@ -76,6 +76,7 @@ def pretrain(config: PretrainConfig) -> bool:
         finished = _train(trainer, source)
         if finished:
             _finish(trainer, source)
+        runtime.barrier()  # the others wait for the first rank's files
         runtime.close()
     finally:
         folder.unlock()
