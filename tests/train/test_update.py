@@ -1,0 +1,70 @@
+"""A step whose loss or gradient is not finite moves nothing; several in a row stop the run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from contrastive.errors import UserError
+from contrastive.losses import SoftmaxLossConfig
+from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
+from contrastive.optim import AdamWConfig
+from contrastive.train.evaluation import Evaluated
+from contrastive.train.loop import Trainer
+from contrastive.train.settings import PretrainConfig, TrainConfig
+
+
+@pytest.fixture
+def trainer():
+    torch.manual_seed(0)
+    image = ImageTowerConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
+    text = TextTowerConfig(vocab_size=20, context_length=6, width=16, depth=1, num_heads=2, mlp_dim=32)
+    model = DualEncoder(ModelConfig(embed_dim=16, image=image, text=text))
+    config = PretrainConfig(train=TrainConfig(steps=10, max_skipped=3), loss=SoftmaxLossConfig())
+    return Trainer(
+        config=config,
+        runtime=None,
+        folder=None,
+        subject=Evaluated(model, None, None),
+        wrapped=model,
+        loss=None,
+        optimizers=AdamWConfig().build(model),
+        ema=None,
+        order=None,
+        fingerprint="",
+        held_out=[],
+    )
+
+
+def step(trainer, loss, grad_norm=1.0):
+    model = trainer.subject.model
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer._update(loss, grad_norm)
+    assert all(p.grad is None for p in model.parameters())
+    return any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("loss", "grad_norm"), [(float("nan"), 1.0), (1.0, float("inf")), (1.0, float("nan"))])
+def test_skips_then_stops(trainer, loss, grad_norm, capsys):
+    assert step(trainer, 1.0)
+    assert not step(trainer, loss, grad_norm) and not step(trainer, loss, grad_norm)
+    assert "step 1 skipped" in capsys.readouterr().err
+    assert step(trainer, 1.0)  # a good step forgives the bad ones before
+    assert not step(trainer, loss, grad_norm) and not step(trainer, loss, grad_norm)
+    with pytest.raises(UserError, match="3 steps in a row had no finite loss or gradient"):
+        step(trainer, loss, grad_norm)
+
+
+def test_clamps_the_factor_where_the_loss_says_so(trainer):
+    model = trainer.subject.model
+    with torch.no_grad():
+        model.logit_scale.fill_(10.0)
+    step(trainer, 1.0)
+    assert model.logit_scale.exp().item() == pytest.approx(100.0)
+    trainer.config = replace(trainer.config, loss=SoftmaxLossConfig(max_logit_scale=None))
+    with torch.no_grad():
+        model.logit_scale.fill_(10.0)
+    step(trainer, 1.0)
+    assert model.logit_scale.exp().item() > 1000
