@@ -1,10 +1,11 @@
 """Start the real scripts, as a user does."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from contrastive.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE = ("-m", "accelerate.commands.accelerate_cli", "launch")
@@ -30,5 +31,5 @@ def pretrain(*args, launcher: tuple[str, ...] = (), **variables: str) -> subproc
 
 
 def rows(run_folder: Path, kind: str = "train") -> list[dict]:
-    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+    """Rows of one kind, also while the run is writing them."""
+    return [row for row in read_metrics(run_folder / "metrics.jsonl") if row["kind"] == kind]

@@ -50,16 +50,15 @@ def test_trackers_get_the_figures(tiny, tmp_path):
     assert any(b"train/loss" in path.read_bytes() for path in events)
 
 
-def test_two_processes_give_the_losses_of_one(tiny, tmp_path):
+def test_two_processes_give_the_losses_of_one(tiny, tmp_path, free_port):
     """With the issue's own command, which accelerate alone would run as a single process."""
     common = ("--config", tiny, "--model.image.dropout", "0", "--train.log_every", "1")
     pretrain(*common, "--run_folder", tmp_path / "one")
-    port = str(random.randint(20_000, 30_000))
     done = pretrain(
         *common,
         "--run_folder",
         tmp_path / "two",
-        launcher=(*ACCELERATE, "--num_processes", "2", "--cpu", "--main_process_port", port),
+        launcher=(*ACCELERATE, "--num_processes", "2", "--cpu", "--main_process_port", str(free_port)),
     )
     assert "2 x cpu" in done.stderr
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
