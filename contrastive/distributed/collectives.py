@@ -24,20 +24,34 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor):
-        gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, tensor.contiguous())
-        return gathered
+        return all_gather_even(tensor)
 
     @staticmethod
     def backward(ctx, grad):
-        rows = grad.shape[0] // world_size()
-        if dist.get_backend() == "nccl":
-            own = grad.new_empty(rows, *grad.shape[1:])
-            dist.reduce_scatter_tensor(own, grad.contiguous())
-            return own
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad[rank() * rows : (rank() + 1) * rows]
+        return reduce_scatter_sum(grad)
+
+
+def all_gather_even(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate (n, ...) of every rank in rank order, n the same on all: (W·n, ...). No gradient."""
+    if world_size() == 1:
+        return tensor
+    gathered = tensor.new_empty(world_size() * tensor.shape[0], *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    return gathered
+
+
+def reduce_scatter_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum (W·n, ...) over ranks and return this rank's part, (n, ...). No gradient."""
+    if world_size() == 1:
+        return tensor
+    rows = tensor.shape[0] // world_size()
+    if tensor.is_cuda:
+        own = tensor.new_empty(rows, *tensor.shape[1:])
+        dist.reduce_scatter_tensor(own, tensor.contiguous())
+        return own
+    total = tensor.clone()  # gloo's reduce-scatter is slower than its all-reduce
+    dist.all_reduce(total)
+    return total[rank() * rows : (rank() + 1) * rows]
 
 
 def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,6 +85,27 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elementwise maximum over ranks, same shape, no gradient."""
+    if world_size() == 1:
+        return tensor
+    largest = tensor.detach().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def gather_integers(values: list[int]) -> list[list[int]]:
+    """Return every rank's few integers, as many on each, in rank order.
+
+    They travel through host memory where the process group has a backend for it, so that a GPU is not waited for.
+    """
+    if world_size() == 1:
+        return [values]
+    has_host_backend = "cpu" in dist.get_backend_config()
+    device = "cpu" if has_host_backend else torch.device("cuda", torch.cuda.current_device())
+    return all_gather_even(torch.tensor([values], device=device)).tolist()
 
 
 def gather_objects(value: T) -> list[T]:

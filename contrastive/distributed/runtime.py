@@ -12,7 +12,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 
 from contrastive.distributed.process import end_with_parent
@@ -46,11 +46,15 @@ class Runtime:
         absent = set(trackers) - {str(tracker) for tracker in get_available_trackers()}
         if absent:
             raise UserError(f"tracker {', '.join(sorted(absent))} is unknown or not installed: pip install it first")
+        handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        if on_gpu and "LOCAL_RANK" in os.environ:
+            # gloo beside NCCL: small agreements between hosts need not wait for the GPUs.
+            handlers.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))
         self._accelerator = Accelerator(
             mixed_precision="bf16" if wants_bf16 else "no",
             log_with=list(trackers) or None,
             project_dir=folder,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=handlers,
         )
         kind = self._accelerator.distributed_type
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):

@@ -5,18 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from contrastive.distributed.collectives import all_gather_with_grad
-from contrastive.losses.base import (
-    LOSSES,
-    Duplicates,
-    check_features,
-    full_precision,
-    own_pairs,
-    same_captions,
-)
+from contrastive.losses.base import LOSSES, Duplicates
+from contrastive.losses.checks import checked_duplicates
+from contrastive.losses.sweep import Gradient, Labels, sweep, tiles_for
 
 
 class SigmoidLoss(nn.Module):
@@ -25,6 +18,9 @@ class SigmoidLoss(nn.Module):
     Under several ranks each takes its own images against every text and divides by its local batch; averaged
     over ranks, as DistributedDataParallel averages gradients, that is the loss of the global batch.
 
+    Loss and gradients come from one sweep over tiles, in the forward pass, in memory linear in the batch.
+    The backward pass does not communicate; it takes the gradient of the loss to be the same on all ranks.
+
     Args:
         duplicates: what a pair is whose caption equals the matching one: `negative` (as published), `ignore`
             (left out), or `positive`.
@@ -32,7 +28,7 @@ class SigmoidLoss(nn.Module):
 
     def __init__(self, duplicates: Duplicates = "negative"):
         super().__init__()
-        self.duplicates = duplicates
+        self.duplicates = checked_duplicates(duplicates)
 
     def forward(
         self,
@@ -51,27 +47,39 @@ class SigmoidLoss(nn.Module):
             caption_ids: (B/W,) int64, equal where captions are; needed unless duplicates is `negative`.
 
         Raises:
-            ValueError: shapes or types of the features disagree, or logit_bias or caption_ids is missing.
+            NonFiniteFeatures: NaN or infinity in features on a CPU; on a GPU, which is not waited for, the loss is NaN.
+            ValueError: shapes, types or devices disagree, on any rank, or logit_bias or caption_ids is missing.
         """
-        check_features(image_features, text_features)
         if logit_bias is None:
             raise ValueError("SigmoidLoss needs a logit_bias: build the model with init_logit_bias")
-        with torch.autocast(image_features.device.type, enabled=False):
-            image, text = full_precision(image_features), full_precision(text_features)
-            logits = logit_scale * image @ all_gather_with_grad(text).T + logit_bias
-            own = own_pairs(len(image), logits.shape[1], logits.device)
-            if self.duplicates == "negative":
-                positive, counted = own, None
-            elif caption_ids is None:
-                raise ValueError(f"duplicates='{self.duplicates}' needs caption_ids")
-            else:
-                same = same_captions(caption_ids)
-                positive = same if self.duplicates == "positive" else own
-                counted = own | ~same if self.duplicates == "ignore" else None
-            terms = F.logsigmoid(torch.where(positive, logits, -logits))
-            if counted is not None:
-                terms = terms * counted
-            return -terms.sum() / len(image)
+        from contrastive.losses.function import swept_loss
+
+        pairs = image_features, text_features, logit_scale, logit_bias
+        return swept_loss(_single_sweep, *pairs, caption_ids, self.duplicates)
+
+
+def _single_sweep(image, text, scale, bias, *, labels: Labels, wants: tuple[bool, bool]):
+    """Return (Σ −log σ(±z) over this rank's rows, its Gradient): three matrix products in one sweep.
+
+    The gradient of a logit, σ(z) minus 1 for a match, needs no normaliser, so it is known as soon as the logit is.
+
+    Args:
+        image, text: (B/W, E), both bfloat16, float32 or float64. scale, bias: 0-dim, float32 at least.
+        wants: whether the gradients of image and text are wanted; with neither, only the loss is computed.
+    """
+    tiles = tiles_for(image)
+    loss = torch.zeros((), dtype=torch.float64, device=image.device)
+    bias_sum = torch.zeros_like(loss) if any(wants) else None
+
+    def visit(tile):
+        value, tile_bias_sum, g = tiles.sigmoid(tile.x, tile.y, scale, bias, tile.pairs, any(wants))
+        loss.add_(value)
+        if bias_sum is not None:
+            bias_sum.add_(tile_bias_sum)
+        return g
+
+    gradient = sweep(image, text, labels, tiles, visit, wants)
+    return loss, Gradient(gradient.image, gradient.text, bias_sum)
 
 
 @LOSSES.register("sigmoid")

@@ -1,0 +1,106 @@
+"""Input of a loss looked at before any collective, so that what is wrong is said by all ranks and none hangs."""
+
+from typing import get_args
+
+import torch
+
+from contrastive.distributed.collectives import gather_integers, rank, world_size
+from contrastive.losses.base import Duplicates
+
+_FINE, _REFUSED, _NOT_FINITE = range(3)
+
+
+class NonFiniteFeatures(ValueError):
+    """A feature, scale or bias is NaN or infinite: a step to skip, rather than a mistake in the call."""
+
+
+def checked_duplicates(value: str) -> Duplicates:
+    """Return `value` if it says what to do with equal captions; raise ValueError otherwise."""
+    if value not in get_args(Duplicates):
+        raise ValueError(f"duplicates='{value}': choose negative, ignore or positive")
+    return value
+
+
+def check_inputs(
+    features: dict[str, torch.Tensor],
+    scalars: dict[str, torch.Tensor],
+    caption_ids: torch.Tensor | None,
+    duplicates: str,
+) -> None:
+    """Raise the same kind of error on all ranks if any rank's input is bad.
+
+    Args:
+        features: image_features and text_features, floating (B/W, E) of one shape. scalars: logit_scale and, if
+            any, logit_bias, 0-dim. caption_ids: (B/W,) int64, needed unless duplicates is `negative`.
+
+    Raises:
+        NonFiniteFeatures: NaN or infinity, on a CPU only: looking would make the host wait for a GPU. There the
+            loss becomes NaN.
+        ValueError: shapes, types or devices disagree, here or between ranks.
+    """
+    error = _refusal(features, scalars, caption_ids, duplicates) or _non_finite({**features, **scalars})
+    if world_size() > 1:
+        _agree(error, features)
+    if error is not None:
+        raise error
+
+
+def _refusal(features, scalars, caption_ids, duplicates) -> ValueError | None:
+    image, text = features.values()
+    shapes = f"image_features {tuple(image.shape)}, text_features {tuple(text.shape)}"
+    if image.ndim != 2 or image.shape != text.shape or not image.numel():
+        return ValueError(f"features must be two non-empty matrices (B, E) of one shape, got {shapes}")
+    if not (image.is_floating_point() and text.is_floating_point()):
+        return ValueError(f"features must be floating point, got {image.dtype} and {text.dtype}")
+    for name, tensor in {**features, **scalars}.items():
+        if tensor.device != image.device:
+            return ValueError(f"{name} is on {tensor.device}, image_features on {image.device}; move one")
+    for name, scalar in scalars.items():
+        if scalar.numel() != 1:
+            return ValueError(f"{name} must be one number, got shape {tuple(scalar.shape)}")
+    if duplicates == "negative":
+        return None
+    if caption_ids is None:
+        return ValueError(f"duplicates='{duplicates}' needs caption_ids")
+    if caption_ids.shape != image.shape[:1] or caption_ids.dtype != torch.int64 or caption_ids.device != image.device:
+        return ValueError(
+            f"caption_ids must be int64 {tuple(image.shape[:1])} on {image.device}, "
+            f"got {caption_ids.dtype} {tuple(caption_ids.shape)} on {caption_ids.device}"
+        )
+    return None
+
+
+def _non_finite(tensors: dict[str, torch.Tensor]) -> NonFiniteFeatures | None:
+    for name, tensor in tensors.items():
+        # The sum is a quick look: it is finite unless a value is not, or values are huge.
+        if tensor.device.type != "cpu" or tensor.sum().isfinite() or tensor.isfinite().all():
+            continue
+        where = f", shape {tuple(tensor.shape)}" if tensor.ndim else ""
+        count = int((~tensor.isfinite()).sum())
+        return NonFiniteFeatures(f"{name} on rank {rank()} has {count} values that are NaN or infinite{where}")
+    return None
+
+
+def _agree(error: ValueError | None, features: dict[str, torch.Tensor]) -> None:
+    """Let every rank know every rank's shapes and troubles; raise unless all can go on together."""
+    state = _FINE if error is None else _NOT_FINITE if isinstance(error, NonFiniteFeatures) else _REFUSED
+    image, text = features.values()
+    rows, dim = (*image.shape, 0, 0)[:2]
+    bits = image.element_size() * 8
+    needs = [int(torch.is_grad_enabled() and tensor.requires_grad) for tensor in (image, text)]
+    everyone = gather_integers([state, rows, dim, bits, *needs])
+    if error is not None:
+        raise error
+    for other, (state, *_) in enumerate(everyone):
+        if state == _REFUSED:
+            raise ValueError(f"rank {other} refused its input; its own message says why")
+        if state == _NOT_FINITE:
+            raise NonFiniteFeatures(f"rank {other} has features, a scale or a bias that are NaN or infinite")
+    for other, (_, *traits) in enumerate(everyone):
+        if traits != everyone[0][1:]:
+            listed = ", ".join(f"rank {i} ({r}, {d}) {b} bit" for i, (_, r, d, b, *_) in enumerate(everyone))
+            what = "shape or type" if traits[:3] != everyone[0][1:4] else "need of gradients"
+            raise ValueError(
+                f"features of rank {other} differ from rank 0's in {what}: {listed}; "
+                "every rank needs the same local batch: drop the last, uneven one"
+            )

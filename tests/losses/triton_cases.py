@@ -1,0 +1,296 @@
+"""TritonTiles against TorchTiles in float64. test_triton_tiles.py runs this file in processes of its own.
+
+Triton decides when a kernel is defined whether it is interpreted or compiled, by TRITON_INTERPRET.
+"""
+
+import math
+
+import pytest
+import torch
+import triton
+
+from contrastive.losses import triton_kernels
+from contrastive.losses.tiles import TilePairs, TorchTiles
+from contrastive.losses.triton_tiles import TritonTiles
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"
+KERNELS = (
+    triton_kernels.sigmoid_kernel,
+    triton_kernels.softmax_statistics_kernel,
+    triton_kernels.softmax_gradient_kernel,
+)
+DUPLICATES = ("negative", "ignore", "positive")
+# r, c, E, diagonal: inside the tile, partly outside it, wholly outside it; blocks are 16 x 32 x 16 when interpreted.
+SHAPES = [
+    (1, 1, 1, 0),
+    (17, 33, 5, 3),
+    (17, 33, 5, 40),
+    (64, 64, 32, 0),
+    (64, 64, 32, -50),
+    (64, 64, 32, -64),
+    (130, 70, 48, -60),
+]
+needs_numbers = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def one_configuration(monkeypatch):
+    """Use the last configuration alone, so that few kernels are compiled."""
+    for kernel in KERNELS:
+        monkeypatch.setattr(kernel, "configs", kernel.configs[-1:])
+
+
+def tile(rows, columns, dim, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.nn.functional.normalize(torch.randn(n, dim, generator=generator), dim=1).to(DEVICE, dtype)
+        for n in (rows, columns)
+    ]
+
+
+def pairs_of(rows, columns, diagonal, duplicates):
+    # Row i and its column i + diagonal have one caption, as pairs of a data set do.
+    row_ids, column_ids = torch.arange(rows, device=DEVICE), torch.arange(columns, device=DEVICE) - diagonal
+    return TilePairs(diagonal, duplicates, row_ids % 7, column_ids % 7)
+
+
+def scalar(value):
+    return torch.tensor(value, device=DEVICE)
+
+
+def doubled(arguments):
+    return [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+
+
+def both(method, x, y, *arguments, **keywords):
+    """Return what TritonTiles and TorchTiles in float64 answer, each on buffers that hold rubbish before."""
+    ours = TritonTiles(x, len(x) + 3, len(y) + 5)
+    ours._gradient.fill_(torch.nan)
+    oracle = TorchTiles(x.double(), len(x), len(y))
+    results = getattr(ours, method)(x, y, *arguments, **keywords)
+    return results, getattr(oracle, method)(x.double(), y.double(), *doubled(arguments), **keywords)
+
+
+def check_norm(ours, expected, tolerance=1e-6):
+    error = torch.linalg.vector_norm(ours.double() - expected)
+    assert error <= tolerance * torch.linalg.vector_norm(expected), error
+
+
+def check_gradient(ours, expected, dtype):
+    assert ours.dtype == dtype and ours.shape == expected.shape
+    if dtype == torch.bfloat16:  # converted once: a GPU rounds, the interpreter cuts off
+        torch.testing.assert_close(ours.double(), expected, rtol=2**-7 if INTERPRETED else 2**-8, atol=1e-6)
+    else:
+        check_norm(ours, expected)
+
+
+def check_statistics(ours, expected):
+    for mine, right in zip(ours, expected, strict=True):
+        if right is None:
+            assert mine is None
+            continue
+        assert mine.dtype == torch.float64 and mine.shape == right.shape
+        finite = right.isfinite()
+        assert torch.equal(mine[~finite], right[~finite])
+        check_norm(mine[finite], right[finite])
+
+
+@needs_numbers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("duplicates", DUPLICATES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sigmoid(shape, duplicates, dtype):
+    *size, diagonal = shape
+    x, y = tile(*size, dtype)
+    pairs = pairs_of(*size[:2], diagonal, duplicates)
+    (loss, total, gradient), expected = both("sigmoid", x, y, scalar(10.0), scalar(-4.0), pairs, gradient=True)
+    assert loss.dtype == total.dtype == torch.float64 and loss.shape == total.shape == ()
+    check_norm(loss, expected[0])
+    # Positives and negatives cancel in the sum: its error is held against the sum of magnitudes.
+    assert abs(total - expected[1]) <= 1e-6 * expected[2].abs().sum()
+    check_gradient(gradient, expected[2], dtype)
+
+
+@needs_numbers
+@pytest.mark.parametrize("duplicates", DUPLICATES)
+def test_sigmoid_without_gradient(duplicates):
+    x, y = tile(17, 33, 5)
+    pairs = pairs_of(17, 33, 3, duplicates)
+    (loss, *rest), expected = both("sigmoid", x, y, scalar(10.0), scalar(-4.0), pairs, gradient=False)
+    assert loss.dtype == torch.float64 and rest == [None, None]
+    check_norm(loss, expected[0])
+
+
+@needs_numbers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("duplicates", DUPLICATES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_softmax(shape, duplicates, dtype):
+    *size, diagonal = shape
+    x, y = tile(*size, dtype)
+    pairs = pairs_of(*size[:2], diagonal, duplicates)
+    ours, expected = both("softmax_statistics", x, y, scalar(14.0), pairs)
+    check_statistics(ours, expected)
+    # The rest of the batch adds to each sum, so that none is empty.
+    lse = [torch.logaddexp2(o, torch.ones_like(o)).float() for o in ours[:2]]
+    matched = torch.linspace(-1, 1, len(x), device=DEVICE)
+    gradient, expected = both("softmax_gradient", x, y, scalar(14.0), *lse, matched, pairs)
+    check_gradient(gradient, expected, dtype)
+
+
+@needs_numbers
+def test_extreme_logits_keep_their_digits():
+    # z = 100·x·y − 10 reaches −60 and 60: tails as small as e⁻⁶⁰ are right, of positives as of negatives. Rounding z
+    # itself, of magnitude up to 70·log₂e, is worth 2⁻²⁴·100 of what it is the exponent of.
+    x = torch.linspace(-0.5, 0.7, 40, device=DEVICE)[:, None]
+    y = torch.ones(40, 1, device=DEVICE)
+    for duplicates in DUPLICATES:
+        pairs = TilePairs(0, duplicates, torch.arange(40, device=DEVICE) // 2, torch.arange(40, device=DEVICE) // 2)
+        ours, expected = both("sigmoid", x, y, scalar(100.0), scalar(-10.0), pairs, gradient=True)
+        check_norm(ours[0], expected[0])
+        torch.testing.assert_close(ours[2].double(), expected[2], rtol=2e-5, atol=0)
+        check_statistics(*both("softmax_statistics", x, y, scalar(100.0), pairs))
+
+
+@needs_numbers
+@pytest.mark.parametrize("bias", [-20.0, -15.0, -8.0, 0.0, 15.0])
+def test_small_losses_keep_their_digits(bias):
+    x, y = torch.zeros(64, 4, device=DEVICE), torch.zeros(64, 4, device=DEVICE)
+    loss = TritonTiles(x, 64, 64).sigmoid(x, y, scalar(10.0), scalar(bias), TilePairs(100), False)[0]
+    expected = 64 * 64 * (max(bias, 0) + math.log1p(math.exp(-abs(bias))))
+    assert abs(loss.item() - expected) <= 3e-6 * expected  # rounding a base-2 logit of 29 is worth 1.3e-6 of e^z
+
+
+@needs_numbers
+def test_rows_and_columns_wholly_left_out():
+    x, y = tile(20, 40, 8)
+    ids = torch.arange(20, device=DEVICE)
+    pairs = TilePairs(100, "ignore", ids, torch.full((40,), 5, device=DEVICE))
+    rows, columns, _ = TritonTiles(x, 20, 40).softmax_statistics(x, y, scalar(10.0), pairs)
+    assert rows[5] == -torch.inf and torch.equal(rows.isfinite(), ids != 5) and columns.isfinite().all()
+    lse = rows.clamp(min=0).float(), columns.float()
+    gradient, expected = both("softmax_gradient", x, y, scalar(10.0), *lse, torch.ones_like(lse[0]), pairs)
+    assert not expected[5].any() and not gradient[5].any()
+    check_norm(gradient, expected)
+    nobody = TilePairs(100, "ignore", torch.full((20,), 5, device=DEVICE), pairs.column_ids)
+    rows, columns, _ = TritonTiles(x, 20, 40).softmax_statistics(x, y, scalar(10.0), nobody)
+    assert (rows == -torch.inf).all() and (columns == -torch.inf).all()
+    results = TritonTiles(x, 20, 40).sigmoid(x, y, scalar(10.0), scalar(-4.0), nobody, True)
+    assert all(not r.any() for r in results)
+
+
+@needs_numbers
+def test_features_may_be_slices():
+    wide = [f.repeat(1, 2) for f in tile(40, 50, 24)]
+    x, y = wide[0][3:, 5:29], wide[1][:, 1:25]
+    results, expected = both("sigmoid", x, y, scalar(10.0), scalar(-4.0), TilePairs(2), gradient=True)
+    check_norm(results[0], expected[0])
+    check_norm(results[2], expected[2])
+
+
+@needs_numbers
+def test_calls_share_one_buffer():
+    x, y = tile(40, 50, 24)
+    tiles = TritonTiles(x, 40, 50)
+    arguments = (scalar(10.0), scalar(-4.0), TilePairs(0), True)
+    vector = torch.zeros(50, device=DEVICE)
+    softmax = tiles.softmax_gradient(x, y, scalar(10.0), vector[:40], vector, vector[:40], TilePairs(0))
+    whole = tiles.sigmoid(x, y, *arguments)[2]
+    part = tiles.sigmoid(x[:9], y[:7], *arguments)[2]
+    assert whole.data_ptr() == part.data_ptr() == softmax.data_ptr()
+    check_norm(part, TorchTiles(x.double(), 9, 7).sigmoid(x[:9].double(), y[:7].double(), *doubled(arguments))[2])
+
+
+@needs_numbers
+def test_nan_reaches_the_results():
+    x, y = tile(20, 40, 8)
+    x[3, 2] = torch.nan
+    loss, total, gradient = TritonTiles(x, 20, 40).sigmoid(x, y, scalar(10.0), scalar(-4.0), TilePairs(0), True)
+    assert loss.isnan() and total.isnan() and gradient[3].isnan().all() and not gradient[4].isnan().any()
+    rows, columns, _ = TritonTiles(x, 20, 40).softmax_statistics(x, y, scalar(10.0), TilePairs(0))
+    assert rows[3].isnan() and columns.isnan().sum() == 39  # all but its own, which is left out
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="is about the interpreter")
+def test_the_interpreter_ran_the_kernels(monkeypatch):
+    from triton.runtime import interpreter
+
+    ran = []
+    call = interpreter.GridExecutor.__call__
+    monkeypatch.setattr(
+        interpreter.GridExecutor, "__call__", lambda self, *a, **k: ran.append(self.fn.__name__) or call(self, *a, **k)
+    )
+    x, y = tile(20, 40, 8)
+    tiles, pairs = TritonTiles(x, 20, 40), TilePairs(0)
+    tiles.sigmoid(x, y, scalar(10.0), scalar(-4.0), pairs, True)
+    rows, columns, _ = tiles.softmax_statistics(x, y, scalar(10.0), pairs)
+    tiles.softmax_gradient(x, y, scalar(10.0), rows.float(), columns.float(), rows.float(), pairs)
+    merge = "merge_log_sum_exp_kernel"
+    assert ran == ["sigmoid_kernel", "softmax_statistics_kernel", merge, merge, "softmax_gradient_kernel"]
+
+
+def compiled(function, constants, **options):
+    """Compile a kernel for Hopper, which takes no GPU, and return its PTX."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = dict.fromkeys(("x", "y", "gradient"), "*bf16") | dict.fromkeys(("row_ids", "column_ids"), "*i64")
+    types |= dict.fromkeys(("rows", "columns", "diagonal", "size_class", "blocks", "length"), "i32")
+    types |= {"lse": "*fp64"} | dict.fromkeys(("x_stride", "y_stride", "gradient_stride"), "i32")
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*fp32") for name in function.arg_names}
+    constants = {name: value for name, value in constants.items() if name in signature}
+    aligned = [n for n, name in enumerate(signature) if name in ("x", "y", "gradient") or name.endswith("stride")]
+    source = ASTSource(function, signature, constants, {(n,): [["tt.divisibility", 16]] for n in aligned})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is about the compiler")
+@pytest.mark.parametrize("duplicates", DUPLICATES)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.base_fn.__name__)
+def test_kernels_compile_for_hopper(kernel, duplicates):
+    configuration = next(c for c in triton_kernels.CONFIGURATIONS[::-1] if c.kwargs["BLOCK_K"] == 64)
+    constants = {"DUPLICATES": duplicates, "GRADIENT": True, "EMBED_DIM": 64, "PRECISION": "ieee"}
+    if duplicates == "negative":
+        constants |= {"row_ids": None, "column_ids": None}
+    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+    ptx = compiled(kernel.fn, constants | configuration.kwargs, **options)
+    assert "wgmma.mma_async" in ptx
+    entries = configuration.kwargs["BLOCK_M"] * configuration.kwargs["BLOCK_N"] // (32 * configuration.num_warps)
+    assert ptx.count("ex2.approx") + ptx.count("rsqrt.approx") == 2 * entries  # what the epilogue is bound by
+    assert ptx.count("div.full") <= entries / 8  # one a logarithm, which 16 entries share
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is about the compiler")
+def test_the_merge_compiles():
+    assert "ex2.approx" in compiled(triton_kernels.merge_log_sum_exp_kernel, {"BLOCKS": 16, "BLOCK": 128})
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("number", range(len(triton_kernels.CONFIGURATIONS)))
+def test_every_configuration(number, dtype, monkeypatch):
+    configuration = triton_kernels.CONFIGURATIONS[number]
+    if configuration.kwargs["BLOCK_K"] * dtype.itemsize != triton_kernels.SWIZZLE_BYTES:
+        pytest.skip("is for the other type")
+    for kernel in KERNELS:
+        monkeypatch.setattr(kernel, "configs", [configuration])
+    test_sigmoid((300, 700, 96, 20), "negative", dtype)
+    test_softmax((300, 700, 96, 20), "negative", dtype)
+
+
+@needs_gpu
+def test_calls_can_be_captured_in_a_graph():
+    x, y = tile(300, 700, 96, torch.bfloat16)
+    tiles, arguments = TritonTiles(x, 300, 700), (scalar(10.0), scalar(-4.0), TilePairs(0), True)
+    tiles.sigmoid(x, y, *arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, _, gradient = tiles.sigmoid(x, y, *arguments)
+    x.neg_()
+    graph.replay()
+    expected = TorchTiles(x.double(), 300, 700).sigmoid(x.double(), y.double(), *doubled(arguments))
+    check_norm(loss, expected[0])
+    check_gradient(gradient, expected[2], torch.bfloat16)
