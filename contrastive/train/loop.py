@@ -14,6 +14,7 @@ from contrastive.distributed.collectives import all_reduce_sum, gather_objects
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.log import MetricsLog, say, warn
+from contrastive.losses import NonFiniteFeatures
 from contrastive.optim import ExponentialMovingAverage
 from contrastive.optim.base import set_learning_rates
 from contrastive.train.checkpoint import save_checkpoint
@@ -92,16 +93,20 @@ class Trainer:
         self.bad_samples.update(reason for reason, _ in batch["bad"])
         device = self.runtime.device
         pixels = self.subject.preprocess.normalize(batch["image"].to(device, non_blocking=True))
-        loss = forward_backward(
-            self.wrapped,
-            self.loss,
-            pixels,
-            batch["tokens"].to(device, non_blocking=True),
-            batch["caption_id"].to(device, non_blocking=True),
-            accumulate=config.train.accumulate,
-            seed=(config.train.seed, self.step),
-            runtime=self.runtime,
-        )
+        try:
+            loss = forward_backward(
+                self.wrapped,
+                self.loss,
+                pixels,
+                batch["tokens"].to(device, non_blocking=True),
+                batch["caption_id"].to(device, non_blocking=True),
+                accumulate=config.train.accumulate,
+                seed=(config.train.seed, self.step),
+                runtime=self.runtime,
+            )
+        except NonFiniteFeatures as error:  # raised on all ranks alike, which skip this step
+            warn(f"step {self.step + 1}: {error}")
+            loss = torch.tensor(math.nan, device=device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
         # One small sum tells every rank the same: the global loss, and whether anyone was asked to stop.
         shared = all_reduce_sum(torch.stack([loss.double(), loss.new_tensor(stop.as_number()).double()]))

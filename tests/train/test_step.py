@@ -1,5 +1,6 @@
 """Micro-batches give the gradient of the whole batch: every parameter, dropout replayed."""
 
+import math
 import os
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 
 from contrastive.distributed.runtime import Runtime
-from contrastive.losses import LOSSES
+from contrastive.losses import LOSSES, NonFiniteFeatures
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.train.step import forward_backward, seed_step
 
@@ -20,7 +21,7 @@ CONFIG = ModelConfig(
 )
 
 
-def gradients(loss_name, accumulate, runtime, rank=0, world_size=1, **image_options):
+def gradients(loss_name, accumulate, runtime, rank=0, world_size=1, broken_first=False, **image_options):
     torch.manual_seed(0)
     bias = -3.0 if loss_name == "sigmoid" else None
     config = replace(CONFIG, image=replace(CONFIG.image, **image_options), init_logit_bias=bias)
@@ -29,16 +30,13 @@ def gradients(loss_name, accumulate, runtime, rank=0, world_size=1, **image_opti
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(24, 3, 16, 16, generator=generator, dtype=torch.float64).chunk(world_size)[rank]
     tokens = torch.randint(0, 20, (24, 6), generator=generator).chunk(world_size)[rank]
-    value = forward_backward(
-        wrapped,
-        LOSSES.get(loss_name)().build(),
-        pixels,
-        tokens,
-        tokens[:, 0],
-        accumulate=accumulate,
-        seed=(0, 5),
-        runtime=runtime,
-    )
+    loss = LOSSES.get(loss_name)().build()
+    options = {"accumulate": accumulate, "seed": (0, 5), "runtime": runtime}
+    if broken_first:
+        with pytest.raises(NonFiniteFeatures, match="rank 1"):
+            forward_backward(wrapped, loss, pixels * math.nan if rank == 1 else pixels, tokens, tokens[:, 0], **options)
+        assert all(p.grad is None for p in model.parameters())
+    value = forward_backward(wrapped, loss, pixels, tokens, tokens[:, 0], **options)
     return value, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -88,16 +86,18 @@ def run_rank(rank, world_size, port, folder):
     os.environ["ACCELERATE_USE_CPU"] = "true"
     runtime = Runtime("fp32")
     assert (runtime.rank, runtime.world_size) == (rank, world_size)
-    results = [gradients("sigmoid", accumulate, runtime, rank, world_size) for accumulate in (1, 3)]
+    cases = [(1, False), (3, False), (1, True), (3, True)]
+    results = [gradients("sigmoid", k, runtime, rank, world_size, broken) for k, broken in cases]
     torch.save(results, f"{folder}/rank{rank}.pt")
     runtime.close()
 
 
 def test_micro_batches_on_two_ranks_equal_one_process(tmp_path, free_port):
+    """Also after a step that both ranks left because one of them had features that are not finite."""
     mp.spawn(run_rank, (2, free_port, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
     value, expected = gradients("sigmoid", 1, Runtime("fp32"))
-    for case in range(2):
+    for case in range(4):
         losses = torch.stack([results[case][0] for results in ranks])
         torch.testing.assert_close(losses.mean(), value, rtol=1e-10, atol=0)
         for results in ranks:
