@@ -1,0 +1,53 @@
+"""The worked example of docs/extending.md, run as it stands: a loss registered from outside the package."""
+
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from launching import ACCELERATE, ROOT, environment, rows
+
+CONFIG = """
+model:
+  embed_dim: 16
+  image: {image_size: 16, patch_size: 8, width: 16, depth: 1, num_heads: 2, mlp_dim: 32}
+  text: {context_length: 8, width: 16, depth: 1, num_heads: 2, mlp_dim: 32}
+data: {train: "digits:train", eval: ["digits:test"], vocab_size: 300}
+train: {steps: 60, global_batch_size: 16, log_every: 1}
+evaluation: {every: 60, limit: 40}
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Write the files of the example, each an indented block that begins with its name, and return the script."""
+    text = (ROOT / "docs" / "extending.md").read_text()
+    for name in ("my_loss.py", "train_mine.py"):
+        block = re.search(rf"^    # {name}\n(?:    .*\n|\n)+", text, re.MULTILINE).group()
+        (tmp_path / name).write_text(textwrap.dedent(block).partition("\nPYTHONPATH")[0] + "\n")
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    return tmp_path / "train_mine.py"
+
+
+def train(script, *flags):
+    command = [sys.executable, *ACCELERATE, script, "--config", "tiny.yaml", "--run_folder", "run", *flags]
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(map(str, command), cwd=script.parent, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_the_example_trains(script):
+    done = train(
+        script, "--loss", "margin", "--loss.margin", "0.3", "--train.accumulate", "2", "--optimizer.lr", "0.005"
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [row["loss"] for row in rows(script.parent / "run")]
+    assert len(losses) == 60 and sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert "margin: 0.3" in (script.parent / "run" / "config.yaml").read_text()
+
+
+def test_its_options_are_checked_like_any_others(script):
+    done = train(script, "--loss", "margin", "--loss.margim", "0.3")
+    assert done.returncode != 0 and "Did you mean 'loss.margin'?" in done.stderr
+    done = train(script, "--loss", "margins")
+    assert done.returncode != 0 and "Did you mean 'margin'?" in done.stderr
