@@ -1,0 +1,36 @@
+"""The benchmarks' real commands at tiny sizes."""
+
+import json
+import subprocess
+import sys
+
+from launching import ROOT, environment
+
+
+def test_loss_measures_each_rival_and_says_why_it_left_one_out(tmp_path):
+    flags = (
+        "--batch 512 --dim 16 --loss sigmoid --ranks 2 --repeats 2 --device cpu --rivals ours open_clip siglip_kernel"
+    )
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "loss.py"),
+        *flags.split(),
+        "--results",
+        str(tmp_path / "rows"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = {row["rival"]: row for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
+    assert list(rows) == ["ours", "open_clip", "siglip_kernel"]
+    assert "siglip" in rows["siglip_kernel"]["error"]
+    for row in (rows["ours"], rows["open_clip"]):
+        assert 0 < row["ms_min"] <= row["ms_median"]
+        assert row["share_of_matmul"] > 0
+        assert set(row["errors"]) == {"loss", "image_grad", "text_grad", "scale_grad", "bias_grad"}
+        assert row["max_error"] < 1e-5
+        assert row["ranks_error"] < 1e-5
+        assert len(row["peak_bytes_per_rank"]) == 2
+        assert row["rival"] in done.stdout
+    assert rows["open_clip"]["rival_version"].startswith("open_clip_torch ")
+    # null where /proc/self/clear_refs may not be written
+    assert all(peak is None or peak > 512 * 256 * 4 for peak in rows["open_clip"]["peak_bytes_per_rank"]), "no logits?"
