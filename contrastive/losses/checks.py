@@ -7,11 +7,16 @@ import torch
 from contrastive.distributed.collectives import gather_integers, rank, world_size
 from contrastive.losses.base import Duplicates
 
-_FINE, _REFUSED, _NOT_FINITE = range(3)
+_NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
+_FINE, _REFUSED, _NOT_FINITE = range(3)  # and on: which of _NAMES it is
 
 
 class NonFiniteFeatures(ValueError):
     """A feature, scale or bias is NaN or infinite: a step to skip, rather than a mistake in the call."""
+
+    def __init__(self, name: str, rank: int, detail: str = "values"):
+        super().__init__(f"{name} on rank {rank} has {detail} that are NaN or infinite")
+        self.name = name
 
 
 def checked_duplicates(value: str) -> Duplicates:
@@ -75,15 +80,16 @@ def _non_finite(tensors: dict[str, torch.Tensor]) -> NonFiniteFeatures | None:
         # The sum is a quick look: it is finite unless a value is not, or values are huge.
         if tensor.device.type != "cpu" or tensor.sum().isfinite() or tensor.isfinite().all():
             continue
-        where = f", shape {tuple(tensor.shape)}" if tensor.ndim else ""
         count = int((~tensor.isfinite()).sum())
-        return NonFiniteFeatures(f"{name} on rank {rank()} has {count} values that are NaN or infinite{where}")
+        return NonFiniteFeatures(name, rank(), f"{count} of {tensor.numel()} values")
     return None
 
 
 def _agree(error: ValueError | None, features: dict[str, torch.Tensor]) -> None:
     """Let every rank know every rank's shapes and troubles; raise unless all can go on together."""
-    state = _FINE if error is None else _NOT_FINITE if isinstance(error, NonFiniteFeatures) else _REFUSED
+    state = _FINE if error is None else _REFUSED
+    if isinstance(error, NonFiniteFeatures):
+        state = _NOT_FINITE + _NAMES.index(error.name)
     image, text = features.values()
     rows, dim = (*image.shape, 0, 0)[:2]
     bits = image.element_size() * 8
@@ -94,8 +100,8 @@ def _agree(error: ValueError | None, features: dict[str, torch.Tensor]) -> None:
     for other, (state, *_) in enumerate(everyone):
         if state == _REFUSED:
             raise ValueError(f"rank {other} refused its input; its own message says why")
-        if state == _NOT_FINITE:
-            raise NonFiniteFeatures(f"rank {other} has features, a scale or a bias that are NaN or infinite")
+        if state >= _NOT_FINITE:
+            raise NonFiniteFeatures(_NAMES[state - _NOT_FINITE], other)
     for other, (_, *traits) in enumerate(everyone):
         if traits != everyone[0][1:]:
             listed = ", ".join(f"rank {i} ({r}, {d}) {b} bit" for i, (_, r, d, b, *_) in enumerate(everyone))
