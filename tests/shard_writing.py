@@ -1,11 +1,14 @@
-"""Small shards for tests, and why a sample of one is refused."""
+"""Small shards for tests, and how they are refused."""
 
 import io
+import os
 import tarfile
 
 import pytest
 
 from contrastive.data.record import BadSample
+from contrastive.data.sources import open_source
+from contrastive.errors import UserError
 
 
 def write_tar(path, members, format=tarfile.USTAR_FORMAT):
@@ -26,3 +29,17 @@ def refusal(source, index):
     with pytest.raises(BadSample) as caught:
         source[index]
     return caught.value.reason
+
+
+def damaged(path, change):
+    """Change the bytes of a shard; return the one line with which it is refused."""
+    with open(path, "rb") as file:
+        data = bytearray(file.read())
+    changed = change(data)
+    with open(path, "wb") as file:
+        file.write(data if changed is None else changed)
+    with pytest.raises(UserError) as caught:
+        open_source(path)
+    message = str(caught.value)
+    assert os.path.basename(path) in message and "\n" not in message
+    return message

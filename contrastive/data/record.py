@@ -15,7 +15,7 @@ class BadSample(Exception):
     """One sample that cannot be used. The loader counts it by `reason` and puts another in its place.
 
     Reasons of the sources: 'missing_image', 'unreadable_image', 'too_large', 'bad_utf8', 'bad_json',
-    'bad_caption', 'bad_label', 'duplicate_member', 'not_a_file', 'unsafe_name'.
+    'bad_caption', 'bad_weights', 'bad_label', 'duplicate_member', 'not_a_file', 'unsafe_name'.
     """
 
     def __init__(self, reason: str, key: str = ""):
@@ -35,12 +35,14 @@ class Record:
     image: encoded bytes wherever the source has them, else a PIL image or a uint8 array (H, W, 3).
     captions: raw, as stored; empty or blank ones are kept, the loader judges them.
     label: class index into the source's `class_names`.
+    caption_weights: how often each caption is drawn, relative to the others; None: all alike.
     """
 
     key: str
     image: bytes | Image.Image | np.ndarray
     captions: tuple[str, ...] = ()
     label: int | None = None
+    caption_weights: tuple[float, ...] | None = None
 
 
 def check_index(source: Source, index: int) -> int:

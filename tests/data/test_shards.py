@@ -141,53 +141,12 @@ def test_caption_column_names_the_json_field(tmp_path):
         open_source(path, caption_column="dens")
 
 
-def test_other_suffixes_are_passed_over(tmp_path):
-    members = [
-        ("a.jpg", b"A"),
-        ("a.pkl", b"cos\nsystem\n"),
-        ("a.seg.png", b"mask"),
-        ("a.txt", b"t"),
-        ("__meta__/m.json", b""),
-    ]
-    source = open_source(write_tar(tmp_path / "x.tar", members))
-    assert len(source) == 1 and source[0].image == b"A" and source[0].captions == ("t",)
-
-
-def test_keys_that_repeat_across_shards_never_mix(tmp_path):
-    write_tar(tmp_path / "x-0.tar", [("0.jpg", b"A"), ("0.txt", b"a"), ("1.jpg", b"B")])  # 1 lacks its caption
-    write_tar(tmp_path / "x-1.tar", [("1.txt", b"c"), ("0.jpg", b"D"), ("0.txt", b"d")])  # 1 lacks its image
-    source = open_source(f"{tmp_path}/x-*.tar")
-    assert len(source) == 4
-    assert (source[0].image, source[0].captions) == (b"A", ("a",))
-    assert (source[1].image, source[1].captions) == (b"B", ())
-    assert refusal(source, 2) == "missing_image"
-    assert (source[3].image, source[3].captions) == (b"D", ("d",))
-    assert len({source[index].key for index in (0, 1, 3)}) == 3
-
-
 def test_base_names_that_repeat_in_folders_give_unique_keys(tmp_path):
     for folder in ("p", "q"):
         (tmp_path / folder).mkdir()
         write_tar(tmp_path / folder / "0.tar", pairs("k"))
     source = open_source(f"{tmp_path}/*/0.tar")
     assert [source[0].key, source[1].key] == ["p/0.tar/k", "q/0.tar/k"]
-
-
-def test_members_that_cannot_be_paired_safely_are_refused(tmp_path):
-    link = tarfile.TarInfo("link.jpg")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    members = [
-        *pairs("good"),
-        ("twice.jpg", b"1"), ("twice.jpg", b"2"), ("twice.txt", b"t"),
-        ("torn.jpg", b"1"), *pairs("between"), ("torn.txt", b"t"),
-        (link, b""), ("link.txt", b"t"),
-        *pairs("../../escape"),
-    ]  # fmt: skip
-    source = open_source(write_tar(tmp_path / "x.tar", members))
-    reasons = [refusal(source, index) for index in (1, 2, 4, 5, 6)]
-    assert reasons == ["duplicate_member", "duplicate_member", "duplicate_member", "not_a_file", "unsafe_name"]
-    assert source[0].captions == ("txt of good",) and source[3].captions == ("txt of between",)
-    assert os.listdir(tmp_path) == ["x.tar"]
 
 
 def test_too_large_text_is_refused(tmp_path):
@@ -228,8 +187,8 @@ def test_labels_in_the_json(tmp_path):
 
 
 def test_index_is_compact(shared_data):
-    index = index_shard(str(shared_data / "flickr8k" / "dev-000000.tar"))
-    assert len(pickle.dumps(index)) < 110 * len(index)
+    index, _ = index_shard(str(shared_data / "flickr8k" / "dev-000000.tar"))
+    assert len(pickle.dumps(index)) < 80 * len(index)
 
 
 @pytest.mark.parametrize(("context", "num_workers"), [("fork", 2), ("spawn", 1)])

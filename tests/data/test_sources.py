@@ -146,8 +146,8 @@ def test_bad_folder_is_refused(images):
         ("nothinglikeit", "unknown data source 'nothinglikeit'. Forms: scenes"),
         ("digits:tets", "unknown split 'tets'.* Did you mean 'test'"),
         ("scenes:tets", "unknown split 'tets'"),
-        ("s3://bucket/x.tar", "only local files are read"),
-        ("pipe:touch canary", "only local files are read"),
+        ("s3://bucket/x.tar", "1 of its 1 shards have no index yet; run `python scripts/index.py"),
+        ("pipe:touch canary", "not read; use local files"),
         ("/no/such/folder/x.tar", "no file or folder '/no/such/folder/x.tar': there is no folder '/no/such/folder'"),
     ],
 )

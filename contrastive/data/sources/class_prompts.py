@@ -22,6 +22,11 @@ class ClassPrompts:
         self.templates = templates
         self.name = source.name
         self.class_names = source.class_names
+        # What the order and the downloads know of shards holds for their samples under any caption.
+        self.shard_sizes = getattr(source, "shard_sizes", None)
+        self.remote = getattr(source, "remote", False)
+        self.prefetch = getattr(source, "prefetch", None)
+        self.wanted = getattr(source, "wanted", None)
         self._filled = tuple(fill(templates, name) for name in source.class_names)
         identity = "\n".join((source.fingerprint, *templates))
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
@@ -36,7 +41,7 @@ class ClassPrompts:
 
     def __getitem__(self, index: int) -> Record:
         record = self.source[index]
-        return replace(record, captions=self._captions(record.label))
+        return replace(record, captions=self._captions(record.label), caption_weights=None)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions(self.source.label(index))

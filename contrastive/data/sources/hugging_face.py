@@ -110,7 +110,7 @@ def _from_dataset(name: str, dataset: Dataset, folder: str | None, asked: Column
         name=name,
         parts=[TablePart(name, folder or "", len(dataset))],
         images=DatasetCells(dataset, columns.image),
-        captions=DatasetCells(dataset, columns.caption) if columns.caption else None,
+        captions=[(DatasetCells(dataset, caption), weight) for caption, weight in columns.weighted],
         labels=labels,
         class_names=class_names,
         fingerprint=fingerprint,
@@ -121,9 +121,10 @@ def _check_types(name: str, types: Any, columns: Columns) -> None:
     held = types.field(columns.image).type
     if not is_image_type(held):
         raise UserError(f"{name}: column '{columns.image}' holds {held}; images must be an Image feature or paths")
-    held = types.field(columns.caption).type if columns.caption else None
-    if held is not None and not is_caption_type(held):
-        raise UserError(f"{name}: column '{columns.caption}' holds {held}; captions must be texts or lists of texts")
+    for caption in columns.captions:
+        held = types.field(caption).type
+        if not is_caption_type(held):
+            raise UserError(f"{name}: column '{caption}' holds {held}; captions must be texts or lists of texts")
 
 
 def _fingerprint(dataset: Dataset) -> str:

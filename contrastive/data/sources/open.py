@@ -12,7 +12,10 @@ from contrastive.data.sources.columns import Columns
 from contrastive.data.sources.digits import Digits
 from contrastive.data.sources.folder import ImageFolder
 from contrastive.data.sources.hugging_face import is_saved_dataset, open_hub, open_saved
-from contrastive.data.sources.paths import expand_paths
+from contrastive.data.sources.index_builder import local_shards, remote_shards
+from contrastive.data.sources.manifest import is_index, read_index
+from contrastive.data.sources.mixture import Mixture, split_mixture
+from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote
 from contrastive.data.sources.shards import Shards
 from contrastive.data.sources.table import open_table
 from contrastive.errors import UserError, did_you_mean
@@ -37,8 +40,10 @@ def open_source(
 
     Args:
         spec: 'scenes[:SPLIT]', 'digits[:SPLIT]', 'hf:NAME[:SPLIT]' or another registered scheme; a path, glob
-            or brace range of .tar shards or of .csv, .tsv, .jsonl, .parquet tables; a folder saved by `datasets`
-            (':SPLIT' after it where it has splits); a folder of images in class folders or with captions.
+            or brace range of .tar shards or of .csv, .tsv, .jsonl, .parquet tables; a URL or brace range of URLs
+            of shards (s3://, gs://, https://, hf://); an index folder of shards; a folder saved by `datasets`
+            (':SPLIT' after it where it has splits); a folder of images in class folders or with captions; several
+            of these with weights, 'A=2,B=1' (see Mixture).
         image_column, caption_column: of tables and data sets; None looks for the usual names. For shards,
             `caption_column` is the field of KEY.json. Sources without columns pass over both.
         prompts: how class names become captions: a set of templates or a file (see `load_templates`). 'auto'
@@ -55,7 +60,10 @@ def open_source(
     templates = None if prompts == "auto" else load_templates(prompts)
     if not spec:
         raise UserError(f"no data source is given; use one of: {FORMS}")
-    return _as_pairs(_open(spec, Columns(image=image_column, caption=caption_column)), templates)
+    columns = Columns(image=image_column, caption=caption_column)
+    specs, weights = split_mixture(spec)
+    parts = [_as_pairs(_open(part, columns), templates) for part in specs]
+    return parts[0] if len(parts) == 1 else Mixture(spec, parts, weights)
 
 
 def _open(spec: str, columns: Columns) -> Source:
@@ -63,7 +71,9 @@ def _open(spec: str, columns: Columns) -> Source:
     if scheme in SOURCES.names():
         return SOURCES.get(scheme)(argument, columns)
     if "://" in spec or scheme == "pipe":
-        raise UserError(f"'{spec}': only local files are read; copy the data here first, and give its path")
+        return _open_remote(spec, columns)
+    if is_index(spec):
+        return Shards(spec, read_index(spec), columns.caption)
     folder, _, split = os.path.expanduser(spec).rpartition(":")
     if os.path.isdir(folder) and not os.path.exists(os.path.expanduser(spec)):
         return _open_split(spec, folder, split, columns)
@@ -74,6 +84,16 @@ def _open(spec: str, columns: Columns) -> Source:
     if len(paths) == 1 and os.path.isdir(paths[0]):
         return _open_folder(spec, paths[0], columns)
     return _open_files(spec, paths, columns)
+
+
+def _open_remote(spec: str, columns: Columns) -> Source:
+    if not is_remote(spec):
+        known = ", ".join(f"{scheme}://" for scheme in REMOTE)
+        raise UserError(f"'{spec}': not read; use local files, or shards under {known}")
+    urls = expand_urls(spec)
+    if not all(url.partition("?")[0].endswith(".tar") for url in urls):
+        raise UserError(f"{spec}: only .tar shards are read from afar; copy other data here, and give its path")
+    return Shards(spec, remote_shards(spec, urls), columns.caption)
 
 
 def _open_split(spec: str, folder: str, split: str, columns: Columns) -> Source:
@@ -93,7 +113,7 @@ def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
     if len(suffixes) > 1:
         raise UserError(f"{spec} matches files of several kinds ({', '.join(suffixes)}); name one kind")
     if suffixes[0] == ".tar":
-        return Shards(spec, paths, columns.caption)
+        return Shards(spec, local_shards(paths), columns.caption)
     if suffixes[0] in _TABLES:
         return open_table(spec, paths, columns)
     raise UserError(f"{spec}: files of kind '{suffixes[0]}' are not read; use .tar, {', '.join(_TABLES)} or a folder")
@@ -102,8 +122,12 @@ def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
 def _as_pairs(source: Source, templates: tuple[str, ...] | None) -> Source:
     if not len(source):
         raise UserError(f"{source.name} is empty")
-    captioned = _some(source, source.captions)
-    labelled = _some(source, lambda index: source.label(index) is not None)
+    captioned = getattr(source, "captioned", None)
+    if captioned is None:
+        captioned = _some(source, source.captions)
+    labelled = getattr(source, "labelled", None)
+    if labelled is None:
+        labelled = _some(source, lambda index: source.label(index) is not None)
     if not captioned and not labelled:
         raise UserError(
             f"{source.name} has neither captions nor labels; name the column of the captions with caption_column, "

@@ -17,6 +17,18 @@ class PackedBytes:
         self._ends = np.cumsum([len(string) for string in strings], dtype=np.int64)
         self._blob = np.frombuffer(b"".join(strings), dtype=np.uint8)
 
+    @classmethod
+    def from_arrays(cls, ends: np.ndarray, blob: np.ndarray) -> "PackedBytes":
+        """Take what `arrays` gave."""
+        packed = cls(())
+        packed._ends, packed._blob = ends, blob
+        return packed
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each string ends, int64 (n,), and all of them joined, uint8."""
+        return self._ends, self._blob
+
     def __len__(self) -> int:
         return len(self._ends)
 

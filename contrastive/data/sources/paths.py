@@ -1,4 +1,4 @@
-"""From a path, a glob or a brace range to the files it names."""
+"""From a path, a URL, a glob or a brace range to the files it names."""
 
 import glob
 import os
@@ -37,11 +37,40 @@ def expand_paths(spec: str) -> list[str]:
     return paths
 
 
+# Protocols of fsspec that give whole files; a chain of them ('a::b') or a command ('pipe:') is not one.
+REMOTE = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "file", "memory")
+
+
+def is_remote(location: str) -> bool:
+    """Whether it is a URL of a kind that is downloaded."""
+    scheme, separator, _ = location.partition("://")
+    return bool(separator) and scheme in REMOTE and "::" not in location
+
+
+def expand_urls(spec: str) -> list[str]:
+    """Return the URLs that `spec` names: one, or a brace range. A glob is a UserError: a web server has no list."""
+    urls = _expand_braces(spec)
+    for url in urls:
+        if "*" in url:
+            raise UserError(f"{spec}: a glob works on local files only; write a range as '{{00000..00331}}.tar'")
+    return urls
+
+
+def folder_and_name(location: str) -> tuple[str, str]:
+    """Split a path, made absolute, or a URL at its last slash."""
+    if is_remote(location):
+        folder, _, name = location.rpartition("/")
+        return folder, name
+    return os.path.split(os.path.abspath(location))
+
+
 def short_names(paths: Sequence[str]) -> tuple[str, ...]:
     """Return the base names, or the paths below the common folder where base names repeat."""
     names = tuple(os.path.basename(path) for path in paths)
     if len(set(names)) == len(names):
         return names
+    if any(is_remote(path) for path in paths):
+        return tuple(path.partition("://")[2] for path in paths)
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     return tuple(os.path.relpath(path, folder) for path in paths)
 

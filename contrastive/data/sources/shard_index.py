@@ -1,35 +1,40 @@
 """Where the samples of one WebDataset shard lie: offsets and sizes, from one pass over its headers."""
 
+import hashlib
+import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from contrastive.data.sources.image_file import IMAGE_SUFFIXES
 from contrastive.data.sources.packed_bytes import PackedBytes
-from contrastive.data.sources.tar_members import Member, iter_members
+from contrastive.data.sources.tar_members import BLOCK, Member, iter_members
+from contrastive.errors import UserError
 
 ROLES = ("image", "txt", "json", "cls")
 # Why a sample is refused; the place in the tuple is what the index stores.
 REFUSALS = ("", "duplicate_member", "not_a_file", "unsafe_name")
+CAPTION_FIELDS = ("captions", "caption")
+MAX_TEXT_BYTES = 2**20
 _SUFFIXES = frozenset(suffix.encode() for suffix in (*IMAGE_SUFFIXES, *ROLES[1:]))
 _META = re.compile(rb"__[^/]*__($|/)")  # not samples, by WebDataset's convention
+_LARGEST = 2**31 - 1  # of int32; a member of this size or above is refused anyway
+_MAX_FIELDS = 100
 
 
 @dataclass(frozen=True)
 class ShardIndex:
     """The samples of one shard, in its order (n samples).
 
-    path: of the tar. size, mtime_ns: its state when it was indexed.
-    spans: int64 (n, 4, 2), offset and size in bytes of each of ROLES; size -1 where the sample has none.
+    spans: int32 (n, 4, 2), of each of ROLES the first block of 512 bytes and the size in bytes; size -1 where
+        the sample has none.
     refusals: uint8 (n,), an index into REFUSALS; 0 for a sample that may be used.
     keys: the names up to the first dot of the base name, folder included.
     """
 
-    path: str
-    size: int
-    mtime_ns: int
     spans: np.ndarray
     refusals: np.ndarray
     keys: PackedBytes
@@ -37,30 +42,116 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.refusals)
 
+    def span(self, row: int, role: str) -> tuple[int, int]:
+        """Return the offset and size in bytes of a member, size -1 where the sample has none."""
+        block, size = self.spans[row, ROLES.index(role)].tolist()
+        return block * BLOCK, size
 
-def index_shard(path: str) -> ShardIndex:
-    """Index one shard. A torn or altered one is a UserError that names it and the offset.
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What is known of a shard without reading it again.
+
+    size, mtime_ns: its state when it was indexed; mtime_ns is 0 for a remote one. sha256: None when nobody asked.
+    samples: all of them. captions, labels: how many have a caption under the usual names, a label by number.
+    label_names: how many have a label by name. fields: of the JSON. refused: how many for which reason.
+    """
+
+    size: int
+    mtime_ns: int
+    sha256: str | None
+    samples: int
+    captions: int
+    labels: int
+    label_names: int
+    fields: tuple[str, ...]
+    refused: dict[str, int]
+
+
+def index_shard(path: str, digest: bool = False) -> tuple[ShardIndex, ShardSummary]:
+    """Index one shard; `digest` asks for its sha256, for which all of it is read.
 
     Members that follow each other with one key make a sample, as in WebDataset. Only members with a suffix
     we use count. A sample that repeats a member or a key of the same shard, has a link in place of a file, or
     '..' in its name is kept but refused on access, so that it is counted and never paired wrongly.
+
+    Raises:
+        UserError: a torn or altered shard, by name and offset; one without samples, or still being written.
     """
+    before = _state(path)
     groups = _group(path)
-    spans = np.full((len(groups), len(ROLES), 2), (0, -1), dtype=np.int64)
+    if not groups:
+        raise UserError(f"{path} holds no sample: no KEY.jpg, KEY.png, ... with a KEY.txt or KEY.json")
+    spans = np.full((len(groups), len(ROLES), 2), (0, -1), dtype=np.int32)
     for number, group in enumerate(groups):
         for role, suffixes in enumerate((IMAGE_SUFFIXES, *((name,) for name in ROLES[1:]))):
             found = next((group.members[s.encode()] for s in suffixes if s.encode() in group.members), None)
             if found:
-                spans[number, role] = found.offset, found.size
-    state = os.stat(path)
-    return ShardIndex(
-        path=path,
-        size=state.st_size,
-        mtime_ns=state.st_mtime_ns,
+                spans[number, role] = found.offset // BLOCK, min(found.size, _LARGEST)
+    index = ShardIndex(
         spans=spans,
         refusals=np.array([REFUSALS.index(group.refusal) for group in groups], dtype=np.uint8),
         keys=PackedBytes(group.key for group in groups),
     )
+    summary = ShardSummary(*before, _sha256(path) if digest else None, len(index), **_count(path, index))
+    if _state(path) != before:
+        raise UserError(f"{path} changed while it was read; index it when it is complete")
+    return index, summary
+
+
+def _state(path: str) -> tuple[int, int]:
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
+    if state.st_size > _LARGEST * BLOCK:
+        raise UserError(f"{path} is larger than a shard may be (1 TB); split it")
+    return state.st_size, state.st_mtime_ns
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _count(path: str, index: ShardIndex) -> dict:
+    """Return the counts of a ShardSummary, for which every JSON of the shard is read."""
+    refused, fields = Counter(), {}
+    captions = labels = label_names = 0
+    with open(path, "rb") as file:
+        for row in range(len(index)):
+            if index.refusals[row]:
+                refused[REFUSALS[index.refusals[row]]] += 1
+                continue
+            if index.span(row, "image")[1] < 0:
+                refused["missing_image"] += 1
+                continue
+            try:
+                content = _read_json(file.fileno(), *index.span(row, "json"))
+            except (ValueError, RecursionError):
+                refused["bad_json"] += 1
+                continue
+            fields |= dict.fromkeys(content)
+            label = content.get("label")
+            captions += index.span(row, "txt")[1] >= 0 or any(content.get(field) for field in CAPTION_FIELDS)
+            labels += index.span(row, "cls")[1] >= 0 or type(label) is int
+            label_names += type(label) is str
+    return {
+        "captions": captions,
+        "labels": labels,
+        "label_names": label_names,
+        "fields": tuple(sorted(fields)[:_MAX_FIELDS]),
+        "refused": dict(refused),
+    }
+
+
+def _read_json(descriptor: int, offset: int, size: int) -> dict:
+    if not 0 <= size <= MAX_TEXT_BYTES:
+        return {}
+    content = json.loads(os.pread(descriptor, size, offset).decode("utf-8-sig"))
+    if not isinstance(content, dict):
+        raise ValueError("not an object")
+    return content
 
 
 def split_key(name: bytes) -> tuple[bytes, bytes] | None:

@@ -1,59 +1,63 @@
 """WebDataset shards as a map-style source: samples read from the tar files by offset, nothing extracted."""
 
 import hashlib
-import json
+import math
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from contrastive.data.record import BadSample, Record, check_index
 from contrastive.data.sources.class_names import class_names_beside
+from contrastive.data.sources.columns import weighted_names
 from contrastive.data.sources.image_file import MAX_IMAGE_BYTES
-from contrastive.data.sources.paths import short_names
-from contrastive.data.sources.shard_index import REFUSALS, ROLES, ShardIndex, index_shard
+from contrastive.data.sources.manifest import Entry, total
+from contrastive.data.sources.paths import is_remote, short_names
+from contrastive.data.sources.shard_cache import Wanted, prefetch
+from contrastive.data.sources.shard_index import CAPTION_FIELDS
+from contrastive.data.sources.shard_reader import Sample
 from contrastive.errors import UserError
 
-MAX_TEXT_BYTES = 2**20
-CAPTION_FIELDS = ("captions", "caption")
-_PROBED = 100
-_MAX_OPEN = 128
+Captions = tuple[tuple[str, ...], tuple[float, ...] | None]
 
 
 class Shards:
-    """The samples of a list of shards, in their order.
+    """The samples of a list of indexed shards, in their order. Nothing of a shard is read before it is touched.
 
-    Captions come from KEY.json ({"captions": [...]} or {"caption": ...}), else from KEY.txt; labels from
-    KEY.cls or the "label" of the JSON, an index or a class name. Class names are read from classes.json or
-    classnames.txt beside the shards. A key is unique in its shard only; messages name both.
+    Captions come from KEY.json ({"captions": [...], "weights": [...]} or {"caption": ...}), else from KEY.txt;
+    labels from KEY.cls or the "label" of the JSON, an index or a class name. Class names are read from
+    classes.json or classnames.txt beside the shards, or in the index folder of remote ones. A key is unique in
+    its shard only; messages name both.
 
     Args:
         name: the specification, for messages.
-        paths: of the tar files.
-        caption_field: the field of the JSON that holds the caption or the list of them.
+        entries: of the shards' manifests; see `local_shards`, `remote_shards` and `read_index`.
+        caption_field: the field of the JSON that holds the caption or the list of them, or several with weights,
+            'alt=1,synthetic=3'.
 
     Raises:
-        UserError: a damaged shard, one without samples, or no sample with the caption field.
+        UserError: no sample with the caption field.
     """
 
-    def __init__(self, name: str, paths: Sequence[str], caption_field: str | None = None):
+    def __init__(self, name: str, entries: Sequence[Entry], caption_field: str | None = None):
         self.name = name
-        self._caption_fields = (caption_field,) if caption_field else CAPTION_FIELDS
-        self._shards = tuple(index_shard(path) for path in paths)
-        for shard in self._shards:
-            if not len(shard):
-                raise UserError(f"{shard.path} holds no sample: no KEY.jpg, KEY.png, ... with a KEY.txt or KEY.json")
-        self._shard_names = short_names(paths)
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
-        if caption_field:
-            self._check_caption_field(caption_field)
-        class_names = class_names_beside(Path(paths[0]).parent)
-        self._labelled = self._has_labels(class_names)
-        self.class_names = class_names if self._labelled else None
-        named = zip(self._shard_names, self._shards, strict=True)
-        identity = "\n".join(f"{short} {shard.size} {len(shard)}" for short, shard in named)
+        self._entries = tuple(entries)
+        locations = [entry.location for entry in self._entries]
+        self._shard_names = short_names(locations)
+        self.shard_sizes = np.array([entry.summary.samples for entry in self._entries], dtype=np.int64)
+        self._ends = np.cumsum(self.shard_sizes)
+        self.remote = any(map(is_remote, locations))
+        first = self._entries[0]
+        class_names = class_names_beside(
+            Path(os.path.dirname(first.index_path if is_remote(first.location) else first.location))
+        )
+        self.labelled = bool(total(entries, "labels") or (class_names and total(entries, "label_names")))
+        self.class_names = class_names if self.labelled else None
+        self._caption_fields = self._find_fields(caption_field) if caption_field else ()
+        self.captioned = bool(caption_field or total(entries, "captions"))
+        named = zip(self._shard_names, self._entries, strict=True)
+        identity = "\n".join(f"{short} {entry.summary.size} {entry.summary.samples}" for short, entry in named)
         self.fingerprint = hashlib.blake2b(identity.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
@@ -65,44 +69,51 @@ class Shards:
         if image is None:
             raise BadSample("missing_image", sample.key)
         fields = sample.json()
-        return Record(sample.key, image, self._captions(sample, fields), self._label(sample, fields))
+        captions, weights = self._captions(sample, fields)
+        return Record(sample.key, image, captions, self._label(sample, fields), weights)
 
     def captions(self, index: int) -> tuple[str, ...]:
         sample = self._sample(index)
-        return self._captions(sample, sample.json())
+        return self._captions(sample, sample.json())[0]
 
     def label(self, index: int) -> int | None:
-        if not self._labelled:
+        if not self.labelled:
             check_index(self, index)
             return None
         sample = self._sample(index)
         return self._label(sample, sample.json())
 
-    def _sample(self, index: int) -> "_Sample":
+    def prefetch(self, shard_numbers: Sequence[int]) -> None:
+        """Have remote shards, numbered in source order, fetched in the background; those needed first come first.
+
+        A later call replaces what has not begun. Local shards are left to the operating system.
+        """
+        prefetch(self.wanted(shard_numbers))
+
+    def wanted(self, shard_numbers: Sequence[int]) -> list[Wanted]:
+        """Return the remote ones of these shards as the cache knows them."""
+        entries = (self._entries[number] for number in shard_numbers)
+        return [(e.location, e.summary.size, e.summary.sha256) for e in entries if is_remote(e.location)]
+
+    def _sample(self, index: int) -> Sample:
         index = check_index(self, index)
         number = int(np.searchsorted(self._ends, index, side="right"))
-        shard = self._shards[number]
-        row = index - int(self._ends[number]) + len(shard)
-        key = f"{self._shard_names[number]}/{shard.keys[row].decode('utf-8', 'backslashreplace')}"
-        if shard.refusals[row]:
-            raise BadSample(REFUSALS[shard.refusals[row]], key)
-        return _Sample(shard, row, key)
+        row = index - int(self._ends[number] - self.shard_sizes[number])
+        return Sample(self._entries[number], row, self._shard_names[number])
 
-    def _captions(self, sample: "_Sample", fields: dict) -> tuple[str, ...]:
-        for field in self._caption_fields:
-            value = fields.get(field)
-            if isinstance(value, str):
-                return (value,)
-            if isinstance(value, list):
-                if not all(isinstance(caption, str) for caption in value):
-                    raise BadSample("bad_caption", sample.key)
-                return tuple(value)
+    def _captions(self, sample: Sample, fields: dict) -> Captions:
+        if len(self._caption_fields) > 1:
+            return _of_several(self._caption_fields, fields, sample.key)
+        for field in (name for name, _ in self._caption_fields or ((usual, 1.0) for usual in CAPTION_FIELDS)):
+            texts = _texts(fields.get(field), sample.key)
+            if texts is not None:
+                return texts, _weights(fields.get("weights"), len(texts), sample.key) if field == "captions" else None
         text = sample.text("txt")
         # The end of the line belongs to the file, not to the caption.
-        return () if text is None else (text.rstrip("\r\n"),)
+        return () if text is None else (text.rstrip("\r\n"),), None
 
-    def _label(self, sample: "_Sample", fields: dict) -> int | None:
-        if not self._labelled:
+    def _label(self, sample: Sample, fields: dict) -> int | None:
+        if not self.labelled:
             return None
         stored = sample.text("cls")
         value = fields.get("label") if stored is None else stored.strip()
@@ -116,85 +127,40 @@ class Shards:
             raise BadSample("bad_label", sample.key)
         return value
 
-    def _probe(self) -> list[dict]:
-        """Return the JSON of some samples, spread over all of them."""
-        probed = []
-        for index in np.linspace(0, len(self) - 1, num=min(_PROBED, len(self)), dtype=np.int64):
-            try:
-                probed.append(self._sample(index).json())
-            except BadSample:
-                continue
-        return probed
-
-    def _has_labels(self, class_names: tuple[str, ...] | None) -> bool:
-        if any((shard.spans[:, ROLES.index("cls"), 1] >= 0).any() for shard in self._shards):
-            return True
-        labels = [fields.get("label") for fields in self._probe()]
-        return any(type(label) is int or label in (class_names or ()) for label in labels)
-
-    def _check_caption_field(self, field: str) -> None:
-        present = sorted({name for fields in self._probe() for name in fields})
-        if field not in present:
-            there = f"the fields there are: {', '.join(present)}" if present else "the samples have no JSON"
-            raise UserError(f"{self.name}: no caption field '{field}' in the JSON of the samples; {there}")
+    def _find_fields(self, asked: str) -> tuple[tuple[str, float], ...]:
+        present = sorted({name for entry in self._entries for name in entry.summary.fields})
+        weighted = ((asked, 1.0),) if asked in present else weighted_names(asked)
+        for field, _ in weighted:
+            if field not in present:
+                there = f"the fields there are: {', '.join(present)}" if present else "the samples have no JSON"
+                raise UserError(f"{self.name}: no caption field '{field}' in the JSON of the samples; {there}")
+        return weighted
 
 
-class _Sample:
-    """One sample of an indexed shard."""
-
-    def __init__(self, shard: ShardIndex, row: int, key: str):
-        self.shard, self.row, self.key = shard, row, key
-
-    def read(self, role: str, limit: int) -> bytes | None:
-        """Return the member's bytes, None where the sample has none. BadSample 'too_large' above `limit`."""
-        offset, size = (int(value) for value in self.shard.spans[self.row, ROLES.index(role)])
-        if size < 0:
-            return None
-        if size > limit:
-            raise BadSample("too_large", self.key)
-        data = os.pread(_open_shard(self.shard.path, self.shard.size, self.shard.mtime_ns).descriptor, size, offset)
-        if len(data) != size:
-            raise UserError(f"{self.shard.path} became shorter while in use, at byte {offset}; start again")
-        return data
-
-    def text(self, role: str) -> str | None:
-        data = self.read(role, MAX_TEXT_BYTES)
-        try:
-            return None if data is None else data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise BadSample("bad_utf8", self.key) from None
-
-    def json(self) -> dict:
-        """Return the fields of KEY.json, an empty dict where there is none."""
-        text = self.text("json")
-        try:
-            fields = {} if text is None else json.loads(text)
-        except (ValueError, RecursionError):
-            raise BadSample("bad_json", self.key) from None
-        if not isinstance(fields, dict):
-            raise BadSample("bad_json", self.key)
-        return fields
+def _texts(value: object, key: str) -> tuple[str, ...] | None:
+    """Return the captions of a JSON field, None where it holds none. BadSample 'bad_caption'."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list):
+        return None
+    if not all(isinstance(text, str) for text in value):
+        raise BadSample("bad_caption", key)
+    return tuple(value)
 
 
-class _OpenFile:
-    """A file descriptor that closes with its last user, so that one may be evicted while another reads."""
-
-    def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-
-    def __del__(self):
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+def _of_several(fields: Sequence[tuple[str, float]], content: dict, key: str) -> Captions:
+    """The captions of all fields; those of one share its weight evenly."""
+    found = [(_texts(content.get(name), key) or (), weight) for name, weight in fields]
+    weights = tuple(weight / len(texts) for texts, weight in found for _ in texts)
+    return tuple(text for texts, _ in found for text in texts), weights
 
 
-# One table a process, outside the source: nothing to pickle, and pread shares no position after a fork.
-@lru_cache(maxsize=_MAX_OPEN)
-def _open_shard(path: str, size: int, mtime_ns: int) -> _OpenFile:
-    try:
-        file = _OpenFile(path)
-    except OSError as error:
-        raise UserError(f"{path}: the shard can no longer be opened ({error.strerror})") from None
-    state = os.fstat(file.descriptor)
-    if (state.st_size, state.st_mtime_ns) != (size, mtime_ns):
-        raise UserError(f"{path} was changed after the run had read its index; start again")
-    return file
+def _weights(value: object, count: int, key: str) -> tuple[float, ...] | None:
+    """Return the weights beside `count` captions, None where there are none. BadSample 'bad_weights'."""
+    if value is None:
+        return None
+    numbers = value if isinstance(value, list) else []
+    good = len(numbers) == count and all(type(number) in (int, float) and number >= 0 for number in numbers)
+    if not good or not 0 < sum(numbers) < math.inf:
+        raise BadSample("bad_weights", key)
+    return tuple(map(float, numbers))

@@ -41,9 +41,10 @@ def open_table(name: str, paths: Sequence[str], asked: Columns) -> ColumnSource:
         images = _path_cells(rows.column(columns.image), columns.image, name)
     else:
         images = ParquetImages(paths, columns.image)
-    if columns.caption and not is_caption_type(rows.column(columns.caption).type):
-        held = rows.column(columns.caption).type
-        raise UserError(f"{name}: column '{columns.caption}' holds {held}; captions must be texts or lists of texts")
+    for caption in columns.captions:
+        held = rows.column(caption).type
+        if not is_caption_type(held):
+            raise UserError(f"{name}: column '{caption}' holds {held}; captions must be texts or lists of texts")
     labels = class_names = None
     if columns.label:
         known = first.class_names or class_names_beside(Path(first.path).parent)
@@ -53,7 +54,7 @@ def open_table(name: str, paths: Sequence[str], asked: Columns) -> ColumnSource:
         name=name,
         parts=[TablePart(short, os.path.dirname(file.path), file.rows.num_rows) for short, file in labelled],
         images=images,
-        captions=ArrowCells(rows.column(columns.caption)) if columns.caption else None,
+        captions=[(ArrowCells(rows.column(caption)), weight) for caption, weight in columns.weighted],
         labels=labels,
         class_names=class_names,
         fingerprint=_fingerprint(files, short_names(paths)),

@@ -64,7 +64,7 @@ def _read_csv(path: str, asked: Columns, delimiter: str) -> TableFile:
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         columns = find_columns(next(csv.reader(file, delimiter=delimiter), []), asked, path)
     # As bytes, then unchecked: a row of bad UTF-8 costs one sample when it is read, not the table now.
-    raw = {name: pa.binary() for name in (columns.image, columns.caption) if name}
+    raw = {name: pa.binary() for name in (columns.image, *columns.captions)}
     rows = arrow_csv.read_csv(
         path,
         read_options=arrow_csv.ReadOptions(block_size=_BLOCK_BYTES),
