@@ -62,11 +62,11 @@ def parse(
     *,
     prog: str,
     description: str,
-    either: tuple[tuple[str, str], ...] = (),
+    either: tuple[tuple[str, ...], ...] = (),
 ) -> T:
     """Fill the dataclass `cls`: defaults, then each of `files` in turn, then the flags `args`.
 
-    Of two options in `either`, the one given last is kept: a flag for one outdoes the other in a file.
+    Of the options in one group of `either`, the one given last is kept: a flag for one outdoes another in a file.
 
     A section chosen by name (`loss`, `optimizer`, `model`) takes the flag's choice, else the last file's. What
     a file says about a component that was not chosen is left aside. `--help` prints and exits with status 0.
@@ -80,8 +80,8 @@ def parse(
     )
     for name, choice in _choices(cls).items():
         _settle(name, choice, layers, named)
-    for pair in either:
-        _keep_one(pair, layers, args)
+    for group in either:
+        _keep_one(group, layers, args)
     chosen = _with_choices(cls, named)
     known = _flat_types(chosen)
     flags = [
@@ -96,18 +96,20 @@ def parse(
     return _run_tyro(chosen, flags + args, known, prog, _describe(description, cls))
 
 
-def _keep_one(pair: tuple[str, str], layers: list[_Layer], args: list[str]) -> None:
-    """Drop from each layer what a later one, or a flag, replaces by its alternative."""
-    given = {arg.removeprefix("--").partition("=")[0] for arg in args}
-    if set(pair) <= given:
-        raise UserError(f"give --{pair[0]} or --{pair[1]}, not both")
+def _keep_one(group: tuple[str, ...], layers: list[_Layer], args: list[str]) -> None:
+    """Drop from each layer what a later one, or a flag, replaces by an alternative."""
+    flags = {arg.removeprefix("--").partition("=")[0] for arg in args}
+    given = [name for name in group if name in flags]
+    if len(given) > 1:
+        raise UserError(f"give --{' or --'.join(given)}, not {'both' if len(given) == 2 else 'all'}")
     for layer in reversed(layers):
-        present = [name for name in pair if layer.values.get(name) is not None]
-        if len(present) == 2:
-            raise UserError(f"{layer.path}: give {pair[0]} or {pair[1]}, not both")
-        if given & set(pair):
-            layer.values = {name: value for name, value in layer.values.items() if name not in pair}
-        given.update(present)
+        present = [name for name in group if layer.values.get(name) is not None]
+        if len(present) > 1:
+            much = "both" if len(present) == 2 else "all"
+            raise UserError(f"{layer.path}: give {' or '.join(present)}, not {much}")
+        if given:
+            layer.values = {name: value for name, value in layer.values.items() if name not in group}
+        given += present
 
 
 def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
@@ -296,7 +298,7 @@ def _type_name(annotation: Any) -> str:
 def _describe(description: str, cls: type) -> str:
     lines = [f"--{name} {{{','.join(c.names)}}}" for name, c in _choices(cls).items() if c.is_slot]
     lines += [f"--{name} NAME" for name, c in _choices(cls).items() if not c.is_slot]
-    return "\n\n".join([description, "Chosen by name: " + "  ".join(lines)])
+    return "\n\n".join([description, *(["Chosen by name: " + "  ".join(lines)] if lines else [])])
 
 
 def _run_tyro(cls: type[T], args: list[str], known: dict[str, Any], prog: str, description: str) -> T:

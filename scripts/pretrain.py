@@ -18,7 +18,7 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 def main(args: list[str]) -> None:
     prepare_process()
     from contrastive.train import PretrainConfig, pretrain
-    from contrastive.train.settings import default_run
+    from contrastive.train.settings import LENGTHS, default_run
 
     args, chosen = take_option(args, "config")
     config_file = Path(chosen) if chosen else QUICKSTART
@@ -26,7 +26,8 @@ def main(args: list[str]) -> None:
         "pretrain.py",
         f"Pretrain a dual encoder. --config FILE.yaml (default {QUICKSTART.name})",
     )
-    options = {"prog": prog, "description": description, "either": (("train.steps", "train.epochs"),)}
+    lengths = tuple(f"train.{name}" for name in LENGTHS)
+    options = {"prog": prog, "description": description, "either": (lengths,)}
     config = parse(PretrainConfig, args, [config_file], **options)
     config = replace(config, run_folder=config.run_folder or default_run(config_file, config.loss_name))
     saved = Path(config.run_folder) / "config.yaml"

@@ -187,6 +187,32 @@ def test_help_exits_with_success(capsys):
     assert "--pet {cat,dog}" in shown and "--other.height" in shown and "In metres." in shown
 
 
+def test_one_of_three_options(file):
+    @dataclass(frozen=True)
+    class Options:
+        steps: int | None = None
+        """Steps."""
+        epochs: float | None = None
+        """Epochs."""
+        samples: int | None = None
+        """Samples."""
+
+    def one(args, files=()):
+        group = ("steps", "epochs", "samples")
+        config = parse(Options, args, list(files), prog="t", description="", either=(group,))
+        return config.steps, config.epochs, config.samples
+
+    by_steps, by_epochs = file("steps: 3"), file("epochs: 2.0", "b.yaml")
+    assert one(["--samples", "9"], [by_steps, by_epochs]) == (None, None, 9)
+    assert one([], [by_steps, by_epochs]) == (None, 2.0, None)
+    with pytest.raises(UserError, match="give --epochs or --samples, not both"):
+        one(["--samples", "9", "--epochs", "1"])
+    with pytest.raises(UserError, match="give --steps or --epochs or --samples, not all"):
+        one(["--samples=9", "--epochs", "1", "--steps", "3"])
+    with pytest.raises(UserError, match="c.yaml: give epochs or samples, not both"):
+        one([], [file("samples: 1\nepochs: 2.0", "c.yaml")])
+
+
 def test_either_of_two_options(file):
     @dataclass(frozen=True)
     class Options:

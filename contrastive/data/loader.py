@@ -19,6 +19,8 @@ from contrastive.data.record import BadSample, Source
 from contrastive.distributed.process import end_with_parent
 from contrastive.errors import UserError
 
+_SAMPLES_AHEAD = 2**18  # samples of a rank whose shards are asked for ahead of time
+
 
 class _Loader(DataLoader):
     """A DataLoader whose workers' UserErrors arrive as the one line they were."""
@@ -35,17 +37,24 @@ class _Loader(DataLoader):
 
 
 class _Steps:
-    """For each step, the positions of this rank's slice of the global batch."""
+    """For each step, the positions of this rank's slice of the global batch; fetches shards that lie far away."""
 
-    def __init__(self, global_batch_size: int, rank: int, world_size: int, start_step: int, num_steps: int):
-        self.global_batch_size, self.local_batch_size = global_batch_size, global_batch_size // world_size
-        self.rank, self.steps = rank, range(start_step, start_step + num_steps)
+    def __init__(self, dataset: PairDataset, rank: int, world_size: int, start_step: int, num_steps: int):
+        self.source, self.order, self.rank, self.world_size = dataset.source, dataset.order, rank, world_size
+        self.global_batch_size = dataset.order.global_batch_size
+        self.local_batch_size = self.global_batch_size // world_size
+        self.steps = range(start_step, start_step + num_steps)
+        self.far = getattr(self.source, "remote", False) and hasattr(self.order, "shards_ahead")
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[range]:
+        ahead = max(1, _SAMPLES_AHEAD // self.local_batch_size)
         for step in self.steps:
+            if self.far and (step - self.steps.start) % max(1, ahead // 8) == 0:
+                num_steps = min(ahead, self.steps.stop - step)
+                self.source.prefetch(self.order.shards_ahead(step, num_steps, self.rank, self.world_size))
             first = step * self.global_batch_size + self.rank * self.local_batch_size
             yield range(first, first + self.local_batch_size)
 
@@ -82,7 +91,7 @@ def train_loader(
             f"global batch size {global_batch_size} does not divide among {world_size} processes; "
             f"use a multiple of {world_size}"
         )
-    steps = _Steps(global_batch_size, rank, world_size, start_step, num_steps)
+    steps = _Steps(dataset, rank, world_size, start_step, num_steps)
     return _Loader(
         dataset,
         batch_sampler=steps,

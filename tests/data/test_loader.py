@@ -11,12 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
+from contrastive.data import loader
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.loader import eval_loader, train_loader
 from contrastive.data.order import Order
+from contrastive.data.order_choice import order_for
 from contrastive.data.pairs import PairDataset, caption_id
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.record import BadSample, Record
+from contrastive.data.sharded_order import ShardedOrder
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 
@@ -289,3 +292,45 @@ def test_workers_die_with_their_parent(pause, first):
     while any(running(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(running(pid) for pid in workers)
+
+
+class Afar(Memory):
+    """Shards of five samples each, which notes what it is asked to fetch."""
+
+    remote = True
+
+    def __init__(self, count=40):
+        super().__init__(count)
+        self.shard_sizes, self.asked = [5] * (count // 5), []
+
+    def prefetch(self, shards):
+        self.asked.append(list(shards))
+
+
+def test_shards_of_the_steps_ahead_are_fetched(tokenizer, monkeypatch):
+    monkeypatch.setattr(loader, "_SAMPLES_AHEAD", 64)  # 16 steps of 4: asked for anew every second one
+    source = Afar()
+    order = order_for(source, 8, 0, window=5, lanes=2)
+    dataset = PairDataset(source, order, tokenizer, 16, AugmentConfig(), 0)
+    list(train_loader(dataset, global_batch_size=8, rank=1, world_size=2, start_step=3, num_steps=18))
+    expected = [order.shards_ahead(step, min(16, 21 - step), 1, 2).tolist() for step in range(3, 21, 2)]
+    assert source.asked == expected and len(expected[0]) > 4
+    source.asked, source.remote = [], False
+    list(train_loader(dataset, global_batch_size=8, num_steps=2))
+    assert not source.asked
+    whole = PairDataset(Afar(), Order(40, 8, 0), tokenizer, 16, AugmentConfig(), 0)
+    assert len(list(train_loader(whole, global_batch_size=8, num_steps=2))) == 2
+
+
+def test_the_stand_in_is_the_orders(tokenizer):
+    bad = {index: None for index in range(10, 20)}  # all of one shard, and of every window that lies in it
+    source = Memory(40, images=bad)
+    order = ShardedOrder(40, 8, 0, [10] * 4, window=10, lanes=1)
+    dataset = PairDataset(source, order, tokenizer, 16, AugmentConfig(), 0)
+    for position in range(40):
+        sample = dataset[position]
+        assert sample["index"] not in bad
+        if order.index_of(position) in bad:  # ten tries close by, all bad, then anywhere
+            assert len(sample["bad"]) > 10
+        else:
+            assert not sample["bad"]

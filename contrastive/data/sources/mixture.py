@@ -1,0 +1,140 @@
+"""Several sources as one, each with a weight: 'a/{00..09}.tar=2,b.csv=1'."""
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from decimal import Decimal
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from contrastive.data.record import BadSample, Record, Source, check_index
+from contrastive.data.sources.shard_cache import prefetch
+from contrastive.errors import UserError
+
+_WEIGHT = re.compile(r"(.+)=([-+.\d]*)")
+_MAX_SUM = 1_000_000  # positions of a block, which are shuffled at once
+
+
+class Mixture:
+    """Parts laid end to end, to be visited in proportion to their weights (see MixtureOrder).
+
+    Class names are those of the parts where all have the same; else it has no labels. Keys begin with the name
+    of the part.
+
+    Args:
+        name: the specification, for messages.
+        weights: whole numbers above 0, one a part.
+
+    Raises:
+        UserError: the same data twice.
+    """
+
+    def __init__(self, name: str, parts: Sequence[Source], weights: Sequence[int]):
+        self.name, self.parts, self.weights = name, tuple(parts), tuple(weights)
+        names = [part.name for part in parts]
+        twice = next((part for place, part in enumerate(names) if part in names[:place]), None)
+        if twice is not None:
+            raise UserError(f"{name}: '{twice}' is there twice; name it once, with the sum of the weights")
+        class_names = {part.class_names for part in parts}
+        self.class_names = class_names.pop() if len(class_names) == 1 else None
+        identity = "\n".join(part.fingerprint for part in parts)
+        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        self.remote = any(getattr(part, "remote", False) for part in parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        part, row = self._locate(index)
+        with _faults_of(part):
+            record = part[row]
+        label = record.label if self.class_names else None
+        return replace(record, key=f"{part.name}:{record.key}", label=label)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        part, row = self._locate(index)
+        with _faults_of(part):
+            return part.captions(row)
+
+    def label(self, index: int) -> int | None:
+        part, row = self._locate(index)
+        with _faults_of(part):
+            return part.label(row) if self.class_names else None
+
+    def prefetch(self, shards: Sequence[tuple[int, int]]) -> None:
+        """Have remote shards, pairs of the part's number and the shard's in it, fetched in the background."""
+        prefetch(
+            [
+                wanted
+                for number, shard in shards
+                if getattr(self.parts[number], "remote", False)
+                for wanted in self.parts[number].wanted([shard])
+            ]
+        )
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        index = check_index(self, index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        part = self.parts[number]
+        return part, index - int(self._ends[number]) + len(part)
+
+
+@contextmanager
+def _faults_of(part: Source):
+    try:
+        yield
+    except BadSample as fault:
+        raise BadSample(fault.reason, f"{part.name}:{fault.key}") from fault
+
+
+def split_mixture(spec: str) -> tuple[list[str], tuple[int, ...]]:
+    """Split 'A=2,B=0.5,C' into its specifications and whole weights in lowest terms: (A, B, C) and (4, 1, 2).
+
+    A part without a weight counts 1. Commas inside braces, and a path that exists as it stands, are left whole;
+    a lone specification has no weight.
+
+    Raises:
+        UserError: an empty part, a weight that is no number above 0, or one with more than three decimals.
+    """
+    parts = [spec] if _exists(spec) else [part.strip() for part in _split_commas(spec)]
+    if len(parts) == 1:
+        return parts, (1,)
+    if not all(parts):
+        raise UserError(f"'{spec}': there is nothing before or after a comma; separate data sources by one comma")
+    named, weights = zip(*map(_split_weight, parts), strict=True)
+    divisor = math.gcd(*weights)
+    whole = tuple(weight // divisor for weight in weights)
+    if sum(whole) > _MAX_SUM:
+        raise UserError(f"'{spec}': the weights are {':'.join(map(str, whole))} in lowest terms; use rounder ones")
+    return list(named), whole
+
+
+def _split_commas(spec: str) -> list[str]:
+    """Split at the commas outside braces."""
+    depths = accumulate((character == "{") - (character == "}") for character in spec)
+    commas = [place for place, depth in enumerate(depths) if spec[place] == "," and depth == 0]
+    return [spec[begin + 1 : end] for begin, end in pairwise((-1, *commas, len(spec)))]
+
+
+def _split_weight(part: str) -> tuple[str, int]:
+    """Return the specification and a thousand times its weight."""
+    found = _WEIGHT.fullmatch(part)
+    # 'https://.../a.tar?version=2' says something else.
+    in_query = "://" in part and part.partition("?")[2].rpartition("&")[2].count("=") == 1
+    if found is None or in_query or _exists(part):
+        return part, 1000
+    if not re.fullmatch(r"\d+(\.\d{1,3})?|\.\d{1,3}", found[2]) or not Decimal(found[2]):
+        raise UserError(
+            f"'{part}': weight '{found[2]}' is not a number above 0 with at most three decimals; write '{found[1]}=2'"
+        )
+    return found[1], int(Decimal(found[2]) * 1000)
+
+
+def _exists(spec: str) -> bool:
+    return os.path.exists(os.path.expanduser(spec))
