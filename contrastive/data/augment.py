@@ -1,20 +1,25 @@
-"""Random crops and flips of training images; every draw comes from the generator that is handed in."""
+"""Random variations of training images; every draw comes from the generator that is handed in."""
 
+import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 
+from contrastive.data.decode import Box, decode
+from contrastive.data.photometric import jitter_color, rand_augment, to_gray
 from contrastive.data.resize import resize
 from contrastive.errors import UserError
 
 CROP_ATTEMPTS = 10
+MAX_MAGNITUDE = 30
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training images are varied."""
+    """How training images are varied. In this order: crop, flip, RandAugment, color jitter, gray."""
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of the area that a crop keeps; 1 1 keeps the whole image."""
@@ -22,6 +27,16 @@ class AugmentConfig:
     """Smallest and largest width / height of a crop."""
     flip: bool = False
     """Mirror every second image. Off, because captions say 'left' and 'right'."""
+    rand_augment_ops: int = 0
+    """Operations of RandAugment on each image; 0 for none, 2 is usual."""
+    rand_augment_magnitude: int = 9
+    """Their strength, from 0 to 30."""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Largest change of brightness, contrast, saturation (as shares) and hue (as a share of the circle, up to 0.5)."""
+    color_jitter_prob: float = 1.0
+    """Share of the images whose color is jittered."""
+    gray_prob: float = 0.0
+    """Share of the images that become gray."""
 
     def __post_init__(self):
         low, high = self.crop_scale
@@ -30,38 +45,54 @@ class AugmentConfig:
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise UserError(f"crop_ratio {self.crop_ratio} is not of the form 0 < low <= high")
+        if self.rand_augment_ops < 0:
+            raise UserError(f"rand_augment_ops {self.rand_augment_ops} is negative; use 0 for none")
+        if not 0 <= self.rand_augment_magnitude <= MAX_MAGNITUDE:
+            raise UserError(f"rand_augment_magnitude {self.rand_augment_magnitude} is not in 0..{MAX_MAGNITUDE}")
+        if min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
+            raise UserError(f"color_jitter {self.color_jitter}: none may be negative, and the hue's not above 0.5")
+        for name in ("color_jitter_prob", "gray_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} {getattr(self, name)} is not in 0..1")
 
     @property
     def crops(self) -> bool:
         return self.crop_scale[0] < 1
 
-    def min_side(self, image_size: int) -> int:
-        """The short side, in pixels, from which even the smallest crop need not be enlarged."""
-        if not self.crops:
-            return image_size
-        narrowest = max(self.crop_ratio[1], 1 / self.crop_ratio[0], 1.0)
-        return math.ceil(image_size * math.sqrt(narrowest / self.crop_scale[0]))
 
-
-def augment(image: torch.Tensor, image_size: int, config: AugmentConfig, rng: np.random.Generator) -> torch.Tensor:
-    """Return a random crop of uint8 (3, H, W) as uint8 (3, S, S), S = image_size.
+def augment(
+    image: bytes | Image.Image | np.ndarray, image_size: int, config: AugmentConfig, rng: np.random.Generator
+) -> torch.Tensor:
+    """Return a random variation of an image, as `decode` takes it, as uint8 (3, S, S), S = image_size.
 
     The crop is the one of "Going deeper with convolutions" (Szegedy et al., 2014), torchvision's
-    RandomResizedCrop. It is cut first, so only what is kept is resized.
+    RandomResizedCrop. It is drawn before anything is decoded, and cut before anything is resized, so that no
+    more is decoded than the crop needs. Nothing is drawn for what is off. BadSample as from `decode`.
     """
     mirrored = config.flip and rng.random() < 0.5
+    choose_crop = None
     if config.crops:
-        top, left, height, width = _draw_crop(image.shape[1], image.shape[2], config, rng)
-        image = image[:, top : top + height, left : left + width]
-    image = resize(image, image_size, image_size)
-    return image.flip(2) if mirrored else image
+        choose_crop = functools.partial(_fit_crop, config=config, draws=rng.random((CROP_ATTEMPTS, 4)))
+    pixels = resize(decode(image, choose_crop, image_size), image_size, image_size)
+    if mirrored:
+        pixels = pixels.flip(2)
+    if config.rand_augment_ops:
+        pixels = rand_augment(pixels, config.rand_augment_ops, config.rand_augment_magnitude / MAX_MAGNITUDE, rng)
+    if any(config.color_jitter) and rng.random() < config.color_jitter_prob:
+        pixels = jitter_color(pixels, config.color_jitter, rng)
+    if config.gray_prob and rng.random() < config.gray_prob:
+        pixels = to_gray(pixels)
+    return pixels
 
 
-def _draw_crop(height: int, width: int, config: AugmentConfig, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Return (top, left, height, width) of a crop; the ratio is log-uniform, the scale uniform."""
+def _fit_crop(height: int, width: int, config: AugmentConfig, draws: np.ndarray) -> Box:
+    """Return the first crop that fits; `draws` has a row of four numbers in 0..1 for each attempt.
+
+    The ratio is log-uniform, the scale uniform.
+    """
     low, high = config.crop_scale
     log_low, log_high = math.log(config.crop_ratio[0]), math.log(config.crop_ratio[1])
-    for u_scale, u_ratio, u_top, u_left in rng.random((CROP_ATTEMPTS, 4)).tolist():
+    for u_scale, u_ratio, u_top, u_left in draws.tolist():
         area = height * width * (low + (high - low) * u_scale)
         ratio = math.exp(log_low + (log_high - log_low) * u_ratio)
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))

@@ -5,14 +5,12 @@ Neither adds its special tokens by itself: the callers place them (see tokenizer
 
 import functools
 import gzip
-import html
 import importlib.util
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import ftfy
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from contrastive.errors import UserError
@@ -97,11 +95,3 @@ def clip() -> Tokenizer:
     # CLIP looks for its special tokens in text too.
     core.add_special_tokens([AddedToken(token, normalized=False) for token in (CLIP_BOS, CLIP_EOS)])
     return core
-
-
-def clean_clip(text: str) -> str:
-    """Mend encoding slips and HTML entities, squeeze white space, lower-case, as open_clip does."""
-    # Printable ASCII without an entity is left alone by the first two, which take most of the time.
-    if "&" in text or not (text.isascii() and text.isprintable()):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()

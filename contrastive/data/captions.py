@@ -1,6 +1,11 @@
-"""What is asked of a caption, and its identity."""
+"""What is asked of a caption, its identity, and which of several is drawn."""
 
 import hashlib
+import math
+from bisect import bisect_right
+from itertools import accumulate
+
+from contrastive.data.record import BadSample, Record
 
 # Real captions end far below this; longer ones are documents that cost tokenizing time and teach nothing.
 MAX_CAPTION_CHARS = 20_000
@@ -23,3 +28,26 @@ def caption_id(text: str) -> int:
     """Return a signed 64-bit hash of the text: equal captions have equal ids, on every machine and run."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def drawn_order(record: Record, draw: float) -> tuple[str, ...]:
+    """Return the captions of a sample, the drawn one first, then those to take where it cannot be used.
+
+    draw: in 0..1, uniform. A caption comes first as often as its weight says; one of weight 0 is left out.
+
+    Raises:
+        BadSample: 'missing_caption'; 'bad_weights', where they are not one number for each caption, finite and
+            not negative, with a sum above 0.
+    """
+    captions, weights = record.captions, record.caption_weights
+    if not captions:
+        raise BadSample("missing_caption", record.key)
+    if weights is None:
+        first = int(draw * len(captions))
+    else:
+        if len(weights) != len(captions) or not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+            raise BadSample("bad_weights", record.key)
+        captions, weights = zip(*((c, w) for c, w in zip(captions, weights, strict=True) if w), strict=True)
+        ends = list(accumulate(weights))
+        first = min(bisect_right(ends, draw * ends[-1]), len(captions) - 1)
+    return captions[first:] + captions[:first]

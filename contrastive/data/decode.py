@@ -1,6 +1,8 @@
 """From the bytes of an image file to RGB pixels, the same from every source."""
 
+import functools
 import io
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
@@ -14,17 +16,28 @@ MAX_PIXELS = 50_000_000
 # Named, because Pillow otherwise tries every plugin it has, some of which run other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 EXIF_ORIENTATION = 0x0112
+TURNED = (5, 6, 7, 8)  # orientations that swap height and width
+# Sizes in between, as 5/8, take longer to decode than they save.
+REDUCTIONS = (8, 4, 2)
+
+Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
+ChooseCrop = Callable[[int, int], Box]
 
 
-def decode(image: bytes | Image.Image | np.ndarray, min_side: int | None = None) -> torch.Tensor:
+def decode(
+    image: bytes | Image.Image | np.ndarray, choose_crop: ChooseCrop | None = None, min_side: int | None = None
+) -> torch.Tensor:
     """Return the pixels of an image as uint8 RGB (3, H, W).
 
     EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, CMYK is
     converted, and of an animation the first frame is taken. An array (H, W, 3) uint8 is passed through.
 
     Args:
+        choose_crop: called with the upright picture's (height, width), returns the (top, left, height, width)
+            to keep; it may be called twice. None keeps it all.
         min_side: when given, a JPEG may come back at 1/2, 1/4 or 1/8 of its size (scaled inside the inverse
-            DCT, which is far cheaper than decoding it all), as long as both sides keep `min_side` pixels.
+            DCT, which is far cheaper than decoding it all), as long as both sides of what is kept have
+            `min_side` pixels.
 
     Raises:
         BadSample: 'unreadable_image', or 'too_large' above MAX_PIXELS; the caller fills in the key.
@@ -32,10 +45,13 @@ def decode(image: bytes | Image.Image | np.ndarray, min_side: int | None = None)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise BadSample("unreadable_image")
-        pixels = image
+        pixels = _cut(image, choose_crop)
     else:
         try:
-            pixels = _decode_file(image, min_side) if isinstance(image, bytes) else _to_rgb(image)
+            if isinstance(image, bytes):
+                pixels = _decode_file(image, choose_crop, min_side)
+            else:
+                pixels = _cut(_to_rgb(image), choose_crop)
         except BadSample:
             raise
         except Exception as error:  # Pillow's plugins raise whatever the damaged bytes lead them to
@@ -45,34 +61,69 @@ def decode(image: bytes | Image.Image | np.ndarray, min_side: int | None = None)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _decode_file(data: bytes, min_side: int | None) -> np.ndarray:
+def _cut(pixels: np.ndarray, choose_crop: ChooseCrop | None) -> np.ndarray:
+    if choose_crop is None:
+        return pixels
+    top, left, height, width = choose_crop(*pixels.shape[:2])
+    return pixels[top : top + height, left : left + width]
+
+
+def _decode_file(data: bytes, choose_crop: ChooseCrop | None, min_side: int | None) -> np.ndarray:
     if data[:3] == b"\xff\xd8\xff":
         try:
-            return _decode_jpeg(data, min_side)
+            return _decode_jpeg(data, choose_crop or _whole, min_side)
         except ValueError:
             pass  # CMYK, or an oddity that Pillow forgives
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-        return _to_rgb(opened)
+        return _cut(_to_rgb(opened), choose_crop)
 
 
-def _decode_jpeg(data: bytes, min_side: int | None) -> np.ndarray:
+def _whole(height: int, width: int) -> Box:
+    return 0, 0, height, width
+
+
+def _decode_jpeg(data: bytes, choose_crop: ChooseCrop, min_side: int | None) -> np.ndarray:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise BadSample("too_large")
     if colorspace in ("CMYK", "YCCK"):
         raise ValueError("left to Pillow, which knows Adobe's inverted inks")
-    shrink = {"min_height": min_side, "min_width": min_side, "min_factor": 2} if min_side else {}
-    pixels = simplejpeg.decode_jpeg(data, "RGB", **shrink)
+    orientation = _jpeg_orientation(data)
+    box = choose_crop(*((width, height) if orientation in TURNED else (height, width)))
+    factor = next((f for f in REDUCTIONS if min_side and min(box[2:]) >= f * min_side), 1)
+    shrink = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
+    pixels = simplejpeg.decode_jpeg(data, "RGB", **(shrink if factor > 1 else {}))
+    return _cut(_orient(pixels, orientation), functools.partial(_reduced, box, factor))
+
+
+def _reduced(box: Box, factor: int, height: int, width: int) -> Box:
+    """Return the box on a picture reduced by `factor`, within its (height, width)."""
+    rows, columns = round(box[2] / factor), round(box[3] / factor)
+    return min(round(box[0] / factor), height - rows), min(round(box[1] / factor), width - columns), rows, columns
+
+
+def _jpeg_orientation(data: bytes) -> int:
     # A plain search is cheap; where it finds nothing, as in most data sets, nothing else is paid.
-    if b"Exif\0\0" in data or b"tiff:Orientation" in data:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as opened:
-            pixels = _orient(pixels, opened.getexif().get(EXIF_ORIENTATION, 1))
-    return pixels
+    header = data[: _first_scan(data)]
+    if b"Exif\0\0" not in header and b"tiff:Orientation" not in header:
+        return 1
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as opened:
+        return opened.getexif().get(EXIF_ORIENTATION, 1)
+
+
+def _first_scan(data: bytes) -> int:
+    """Return where the segments before the compressed data end; the end of the data where they are unusual."""
+    place = 2
+    while data[place : place + 1] == b"\xff":
+        if data[place + 1 : place + 2] == b"\xda":
+            return place
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return len(data)
 
 
 def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Undo an EXIF orientation (1 to 8; other values mean none) on pixels (H, W, 3)."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in TURNED:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
@@ -84,13 +135,14 @@ def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.width * image.height > MAX_PIXELS:
         raise BadSample("too_large")
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)  # which copies in any case
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _grey_16_bit(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _grey_16_bit(image: Image.Image) -> np.ndarray:

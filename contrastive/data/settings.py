@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from contrastive.data.augment import AugmentConfig
+from contrastive.data.text_cleaning import Cleaning
+from contrastive.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -11,13 +13,18 @@ class DataConfig:
     """Where pairs come from and how they reach the model."""
 
     train: str = "scenes"
-    """Training pairs: scenes, digits, shards ('path/{0000..0099}.tar'), hf:NAME, a table, an image folder."""
+    """Training pairs: scenes, digits, shards ('path/{0000..0099}.tar'), hf:NAME, a table, an image folder; or
+    several with weights: 'shards/{00..09}.tar=2,pairs.csv=1'."""
     eval: tuple[str, ...] = ()
     """Held-out sources: labelled ones are scored zero-shot, captioned ones by retrieval."""
     image_column: str | None = None
     """Column of a table that holds the image or its path; none: found by its usual names."""
     caption_column: str | None = None
-    """Column of a table that holds the caption; none: found by its usual names."""
+    """Column (or field of KEY.json) of the captions, or several with weights: alt=1,synthetic=3; none: usual names."""
+    caption_templates: tuple[str, ...] = ("{}",)
+    """Texts of which one is drawn for each caption, which takes the place of {}: "{}" "a photo of {}"."""
+    clean: Cleaning = "none"
+    """Cleaning of captions, prompts and every text later on: clip (mends, lower-cases), canonicalize (SigLIP's)."""
     prompts: str = "auto"
     """Prompt templates for labelled data: a set's name, a file with one template a line, or auto."""
     tokenizer: str = "auto"
@@ -35,3 +42,21 @@ class DataConfig:
     """Loader processes per rank; none: 0 without a GPU, else the rank's share of the cores up to 8."""
     timeout: float = 300.0
     """Seconds to wait for a batch from the workers before an error."""
+    max_bad_share: float = 0.01
+    """Share of samples that may be unusable; with more of the last `bad_window`, the run stops."""
+    bad_window: int = 10_000
+    """Samples over which that share is taken."""
+    window: int | None = None
+    """Samples shuffled among themselves; none: all of the data up to 4 million local samples, else 16,384."""
+    lanes: int | None = None
+    """Places in the data that a batch is read from at once, where a window is less than the data; a divisor of the
+    batch; none: the largest up to 64."""
+    replacement: bool = False
+    """Draw each sample from all of the data, whatever was drawn before, instead of each one once an epoch."""
+
+    def __post_init__(self):
+        for template in self.caption_templates:
+            if "{}" not in template:
+                raise UserError(f"data.caption_templates: '{template}' has no '{{}}' for the caption")
+        if not self.caption_templates:
+            raise UserError("data.caption_templates is empty; leave it out for captions as they are")

@@ -16,6 +16,7 @@ import torch
 
 from contrastive.data import bpe
 from contrastive.data.captions import caption_fault
+from contrastive.data.text_cleaning import Cleaning, clean_clip, clean_text
 from contrastive.errors import UserError, did_you_mean
 
 OPTIONS_FILE = "contrastive_tokenizer.json"
@@ -29,7 +30,10 @@ class Tokenizer(ABC):
     kind: 'bpe' (trained on the run's captions), 'clip', or 'transformers'.
     vocab_size: rows that a token embedding needs.
     bos_id: None where no such token is placed.
+    clean: what is done to texts first (see `clean_text`); saved, so that every use of a model cleans alike.
     """
+
+    clean: Cleaning = "none"
 
     def __init__(self, kind: str, vocab_size: int, context_length: int, pad_id: int, eos_id: int, bos_id: int | None):
         if context_length < 3:
@@ -39,7 +43,16 @@ class Tokenizer(ABC):
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """Return int64 (B, context_length); one string is a batch of one."""
-        rows = self._encode([texts] if isinstance(texts, str) else list(texts))
+        texts = [texts] if isinstance(texts, str) else texts
+        return self.tokenize_clean([self.cleaned(text) for text in texts])
+
+    def cleaned(self, text: str) -> str:
+        """Return the text as it is tokenized."""
+        return clean_text(text, self.clean)
+
+    def tokenize_clean(self, texts: list[str]) -> torch.Tensor:
+        """Return int64 (B, context_length) of texts that `cleaned` returned."""
+        rows = self._encode(texts)
         padded = np.full((len(rows), self.context_length), self.pad_id, np.int64)
         for target, row in zip(padded, rows, strict=True):
             target[: len(row)] = row
@@ -62,7 +75,7 @@ class Tokenizer(ABC):
         (folder / OPTIONS_FILE).write_text(json.dumps(self._options(), indent=2) + "\n")
 
     def _options(self) -> dict:
-        names = ("kind", "vocab_size", "context_length", "pad_id", "eos_id", "bos_id")
+        names = ("kind", "vocab_size", "context_length", "pad_id", "eos_id", "bos_id", "clean")
         return {name: getattr(self, name) for name in names}
 
     @abstractmethod
@@ -89,7 +102,7 @@ class BpeTokenizer(Tokenizer):
 
     def _encode(self, texts):
         if self.kind == "clip":
-            texts = [bpe.clean_clip(text) for text in texts]
+            texts = [clean_clip(text) for text in texts]
         room = self.context_length - 2
         encoded = (self._core.encode(text, add_special_tokens=False).ids for text in texts)
         return [[self.bos_id, *ids[:room], self.eos_id] for ids in encoded]
@@ -148,24 +161,38 @@ def clip_tokenizer(context_length: int = CLIP_CONTEXT_LENGTH) -> Tokenizer:
     return BpeTokenizer(bpe.clip(), "clip", context_length)
 
 
-def train_bpe(captions: Iterable[str], vocab_size: int = 8192, context_length: int = 64) -> Tokenizer:
+def train_bpe(
+    captions: Iterable[str], vocab_size: int = 8192, context_length: int = 64, clean: Cleaning = "none"
+) -> Tokenizer:
     """Train a byte-level, lower-casing BPE on captions: pad, bos, eos are ids 0, 1, 2.
 
     Captions that training would skip (empty, overlong, not text) are skipped here too. The result depends on
     the captions alone. Errors as in `bpe.train`.
     """
-    usable = (caption for caption in captions if caption_fault(caption) is None)
-    return BpeTokenizer(bpe.train(usable, vocab_size), "bpe", context_length)
+    usable = (clean_text(caption, clean) for caption in captions if caption_fault(caption) is None)
+    tokenizer = BpeTokenizer(bpe.train(filter(None, usable), vocab_size), "bpe", context_length)
+    tokenizer.clean = clean
+    return tokenizer
 
 
-def load_tokenizer(name_or_folder: str | Path, context_length: int | None = None) -> Tokenizer:
+def load_tokenizer(
+    name_or_folder: str | Path, context_length: int | None = None, clean: Cleaning | None = None
+) -> Tokenizer:
     """Return the tokenizer called 'clip', or the one in a folder saved by us or by transformers.
 
     context_length: None takes the saved one, or 77 for CLIP; a folder of transformers needs it given.
+    clean: None takes the saved one, or 'none'.
 
     Raises:
         UserError: no such tokenizer, no pad or eos token, or special ids that the vocabulary does not have.
     """
+    tokenizer = _load(name_or_folder, context_length)
+    if clean is not None:
+        tokenizer.clean = clean
+    return tokenizer
+
+
+def _load(name_or_folder: str | Path, context_length: int | None) -> Tokenizer:
     if str(name_or_folder) == "clip":
         return clip_tokenizer(context_length or CLIP_CONTEXT_LENGTH)
     folder = Path(name_or_folder)
@@ -195,4 +222,5 @@ def _load_saved(folder: Path, options: dict, context_length: int | None) -> Toke
                 f"the tokenizer in '{folder}' has {name} {getattr(tokenizer, name)} but {OPTIONS_FILE} says "
                 f"{options[name]}; copy the whole folder again from the run that made it"
             )
+    tokenizer.clean = options.get("clean", "none")
     return tokenizer

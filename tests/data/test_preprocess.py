@@ -1,5 +1,4 @@
 import io
-import math
 import pickle
 
 import numpy as np
@@ -7,8 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-from contrastive.data.augment import AugmentConfig, _draw_crop, augment
-from contrastive.data.order import philox
 from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 
@@ -22,10 +19,6 @@ def photo(height, width):
 
 
 SIZES = [(375, 500), (500, 333), (100, 101), (64, 300), (224, 224), (97, 41)]
-
-
-def generator(position, seed=0):
-    return np.random.Generator(philox(seed, position, 1))
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -85,91 +78,3 @@ def test_siglip_range_and_pickling():
 def test_bad_preprocess_options(options):
     with pytest.raises(UserError):
         PreprocessConfig(**options)
-
-
-def coordinates(height, width):
-    """An image whose red and green tell where a pixel came from."""
-    rows, columns = np.mgrid[0:height, 0:width]
-    return torch.from_numpy(np.stack([rows, columns, rows * 0]).astype(np.uint8))
-
-
-def test_no_augmentation_returns_the_image_itself():
-    image = coordinates(48, 48)
-    off = AugmentConfig(crop_scale=(1, 1))
-    assert augment(image, 48, off, generator(0)).data_ptr() == image.data_ptr()
-
-
-def test_crop_obeys_scale_and_ratio():
-    config = AugmentConfig(crop_scale=(0.3, 0.6), crop_ratio=(0.8, 1.25))
-    scales, ratios, tops = [], [], []
-    for position in range(300):
-        crop = augment(coordinates(200, 200), 200, config, generator(position))
-        # Where the first and last pixel came from tells the box; resizing blurs that by about a pixel.
-        top, bottom = crop[0].min().item(), crop[0].max().item() + 1
-        left, right = crop[1].min().item(), crop[1].max().item() + 1
-        scales.append((bottom - top) * (right - left) / 200**2)
-        ratios.append((right - left) / (bottom - top))
-        tops.append(top / max(1, 200 - (bottom - top)))
-    assert 0.28 < min(scales) < 0.34 and 0.56 < max(scales) < 0.62
-    assert 0.78 < min(ratios) < 0.84 and 1.19 < max(ratios) < 1.28
-    assert abs(np.mean(scales) - 0.45) < 0.02, "scale is not uniform"
-    assert abs(np.mean(np.log(ratios))) < 0.03, "ratio is not log-uniform"
-    assert abs(np.mean(tops) - 0.5) < 0.06 and min(tops) < 0.05 and max(tops) > 0.95
-
-
-def test_crop_that_cannot_fit_is_the_largest_centred_one():
-    image = coordinates(40, 250)  # ratio 6.25, far above 4/3, and 90 % of the area never fits
-    crop = augment(image, 40, AugmentConfig(crop_ratio=(0.75, 4 / 3)), generator(0))
-    width = round(40 * 4 / 3)
-    left = (250 - width) // 2
-    assert crop[1].min() in (left, left + 1) and crop[1].max() in (left + width - 2, left + width - 1)
-    assert crop[0].min() <= 1 and crop[0].max() >= 38
-
-
-def test_crop_cut_first_equals_crop_of_numpy():
-    """The pixels are those of Pillow's resize of the cut-out region alone."""
-    image = photo(150, 200)
-    config, rng = AugmentConfig(crop_scale=(0.5, 0.5), crop_ratio=(1.0, 1.0)), generator(7)
-    result = augment(torch.from_numpy(np.array(image)).permute(2, 0, 1), 64, config, rng)
-    u_top, u_left = generator(7).random((10, 4))[0, 2:]
-    side = round(math.sqrt(150 * 200 * 0.5))
-    top, left = int(u_top * (150 - side + 1)), int(u_left * (200 - side + 1))
-    expected = np.asarray(image.crop((left, top, left + side, top + side)).resize((64, 64), 3))
-    assert np.abs(result.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
-
-
-def test_draws_come_from_the_generator_alone():
-    image, config = coordinates(60, 80), AugmentConfig(crop_scale=(0.2, 0.9), flip=True)
-    torch.manual_seed(0)
-    state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first, again, other = (augment(image, 32, config, generator(position)) for position in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(torch.get_rng_state(), state[0]) and np.array_equal(np.random.get_state()[1], state[1])
-
-
-def test_flip_mirrors_half_of_the_images():
-    image = coordinates(8, 8)
-    config = AugmentConfig(crop_scale=(1.0, 1.0), flip=True)
-    results = [augment(image, 8, config, generator(position)) for position in range(400)]
-    mirrored = sum(torch.equal(result, image.flip(2)) for result in results)
-    assert mirrored + sum(torch.equal(result, image) for result in results) == 400
-    assert 150 < mirrored < 250
-
-
-@pytest.mark.parametrize("ratio", [(0.75, 1.3333), (0.3, 1.0), (1.0, 2.0)])
-def test_min_side_never_lets_a_crop_be_enlarged(ratio):
-    config = AugmentConfig(crop_scale=(0.3, 1.0), crop_ratio=ratio)
-    side = config.min_side(64)
-    for height, width in ((side, side), (side, side + 60), (side + 60, side)):
-        for position in range(200):
-            rng = generator(position)
-            _, _, crop_height, crop_width = _draw_crop(height, width, config, rng)
-            assert min(crop_height, crop_width) >= 63
-
-
-@pytest.mark.parametrize(
-    "options", [{"crop_scale": (0.0, 1.0)}, {"crop_scale": (0.9, 0.5)}, {"crop_ratio": (2.0, 1.0)}]
-)
-def test_bad_augment_options(options):
-    with pytest.raises(UserError):
-        AugmentConfig(**options)

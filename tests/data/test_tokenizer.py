@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
-from contrastive.data.bpe import BYTES, clean_clip
+from contrastive.data.bpe import BYTES
 from contrastive.data.captions import caption_fault, caption_id
+from contrastive.data.text_cleaning import clean_clip
 from contrastive.data.tokenizer import clip_tokenizer, load_tokenizer, train_bpe
 from contrastive.errors import UserError
 

@@ -1,0 +1,172 @@
+"""What an inspection leaves behind: a page, a contact sheet and the figures as JSON; and what it prints."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from contrastive.data.inspection import Seen
+from contrastive.data.tokenizer import Tokenizer
+from contrastive.errors import UserError
+
+FIGURES, SHEET, PAGE = "figures.json", "contact_sheet.png", "index.html"
+QUANTITIES = {
+    "short_side": "short side of the images, pixels",
+    "width": "width, pixels",
+    "height": "height, pixels",
+    "file_bytes": "size of the files, bytes",
+    "captions_per_sample": "captions of a sample",
+    "caption_characters": "length of a caption, characters",
+    "caption_tokens": "length of a caption, tokens",
+}
+CAPTIONS_SHOWN = 10
+SHEET_GAP = 4
+_BARS = " ▁▂▃▄▅▆▇█"
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d1f23; --soft: #62676f; --page: #f7f7f5; --rule: #dcdcd8; --bar: #2f6fde; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e7e8ea; --soft: #9aa0aa; --page: #14161a; --rule: #30343c; --bar: #6ea4ff; } }
+body { margin: 0 auto; max-width: 1120px; padding: 32px 24px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1, h2 { line-height: 1.2; overflow-wrap: anywhere; } h2 { margin-top: 40px; font-size: 18px; }
+table { border-collapse: collapse; } td, th { padding: 4px 14px 4px 0; text-align: left; vertical-align: top; }
+td, small, figcaption { overflow-wrap: anywhere; } th, small { color: var(--soft); font-weight: 400; }
+code { font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; color: var(--soft); overflow-wrap: anywhere; }
+.charts { display: flex; flex-wrap: wrap; gap: 24px; } .chart { width: 320px; margin: 0; }
+.bars { display: flex; align-items: flex-end; gap: 1px; height: 80px; border-bottom: 1px solid var(--rule); }
+.bars i { flex: 1; background: var(--bar); min-height: 1px; }
+.sample { display: flex; gap: 20px; padding: 14px 0; border-top: 1px solid var(--rule); }
+.sample img { display: block; flex: none; max-width: 256px; image-rendering: pixelated; } .sample p { margin: 0 0 6px; }
+"""
+
+
+def claim(folder: Path, source: str) -> None:
+    """Make the folder, or take one that an inspection of the same source left.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give another --output")
+    figures = folder / FIGURES
+    if figures.exists():
+        try:
+            before = json.loads(figures.read_text("utf-8"))["source"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{figures} is not of an inspection; give another --output") from None
+        if before != source:
+            raise UserError(f"{folder} holds the inspection of '{before}'; give another --output")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files that are not of an inspection; give another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_inspection(folder: Path, figures: dict[str, Any], seen: Sequence[Seen], tokenizer: Tokenizer) -> None:
+    """Write index.html, which needs no other file, contact_sheet.png and figures.json."""
+    (folder / FIGURES).write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
+    if seen:
+        contact_sheet([sample.image for sample in seen]).save(folder / SHEET)
+    (folder / PAGE).write_text(_page(figures, seen, tokenizer), "utf-8", "backslashreplace")
+
+
+def contact_sheet(images: Sequence[torch.Tensor]) -> Image.Image:
+    """Return images uint8 (3, S, S), as they are, side by side in about as many columns as rows."""
+    size, columns = images[0].shape[1], math.ceil(math.sqrt(len(images)))
+    step = size + SHEET_GAP
+    sheet = Image.new("RGB", (columns * step - SHEET_GAP, -(-len(images) // columns) * step - SHEET_GAP), "white")
+    for place, image in enumerate(images):
+        sheet.paste(_picture(image), (place % columns * step, place // columns * step))
+    return sheet
+
+
+def spark(distribution: dict[str, Any]) -> str:
+    """Return a histogram as one line of characters."""
+    counts = distribution["histogram"]["counts"]
+    return "".join(_BARS[math.ceil(count / max(counts) * (len(_BARS) - 1))] for count in counts)
+
+
+def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the figures that are not distributions as (name, value) in words."""
+    rows = [
+        ("samples", f"{figures['samples']:,}"),
+        ("inspected", f"{figures['inspected']:,}, {figures['readable']:,} of them readable"),
+        ("formats", ", ".join(f"{count:,} {name}" for name, count in figures["formats"].items()) or "none"),
+    ]
+    for reason, found in figures["unusable"].items():
+        more = ", ..." if found["count"] > 5 else ""
+        rows.append((f"unusable: {reason}", f"{found['count']:,}: {', '.join(found['keys'][:5])}{more}"))
+    if "classes" in figures:
+        commonest = ", ".join(f"{name} ({count:,})" for name, count in figures["classes"]["commonest"][:5])
+        rows.append(("classes", f"{figures['classes']['seen']:,} seen, the commonest: {commonest}"))
+    cut = figures["truncated_captions"]
+    rows.append(("cut captions", f"{cut['count']:,} ({cut['share']:.1%}) are longer than {_length(figures)}"))
+    for what in ("captions", "images"):
+        found = figures[f"duplicate_{what}"]
+        if found is not None:
+            rows.append((f"duplicate {what}", f"{found['count']:,} of {found['of']:,}"))
+    if figures.get("images_per_second"):
+        rows.append(("loader", f"{figures['images_per_second']:,.0f} images/s in one process, augmented"))
+    return rows
+
+
+def _length(figures: dict[str, Any]) -> str:
+    return f"the context of {figures['context_length']} tokens"
+
+
+def _page(figures: dict[str, Any], seen: Sequence[Seen], tokenizer: Tokenizer) -> str:
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts(figures))
+    charts = "".join(_chart(title, figures[name]) for name, title in QUANTITIES.items() if figures[name])
+    samples = "".join(_sample(sample, tokenizer) for sample in seen)
+    repeats = "".join(
+        f"<tr><td>{found['times']:,} ×</td><td>{escape(found['what'])}<br><small>{escape(', '.join(found['keys']))}"
+        "</small></td></tr>"
+        for what in ("captions", "images")
+        for found in (figures[f"duplicate_{what}"] or {"most_repeated": ()})["most_repeated"]
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(figures["source"])}</title>'
+        f"<style>{_STYLE}</style><h1>{escape(figures['source'])}</h1><table>{rows}</table>"
+        f'<h2>How they are distributed</h2><div class="charts">{charts}</div>'
+        + (f"<h2>Found more than once</h2><table>{repeats}</table>" if repeats else "")
+        + (f"<h2>As the model sees them</h2>{samples}" if samples else "")
+        + "</html>\n"
+    )
+
+
+def _chart(title: str, found: dict[str, Any]) -> str:
+    counts, edges = found["histogram"]["counts"], found["histogram"]["edges"]
+    bars = "".join(
+        f'<i style="height:{count / max(counts):.1%}" title="{low:g} to {high:g}: {count:,}"></i>'
+        for count, low, high in zip(counts, edges, edges[1:], strict=False)
+    )
+    return (
+        f'<figure class="chart"><figcaption>{title}</figcaption><div class="bars">{bars}</div>'
+        f"<small>{found['min']:,} to {found['max']:,}, median {found['median']:,g}</small></figure>"
+    )
+
+
+def _sample(sample: Seen, tokenizer: Tokenizer) -> str:
+    stored = [f"<p>{escape(caption)}</p>" for caption in sample.captions[:CAPTIONS_SHOWN]]
+    if len(sample.captions) > CAPTIONS_SHOWN:
+        stored.append(f"<p>and {len(sample.captions) - CAPTIONS_SHOWN:,} more</p>")
+    ids = sample.tokens.tolist()
+    data = io.BytesIO()
+    _picture(sample.image).save(data, "PNG")
+    picture = base64.b64encode(data.getvalue()).decode()
+    return (
+        f'<div class="sample"><img alt="" src="data:image/png;base64,{picture}"><div><small>{escape(sample.key)}: '
+        f"captions as stored</small>{''.join(stored)}<small>the tokens, as text</small>"
+        f"<p>{escape(tokenizer.decode(ids))}</p><code>{' '.join(map(str, ids))}</code></div></div>"
+    )
+
+
+def _picture(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))

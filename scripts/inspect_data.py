@@ -1,0 +1,140 @@
+"""Look at a data source before training on it: figures, and samples exactly as the model will see them.
+
+    python scripts/inspect_data.py 'shards/{0000..0099}.tar'
+    python scripts/inspect_data.py pairs.csv --samples 10000 --image_size 256 --augment.crop_scale 0.5 1
+
+Writes index.html, contact_sheet.png and figures.json. With the seed, the tokenizer and the options of a run, the
+samples shown are among its first ones.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from tyro.conf import Positional, arg
+
+from contrastive.config import parse
+from contrastive.data.augment import AugmentConfig
+from contrastive.data.inspection import chosen_indices, measure, see, summary
+from contrastive.data.inspection_page import PAGE, QUANTITIES, claim, facts, spark, write_inspection
+from contrastive.data.record import BadSample, Source
+from contrastive.data.sources import open_source
+from contrastive.data.text_cleaning import Cleaning
+from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from contrastive.errors import UserError
+from contrastive.log import console, run_script, say, warn
+
+TOKENIZER_SAMPLES = 50_000  # as many as training takes
+CONTEXT_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What to look at, and the options of training that change what the model sees."""
+
+    spec: Annotated[Positional[str], arg(metavar="SPEC")]
+    """The samples: shards, a table, an image folder, a folder saved by datasets, hf:NAME, ..."""
+    samples: int | None = 1000
+    """How many to read, a random subset; none: all."""
+    shown: int = 36
+    """How many to show."""
+    output: str | None = None
+    """Folder to write to; none: inspect/ and a name after SPEC."""
+    image_size: int = 224
+    """Side of the square that the model sees, in pixels."""
+    image_column: str | None = None
+    """Column of a table that holds the image or its path; none: found by its usual names."""
+    caption_column: str | None = None
+    """Column (or field of KEY.json) of the captions, or several with weights: alt=1,synthetic=3; none: usual names."""
+    caption_templates: tuple[str, ...] = ("{}",)
+    """Texts of which one is drawn for each caption, which takes the place of {}."""
+    clean: Cleaning = "none"
+    """Cleaning of captions: clip (mends, lower-cases), canonicalize (SigLIP's)."""
+    prompts: str = "auto"
+    """Prompt templates for labelled data: a set's name, a file with one template a line, or auto."""
+    tokenizer: str = "bpe"
+    """bpe trained on the captions, clip, or a tokenizer folder."""
+    vocab_size: int = 8192
+    """Largest vocabulary of a bpe trained on the captions."""
+    context_length: int | None = None
+    """Ids of a text; none: 77 for clip, what a saved tokenizer says, else 64."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    seed: int = 0
+    """Of the order and the augmentation, as train.seed; and of the subset that is measured."""
+
+    def __post_init__(self):
+        for name in ("samples", "shown", "image_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}, expected 1 or more")
+        if not self.caption_templates or not all("{}" in template for template in self.caption_templates):
+            raise UserError("--caption_templates: each needs {} for the caption")
+
+
+def main(args: list[str]) -> None:
+    config = parse(InspectConfig, args, [], prog="inspect_data.py", description=__doc__)
+    columns = {"image_column": config.image_column, "caption_column": config.caption_column}
+    source = open_source(config.spec, prompts=config.prompts, **columns)
+    folder = Path(config.output or Path("inspect", re.sub(r"\W+", "-", config.spec).strip("-") or "data"))
+    claim(folder, source.name)
+    indices = chosen_indices(source, config.samples, config.seed)
+    tokenizer = _tokenizer(config, source, indices)
+    columns = (TextColumn("reading samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(indices))
+        found = measure(source, indices, tokenizer, lambda: bar.advance(task))
+    figures = summary(source, found, tokenizer, len(indices))
+    seen = []
+    try:
+        seen, figures["images_per_second"] = see(
+            source,
+            tokenizer,
+            config.image_size,
+            config.augment,
+            config.seed,
+            config.caption_templates,
+            shown=config.shown,
+            samples=len(indices),
+        )
+    except UserError as error:
+        warn(f"{error}: there are no samples to show")
+    write_inspection(folder, figures, seen, tokenizer)
+    _print(figures)
+    say(f"look at {folder / PAGE}")
+
+
+def _tokenizer(config: InspectConfig, source: Source, indices: Iterable[int]) -> Tokenizer:
+    length = config.context_length
+    if config.tokenizer != "bpe":
+        return load_tokenizer(config.tokenizer, length, None if config.clean == "none" else config.clean)
+    if not getattr(source, "remote", False):
+        indices = range(0, len(source), math.ceil(len(source) / TOKENIZER_SAMPLES))
+    return train_bpe(_captions(source, indices), config.vocab_size, length or CONTEXT_LENGTH, config.clean)
+
+
+def _captions(source: Source, indices: Iterable[int]) -> Iterable[str]:
+    for index in indices:
+        try:
+            yield from source.captions(int(index))
+        except BadSample:
+            continue  # it is counted when it is measured, and by training
+
+
+def _print(figures: dict) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts(figures):
+        table.add_row(name, Text(value))
+    for name, title in QUANTITIES.items():
+        if found := figures[name]:
+            bounds = f"{found['min']:,} to {found['max']:,}, median {found['median']:,g}"
+            table.add_row(title, f"{bounds}  {spark(found)}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run_script("inspect_data.py", main)

@@ -1,0 +1,233 @@
+"""Which caption is drawn, how it is cleaned, and that training, evaluation and later use clean alike."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from contrastive.data.augment import AugmentConfig
+from contrastive.data.captions import caption_id, drawn_order
+from contrastive.data.order import Order
+from contrastive.data.pairs import PairDataset
+from contrastive.data.record import BadSample, Record
+from contrastive.data.settings import DataConfig
+from contrastive.data.sources import open_source
+from contrastive.data.sources.class_prompts import ClassPrompts
+from contrastive.data.text_cleaning import canonicalize, clean_clip, clean_text
+from contrastive.data.tokenizer import clip_tokenizer, load_tokenizer, train_bpe
+from contrastive.errors import UserError
+
+TEXTS = [
+    "A photo of a dog.",
+    "  Two\tdogs,\n running!  ",
+    "snake_case & rock 'n' roll",
+    "Tom &amp;amp; Jerry &lt;b&gt;",
+    "caf\u00c3\u00a9 na\u00efve",
+    "\u201cquoted\u201d \u2014 dashes\u2026",
+    "100% (off) #1 @home",
+    "\u0130stanbul \ufb01sh",
+    "!!!",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_cleaning_is_open_clips(text):
+    from open_clip.tokenizer import get_clean_fn
+
+    assert clean_clip(text) == get_clean_fn("lower")(text)
+    assert canonicalize(text) == get_clean_fn("canonicalize")(text)
+    assert clean_text(text, "none") == text
+    assert clean_text(text, "clip") == clean_clip(text) and clean_text(text, "canonicalize") == canonicalize(text)
+
+
+def test_canonicalize_in_plain_words():
+    assert canonicalize("A photo_of a  DOG's tail.") == "a photo of a dogs tail"
+
+
+def record(captions, weights=None):
+    return Record("key", b"", tuple(captions), caption_weights=weights)
+
+
+def shares(weights, count=4000):
+    draws = (np.arange(count) + 0.5) / count
+    first = [drawn_order(record("abcd"[: len(weights)], tuple(weights)), draw)[0] for draw in draws]
+    return [first.count(letter) / count for letter in "abcd"[: len(weights)]]
+
+
+def test_captions_are_drawn_as_often_as_their_weights_say():
+    assert shares([1, 3]) == [0.25, 0.75]
+    assert shares([0, 2, 0, 6]) == [0, 0.25, 0, 0.75]
+    assert np.allclose(shares([0.1, 0.2, 0.7]), [0.1, 0.2, 0.7], atol=1e-3)
+    assert drawn_order(record("ab", (1e-300, 0.0)), 1 - 2**-53) == ("a",)
+
+
+def test_equal_weights_draw_what_no_weights_draw():
+    for draw in np.random.default_rng(0).random(200):
+        assert drawn_order(record("abc", (2.0, 2.0, 2.0)), draw) == drawn_order(record("abc"), draw)
+    assert drawn_order(record("abc"), 0.5) == ("b", "c", "a")
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, -1.0), (1.0, float("nan")), (float("inf"), 1.0), (0.0, 0.0), ()])
+def test_bad_weights(weights):
+    with pytest.raises(BadSample, match="bad_weights"):
+        drawn_order(record("ab", weights), 0.5)
+
+
+def jpeg():
+    file = io.BytesIO()
+    Image.new("RGB", (20, 16), "red").save(file, "JPEG")
+    return file.getvalue()
+
+
+class Memory:
+    name, class_names, fingerprint = "memory", None, "0"
+
+    def __init__(self, captions, weights=None):
+        self.words, self.weights = tuple(captions), weights
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return Record(f"key{index}", jpeg(), self.words, None, self.weights)
+
+
+def texts(source, tokenizer, templates=("{}",)):
+    dataset = PairDataset(source, Order(64, 8, 0), tokenizer, 16, AugmentConfig(), 0, templates)
+    return [dataset[position] for position in range(64)]
+
+
+def test_cleaning_comes_before_identity_and_tokens():
+    words = train_bpe(["a dogs tail"] * 2, 300, 32, "canonicalize")
+    samples = texts(Memory(["A dog's_tail.", "a dog's tail!", "??"]), words)
+    assert {sample["caption_id"] for sample in samples} == {caption_id("a dogs tail")}
+    assert {words.decode(sample["tokens"]) for sample in samples} == {"a dogs tail"}
+    assert {reason for sample in samples for reason, _ in sample["bad"]} == {"empty_caption"}
+    assert torch.equal(words("A DOG'S tail"), words.tokenize_clean(["a dogs tail"]))
+
+
+def test_weights_reach_the_samples():
+    words = train_bpe(["rare often"] * 2, 300, 32)
+    seen = [words.decode(sample["tokens"]) for sample in texts(Memory(["rare", "often"], (1.0, 7.0)), words)]
+    assert 2 <= seen.count("rare") <= 16 and len(seen) == 64
+
+
+@pytest.mark.parametrize("clean", ["none", "canonicalize"])
+def test_templates(clean):
+    words = train_bpe(["a photo of the dog"] * 2, 300, 32, clean)
+    samples = texts(Memory(["the {dog}"]), words, ("{}", "a photo of {}."))
+    expected = {"none": {"the {dog}", "a photo of the {dog}."}, "canonicalize": {"the dog", "a photo of the dog"}}[
+        clean
+    ]
+    assert {words.decode(sample["tokens"]) for sample in samples} == expected
+    assert {sample["caption_id"] for sample in samples} == {caption_id(text) for text in expected}
+
+
+def test_a_single_template_leaves_the_draws_of_the_image_alone():
+    words, source = train_bpe(["dog"] * 2, 300, 32), Memory(["dog"])
+    plain, filled = (texts(source, words, templates) for templates in (("{}",), ("a {}",)))
+    assert all(torch.equal(one["image"], other["image"]) for one, other in zip(plain, filled, strict=True))
+
+
+@pytest.mark.parametrize(("templates", "message"), [(("a photo",), "'a photo' has no '{}'"), ((), "is empty")])
+def test_bad_templates(templates, message):
+    with pytest.raises(UserError, match=message):
+        DataConfig(caption_templates=templates)
+
+
+def test_vocabulary_is_learnt_from_clean_captions(tmp_path):
+    for name, caption in (("stored", "dog_house, dog-HOUSE!"), ("clean", "dog house doghouse")):
+        train_bpe([caption] * 3 + ["!"], 300, 32, "canonicalize").save(tmp_path / name)
+    assert (tmp_path / "stored/tokenizer.json").read_text() == (tmp_path / "clean/tokenizer.json").read_text()
+
+
+def test_tokenizer_keeps_its_cleaning(tmp_path):
+    words = train_bpe(["a dog"] * 2, 300, 32, "canonicalize")
+    words.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.clean == "canonicalize" and torch.equal(again("A, dog!"), words("a dog"))
+    assert load_tokenizer(tmp_path, clean="none").clean == "none"
+    options = json.loads((tmp_path / "contrastive_tokenizer.json").read_text())
+    del options["clean"]  # as saved before there was cleaning
+    (tmp_path / "contrastive_tokenizer.json").write_text(json.dumps(options))
+    assert load_tokenizer(tmp_path).clean == "none"
+    assert torch.equal(load_tokenizer("clip", clean="canonicalize")("A, dog!"), clip_tokenizer()("a dog"))
+
+
+def write_table(folder, kind):
+    (folder / "picture.jpg").write_bytes(jpeg())
+    rows = [("one", "two"), ("three", None), (None, None), ("", "four")]
+    if kind == "csv":
+        text = "".join(f"picture.jpg,{alt or ''},{synthetic or ''}\n" for alt, synthetic in rows)
+        (folder / "pairs.csv").write_text("image,alt,synthetic\n" + text)
+    else:
+        lines = [json.dumps({"image": "picture.jpg", "alt": alt, "synthetic": synthetic}) for alt, synthetic in rows]
+        (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return str(folder / f"pairs.{kind}")
+
+
+def test_several_caption_columns(tmp_path):
+    path = write_table(tmp_path, "jsonl")
+    source = open_source(path, caption_column="alt=1, synthetic=3")
+    assert source[0].captions == source.captions(0) == ("one", "two") and source[0].caption_weights == (1.0, 3.0)
+    assert source[1].captions == ("three",) and source[1].caption_weights == (1.0,)
+    assert source[2].captions == () == source.captions(2)
+    other = open_source(path, caption_column="alt,synthetic")
+    assert other[0].caption_weights == (1.0, 1.0) and other.fingerprint != source.fingerprint
+    alone = open_source(path, caption_column="synthetic")
+    assert alone[0].captions == ("two",) and alone[0].caption_weights is None
+    assert open_source(write_table(tmp_path, "csv"), caption_column="alt,synthetic=2")[0].caption_weights == (1.0, 2.0)
+
+
+def test_a_list_in_one_column_shares_its_weight(tmp_path):
+    (tmp_path / "picture.jpg").write_bytes(jpeg())
+    row = {"image": "picture.jpg", "human": ["a", "b", "c", "d"], "machine": "e"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    sample = open_source(str(tmp_path / "pairs.jsonl"), caption_column="human=2,machine=1")[0]
+    assert sample.captions == ("a", "b", "c", "d", "e") and sample.caption_weights == (0.5, 0.5, 0.5, 0.5, 1.0)
+
+
+def test_a_column_name_with_commas_is_taken_as_it_is(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "x.jpg", "a=1,b": "odd"}))
+    assert open_source(str(tmp_path / "pairs.jsonl"), caption_column="a=1,b").captions(0) == ("odd",)
+
+
+def test_caption_columns_of_a_saved_dataset(tmp_path):
+    import datasets
+
+    rows = {"image": [{"bytes": jpeg(), "path": None}], "alt": ["one"], "synthetic": [["two", "three"]]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    sample = open_source(str(tmp_path / "saved"), caption_column="alt=1,synthetic=3")[0]
+    assert sample.captions == ("one", "two", "three") and sample.caption_weights == (1.0, 1.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("alt=1,syntetic=3", "no column 'syntetic'.*Did you mean 'synthetic'"),
+        ("alt=many,synthetic", "weight of 'alt' is 'many'"),
+        ("alt=0,synthetic", "weight of 'alt' is '0'"),
+        ("alt=-1,synthetic", "weight of 'alt' is '-1'"),
+        ("alt,alt", "names a column twice"),
+        ("alt,", "names a column twice, or not at all"),
+    ],
+)
+def test_bad_caption_columns(tmp_path, asked, message):
+    with pytest.raises(UserError, match=message) as error:
+        open_source(write_table(tmp_path, "jsonl"), caption_column=asked)
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_take_the_place_of_captions_and_their_weights():
+    class Labelled(Memory):
+        class_names = ("cat", "dog")
+
+        def __getitem__(self, index):
+            return Record("key", b"", self.words, 1, self.weights)
+
+    sample = ClassPrompts(Labelled(["a", "b", "c"], (1.0, 2.0, 3.0)), ("a {}", "one {}"))[0]
+    assert drawn_order(sample, 0.9) == ("one dog", "a dog")
