@@ -1,7 +1,9 @@
 """Rank, device, precision and the wrapped model: the only file that touches Accelerate."""
 
+import datetime
 import math
 import os
+import re
 import signal
 import sys
 from contextlib import nullcontext
@@ -10,6 +12,7 @@ from typing import Literal
 
 import psutil
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
@@ -60,6 +63,7 @@ class Runtime:
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             raise UserError(f"{kind.value} of the accelerate configuration is not supported; use plain data parallel")
         self.precision = "bf16" if wants_bf16 else "fp32"
+        self._meeting = dist.new_group(backend="gloo") if self.world_size > 1 else None
 
     @property
     def rank(self) -> int:
@@ -87,6 +91,25 @@ class Runtime:
 
     def barrier(self) -> None:
         self._accelerator.wait_for_everyone()
+
+    def meet(self, step: int, seconds: float) -> None:
+        """Wait for all ranks at a step, so that one which never comes is named instead of waited for in silence.
+
+        The first rank asks the others one by one; with many of them only every few steps.
+
+        Raises:
+            UserError: some did not come within `seconds`; 0 waits for ever.
+        """
+        if self.world_size == 1 or not seconds or step % math.ceil(self.world_size / 16):
+            return
+        try:
+            dist.monitored_barrier(self._meeting, datetime.timedelta(seconds=seconds), wait_all_ranks=True)
+        except RuntimeError as error:
+            absent = re.search(r"[Rr]anks? ([\d, ]+) failed to pass", str(error))
+            who = f"rank {absent.group(1).strip(' ,')}" if absent else "a rank (the first rank's message says which)"
+            raise UserError(
+                f"{who} did not reach step {step + 1} within {seconds:g} seconds; see what it hangs on"
+            ) from error
 
     def start_trackers(self, name: str, config: dict) -> None:
         """Open the trackers' run `name` and record `config`, dotted names to numbers and text."""

@@ -41,7 +41,7 @@ def pick_indices(num_samples: int, limit: int | None = None) -> np.ndarray:
     """
     if limit is None or limit >= num_samples:
         return np.arange(num_samples)
-    return np.sort(np.random.default_rng(0).permutation(num_samples)[:limit])
+    return np.sort(np.random.default_rng(0).choice(num_samples, limit, replace=False, shuffle=False))
 
 
 @contextlib.contextmanager

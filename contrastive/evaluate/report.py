@@ -39,6 +39,7 @@ def write_report(
     retrievals: Sequence[Mapping] = (),
     examples_from: str = "held-out data",
     bad_samples: Mapping[str, int] | None = None,
+    bad_keys: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Write the report to `path`, whole or not at all.
 
@@ -51,7 +52,7 @@ def write_report(
         retrievals: {'caption', 'images' uint8 (H, W, 3), 'scores', 'correct' place of the right image or
             None}, and if known 'rank' of the right one and 'gallery', the number of images to choose from.
         examples_from: the data that pairs and retrievals are of.
-        bad_samples: how many samples were skipped, by reason.
+        bad_samples: how many samples were skipped, by reason. bad_keys: the first keys of each reason.
 
     `collect_examples` makes similarity, pairs, retrievals and examples_from.
     """
@@ -62,7 +63,7 @@ def write_report(
         _evaluations(evaluations),
         _similarity(similarity, pairs, examples_from),
         _retrievals(retrievals, examples_from),
-        _bad_samples(bad_samples or {}, train),
+        _bad_samples(bad_samples or {}, bad_keys or {}, train),
         _config(config),
     ]
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -195,15 +196,16 @@ def _retrievals(retrievals: Sequence[Mapping], examples_from: str) -> str:
     return _section("Sample retrievals", remark, f'<div class="card">{"".join(rows)}</div>', rows)
 
 
-def _bad_samples(bad_samples: Mapping[str, int], train: list[dict]) -> str:
-    if not any(bad_samples.values()):
+def _bad_samples(counts: Mapping[str, int], keys: Mapping[str, Sequence[str]], train: list[dict]) -> str:
+    if not any(counts.values()):
         return _section("Skipped samples", "Every sample could be used.", "", train)
     lines = "".join(
-        f'<tr><td>{escape(str(reason).replace("_", " "))}</td><td class="n">{count:,}</td></tr>'
-        for reason, count in sorted(bad_samples.items(), key=lambda item: -item[1])
+        f'<tr><td>{escape(str(reason).replace("_", " "))}</td><td class="n">{count:,}</td>'
+        f"<td>{escape(', '.join(keys.get(reason, ())))}</td></tr>"
+        for reason, count in sorted(counts.items(), key=lambda item: -item[1])
     )
     remark = "Replaced by other samples, so that batches stay full."
-    head = '<tr><th>reason</th><th class="n">samples</th></tr>'
+    head = '<tr><th>reason</th><th class="n">samples</th><th>the first of them</th></tr>'
     return _section("Skipped samples", remark, f'<div class="card"><table class="list">{head}{lines}</table></div>')
 
 

@@ -1,14 +1,13 @@
 """The training loop: data in, one loss over the global batch, an update, now and then a look and a save."""
 
 import math
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from contrastive.data.order import Order
+from contrastive.data.order import SampleOrder
 from contrastive.data.record import Source
 from contrastive.distributed.collectives import all_reduce_sum, gather_objects
 from contrastive.distributed.runtime import Runtime
@@ -17,6 +16,7 @@ from contrastive.log import MetricsLog, say, warn
 from contrastive.losses import NonFiniteFeatures
 from contrastive.optim import ExponentialMovingAverage
 from contrastive.optim.base import set_learning_rates
+from contrastive.train.bad_samples import BadSamples
 from contrastive.train.checkpoint import save_checkpoint
 from contrastive.train.evaluation import Evaluated, evaluate
 from contrastive.train.interrupt import StopRequest
@@ -39,13 +39,13 @@ class Trainer:
     loss: nn.Module
     optimizers: list[torch.optim.Optimizer]
     ema: ExponentialMovingAverage | None
-    order: Order
+    order: SampleOrder
     fingerprint: str
     held_out: list[Source]
+    bad_samples: BadSamples
+    """What the loaders passed over."""
     step: int = 0
     """Steps done."""
-    bad_samples: Counter[str] = field(default_factory=Counter)
-    """Samples that this rank passed over since the last checkpoint, by reason."""
     _skipped_in_a_row: int = 0
 
     def fit(self, loader: DataLoader, metrics: MetricsLog | None) -> bool:
@@ -68,7 +68,7 @@ class Trainer:
                 self._evaluate_if_due(metrics)  # a kill came between the save and the evaluation
             for batch in loader:
                 timer.data_arrived()
-                row, stopping = self._one_step(batch, stop)
+                row, stopping = self._one_step(batch, stop, metrics)
                 timer.step_done()
                 if self.step % config.train.log_every == 0 or self.step == total:
                     row |= {"samples_per_second": timer.samples_per_second, "data_wait": timer.data_wait}
@@ -85,12 +85,13 @@ class Trainer:
                 timer.pause_over()
         return True
 
-    def _one_step(self, batch: dict, stop: StopRequest) -> tuple[dict, bool]:
+    def _one_step(self, batch: dict, stop: StopRequest, metrics: MetricsLog | None) -> tuple[dict, bool]:
         """Do one optimizer step; return its row for the log and whether any rank was asked to stop."""
         config, model = self.config, self.subject.model
         factor = config.schedule.factor(self.step, config.train.steps)
         set_learning_rates(self.optimizers, factor)
-        self.bad_samples.update(reason for reason, _ in batch["bad"])
+        bad = self.bad_samples.note(batch["bad"])
+        self.runtime.meet(self.step, config.data.timeout)
         device = self.runtime.device
         pixels = self.subject.preprocess.normalize(batch["image"].to(device, non_blocking=True))
         try:
@@ -108,11 +109,13 @@ class Trainer:
             warn(f"step {self.step + 1}: {error}")
             loss = torch.tensor(math.nan, device=device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
-        # One small sum tells every rank the same: the global loss, and whether anyone was asked to stop.
-        shared = all_reduce_sum(torch.stack([loss.double(), loss.new_tensor(stop.as_number()).double()]))
-        mean_loss, requests = shared[0].item() / self.runtime.world_size, shared[1].item()
+        # One small sum tells every rank the same: the global loss, whether anyone was asked to stop, bad samples.
+        shared = all_reduce_sum(torch.stack([loss.double(), *loss.new_tensor([stop.as_number(), bad]).double()]))
+        loss_sum, requests, bad = shared.tolist()
+        mean_loss = loss_sum / self.runtime.world_size
         self._update(mean_loss, norm.item())
         self.step += 1
+        self._stop_if_too_many_are_bad(int(bad), metrics)
         bias = model.logit_bias
         return {
             "step": self.step,
@@ -176,12 +179,17 @@ class Trainer:
             )
         self.runtime.barrier()
 
-    def _count_bad_samples(self, metrics: MetricsLog | None) -> None:
-        """Log what all ranks passed over since the last checkpoint: a resumed run then counts nothing twice."""
-        counts = sum(gather_objects(self.bad_samples), Counter())
-        self.bad_samples.clear()
-        if counts and metrics is not None:
-            metrics.write({"kind": "bad_samples", "step": self.step, **counts})
+    def _count_bad_samples(self, metrics: MetricsLog | None) -> dict:
+        """Log and return what all ranks passed over since the last time."""
+        taken = self.bad_samples.take()
+        if taken["counts"] and metrics is not None:
+            metrics.write({"kind": "bad_samples", "step": self.step, **taken})
+        return taken
+
+    def _stop_if_too_many_are_bad(self, bad: int, metrics: MetricsLog | None) -> None:
+        """Raise UserError, on all ranks at the same step."""
+        if self.bad_samples.too_many(self.config.train.global_batch_size, bad):
+            raise self.bad_samples.error(self.step, self._count_bad_samples(metrics))
 
     def _log(self, kind: str, row: dict, metrics: MetricsLog | None) -> None:
         if metrics is not None:

@@ -1,7 +1,6 @@
 """From options to a trained model: set the parts up, train, write the final model and the report."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,8 @@ from rich.table import Table
 
 from contrastive.config import flatten, to_dict
 from contrastive.data.loader import train_loader
-from contrastive.data.order import Order, check_cursor
+from contrastive.data.order import SampleOrder, check_cursor
+from contrastive.data.order_choice import order_for
 from contrastive.data.pairs import PairDataset
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.record import BadSample, Source
@@ -27,6 +27,7 @@ from contrastive.interop.native import save_model
 from contrastive.log import MetricsLog, console, is_main_process, read_metrics, say, warn
 from contrastive.models import DualEncoder
 from contrastive.optim import ExponentialMovingAverage
+from contrastive.train.bad_samples import BadSamples, merged
 from contrastive.train.checkpoint import find_checkpoint, load_checkpoint, read_cursor
 from contrastive.train.evaluation import Evaluated, open_held_out
 from contrastive.train.loop import Trainer
@@ -60,6 +61,14 @@ def pretrain(config: PretrainConfig) -> bool:
     checkpoint = find_checkpoint(folder.checkpoints) if config.resume else None
     tokenizer = _tokenizer(config, source, checkpoint)
     config = resolve(config, source, tokenizer)
+    order = order_for(
+        source,
+        config.train.global_batch_size,
+        config.train.seed,
+        window=config.data.window,
+        lanes=config.data.lanes,
+        replacement=config.data.replacement,
+    )
     runtime = Runtime(config.train.precision, config.trackers, folder.path)
     try:
         check_division(config.train, runtime.world_size)
@@ -68,7 +77,7 @@ def pretrain(config: PretrainConfig) -> bool:
         seen = gather_objects(checkpoint and checkpoint.name)
         if len(set(seen)) > 1:
             raise UserError(f"ranks see different checkpoints in {folder.checkpoints}: {', '.join(map(str, seen))}")
-        trainer = _trainer(config, runtime, folder, source, tokenizer, held_out, checkpoint)
+        trainer = _trainer(config, runtime, folder, source, order, tokenizer, held_out, checkpoint)
         if runtime.is_main:
             folder.write_config(to_dict(replace(config, resume=False)))
             _show(trainer, source)
@@ -92,17 +101,22 @@ def _tokenizer(config: PretrainConfig, source: Source, checkpoint: Path | None) 
     if name == "auto":
         name = "clip" if config.model.text.vocab_size == CLIP_VOCABULARY else "bpe"
     if name != "bpe":
-        return load_tokenizer(name, length)
-    return train_bpe(_captions(source), config.data.vocab_size, length)
+        return load_tokenizer(name, length, None if config.data.clean == "none" else config.data.clean)
+    return train_bpe(_captions(source), config.data.vocab_size, length, config.data.clean)
 
 
 def _captions(source: Source) -> Iterable[str]:
-    """All captions of at most TOKENIZER_SAMPLES samples, spread evenly over the source."""
-    for index in range(0, len(source), math.ceil(len(source) / TOKENIZER_SAMPLES)):
-        try:
-            yield from source.captions(index)
-        except BadSample:
-            continue  # the loader counts it
+    """All captions of at most TOKENIZER_SAMPLES samples, spread evenly over the source.
+
+    Of shards that lie far away they come in a few runs: each shard that is touched is fetched whole.
+    """
+    run = TOKENIZER_SAMPLES // 8 if getattr(source, "remote", False) else 1
+    for first in range(0, len(source), run * math.ceil(len(source) / TOKENIZER_SAMPLES)):
+        for index in range(first, min(first + run, len(source))):
+            try:
+                yield from source.captions(index)
+            except BadSample:
+                continue  # the loader counts it
 
 
 def _trainer(
@@ -110,6 +124,7 @@ def _trainer(
     runtime: Runtime,
     folder: RunFolder,
     source: Source,
+    order: SampleOrder,
     tokenizer: Tokenizer,
     held_out: list[Source],
     checkpoint: Path | None,
@@ -120,7 +135,6 @@ def _trainer(
     optimizers = config.optimizer.build(model)
     decay = config.train.ema_decay
     ema = None if decay is None else ExponentialMovingAverage(model, decay)
-    order = Order(len(source), config.train.global_batch_size, config.train.seed)
     step = 0
     if checkpoint is not None:
         cursor = read_cursor(checkpoint)
@@ -143,6 +157,7 @@ def _trainer(
         order=order,
         fingerprint=source.fingerprint,
         held_out=held_out,
+        bad_samples=BadSamples(config.data.max_bad_share, config.data.bad_window),
         step=step,
     )
 
@@ -156,6 +171,7 @@ def _train(trainer: Trainer, source: Source) -> bool:
         config.model.image.image_size,
         config.data.augment,
         config.train.seed,
+        config.data.caption_templates,
     )
     loader = train_loader(
         dataset,
@@ -194,9 +210,9 @@ def _finish(trainer: Trainer, source: Source) -> None:
         ),
     )
     metrics = read_metrics(folder.metrics)
-    bad_samples = sum((_counts(row) for row in metrics if row["kind"] == "bad_samples"), Counter())
-    if bad_samples:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(bad_samples.items()))
+    bad_samples = merged(row for row in metrics if row["kind"] == "bad_samples")
+    if bad_samples["counts"]:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(bad_samples["counts"].items()))
         warn(f"samples passed over and replaced: {counts}")
     shown = trainer.held_out[-1] if trainer.held_out else source
     examples = collect_examples(subject.model, shown, subject.preprocess, subject.tokenizer, trainer.runtime.device)
@@ -205,14 +221,11 @@ def _finish(trainer: Trainer, source: Source) -> None:
         title=folder.path.name,
         config=to_dict(trainer.config),
         metrics=metrics,
-        bad_samples=bad_samples,
+        bad_samples=bad_samples["counts"],
+        bad_keys=bad_samples["keys"],
         **examples,
     )
     say(f"model: {folder.final}   report: {folder.report}")
-
-
-def _counts(row: dict) -> Counter[str]:
-    return Counter({name: value for name, value in row.items() if name not in ("kind", "step")})
 
 
 def _show(trainer: Trainer, source: Source) -> None:

@@ -15,15 +15,20 @@ from contrastive.losses import LOSSES, LossConfig
 from contrastive.models import ModelConfig, list_models, model_config
 from contrastive.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig
 
+# Three ways to say how long to train; one of them is given.
+LENGTHS = ("steps", "epochs", "samples")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The loop."""
 
     steps: int | None = None
-    """Optimizer steps; give these or epochs."""
+    """Optimizer steps; give these, epochs or samples."""
     epochs: float | None = None
-    """Passes over the data, instead of steps."""
+    """Passes over the data, instead of steps; of several sets, as many samples as all have together."""
+    samples: int | None = None
+    """Samples seen, instead of steps: the unit that runs on different data and batches are compared in."""
     global_batch_size: int = 256
     """Pairs in one step over all ranks; each is a negative for all the others."""
     accumulate: int = 1
@@ -97,7 +102,8 @@ def check(config: PretrainConfig) -> None:
         },
         **{f"model.text.{n}": getattr(text, n) for n in ("context_length", "width", "num_heads", "mlp_dim")},
         **{
-            f"train.{n}": getattr(train, n) for n in ("steps", "epochs", "global_batch_size", "accumulate", "log_every")
+            f"train.{n}": getattr(train, n)
+            for n in ("steps", "epochs", "samples", "global_batch_size", "accumulate", "log_every")
         },
         "train.max_grad_norm": train.max_grad_norm,
         "train.max_skipped": train.max_skipped,
@@ -112,6 +118,9 @@ def check(config: PretrainConfig) -> None:
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
         "data.timeout": config.data.timeout,
+        "data.bad_window": config.data.bad_window,
+        "data.window": config.data.window,
+        "data.lanes": config.data.lanes,
     }
     for name, value in above_zero.items():
         if value is not None and not value > 0:
@@ -122,13 +131,17 @@ def check(config: PretrainConfig) -> None:
         "model.text.dropout": text.dropout,
         "train.ema_decay": train.ema_decay,
     }
+    if not 0 <= config.data.max_bad_share <= 1:
+        raise UserError(f"data.max_bad_share is {config.data.max_bad_share}; it must be from 0 to 1")
     for name, value in shares.items():
         if value is not None and not 0 <= value < 1:
             raise UserError(f"{name} is {value}; it must be at least 0 and below 1")
     if config.data.num_workers is not None and config.data.num_workers < 0:
         raise UserError(f"data.num_workers is {config.data.num_workers}; it must be at least 0")
-    if train.steps is None and train.epochs is None:
-        raise UserError("how long to train is not said: give --train.steps or --train.epochs")
+    given = [f"train.{name}" for name in LENGTHS if getattr(train, name) is not None]
+    if len(given) != 1:
+        said = f"said more than once ({', '.join(given)})" if given else "not said"
+        raise UserError(f"how long to train is {said}: give one of --{', --'.join(f'train.{n}' for n in LENGTHS)}")
     if config.model.init_logit_bias is not None and config.loss.initial_logits(2)[1] is None:
         raise UserError("model.init_logit_bias is for losses with a bias (sigmoid); leave it out")
     config.model.image.check()
@@ -155,7 +168,7 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
             f"train.global_batch_size {batch} is larger than '{source.name}' with its {len(source)} samples; "
             f"use at most {len(source)}"
         )
-    steps = config.train.steps or max(1, round(config.train.epochs * len(source) / batch))
+    steps = _steps(config.train, len(source))
     scale, bias = config.loss.initial_logits(batch)
     model = replace(
         config.model,
@@ -165,15 +178,23 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
     )
     loss = config.loss
     if loss.duplicates == "auto":
-        loss = replace(loss, duplicates="positive" if source.class_names else "negative")
+        named = any(part.class_names for part in getattr(source, "parts", (source,)))
+        loss = replace(loss, duplicates="positive" if named else "negative")
     return replace(
         config,
         model=model,
         loss=loss,
-        train=replace(config.train, steps=steps, epochs=None),
+        train=replace(config.train, steps=steps, epochs=None, samples=None),
         evaluation=replace(config.evaluation, every=config.evaluation.every or math.ceil(steps / 4)),
         checkpoint=replace(config.checkpoint, every=config.checkpoint.every or math.ceil(steps / 10)),
     )
+
+
+def _steps(train: TrainConfig, num_samples: int) -> int:
+    if train.steps is not None:
+        return train.steps
+    samples = train.samples if train.epochs is None else train.epochs * num_samples
+    return max(1, round(samples / train.global_batch_size))
 
 
 def _fit_text(model: ModelConfig, tokenizer: Tokenizer):

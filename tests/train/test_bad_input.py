@@ -28,6 +28,12 @@ def main():
         (["--trian.steps", "3"], "unknown flag --trian.steps. Did you mean 'train.steps'"),
         (["--train.steps", "many"], "--train.steps.*'many'"),
         (["--train.steps", "0"], "train.steps is 0; it must be above 0"),
+        (["--train.samples", "0"], "train.samples is 0; it must be above 0"),
+        (["--train.samples", "9", "--train.epochs", "1"], "give --train.epochs or --train.samples, not both"),
+        (["--data.lanes", "5"], "data.lanes 5 does not divide the batch of 16; use a divisor of it, such as 16"),
+        (["--data.window", "0"], "data.window is 0; it must be above 0"),
+        (["--data.replacement", "--data.window", "9"], "data.window and data.lanes mean nothing with data.replacement"),
+        (["--data.train", "digits=0,scenes=1"], "weight '0' is not a number above 0"),
         (["--loss", "sigmod"], "unknown loss 'sigmod'. Did you mean 'sigmoid'"),
         (["--loss", "softmax", "--loss.init_bias", "1"], "unknown flag --loss.init_bias"),
         (["--loss", "softmax", "--model.init_logit_bias", "1"], "model.init_logit_bias is for losses with a bias"),
@@ -112,7 +118,7 @@ def test_unreadable_images_and_empty_captions_are_counted(tiny, tmp_path):
     done = pretrain("--config", tiny, "--run_folder", run, *args)  # 5 steps of 16 visit all 40 twice
     assert "samples passed over and replaced: " in done.stderr
     for reason in ("unreadable_image", "empty_caption"):
-        assert sum(row.get(reason, 0) for row in rows(run, "bad_samples")) >= 2
+        assert sum(row["counts"].get(reason, 0) for row in rows(run, "bad_samples")) >= 2
     assert len(rows(run)) == 5
     report = (run / "report.html").read_text()
     assert "unreadable_image" in report or "unreadable image" in report

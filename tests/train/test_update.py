@@ -9,6 +9,7 @@ from contrastive.errors import UserError
 from contrastive.losses import SoftmaxLossConfig
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig
+from contrastive.train.bad_samples import BadSamples
 from contrastive.train.evaluation import Evaluated
 from contrastive.train.loop import Trainer
 from contrastive.train.settings import PretrainConfig, TrainConfig
@@ -33,6 +34,7 @@ def trainer():
         order=None,
         fingerprint="",
         held_out=[],
+        bad_samples=BadSamples(0.01, 10_000),
     )
 
 
