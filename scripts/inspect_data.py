@@ -3,8 +3,8 @@
     python scripts/inspect_data.py 'shards/{0000..0099}.tar'
     python scripts/inspect_data.py pairs.csv --samples 10000 --image_size 256 --augment.crop_scale 0.5 1
 
-Writes index.html, contact_sheet.png and figures.json. With the seed, the tokenizer and the options of a run, the
-samples shown are among its first ones.
+Writes index.html, contact_sheet.png and figures.json. With the seed, the tokenizer and the options of a run on
+local data of up to 4 million samples, the samples shown are among its first ones.
 """
 
 import math

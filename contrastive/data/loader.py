@@ -23,7 +23,7 @@ _SAMPLES_AHEAD = 2**18  # samples of a rank whose shards are asked for ahead of 
 
 
 class _Loader(DataLoader):
-    """A DataLoader whose workers' UserErrors arrive as the one line they were."""
+    """A DataLoader whose workers' UserErrors arrive as the one line they were, and their deaths as one line too."""
 
     def __iter__(self):
         try:
@@ -34,6 +34,14 @@ class _Loader(DataLoader):
             # Its frames hold the workers; let go of them now, not whenever garbage is next collected.
             traceback.clear_frames(error.__traceback__)
             raise UserError(message) from error
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            if "timed out" in str(error):
+                what = f"hangs: no batch within {self.timeout:g} seconds (--data.timeout); look at the data's storage"
+            else:
+                what = "was killed, perhaps for want of memory; use fewer (--data.num_workers)"
+            raise UserError(f"a loader worker {what}") from error
 
 
 class _Steps:
@@ -73,8 +81,8 @@ def train_loader(
 ) -> DataLoader:
     """Return a loader of one local batch for each step from `start_step` on.
 
-    A batch is image uint8 (b, 3, S, S), tokens int64 (b, L), caption_id and index int64 (b,), and bad, the
-    list of (reason, key) met while making it; b = global_batch_size / world_size. The batches of all ranks in
+    A batch is image uint8 (b, 3, S, S), tokens int64 (b, L), caption_id, index and replaced int64 (b,),
+    and bad, the list of (reason, key) met while making it; b = global_batch_size / world_size. The batches of all ranks in
     rank order are the global batch, whatever the number of ranks and workers. No global random state is
     read or changed.
 

@@ -81,4 +81,6 @@ def _plain(
         return Order(size, global_batch_size, seed)
     sizes = getattr(source, "shard_sizes", None)
     sizes = pseudo_shards(size) if sizes is None else sizes
-    return ShardedOrder(size, global_batch_size, seed, sizes, WINDOW if window is None else window, lanes)
+    if window is None:
+        window = size if whole else WINDOW
+    return ShardedOrder(size, global_batch_size, seed, sizes, window, lanes)

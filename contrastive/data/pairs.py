@@ -47,7 +47,8 @@ class PairDataset(Dataset):
         """Return the sample at `position`.
 
         image: uint8 (3, S, S). tokens: int64 (context_length,). caption_id, index: int, the hash of the
-        text that is tokenized and the place in the source. bad: (reason, key) of what was met and passed over.
+        text that is tokenized and the place in the source. replaced: how many samples could not be used
+        before this one. bad: (reason, key) of what was met and passed over.
 
         Raises:
             UserError: MAX_ATTEMPTS samples in a row were bad.
@@ -58,7 +59,7 @@ class PairDataset(Dataset):
             if attempt:
                 index = self.order.stand_in(position, rng.random(), attempt)
             try:
-                return {**self._sample(index, rng, bad), "index": index, "bad": bad}
+                return {**self._sample(index, rng, bad), "index": index, "replaced": attempt, "bad": bad}
             except BadSample as fault:
                 bad.append((fault.reason, fault.key))
         reason, key = bad[-1]

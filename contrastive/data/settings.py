@@ -41,7 +41,7 @@ class DataConfig:
     num_workers: int | None = None
     """Loader processes per rank; none: 0 without a GPU, else the rank's share of the cores up to 8."""
     timeout: float = 300.0
-    """Seconds to wait for a batch from the workers before an error."""
+    """Seconds to wait for a batch from the workers, or for another rank's, before an error."""
     max_bad_share: float = 0.01
     """Share of samples that may be unusable; with more of the last `bad_window`, the run stops."""
     bad_window: int = 10_000

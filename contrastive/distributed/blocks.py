@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from contrastive.distributed.collectives import all_gather_even, rank, reduce_scatter_sum, world_size
+from contrastive.distributed.collectives import all_gather_even, over_nccl, rank, reduce_scatter_sum, world_size
 
 GATHER_BYTES = 256 * 2**20
 """Over NCCL, what the gathered rows and their float32 gradient may take before the ring is used."""
@@ -77,7 +77,7 @@ def every_block(rows: torch.Tensor) -> GatheredBlocks | RingBlocks:
     """
     ranks = world_size()
     gathered_bytes = ranks * rows.numel() * (rows.element_size() + 4)
-    if ranks == 1 or (rows.is_cuda and gathered_bytes <= GATHER_BYTES):
+    if ranks == 1 or (over_nccl(rows) and gathered_bytes <= GATHER_BYTES):
         return GatheredBlocks(rows)
     return RingBlocks(rows)
 

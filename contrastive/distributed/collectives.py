@@ -31,6 +31,11 @@ class _AllGather(torch.autograd.Function):
         return reduce_scatter_sum(grad)
 
 
+def over_nccl(tensor: torch.Tensor) -> bool:
+    """Whether such a tensor travels over NCCL; gloo takes tensors of a GPU too."""
+    return tensor.is_cuda and "cuda:nccl" in dist.get_backend_config()
+
+
 def all_gather_even(tensor: torch.Tensor) -> torch.Tensor:
     """Concatenate (n, ...) of every rank in rank order, n the same on all: (W·n, ...). No gradient."""
     if world_size() == 1:
@@ -45,7 +50,7 @@ def reduce_scatter_sum(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return tensor
     rows = tensor.shape[0] // world_size()
-    if tensor.is_cuda:
+    if over_nccl(tensor):
         own = tensor.new_empty(rows, *tensor.shape[1:])
         dist.reduce_scatter_tensor(own, tensor.contiguous())
         return own

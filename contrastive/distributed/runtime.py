@@ -98,9 +98,9 @@ class Runtime:
         The first rank asks the others one by one; with many of them only every few steps.
 
         Raises:
-            UserError: some did not come within `seconds`; 0 waits for ever.
+            UserError: some did not come within `seconds`.
         """
-        if self.world_size == 1 or not seconds or step % math.ceil(self.world_size / 16):
+        if self.world_size == 1 or step % math.ceil(self.world_size / 16):
             return
         try:
             dist.monitored_barrier(self._meeting, datetime.timedelta(seconds=seconds), wait_all_ranks=True)

@@ -41,7 +41,10 @@ def pick_indices(num_samples: int, limit: int | None = None) -> np.ndarray:
     """
     if limit is None or limit >= num_samples:
         return np.arange(num_samples)
-    return np.sort(np.random.default_rng(0).choice(num_samples, limit, replace=False, shuffle=False))
+    rng = np.random.default_rng(0)
+    if num_samples > 10_000_000:  # too many to permute
+        return np.sort(rng.choice(num_samples, limit, replace=False, shuffle=False))
+    return np.sort(rng.permutation(num_samples)[:limit])
 
 
 @contextlib.contextmanager

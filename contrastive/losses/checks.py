@@ -31,12 +31,14 @@ def check_inputs(
     scalars: dict[str, torch.Tensor],
     caption_ids: torch.Tensor | None,
     duplicates: str,
+    needs: tuple[bool, ...],
 ) -> None:
     """Raise the same kind of error on all ranks if any rank's input is bad.
 
     Args:
         features: image_features and text_features, floating (B/W, E) of one shape. scalars: logit_scale and, if
             any, logit_bias, 0-dim. caption_ids: (B/W,) int64, needed unless duplicates is `negative`.
+        needs: whether gradients of image_features, text_features, logit_scale and logit_bias are wanted.
 
     Raises:
         NonFiniteFeatures: NaN or infinity, on a CPU only: looking would make the host wait for a GPU. There the
@@ -45,7 +47,7 @@ def check_inputs(
     """
     error = _refusal(features, scalars, caption_ids, duplicates) or _non_finite({**features, **scalars})
     if world_size() > 1:
-        _agree(error, features)
+        _agree(error, features, needs)
     if error is not None:
         raise error
 
@@ -85,7 +87,7 @@ def _non_finite(tensors: dict[str, torch.Tensor]) -> NonFiniteFeatures | None:
     return None
 
 
-def _agree(error: ValueError | None, features: dict[str, torch.Tensor]) -> None:
+def _agree(error: ValueError | None, features: dict[str, torch.Tensor], needs: tuple[bool, ...]) -> None:
     """Let every rank know every rank's shapes and troubles; raise unless all can go on together."""
     state = _FINE if error is None else _REFUSED
     if isinstance(error, NonFiniteFeatures):
@@ -93,8 +95,7 @@ def _agree(error: ValueError | None, features: dict[str, torch.Tensor]) -> None:
     image, text = features.values()
     rows, dim = (*image.shape, 0, 0)[:2]
     bits = image.element_size() * 8
-    needs = [int(torch.is_grad_enabled() and tensor.requires_grad) for tensor in (image, text)]
-    everyone = gather_integers([state, rows, dim, bits, *needs])
+    everyone = gather_integers([state, rows, dim, bits, *map(int, needs)])
     if error is not None:
         raise error
     for other, (state, *_) in enumerate(everyone):

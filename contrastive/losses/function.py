@@ -36,21 +36,25 @@ def swept_loss(
         {"logit_scale": logit_scale} if logit_bias is None else dict(logit_scale=logit_scale, logit_bias=logit_bias)
     )
     features = {"image_features": image_features, "text_features": text_features}
-    check_inputs(features, scalars, caption_ids, duplicates)
+    needs = tuple(
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (image_features, text_features, logit_scale, logit_bias)
+    )
+    check_inputs(features, scalars, caption_ids, duplicates, needs)
     sweep = partial(sweep, labels=Labels.of(duplicates, caption_ids, len(image_features)))
     scale, bias = (None if scalar is None else scalar.reshape(()) for scalar in (logit_scale, logit_bias))
     product_type = _product_type(image_features, text_features)
     with torch.autocast(image_features.device.type, enabled=False):
-        return _SweptLoss.apply(image_features, text_features, scale, bias, sweep, product_type)
+        return _SweptLoss.apply(image_features, text_features, scale, bias, sweep, product_type, needs)
 
 
 class _SweptLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, image, text, scale, bias, sweep, product_type):
-        wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        if not any(wants) and any(ctx.needs_input_grad[2:4]):
+    def forward(ctx, image, text, scale, bias, sweep, product_type, needs):
+        wants = needs[:2]
+        if not any(wants) and any(needs[2:]):
             wants = True, False  # the scalars' gradients are by-products of either
-        x, y = image.to(product_type), text.to(product_type)
+        x, y = (features.to(product_type).contiguous() for features in (image, text))
         exact = torch.promote_types(product_type, torch.float32)
         scalars = [None if scalar is None else scalar.detach().to(exact) for scalar in (scale, bias)]
         loss, sums = sweep(x, y, *scalars, wants=wants)
@@ -58,9 +62,9 @@ class _SweptLoss(torch.autograd.Function):
         scale_sum = None
         if any(wants):
             scale_sum = (row_products(x, sums.image) if wants[0] else row_products(y, sums.text)).sum()
-        kept = [_kept(sums.image, image) if ctx.needs_input_grad[0] else None]
+        kept = [_kept(sums.image, image) if needs[0] else None]
         sums.image = None  # freed before the text's is converted
-        kept.append(_kept(sums.text, text) if ctx.needs_input_grad[1] else None)
+        kept.append(_kept(sums.text, text) if needs[1] else None)
         ctx.save_for_backward(*kept, scalars[0], scale_sum, sums.bias)
         ctx.types = image.dtype, text.dtype
         ctx.batch = len(image)
@@ -77,7 +81,7 @@ class _SweptLoss(torch.autograd.Function):
         share = upstream / ctx.batch
         scale_grad = (share * scale_sum).to(scale.dtype) if ctx.needs_input_grad[2] else None
         bias_grad = (share * bias_sum).to(scale.dtype) if ctx.needs_input_grad[3] else None
-        return image_grad, text_grad, scale_grad, bias_grad, None, None
+        return image_grad, text_grad, scale_grad, bias_grad, None, None, None
 
 
 def _product_type(image: torch.Tensor, text: torch.Tensor) -> torch.dtype:

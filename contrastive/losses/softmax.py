@@ -82,7 +82,7 @@ def _two_sweeps(image, text, scale, bias: None, *, labels: Labels, wants: tuple[
         # subtracting numbers near 1: −log p = softplus(others − own), p − 1 = −σ(others − own).
         own_logits = row_products(image, text) * (scale.double() * LOG2_E)
         margins = torch.stack([row_lse - own_logits, column_lse[labels.own] - own_logits]) * LN_2
-        loss = F.softplus(margins, threshold=1000).sum() / 2  # by default it is cut at 20
+        loss = F.softplus(margins, threshold=700).sum() / 2  # by default it is cut at 20
         row_lse = torch.logaddexp2(row_lse, own_logits)
         column_lse = torch.logaddexp2(column_lse, all_gather_even(own_logits))
         matched = -margins.sigmoid().mean(dim=0)

@@ -23,15 +23,13 @@ class BadSamples:
         self._steps: deque[tuple[int, int]] = deque()  # samples and bad ones of all ranks, step by step
         self._samples = self._bad = 0
 
-    def note(self, faults: Iterable[tuple[str, str]]) -> int:
-        """Count (reason, key) of this rank's batch; return how many there are."""
-        before = self._counts.total()
+    def note(self, faults: Iterable[tuple[str, str]]) -> None:
+        """Count (reason, key) of this rank's batch."""
         for reason, key in faults:
             self._counts[reason] += 1
             keys = self._keys.setdefault(reason, [])
             if len(keys) < MAX_KEYS:
                 keys.append(key)
-        return self._counts.total() - before
 
     def too_many(self, samples: int, bad: int) -> bool:
         """Add a step's samples and bad ones, of all ranks; return whether more than the allowed share is bad.
@@ -44,7 +42,7 @@ class BadSamples:
         while self._samples - self._steps[0][0] >= self.window:
             old_samples, old_bad = self._steps.popleft()
             self._samples, self._bad = self._samples - old_samples, self._bad - old_bad
-        return self._bad > self.max_share * self.window
+        return self._bad > self.max_share * max(self.window, self._samples)
 
     def take(self) -> dict:
         """Return {'counts': by reason, 'keys': the first of each} of all ranks since the last call; all must call.
@@ -63,9 +61,10 @@ class BadSamples:
         listed = "; ".join(
             f"{count} {reason} ({', '.join(taken['keys'][reason][:3])}, ...)" for reason, count in reasons
         )
+        of = max(self.window, self._samples)
         return UserError(
             f"stopped at step {step}: {self._bad} of the last {self._samples} samples could not be used, more than "
-            f"{self.max_share:.2%} of {self.window}: {listed}. Repair the data (metrics.jsonl names more of them), "
+            f"{self.max_share:.2%} of {of}: {listed}. Repair the data (metrics.jsonl names more of them), "
             "or allow more with --data.max_bad_share"
         )
 
@@ -75,7 +74,8 @@ def merged(rows: Iterable[dict]) -> dict:
     counts: Counter[str] = Counter()
     keys: dict[str, list[str]] = {}
     for row in rows:
-        counts.update(row["counts"])
-        for reason, names in row["keys"].items():
+        # Rows of runs begun before keys were kept hold the counts by themselves.
+        counts.update(row.get("counts") or {name: n for name, n in row.items() if name not in ("kind", "step")})
+        for reason, names in row.get("keys", {}).items():
             keys[reason] = (keys.get(reason, []) + names)[:MAX_KEYS]
     return {"counts": dict(counts), "keys": keys}

@@ -90,7 +90,8 @@ class Trainer:
         config, model = self.config, self.subject.model
         factor = config.schedule.factor(self.step, config.train.steps)
         set_learning_rates(self.optimizers, factor)
-        bad = self.bad_samples.note(batch["bad"])
+        self.bad_samples.note(batch["bad"])
+        replaced = int(batch["replaced"].sum())
         self.runtime.meet(self.step, config.data.timeout)
         device = self.runtime.device
         pixels = self.subject.preprocess.normalize(batch["image"].to(device, non_blocking=True))
@@ -110,12 +111,12 @@ class Trainer:
             loss = torch.tensor(math.nan, device=device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
         # One small sum tells every rank the same: the global loss, whether anyone was asked to stop, bad samples.
-        shared = all_reduce_sum(torch.stack([loss.double(), *loss.new_tensor([stop.as_number(), bad]).double()]))
-        loss_sum, requests, bad = shared.tolist()
+        shared = all_reduce_sum(torch.stack([loss.double(), *loss.new_tensor([stop.as_number(), replaced]).double()]))
+        loss_sum, requests, replaced = shared.tolist()
         mean_loss = loss_sum / self.runtime.world_size
         self._update(mean_loss, norm.item())
         self.step += 1
-        self._stop_if_too_many_are_bad(int(bad), metrics)
+        self._stop_if_too_many_are_bad(int(replaced), metrics)
         bias = model.logit_bias
         return {
             "step": self.step,

@@ -257,7 +257,7 @@ def test_which_order_a_source_gets():
     assert kind(remote=True) == (ShardedOrder, {"window": 16_384, "lanes": 64})
     assert kind(4_000_001, window=5_000_000) == (Order, {"window": 4_000_001, "lanes": 1})
     assert kind(window=500) == (ShardedOrder, {"window": 500, "lanes": 64})
-    assert kind(lanes=4) == (ShardedOrder, {"window": 16_384, "lanes": 4})
+    assert kind(lanes=4) == (ShardedOrder, {"window": 100_000, "lanes": 4})
     assert kind(replacement=True) == (DrawnOrder, {"replacement": True})
     with pytest.raises(UserError, match="data.replacement"):
         kind(replacement=True, window=5)

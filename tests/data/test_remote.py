@@ -16,7 +16,7 @@ from web_server import WebServer
 from contrastive.data.sources import open_source, remote, shard_cache
 from contrastive.data.sources.index_builder import index_shards
 from contrastive.data.sources.shard_cache import copy_path, open_copy
-from contrastive.data.sources.shard_reader import _open_shard
+from contrastive.data.sources.shard_reader import _open_remote
 from contrastive.errors import UserError
 
 SIZE = 10_000_000
@@ -26,9 +26,9 @@ SIZE = 10_000_000
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CONTRASTIVE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
-    _open_shard.cache_clear()
+    _open_remote.cache_clear()
     yield tmp_path / "cache"
-    _open_shard.cache_clear()
+    _open_remote.cache_clear()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from shard_writing import damaged, pairs, write_tar
 
 from contrastive.data.sources import open_source
-from contrastive.data.sources.shard_reader import _open_shard
+from contrastive.data.sources.shard_reader import _open_local
 from contrastive.errors import UserError
 
 
@@ -54,7 +54,7 @@ def test_shard_changed_or_removed_after_indexing(shard):
     source = open_source(path)
     with open(path, "ab") as file:
         file.write(bytes(512))
-    _open_shard.cache_clear()  # as in a new process
+    _open_local.cache_clear()  # as in a new process
     with pytest.raises(UserError, match="was changed"):
         source[0]
     os.remove(path)

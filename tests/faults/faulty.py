@@ -1,9 +1,11 @@
 """scripts/pretrain.py with one thing going wrong on one rank, as FAULT says: KIND,RANK,FIRST CALL,CALLS.
 
-sleep: reading that sample never ends. nan: the loss is given an image that is not finite.
+sleep: reading that sample never ends. kill: it ends the process that reads. nan: the loss is given an image that is
+not finite.
 """
 
 import os
+import signal
 import time
 from dataclasses import dataclass
 
@@ -49,6 +51,8 @@ def open_faulty(argument, columns):
     def slow(self, index):
         nonlocal calls
         calls += 1
+        if goes_wrong("kill", calls):
+            os.kill(os.getpid(), signal.SIGKILL)
         while goes_wrong("sleep", calls):
             time.sleep(1)
         return read(self, index)

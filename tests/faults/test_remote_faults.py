@@ -8,7 +8,7 @@ from web_server import WebServer
 
 from contrastive.data.sources import open_source, remote, shard_cache
 from contrastive.data.sources.index_builder import index_shards
-from contrastive.data.sources.shard_reader import _open_shard
+from contrastive.data.sources.shard_reader import _open_remote
 from contrastive.errors import UserError
 
 
@@ -17,7 +17,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("CONTRASTIVE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(remote, "TIMEOUT", 0.5)
-    _open_shard.cache_clear()
+    _open_remote.cache_clear()
 
 
 @pytest.fixture

@@ -155,3 +155,26 @@ def test_under_torch_compile(whole_step):
         compiled = loss(*torch.compile(model, backend="aot_eager")(x))
     torch.testing.assert_close(compiled, value)
     torch.testing.assert_close(torch.autograd.grad(compiled, list(model.parameters())), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_whose_numbers_do_not_lie_side_by_side(name):
+    tensors = leaves(name)
+    turned = [tensor.detach().t().contiguous().t().requires_grad_() for tensor in tensors[:2]]
+    assert not turned[0].is_contiguous()
+    ours = torch.autograd.grad(loss_of(name)(*turned, *tensors[2:]), turned)
+    torch.testing.assert_close(ours, torch.autograd.grad(oracle(name, *tensors), tensors[:2]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_is_computed_under_no_grad(name):
+    tensors = leaves(name)
+    with torch.no_grad(), CountProducts() as count:
+        loss_of(name)(*tensors)
+    assert count.products == 9
+
+
+def test_softmax_of_logits_far_apart_is_finite():
+    x = torch.eye(4).requires_grad_()
+    value = SoftmaxLoss()(x, -x, torch.tensor(800.0))
+    torch.testing.assert_close(value, torch.tensor(800.0) + torch.tensor(3.0).log())

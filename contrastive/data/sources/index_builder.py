@@ -145,7 +145,7 @@ class _Plan:
     def _fits(self, entry: Entry) -> bool:
         """Whether an entry is of the shard as it is now. A remote one is compared when it is downloaded."""
         summary = entry.summary
-        if self._digest and summary.sha256 is None:
+        if (self._digest and summary.sha256 is None) or not os.path.exists(entry.index_path):
             return False
         if is_remote(entry.location):
             return True
@@ -199,7 +199,10 @@ def _index_one(job: _Job) -> ShardSummary | str:
 
 
 def _index_copy(job: _Job) -> tuple[ShardIndex, ShardSummary]:
-    path, descriptor = copy_path(job.location), open_copy(job.location)  # open, so that the copy stays
+    path = copy_path(job.location)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)  # it may be of what the address held before
+    descriptor = open_copy(job.location)  # open, so that the copy stays
     try:
         index, summary = index_shard(path, job.digest)
     except UserError as error:

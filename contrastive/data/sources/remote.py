@@ -63,7 +63,9 @@ def _attempt(url: str, path: str, size: int | None, sha256: str | None, reserve:
     open_remote = _open_http if url.startswith(("http://", "https://")) else _open_store
     with open_remote(url) as (length, read):
         if None not in (size, length) and size != length:
-            raise UserError(f"{url} has {length} bytes, but {size} when it was indexed; run scripts/index.py again")
+            raise UserError(
+                f"{url} has {length} bytes, but {size} when indexed; delete its index and run scripts/index.py"
+            )
         expected = size if length is None else length
         if expected is not None:
             reserve(expected)

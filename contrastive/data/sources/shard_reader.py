@@ -12,7 +12,7 @@ from contrastive.data.sources.shard_index import MAX_TEXT_BYTES, REFUSALS, Shard
 from contrastive.data.sources.stored_index import load_index
 from contrastive.errors import UserError
 
-_MAX_OPEN = 128
+_MAX_OPEN, _MAX_OPEN_COPIES = 128, 8
 
 
 def shard_index(entry: Entry) -> ShardIndex:
@@ -38,7 +38,10 @@ class Sample:
         if size > limit:
             raise BadSample("too_large", self.key)
         summary = self.entry.summary
-        file = _open_shard(self.entry.location, summary.size, summary.mtime_ns, summary.sha256)
+        if is_remote(self.entry.location):
+            file = _open_remote(self.entry.location, summary.size, summary.sha256)
+        else:
+            file = _open_local(self.entry.location, summary.size, summary.mtime_ns)
         data = os.pread(file.descriptor, size, offset)
         if len(data) != size:
             raise UserError(f"{self.entry.location} became shorter while in use, at byte {offset}; start again")
@@ -73,11 +76,15 @@ class _OpenFile:
         os.close(self.descriptor)
 
 
+# An open copy stays in the cache: with few of them a process, its limit holds.
+@lru_cache(maxsize=_MAX_OPEN_COPIES)
+def _open_remote(location: str, size: int, sha256: str | None) -> _OpenFile:
+    return _OpenFile(open_copy(location, size, sha256))
+
+
 # One table a process, outside the source: nothing to pickle, and pread shares no position after a fork.
 @lru_cache(maxsize=_MAX_OPEN)
-def _open_shard(location: str, size: int, mtime_ns: int, sha256: str | None) -> _OpenFile:
-    if is_remote(location):
-        return _OpenFile(open_copy(location, size, sha256))
+def _open_local(location: str, size: int, mtime_ns: int) -> _OpenFile:
     try:
         file = _OpenFile(os.open(location, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
     except OSError as error:

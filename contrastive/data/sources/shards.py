@@ -106,7 +106,7 @@ class Shards:
             return _of_several(self._caption_fields, fields, sample.key)
         for field in (name for name, _ in self._caption_fields or ((usual, 1.0) for usual in CAPTION_FIELDS)):
             texts = _texts(fields.get(field), sample.key)
-            if texts is not None:
+            if texts and any(map(str.strip, texts)):
                 return texts, _weights(fields.get("weights"), len(texts), sample.key) if field == "captions" else None
         text = sample.text("txt")
         # The end of the line belongs to the file, not to the caption.
