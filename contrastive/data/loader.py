@@ -81,9 +81,9 @@ def train_loader(
 ) -> DataLoader:
     """Return a loader of one local batch for each step from `start_step` on.
 
-    A batch is image uint8 (b, 3, S, S), tokens int64 (b, L), caption_id, index and replaced int64 (b,),
-    and bad, the list of (reason, key) met while making it; b = global_batch_size / world_size. The batches of all ranks in
-    rank order are the global batch, whatever the number of ranks and workers. No global random state is
+    A batch is image uint8 (b, 3, S, S), tokens int64 (b, L), caption_id, index and replaced int64 (b,), and bad,
+    the list of (reason, key) met while making it; b = global_batch_size / world_size. The batches of all ranks
+    in rank order are the global batch, whatever the number of ranks and workers. No global random state is
     read or changed.
 
     Args:
