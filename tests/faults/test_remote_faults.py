@@ -125,7 +125,7 @@ def test_row_28_another_file_under_the_same_name_is_refused(web, tmp_path, monke
     source = open_source(web.url + "/{0..2}.tar")
     whole = web.files["0.tar"]
     web.files["0.tar"] = whole + bytes(512)
-    with pytest.raises(UserError, match=f"has {len(whole) + 512} bytes, but {len(whole)} when it was indexed"):
+    with pytest.raises(UserError, match=f"has {len(whole) + 512} bytes, but {len(whole)} when indexed"):
         source[0]
     web.files["0.tar"] = whole[:600] + b"X" + whole[601:]
     with pytest.raises(UserError, match="its sha256 is not the one in the index"):
