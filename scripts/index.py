@@ -10,46 +10,37 @@ remote shards in the cache ($CONTRASTIVE_CACHE, default ~/.cache/contrastive). A
 named in place of the shards: --data.train FOLDER.
 """
 
-import argparse
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
+from tyro.conf import Positional, arg
+
+from contrastive.config import parse
 from contrastive.data.sources.index_builder import index_shards
 from contrastive.data.sources.manifest import Entry, is_index, known_shards, read_index, total
 from contrastive.data.sources.paths import expand_paths, expand_urls, is_remote
 from contrastive.data.sources.verify_index import verify_shards
-from contrastive.errors import UserError, did_you_mean
+from contrastive.errors import UserError
 from contrastive.log import run_script
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it."""
+@dataclass(frozen=True)
+class IndexConfig:
+    """What to index."""
 
-    def error(self, message: str):
-        if message.startswith("unrecognized arguments: --"):
-            flag = message.split()[2].split("=")[0]
-            message += "." + did_you_mean(flag, self._option_string_actions)
-        raise UserError(message)
+    spec: Annotated[Positional[str], arg(metavar="SPEC")]
+    """Shards: a path, glob, brace range, URL, or their index folder."""
+    workers: int | None = None
+    """Processes; none: one a core, at most 16."""
+    verify: bool = False
+    """Compare shards with their index; change nothing."""
 
-
-def whole_number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not '{text}'")
-    return int(text)
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="index.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("spec", metavar="SPEC", help="shards: a path, glob, brace range, URL, or their index folder")
-    parser.add_argument("--workers", type=whole_number, metavar="N", help="processes (default: one a core, at most 16)")
-    parser.add_argument("--verify", action="store_true", help="compare shards with their index; change nothing")
-    return parser.parse_args(arguments)
+    def __post_init__(self):
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"--workers is {self.workers}; it must be 1 or more")
 
 
 def shards_of(spec: str) -> list[str]:
@@ -95,7 +86,7 @@ def describe(entries: Sequence[Entry]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    options = parse(arguments)
+    options = parse(IndexConfig, arguments, [], prog="index.py", description=__doc__)
     if options.verify:
         entries = indexed(options.spec)
         verify_shards(entries, options.workers)

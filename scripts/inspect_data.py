@@ -7,9 +7,7 @@ Writes index.html, contact_sheet.png and figures.json. With the seed, the tokeni
 local data of up to 4 million samples, the samples shown are among its first ones.
 """
 
-import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -21,16 +19,16 @@ from tyro.conf import Positional, arg
 
 from contrastive.config import parse
 from contrastive.data.augment import AugmentConfig
+from contrastive.data.captions import sampled_captions
 from contrastive.data.inspection import chosen_indices, measure, see, summary
 from contrastive.data.inspection_page import PAGE, QUANTITIES, claim, facts, spark, write_inspection
-from contrastive.data.record import BadSample, Source
+from contrastive.data.record import Source
 from contrastive.data.sources import open_source
 from contrastive.data.text_cleaning import Cleaning
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from contrastive.errors import UserError
 from contrastive.log import console, run_script, say, warn
 
-TOKENIZER_SAMPLES = 50_000  # as many as training takes
 CONTEXT_LENGTH = 64
 
 
@@ -83,7 +81,7 @@ def main(args: list[str]) -> None:
     folder = Path(config.output or Path("inspect", re.sub(r"\W+", "-", config.spec).strip("-") or "data"))
     claim(folder, source.name)
     indices = chosen_indices(source, config.samples, config.seed)
-    tokenizer = _tokenizer(config, source, indices)
+    tokenizer = _tokenizer(config, source)
     columns = (TextColumn("reading samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(indices))
@@ -108,21 +106,11 @@ def main(args: list[str]) -> None:
     say(f"look at {folder / PAGE}")
 
 
-def _tokenizer(config: InspectConfig, source: Source, indices: Iterable[int]) -> Tokenizer:
+def _tokenizer(config: InspectConfig, source: Source) -> Tokenizer:
     length = config.context_length
     if config.tokenizer != "bpe":
         return load_tokenizer(config.tokenizer, length, None if config.clean == "none" else config.clean)
-    if not getattr(source, "remote", False):
-        indices = range(0, len(source), math.ceil(len(source) / TOKENIZER_SAMPLES))
-    return train_bpe(_captions(source, indices), config.vocab_size, length or CONTEXT_LENGTH, config.clean)
-
-
-def _captions(source: Source, indices: Iterable[int]) -> Iterable[str]:
-    for index in indices:
-        try:
-            yield from source.captions(int(index))
-        except BadSample:
-            continue  # it is counted when it is measured, and by training
+    return train_bpe(sampled_captions(source), config.vocab_size, length or CONTEXT_LENGTH, config.clean)
 
 
 def _print(figures: dict) -> None:

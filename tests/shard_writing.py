@@ -43,3 +43,10 @@ def damaged(path, change):
     message = str(caught.value)
     assert os.path.basename(path) in message and "\n" not in message
     return message
+
+
+def whole_shard(folder):
+    """Write a shard of 20 samples; return its path and the offset of its last member's header."""
+    path = write_tar(folder / "s-000007.tar", pairs(*(f"{index:03d}" for index in range(20))))
+    with tarfile.open(path) as tar:
+        return path, tar.getmembers()[-1].offset

@@ -3,12 +3,14 @@
 import hashlib
 import math
 from bisect import bisect_right
+from collections.abc import Iterator
 from itertools import accumulate
 
-from contrastive.data.record import BadSample, Record
+from contrastive.data.record import BadSample, Record, Source
 
 # Real captions end far below this; longer ones are documents that cost tokenizing time and teach nothing.
 MAX_CAPTION_CHARS = 20_000
+TOKENIZER_SAMPLES = 50_000  # enough to count words; more only takes longer
 
 
 def caption_fault(text: str) -> str | None:
@@ -51,3 +53,17 @@ def drawn_order(record: Record, draw: float) -> tuple[str, ...]:
         ends = list(accumulate(weights))
         first = min(bisect_right(ends, draw * ends[-1]), len(captions) - 1)
     return captions[first:] + captions[:first]
+
+
+def sampled_captions(source: Source) -> Iterator[str]:
+    """Yield all captions of at most TOKENIZER_SAMPLES samples, spread evenly over the source: to train a tokenizer on.
+
+    Of shards that lie far away they come in a few runs: each shard that is touched is fetched whole.
+    """
+    run = TOKENIZER_SAMPLES // 8 if getattr(source, "remote", False) else 1
+    for first in range(0, len(source), run * math.ceil(len(source) / TOKENIZER_SAMPLES)):
+        for index in range(first, min(first + run, len(source))):
+            try:
+                yield from source.captions(index)
+            except BadSample:
+                continue  # the loader counts it

@@ -32,9 +32,9 @@ def swept_loss(
         sweep: called as sweep(image, text, scale, bias, labels=Labels, wants=(bool, bool)); see `Gradient`.
         The others are those of `SigmoidLoss`, which also says what is raised.
     """
-    scalars = (
-        {"logit_scale": logit_scale} if logit_bias is None else dict(logit_scale=logit_scale, logit_bias=logit_bias)
-    )
+    scalars = {"logit_scale": logit_scale}
+    if logit_bias is not None:
+        scalars["logit_bias"] = logit_bias
     features = {"image_features": image_features, "text_features": text_features}
     needs = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad

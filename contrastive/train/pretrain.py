@@ -1,7 +1,5 @@
 """From options to a trained model: set the parts up, train, write the final model and the report."""
 
-import math
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +7,13 @@ import torch
 from rich.table import Table
 
 from contrastive.config import flatten, to_dict
+from contrastive.data.captions import sampled_captions
 from contrastive.data.loader import train_loader
 from contrastive.data.order import SampleOrder, check_cursor
 from contrastive.data.order_choice import order_for
 from contrastive.data.pairs import PairDataset
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
-from contrastive.data.record import BadSample, Source
+from contrastive.data.record import Source
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from contrastive.distributed.collectives import gather_objects
@@ -35,7 +34,6 @@ from contrastive.train.run_folder import RunFolder
 from contrastive.train.settings import PretrainConfig, check, check_division, num_workers, resolve
 
 CLIP_VOCABULARY = 49_408
-TOKENIZER_SAMPLES = 50_000  # enough to count words; more only takes longer
 
 
 def pretrain(config: PretrainConfig) -> bool:
@@ -102,21 +100,7 @@ def _tokenizer(config: PretrainConfig, source: Source, checkpoint: Path | None) 
         name = "clip" if config.model.text.vocab_size == CLIP_VOCABULARY else "bpe"
     if name != "bpe":
         return load_tokenizer(name, length, None if config.data.clean == "none" else config.data.clean)
-    return train_bpe(_captions(source), config.data.vocab_size, length, config.data.clean)
-
-
-def _captions(source: Source) -> Iterable[str]:
-    """All captions of at most TOKENIZER_SAMPLES samples, spread evenly over the source.
-
-    Of shards that lie far away they come in a few runs: each shard that is touched is fetched whole.
-    """
-    run = TOKENIZER_SAMPLES // 8 if getattr(source, "remote", False) else 1
-    for first in range(0, len(source), run * math.ceil(len(source) / TOKENIZER_SAMPLES)):
-        for index in range(first, min(first + run, len(source))):
-            try:
-                yield from source.captions(index)
-            except BadSample:
-                continue  # the loader counts it
+    return train_bpe(sampled_captions(source), config.data.vocab_size, length, config.data.clean)
 
 
 def _trainer(

@@ -99,9 +99,9 @@ def test_remote_shards(shards, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: SPEC"),
-        (["{}/*.tar", "--verfy"], "unrecognized arguments: --verfy. Did you mean '--verify'"),
-        (["{}/*.tar", "--workers", "0"], "must be a whole number from 1 up, not '0'"),
+        ([], "Missing from index.py: SPEC"),
+        (["{}/*.tar", "--verfy"], "unknown flag --verfy. Did you mean 'verify'"),
+        (["{}/*.tar", "--workers", "0"], "--workers is 0; it must be 1 or more"),
         (["{}/9.tar"], "no file or folder"),
         (["{}"], "data is no .tar shard; other data needs no index"),
         (["pipe:touch canary"], "'pipe:touch canary': not read"),

@@ -1,10 +1,9 @@
 """No damaged shard goes unnoticed."""
 
 import os
-import tarfile
 
 import pytest
-from shard_writing import damaged, pairs, write_tar
+from shard_writing import damaged, whole_shard, write_tar
 
 from contrastive.data.sources import open_source
 from contrastive.data.sources.shard_reader import _open_local
@@ -13,10 +12,7 @@ from contrastive.errors import UserError
 
 @pytest.fixture
 def shard(tmp_path):
-    """A shard, its path, and the offset of its last member's header."""
-    path = write_tar(tmp_path / "s-000007.tar", pairs(*(f"{index:03d}" for index in range(20))))
-    with tarfile.open(path) as tar:
-        return path, tar.getmembers()[-1].offset
+    return whole_shard(tmp_path)
 
 
 def test_data_after_the_end(shard):

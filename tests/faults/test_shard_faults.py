@@ -9,7 +9,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from shard_writing import damaged, pairs, refusal, write_tar
+from shard_writing import damaged, pairs, refusal, whole_shard, write_tar
 
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
@@ -17,10 +17,7 @@ from contrastive.errors import UserError
 
 @pytest.fixture
 def shard(tmp_path):
-    """A shard, its path, and the offset of its last member's header."""
-    path = write_tar(tmp_path / "s-000007.tar", pairs(*(f"{index:03d}" for index in range(20))))
-    with tarfile.open(path) as tar:
-        return path, tar.getmembers()[-1].offset
+    return whole_shard(tmp_path)
 
 
 def test_row_19_cut_at_every_block_boundary(shard):
