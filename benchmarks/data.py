@@ -5,8 +5,8 @@
 
 Every rival's row goes to results/data.jsonl; one that fails leaves a row with an `error`.
 
-Sets: `real`, photographs in shards (left out where there are none), and JPEGs of quality 90 and WIDTHxHEIGHT pixels,
-drawn with a photograph's spectrum into a temporary folder. All rivals read the same shards, crop at random (scale 0.9
+Sets: `real`, photographs in shards (left out where there are none), and JPEGs of WIDTHxHEIGHT pixels and quality 90, or
+that after a 'q', drawn with a photograph's spectrum into a temporary folder. All rivals read the same shards, crop at random (scale 0.9
 to 1), resize to 224 x 224, bicubic and antialiased, tokenize a caption for CLIP, and shuffle:
 
 ours        our shards, order, PairDataset and train_loader; uint8 batches
@@ -51,13 +51,15 @@ from rich.table import Table
 from rows import RESULTS, append
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+GENERATED = r"([1-9]\d*)x([1-9]\d*)(?:q([1-9]|[1-8]\d|9[0-5]))?"
+QUALITY = 90
 PIXELS = 120_000_000  # of a generated set: 640 images of 500 x 375
 
 
 @dataclass(frozen=True)
 class Options:
-    sets: tuple[str, ...] = ("real", "500x375", "1600x1200")
-    """Image sets: real, or WIDTHxHEIGHT of generated ones."""
+    sets: tuple[str, ...] = ("real", "500x375", "1600x1200", "1600x1200q75")
+    """Image sets: real, or WIDTHxHEIGHT, with qQUALITY where it is not 90, of generated ones."""
     real: str = str(SHARED / "flickr8k" / "train-{000000..000005}.tar")
     """Shards of real photographs with KEY.jpg and KEY.txt, as a brace range."""
     workers: tuple[int, ...] = (0, 2)
@@ -105,8 +107,8 @@ def main(options: Options) -> None:
 def _check(options: Options) -> None:
     cores = len(os.sched_getaffinity(0))
     for name in options.sets:
-        if name != "real" and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name):
-            sys.exit(f"--sets {name}: expected real or WIDTHxHEIGHT")
+        if name != "real" and not re.fullmatch(GENERATED, name):
+            sys.exit(f"--sets {name}: expected real, WIDTHxHEIGHT or WIDTHxHEIGHTqQUALITY, the quality from 1 to 95")
     if max(options.workers, default=0) > min(cores, SHARDS):
         sys.exit(f"--workers {max(options.workers)}: this machine and {SHARDS} shards allow {min(cores, SHARDS)}")
     if not (options.workers and options.rivals and options.sets):
@@ -130,9 +132,9 @@ def _measure_set(
     shards = options.real
     step(f"{name}: shards")
     if name != "real":
-        width, height = map(int, name.split("x"))
+        width, height, quality = (int(n or QUALITY) for n in re.fullmatch(GENERATED, name).groups())
         images = options.images or min(1024, max(64, PIXELS // (width * height)))
-        shards = generate(folder / name, width, height, images)
+        shards = generate(folder / name, width, height, quality, images)
     load = Load(shards, options.batch, 0, str(folder / "arrow"))
     if "datasets" in options.rivals:
         alone(lambda: arrow_rows(load) and None)  # made once, on nobody's clock

@@ -8,13 +8,12 @@ import numpy as np
 from PIL import Image
 
 SHARDS = 8
-QUALITY = 90
 COARSEST = 8  # octaves: the largest structures are an eighth of the picture
 FALL = 0.7  # of the strength from one octave to the next; files come out as large as photographs'
 GRAIN = 3.0  # standard deviation of the finest detail, of 255
 
 
-def generate(folder: Path, width: int, height: int, images: int) -> str:
+def generate(folder: Path, width: int, height: int, quality: int, images: int) -> str:
     """Write `images` samples (KEY.jpg, KEY.txt, KEY.json) in SHARDS shards and return their specification."""
     from webdataset import TarWriter
 
@@ -23,13 +22,13 @@ def generate(folder: Path, width: int, height: int, images: int) -> str:
         with TarWriter(str(folder / f"{shard:05d}.tar"), mtime=0, encoder=False) as tar:
             for number in range(shard, images, SHARDS):
                 caption = f"a picture of noise, the one with number {number}, wide and without a horizon"
-                sample = {"jpg": _photo_like(width, height, number), "txt": caption.encode()}
+                sample = {"jpg": _photo_like(width, height, quality, number), "txt": caption.encode()}
                 sample["json"] = json.dumps({"captions": [caption]}).encode()
                 tar.write({"__key__": f"{number:06d}", **sample})
     return f"{folder}/{{00000..{SHARDS - 1:05d}}}.tar"
 
 
-def _photo_like(width: int, height: int, seed: int) -> bytes:
+def _photo_like(width: int, height: int, quality: int, seed: int) -> bytes:
     """Return a JPEG of noise of all scales, as photographs have it."""
     rng = np.random.default_rng(seed)
     # One picture is costly to draw; its crops at random places are as good as new ones for a decoder.
@@ -37,7 +36,7 @@ def _photo_like(width: int, height: int, seed: int) -> bytes:
     top, left = rng.integers(0, height), rng.integers(0, width)
     pixels = np.roll(base, (top, left), axis=(0, 1)) + rng.normal(0, GRAIN, base.shape[:2])[:, :, None]
     data = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(data, "JPEG", quality=QUALITY)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(data, "JPEG", quality=quality)
     return data.getvalue()
 
 
