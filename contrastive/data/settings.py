@@ -9,28 +9,11 @@ from contrastive.errors import UserError
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where pairs come from and how they reach the model."""
+class ImageDataConfig:
+    """How images are found, ordered, varied and handed to the model."""
 
-    train: str = "scenes"
-    """Training pairs: scenes, digits, shards ('path/{0000..0099}.tar'), hf:NAME, a table, an image folder; or
-    several with weights: 'shards/{00..09}.tar=2,pairs.csv=1'."""
-    eval: tuple[str, ...] = ()
-    """Held-out sources: labelled ones are scored zero-shot, captioned ones by retrieval."""
     image_column: str | None = None
     """Column of a table that holds the image or its path; none: found by its usual names."""
-    caption_column: str | None = None
-    """Column (or field of KEY.json) of the captions, or several with weights: alt=1,synthetic=3; none: usual names."""
-    caption_templates: tuple[str, ...] = ("{}",)
-    """Texts of which one is drawn for each caption, which takes the place of {}: "{}" "a photo of {}"."""
-    clean: Cleaning = "none"
-    """Cleaning of captions, prompts and every text later on: clip (mends, lower-cases), canonicalize (SigLIP's)."""
-    prompts: str = "auto"
-    """Prompt templates for labelled data: a set's name, a file with one template a line, or auto."""
-    tokenizer: str = "auto"
-    """bpe trained on the captions, clip, or a tokenizer folder; auto: clip for models with its vocabulary, else bpe."""
-    vocab_size: int = 8192
-    """Largest vocabulary of a bpe trained on the run's captions."""
     resize: Literal["squash", "crop"] = "squash"
     """Evaluation images: squashed to the square as in SigLIP, or short side resized and centre-cropped as in CLIP."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -54,9 +37,43 @@ class DataConfig:
     replacement: bool = False
     """Draw each sample from all of the data, whatever was drawn before, instead of each one once an epoch."""
 
+
+@dataclass(frozen=True)
+class DataConfig(ImageDataConfig):
+    """Where pairs come from and how they reach the model."""
+
+    train: str = "scenes"
+    """Training pairs: scenes, digits, shards ('path/{0000..0099}.tar'), hf:NAME, a table, an image folder; or
+    several with weights: 'shards/{00..09}.tar=2,pairs.csv=1'."""
+    eval: tuple[str, ...] = ()
+    """Held-out sources: labelled ones are scored zero-shot, captioned ones by retrieval."""
+    caption_column: str | None = None
+    """Column (or field of KEY.json) of the captions, or several with weights: alt=1,synthetic=3; none: usual names."""
+    caption_templates: tuple[str, ...] = ("{}",)
+    """Texts of which one is drawn for each caption, which takes the place of {}: "{}" "a photo of {}"."""
+    clean: Cleaning = "none"
+    """Cleaning of captions, prompts and every text later on: clip (mends, lower-cases), canonicalize (SigLIP's)."""
+    prompts: str = "auto"
+    """Prompt templates for labelled data: a set's name, a file with one template a line, or auto."""
+    tokenizer: str = "auto"
+    """bpe trained on the captions, clip, or a tokenizer folder; auto: clip for models with its vocabulary, else bpe."""
+    vocab_size: int = 8192
+    """Largest vocabulary of a bpe trained on the run's captions."""
+
     def __post_init__(self):
         for template in self.caption_templates:
             if "{}" not in template:
                 raise UserError(f"data.caption_templates: '{template}' has no '{{}}' for the caption")
         if not self.caption_templates:
             raise UserError("data.caption_templates is empty; leave it out for captions as they are")
+
+
+@dataclass(frozen=True)
+class LabelledDataConfig(ImageDataConfig):
+    """Where labelled images come from and how they reach the classifier."""
+
+    train: str = "mnist"
+    """Labelled images: mnist, fashion_mnist, cifar10, cifar100, a folder of their files, shards, hf:NAME, a table or
+    class folders."""
+    eval: tuple[str, ...] = ()
+    """Held-out labelled images; none: the test split of the training data, where it has one."""

@@ -2,8 +2,8 @@
 
 model.safetensors   weights, float32, by parameter name
 ema.safetensors     averaged weights, where the run kept them; they are what `load` uses
-config.json         architecture and preprocessing
-tokenizer/          as data.tokenizer saves it
+config.json         architecture and preprocessing; of a classifier the class names too
+tokenizer/          as data.tokenizer saves it; a classifier has none
 """
 
 import json
@@ -14,28 +14,37 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from contrastive.config import from_dict
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer
 from contrastive.errors import UserError
 from contrastive.interop.manifest import problem
-from contrastive.models import DualEncoder, ModelConfig
+from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ModelConfig
 
 FORMAT = "contrastive-1"
+CLASSIFIER_FORMAT = "contrastive-classifier-1"
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A model with all that belongs to it."""
 
-    model: DualEncoder
+    model: DualEncoder | ImageClassifier
     preprocess: Preprocess
     """PIL image to (3, H, W) float32."""
-    tokenizer: Tokenizer
-    """List of str to (B, context_length) int64."""
-    config: ModelConfig
+    tokenizer: Tokenizer | None
+    """List of str to (B, context_length) int64; None for a classifier."""
+    config: ModelConfig | ClassifierConfig
     path: Path
+    class_names: tuple[str, ...] | None = None
+    """Of a classifier, in the order of its scores, where its data named them."""
+
+    def check_text_tower(self, purpose: str) -> None:
+        """Raise UserError where there is no text tower; `purpose` says in the message what needs one."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.path} is a classifier, without a text tower: {purpose}")
 
 
 def save_model(
@@ -47,19 +56,40 @@ def save_model(
     ema: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a model into an existing folder, so that `load` finds it."""
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-        folder / "model.safetensors",
-    )
-    if ema is not None:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in ema.items()}, folder / "ema.safetensors")
+    _save_weights(folder, weights, ema)
     description = {"format": FORMAT, "model": asdict(config), "preprocess": asdict(preprocess)}
     (folder / "config.json").write_text(json.dumps(description, indent=1))
     tokenizer.save(folder / "tokenizer")
 
 
+def save_classifier(
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    config: ClassifierConfig,
+    preprocess: PreprocessConfig,
+    class_names: tuple[str, ...] | None,
+    ema: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a classifier into an existing folder, so that `load` finds it."""
+    _save_weights(folder, weights, ema)
+    description = {
+        "format": CLASSIFIER_FORMAT,
+        "model": asdict(config),
+        "preprocess": asdict(preprocess),
+        "class_names": class_names,
+    }
+    (folder / "config.json").write_text(json.dumps(description, indent=1))
+
+
+def _save_weights(folder: Path, weights: Mapping[str, torch.Tensor], ema: Mapping[str, torch.Tensor] | None) -> None:
+    for name, tensors in (("model", weights), ("ema", ema)):
+        if tensors is not None:
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(plain, folder / f"{name}.safetensors")
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
-    """Load a model from a run folder, one of its checkpoints, or its final model.
+    """Load a model, a classifier too, from a run folder, one of its checkpoints, or its final model.
 
     Of a run folder the final model is taken, else the newest checkpoint that is whole.
 
@@ -74,25 +104,29 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
         description = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
-    if description.get("format") != FORMAT:
+    kind = description.get("format")
+    if kind not in (FORMAT, CLASSIFIER_FORMAT):
         raise UserError(f"{folder / 'config.json'} is not of a contrastive model (no format '{FORMAT}')")
-    config = from_dict(ModelConfig, description["model"], str(folder / "config.json"))
-    model = DualEncoder(config)
+    is_classifier, where = kind == CLASSIFIER_FORMAT, str(folder / "config.json")
+    config = from_dict(ClassifierConfig if is_classifier else ModelConfig, description["model"], where)
+    model = ImageClassifier(config) if is_classifier else DualEncoder(config)
     weights = folder / "ema.safetensors"
     if not weights.exists():
         weights = folder / "model.safetensors"
     load_weights(model, weights)
-    preprocess = from_dict(PreprocessConfig, description["preprocess"], str(folder / "config.json"))
+    preprocess = from_dict(PreprocessConfig, description["preprocess"], where)
+    names = description.get("class_names")
     return Bundle(
         model=model.eval().to(device),
         preprocess=Preprocess(preprocess),
-        tokenizer=load_tokenizer(folder / "tokenizer", config.text.context_length),
+        tokenizer=None if is_classifier else load_tokenizer(folder / "tokenizer", config.text.context_length),
         config=config,
         path=folder,
+        class_names=None if names is None else tuple(names),
     )
 
 
-def load_weights(model: DualEncoder, file: Path) -> None:
+def load_weights(model: nn.Module, file: Path) -> None:
     """Fill the model from a safetensors file, every key and shape exactly; otherwise UserError."""
     try:
         weights = load_file(file)

@@ -1,19 +1,24 @@
 """Image and text towers, from scratch on torch."""
 
+from contrastive.models.classifier import ClassifierConfig, ImageClassifier, classifier_config, list_classifiers
 from contrastive.models.dual_encoder import DualEncoder, Features, ModelConfig
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
 from contrastive.models.presets import create_model, list_models, model_config
 from contrastive.models.text_tower import TextTower, TextTowerConfig
 
 __all__ = [
+    "ClassifierConfig",
     "DualEncoder",
     "Features",
+    "ImageClassifier",
     "ImageTower",
     "ImageTowerConfig",
     "ModelConfig",
     "TextTower",
     "TextTowerConfig",
+    "classifier_config",
     "create_model",
+    "list_classifiers",
     "list_models",
     "model_config",
 ]

@@ -61,21 +61,25 @@ class DualEncoder(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor(float(config.init_logit_bias)))
         initialise(self, config.init)
 
-    def encode_image(self, pixels: torch.Tensor, normalize: bool = True) -> torch.Tensor:
-        """Embed images: (B, 3, H, W) float, preprocessed, to (B, E); unit length unless normalize=False."""
-        features = self.image_tower(pixels)
-        return _unit_length(features) if normalize else features
+    def encode_image(self, pixels: torch.Tensor, normalize: bool = True, project: bool = True) -> torch.Tensor:
+        """Embed images: (B, 3, H, W) float, preprocessed, to (B, E); unit length unless normalize=False.
+
+        With project=False the features are those before the projection, (B, D); towers without one have the
+        same either way.
+        """
+        features = self.image_tower(pixels, project)
+        return unit_length(features) if normalize else features
 
     def encode_text(self, tokens: torch.Tensor, normalize: bool = True) -> torch.Tensor:
         """Embed texts: (B, context_length) int64 ids to (B, E); unit length unless normalize=False."""
         features = self.text_tower(tokens)
-        return _unit_length(features) if normalize else features
+        return unit_length(features) if normalize else features
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> Features:
         """Embed a batch of pairs; see `Features`."""
         return Features(self.encode_image(pixels), self.encode_text(tokens), self.logit_scale.exp(), self.logit_bias)
 
 
-def _unit_length(features: torch.Tensor) -> torch.Tensor:
+def unit_length(features: torch.Tensor) -> torch.Tensor:
     """L2-normalise rows in float32 at least: in bfloat16 their length would be off by up to 0.4 %."""
     return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)

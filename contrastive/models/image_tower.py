@@ -146,8 +146,8 @@ class ImageTower(nn.Module):
             x = self.pre_norm(x)
         return self.norm(self.transformer(x))
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) normalised pixels to (B, E), not L2-normalised."""
+    def forward(self, pixels: torch.Tensor, project: bool = True) -> torch.Tensor:
+        """(B, 3, H, W) normalised pixels to (B, E), not L2-normalised; to (B, D) with project=False."""
         x = self.forward_features(pixels)
         if self.config.pool == "attention":
             x = self.head(x)
@@ -155,7 +155,7 @@ class ImageTower(nn.Module):
             x = x[:, 0]
         else:
             x = x[:, int(self.config.class_token) :].mean(dim=1)
-        return x if self.projection is None else self.projection(x)
+        return self.projection(x) if project and self.projection is not None else x
 
 
 def drop_patches(x: torch.Tensor, rate: float) -> torch.Tensor:

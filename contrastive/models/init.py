@@ -14,7 +14,12 @@ from contrastive.models.text_tower import TextTower
 def initialise(model: nn.Module, style: Literal["clip", "siglip"]) -> None:
     """Draw all weights of a dual encoder in place from torch's global generator."""
     for tower in (model.image_tower, model.text_tower):
-        (_init_clip if style == "clip" else _init_siglip)(tower)
+        initialise_tower(tower, style)
+
+
+def initialise_tower(tower: ImageTower | TextTower, style: Literal["clip", "siglip"]) -> None:
+    """Draw all weights of one tower in place from torch's global generator."""
+    (_init_clip if style == "clip" else _init_siglip)(tower)
 
 
 def _init_clip(tower: ImageTower | TextTower) -> None:

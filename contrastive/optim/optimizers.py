@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from contrastive.optim.base import LOGIT_PARAMETERS, OPTIMIZERS, is_matrix, trainable
+from contrastive.optim.layer_decay import layer_factors
 from contrastive.optim.muon import Muon
 
 
@@ -26,9 +27,11 @@ class AdamWConfig:
     """Added to the denominator."""
     logit_lr_factor: float = 1.0
     """Learning rate of logit_scale and logit_bias, as a multiple of lr."""
+    layer_decay: float = 1.0
+    """Learning rate of a block as a share of that of the block above it; 1: all alike. 0.65 to 0.9 to fine-tune."""
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
-        return [_adamw(trainable(model), self)]
+        return [_adamw(trainable(model), self, layer_factors(model, self.layer_decay))]
 
 
 @OPTIMIZERS.register("muon")
@@ -42,32 +45,33 @@ class MuonConfig(AdamWConfig):
     """Nesterov momentum of Muon."""
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
-        hidden = {n: p for n, p in trainable(model).items() if p.ndim == 2 and "transformer.blocks" in n}
+        parameters, factors = trainable(model), layer_factors(model, self.layer_decay)
+        hidden = {n: p for n, p in parameters.items() if p.ndim == 2 and "transformer.blocks" in n}
+        others = {n: p for n, p in parameters.items() if n not in hidden}
+        if not hidden:  # the towers are frozen
+            return [_adamw(others, self, factors)]
         muon = Muon(
-            [{"params": list(hidden.values()), "peak_lr": self.muon_lr}],
+            [
+                {"params": [p for n, p in hidden.items() if factors[n] == factor], "peak_lr": self.muon_lr * factor}
+                for factor in sorted({factors[n] for n in hidden})
+            ],
             lr=self.muon_lr,
             weight_decay=self.weight_decay,
             momentum=self.momentum,
         )
-        return [muon, _adamw({n: p for n, p in trainable(model).items() if n not in hidden}, self)]
+        return [muon, _adamw(others, self, factors)]
 
 
-def _adamw(parameters: dict[str, nn.Parameter], config: AdamWConfig) -> torch.optim.AdamW:
-    logits = [p for name, p in parameters.items() if name in LOGIT_PARAMETERS]
-    towers = [p for name, p in parameters.items() if name not in LOGIT_PARAMETERS]
-    groups = [
-        {
-            "params": [p for p in towers if is_matrix(p)],
-            "weight_decay": config.weight_decay,
-            "peak_lr": config.lr,
-        },
-        {"params": [p for p in towers if not is_matrix(p)], "weight_decay": 0.0, "peak_lr": config.lr},
-        {"params": logits, "weight_decay": 0.0, "peak_lr": config.lr * config.logit_lr_factor},
-    ]
+def _adamw(parameters: dict[str, nn.Parameter], config: AdamWConfig, factors: dict[str, float]) -> torch.optim.AdamW:
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        factor = config.logit_lr_factor if name in LOGIT_PARAMETERS else factors[name]
+        decay = config.weight_decay if is_matrix(parameter) else 0.0
+        groups.setdefault((decay, config.lr * factor), []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [{"params": group, "weight_decay": decay, "peak_lr": lr} for (decay, lr), group in groups.items()],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=towers[0].device.type in ("cuda", "cpu"),
+        fused=next(iter(parameters.values())).device.type in ("cuda", "cpu"),
     )

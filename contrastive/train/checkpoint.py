@@ -1,6 +1,6 @@
 """Checkpoints: everything a run needs to continue exactly, in a folder that is whole or absent.
 
-    model.safetensors, config.json, tokenizer/   a model folder, as interop.native writes it
+    model.safetensors, config.json, ...          a model folder, as interop.native writes it
     ema.safetensors                              averaged weights, where the run keeps them
     optimizer.safetensors                        NUMBER/PARAMETER/STATE for each optimizer in turn
     state.json                                   the data cursor, step included
@@ -11,6 +11,7 @@ Learning rate, data order and random numbers are functions of the step, so they 
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,30 +19,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from contrastive.data.preprocess import PreprocessConfig
-from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.interop.manifest import write_folder
-from contrastive.interop.native import load_weights, newest_whole, save_model
+from contrastive.interop.native import load_weights, newest_whole
 from contrastive.log import warn
-from contrastive.models import DualEncoder
 from contrastive.optim import ExponentialMovingAverage
 
 Optimizers = list[torch.optim.Optimizer]
+SaveModel = Callable[[Path, Mapping[str, torch.Tensor] | None], None]
 
 
 def save_checkpoint(
     checkpoints: Path,
     *,
-    model: DualEncoder,
+    model: nn.Module,
     optimizers: Optimizers,
     ema: ExponentialMovingAverage | None,
     cursor: dict,
-    preprocess: PreprocessConfig,
-    tokenizer: Tokenizer,
     keep: int,
+    save_model: SaveModel,
 ) -> Path:
     """Write `checkpoints/step-NNNNNNNN`, then delete all but the `keep` newest.
+
+    Args:
+        save_model: writes the model folder, given the folder and the averaged weights or None.
 
     Raises:
         UserError: the disk is full or cannot be written; earlier checkpoints are as they were.
@@ -50,7 +51,7 @@ def save_checkpoint(
 
     def fill(temporary: Path) -> None:
         average = None if ema is None else ema.average
-        save_model(temporary, model.state_dict(), model.config, preprocess, tokenizer, average)
+        save_model(temporary, average)
         save_file(_optimizer_tensors(model, optimizers), temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(cursor, indent=1))
 
@@ -89,7 +90,7 @@ def read_cursor(folder: Path) -> dict:
 
 
 def load_checkpoint(
-    folder: Path, model: DualEncoder, optimizers: Optimizers, ema: ExponentialMovingAverage | None
+    folder: Path, model: nn.Module, optimizers: Optimizers, ema: ExponentialMovingAverage | None
 ) -> None:
     """Fill model, optimizers and average in place from a verified checkpoint.
 

@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from contrastive.data.order import SampleOrder
-from contrastive.data.record import Source
 from contrastive.distributed.collectives import all_reduce_sum, gather_objects
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
@@ -18,32 +17,31 @@ from contrastive.optim import ExponentialMovingAverage
 from contrastive.optim.base import set_learning_rates
 from contrastive.train.bad_samples import BadSamples
 from contrastive.train.checkpoint import save_checkpoint
-from contrastive.train.evaluation import Evaluated, evaluate
 from contrastive.train.interrupt import StopRequest
+from contrastive.train.options import RunConfig
 from contrastive.train.progress import Advice, ProgressBar, StepTimer
 from contrastive.train.run_folder import RunFolder
-from contrastive.train.settings import PretrainConfig
-from contrastive.train.step import forward_backward
+from contrastive.train.task import Task
 
 
 @dataclass
 class Trainer:
     """A run in progress: its parts, and the step it stands at."""
 
-    config: PretrainConfig
+    config: RunConfig
     runtime: Runtime
     folder: RunFolder
-    subject: Evaluated
+    task: Task
     wrapped: nn.Module
-    """The dual encoder as the runtime wraps it; `subject.model` is the same weights bare."""
-    loss: nn.Module
+    """The model as the runtime wraps it; `task.model` is the same weights bare."""
     optimizers: list[torch.optim.Optimizer]
     ema: ExponentialMovingAverage | None
     order: SampleOrder
     fingerprint: str
-    held_out: list[Source]
     bad_samples: BadSamples
     """What the loaders passed over."""
+    timeout: float
+    """Seconds that ranks wait for each other."""
     step: int = 0
     """Steps done."""
     _skipped_in_a_row: int = 0
@@ -60,7 +58,7 @@ class Trainer:
         """
         config, total = self.config, self.config.train.steps
         timer = StepTimer(config.train.global_batch_size)
-        advice = Advice(config.loss.chance_loss(config.train.global_batch_size), total)
+        advice = Advice(self.task.chance_loss, self.task.advice, total)
         with StopRequest() as stop, ProgressBar(self.step, total) as bar:
             if self.step == 0:
                 self._save()  # so that --resume works from the first step on
@@ -87,29 +85,18 @@ class Trainer:
 
     def _one_step(self, batch: dict, stop: StopRequest, metrics: MetricsLog | None) -> tuple[dict, bool]:
         """Do one optimizer step; return its row for the log and whether any rank was asked to stop."""
-        config, model = self.config, self.subject.model
+        config = self.config
         factor = config.schedule.factor(self.step, config.train.steps)
         set_learning_rates(self.optimizers, factor)
         self.bad_samples.note(batch["bad"])
         replaced = int(batch["replaced"].sum())
-        self.runtime.meet(self.step, config.data.timeout)
-        device = self.runtime.device
-        pixels = self.subject.preprocess.normalize(batch["image"].to(device, non_blocking=True))
+        self.runtime.meet(self.step, self.timeout)
         try:
-            loss = forward_backward(
-                self.wrapped,
-                self.loss,
-                pixels,
-                batch["tokens"].to(device, non_blocking=True),
-                batch["caption_id"].to(device, non_blocking=True),
-                accumulate=config.train.accumulate,
-                seed=(config.train.seed, self.step),
-                runtime=self.runtime,
-            )
+            loss = self.task.forward_backward(self.wrapped, batch, self.step, self.runtime)
         except NonFiniteFeatures as error:  # raised on all ranks alike, which skip this step
             warn(f"step {self.step + 1}: {error}")
-            loss = torch.tensor(math.nan, device=device)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+            loss = torch.tensor(math.nan, device=self.runtime.device)
+        norm = nn.utils.clip_grad_norm_(self.task.model.parameters(), config.train.max_grad_norm)
         # One small sum tells every rank the same: the global loss, whether anyone was asked to stop, bad samples.
         shared = all_reduce_sum(torch.stack([loss.double(), *loss.new_tensor([stop.as_number(), replaced]).double()]))
         loss_sum, requests, replaced = shared.tolist()
@@ -117,28 +104,24 @@ class Trainer:
         self._update(mean_loss, norm.item())
         self.step += 1
         self._stop_if_too_many_are_bad(int(replaced), metrics)
-        bias = model.logit_bias
         return {
             "step": self.step,
             "loss": mean_loss,
             "grad_norm": norm.item(),
             "lr": config.optimizer.lr * factor,
-            "logit_scale": model.logit_scale.exp().item(),
-            "logit_bias": None if bias is None else bias.item(),
+            **self.task.figures(),
         }, requests > 0
 
     @torch.no_grad()
     def _update(self, loss: float, grad_norm: float) -> None:
         """Move the weights, unless the loss or gradient is not finite; those are equal on all ranks."""
-        model = self.subject.model
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._skipped_in_a_row = 0
             for optimizer in self.optimizers:
                 optimizer.step()
-            if self.config.loss.max_logit_scale is not None:
-                model.logit_scale.clamp_(max=math.log(self.config.loss.max_logit_scale))
+            self.task.after_update()
             if self.ema is not None:
-                self.ema.update(model, self.step)
+                self.ema.update(self.task.model, self.step)
         else:
             self._skipped_in_a_row += 1
             warn(f"step {self.step + 1} skipped: loss {loss}, gradient norm {grad_norm}")
@@ -154,29 +137,32 @@ class Trainer:
         if self.step % self.config.evaluation.every and self.step != self.config.train.steps:
             return
         if self.ema is not None:
-            self.ema.swap(self.subject.model)
-        figures = evaluate(self.subject, self.held_out, self.config, self.runtime)
+            self.ema.swap(self.task.model)
+        figures = self.task.evaluate(self.runtime)
         if self.ema is not None:
-            self.ema.swap(self.subject.model)
+            self.ema.swap(self.task.model)
         if figures:
             self._log("eval", {"step": self.step, **figures}, metrics)
-            for source in self.held_out:
-                own = {k.rpartition("/")[2]: v for k, v in figures.items() if f"/{source.name}/" in k}
-                shown = "  ".join(f"{name} {value:.1f}" for name, value in own.items() if "median" not in name)
-                say(f"step {self.step}  {source.name}: {shown}")
+            by_source: dict[str, list[str]] = {}
+            for key, value in figures.items():
+                source, _, name = key.partition("/")[2].rpartition("/")
+                if "median" not in name:
+                    by_source.setdefault(source, []).append(f"{name} {value:.1f}")
+            for source, shown in by_source.items():
+                say(f"step {self.step}  {source}: {'  '.join(shown)}")
 
     def _save(self) -> None:
         """Write a checkpoint from the first rank; the others wait, so that none runs ahead of a failure."""
+        model = self.task.model
         if self.runtime.is_main:
             save_checkpoint(
                 self.folder.checkpoints,
-                model=self.subject.model,
+                model=model,
                 optimizers=self.optimizers,
                 ema=self.ema,
                 cursor=self.order.cursor(self.step, self.fingerprint),
-                preprocess=self.subject.preprocess.config,
-                tokenizer=self.subject.tokenizer,
                 keep=self.config.checkpoint.keep,
+                save_model=lambda folder, average: self.task.save(folder, model.state_dict(), average),
             )
         self.runtime.barrier()
 

@@ -9,6 +9,8 @@ from contrastive.log import console, is_main_process, say, warn
 
 WINDOW = 20  # steps that speed and waiting are averaged over
 SECONDS_BETWEEN_LINES = 15
+# Columns of a row that every kind of run has; the others are the task's own.
+COMMON = ("step", "loss", "grad_norm", "lr", "samples_per_second", "data_wait")
 STARVED = 0.3  # share of the time waiting for data from which it is worth a warning
 
 
@@ -68,12 +70,9 @@ class ProgressBar:
 
     def show(self, row: dict) -> None:
         """Show a row of metrics.jsonl."""
-        figures = (
-            f"loss {row['loss']:.4f}  {row['samples_per_second']:.0f} samples/s  "
-            f"data wait {row['data_wait']:.0%}  scale {row['logit_scale']:.2f}"
-        )
-        if row["logit_bias"] is not None:
-            figures += f"  bias {row['logit_bias']:.2f}"
+        figures = f"loss {row['loss']:.4f}  {row['samples_per_second']:.0f} samples/s  data wait {row['data_wait']:.0%}"
+        own = {name: value for name, value in row.items() if name not in COMMON and value is not None}
+        figures += "".join(f"  {name.removeprefix('logit_')} {value:.2f}" for name, value in own.items())
         self._bar.update(self._task, completed=row["step"], figures=figures)
         if self._bar.disable and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
@@ -81,10 +80,16 @@ class ProgressBar:
 
 
 class Advice:
-    """Warns once each when a run does not learn or its data loader starves the device."""
+    """Warns once each when a run does not learn or its data loader starves the device.
 
-    def __init__(self, chance_loss: float, total_steps: int):
+    Args:
+        chance_loss: of a model that tells nothing apart.
+        hint: what to do when the loss stays there.
+    """
+
+    def __init__(self, chance_loss: float, hint: str, total_steps: int):
         self._chance_loss = chance_loss
+        self._hint = hint
         self._patience = max(200, total_steps // 10)
         self._losses: deque[float] = deque(maxlen=50)
         self._given: set[str] = set()
@@ -96,9 +101,7 @@ class Advice:
             self._once(
                 "no learning",
                 f"after {row['step']} steps the loss is still {row['loss']:.2f}, where a model that tells nothing "
-                f"apart sits ({self._chance_loss:.2f}): check that captions fit their images "
-                "(report.html shows pairs), try a lower optimizer.lr or a longer schedule.warmup_steps, and "
-                "--loss.duplicates positive if many captions are identical",
+                f"apart sits ({self._chance_loss:.2f}): {self._hint}",
             )
         if row["step"] >= WINDOW and row["data_wait"] > STARVED:
             self._once(

@@ -12,6 +12,7 @@ from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 from contrastive.interop.manifest import problem, write_folder
+from contrastive.interop.native import save_model
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig, ExponentialMovingAverage, MuonConfig
 from contrastive.train.checkpoint import find_checkpoint, load_checkpoint, read_cursor, save_checkpoint
@@ -48,9 +49,10 @@ def save(checkpoints, step, tokenizer, parts, keep=3):
         optimizers=optimizers,
         ema=ema,
         cursor={"step": step},
-        preprocess=PreprocessConfig(16),
-        tokenizer=tokenizer,
         keep=keep,
+        save_model=lambda folder, average: save_model(
+            folder, model.state_dict(), model.config, PreprocessConfig(16), tokenizer, average
+        ),
     )
 
 

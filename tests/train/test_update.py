@@ -7,39 +7,38 @@ import torch
 
 from contrastive.errors import UserError
 from contrastive.losses import SoftmaxLossConfig
-from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
+from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig
 from contrastive.train.bad_samples import BadSamples
-from contrastive.train.evaluation import Evaluated
+from contrastive.train.contrastive_task import ContrastiveTask
 from contrastive.train.loop import Trainer
 from contrastive.train.settings import PretrainConfig, TrainConfig
 
 
 @pytest.fixture
 def trainer():
-    torch.manual_seed(0)
     image = ImageTowerConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
     text = TextTowerConfig(vocab_size=20, context_length=6, width=16, depth=1, num_heads=2, mlp_dim=32)
-    model = DualEncoder(ModelConfig(embed_dim=16, image=image, text=text))
-    config = PretrainConfig(train=TrainConfig(steps=10, max_skipped=3), loss=SoftmaxLossConfig())
+    model = ModelConfig(embed_dim=16, image=image, text=text)
+    config = PretrainConfig(train=TrainConfig(steps=10, max_skipped=3), loss=SoftmaxLossConfig(), model=model)
+    task = ContrastiveTask(config, None, None, [])
     return Trainer(
         config=config,
         runtime=None,
         folder=None,
-        subject=Evaluated(model, None, None),
-        wrapped=model,
-        loss=None,
-        optimizers=AdamWConfig().build(model),
+        task=task,
+        wrapped=task.model,
+        optimizers=AdamWConfig().build(task.model),
         ema=None,
         order=None,
         fingerprint="",
-        held_out=[],
         bad_samples=BadSamples(0.01, 10_000),
+        timeout=1.0,
     )
 
 
 def step(trainer, loss, grad_norm=1.0):
-    model = trainer.subject.model
+    model = trainer.task.model
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     before = [p.detach().clone() for p in model.parameters()]
@@ -60,12 +59,12 @@ def test_skips_then_stops(trainer, loss, grad_norm, capsys):
 
 
 def test_clamps_the_factor_where_the_loss_says_so(trainer):
-    model = trainer.subject.model
+    model = trainer.task.model
     with torch.no_grad():
         model.logit_scale.fill_(10.0)
     step(trainer, 1.0)
     assert model.logit_scale.exp().item() == pytest.approx(100.0)
-    trainer.config = replace(trainer.config, loss=SoftmaxLossConfig(max_logit_scale=None))
+    trainer.task.config = replace(trainer.config, loss=SoftmaxLossConfig(max_logit_scale=None))
     with torch.no_grad():
         model.logit_scale.fill_(10.0)
     step(trainer, 1.0)

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import replace
 
 from contrastive.data.prompts import fill
-from contrastive.data.record import Record, Source
+from contrastive.data.record import BadSample, Record, Source
 
 
 class ClassPrompts:
@@ -41,7 +41,7 @@ class ClassPrompts:
 
     def __getitem__(self, index: int) -> Record:
         record = self.source[index]
-        return replace(record, captions=self._captions(record.label), caption_weights=None)
+        return replace(record, captions=self._captions(record.label, record.key), caption_weights=None)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions(self.source.label(index))
@@ -49,5 +49,9 @@ class ClassPrompts:
     def label(self, index: int) -> int | None:
         return self.source.label(index)
 
-    def _captions(self, label: int | None) -> tuple[str, ...]:
-        return () if label is None else self._filled[label]
+    def _captions(self, label: int | None, key: str = "") -> tuple[str, ...]:
+        if label is None:
+            return ()
+        if not 0 <= label < len(self._filled):
+            raise BadSample("bad_label", key)
+        return self._filled[label]

@@ -1,0 +1,124 @@
+"""Supervised runs: train a ViT classifier from scratch, or fine-tune a pretrained image tower."""
+
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from contrastive.data.prompts import default_templates, load_templates
+from contrastive.data.record import Source
+from contrastive.data.sources import open_source
+from contrastive.data.sources.held_out import held_out_spec
+from contrastive.errors import UserError
+from contrastive.evaluate.zero_shot import checked_class_names, zero_shot_classifier
+from contrastive.interop.native import Bundle, load
+from contrastive.log import say
+from contrastive.models import ClassifierConfig, ImageClassifier
+from contrastive.train.classification_task import ClassificationTask
+from contrastive.train.classifier_settings import (
+    FinetuneConfig,
+    SupervisedConfig,
+    TrainClassifierConfig,
+    check_same_classes,
+    check_supervised,
+    check_wise_ft,
+    fit_image,
+    num_classes,
+)
+from contrastive.train.options import resolve_run
+from contrastive.train.parameters import show_parameters
+from contrastive.train.run import open_run, run
+from contrastive.train.wise_ft import WiseFT
+
+C = TypeVar("C", bound=SupervisedConfig)
+
+
+def train_classifier(config: TrainClassifierConfig) -> bool:
+    """Train a classifier from scratch as configured, under `accelerate launch` or alone.
+
+    Returns:
+        Whether the run reached its last step; False when a signal stopped it after saving.
+
+    Raises:
+        UserError: anything in the options, the data or the run folder that cannot work, before training.
+    """
+    check_supervised(config, config.model.image)
+    folder, checkpoint = open_run(config)
+    source, held_out, config = _open_data(config)
+    model_config = fit_image(config, source)
+    model_config = replace(model_config, num_classes=num_classes(source, config.model.num_classes))
+    image = model_config.image
+    config = replace(config, model=model_config, image_size=image.image_size, patch_size=image.patch_size)
+    config = replace(config, **resolve_run(config, source))
+    torch.manual_seed(config.train.seed)
+    model = ImageClassifier(model_config)
+    show_parameters(model)
+    return run(config, config.data, folder, checkpoint, source, ClassificationTask(config, model, source, held_out))
+
+
+def finetune(config: FinetuneConfig) -> bool:
+    """Fine-tune the image tower of `config.init` on labelled data; otherwise as `train_classifier`.
+
+    Where the head starts from prompts, the run ends with WiSE-FT's curve: `wise_ft.json`, `wise_ft.png`, and the
+    dual encoder with the tuned image tower in `encoder/`.
+    """
+    if not config.init:
+        raise UserError("no model to fine-tune: finetune.py MODEL --data SPEC")
+    bundle = load(config.init)
+    check_supervised(config, bundle.config.image)
+    check_wise_ft(config.wise_ft)
+    folder, checkpoint = open_run(config)
+    source, held_out, config = _open_data(config)
+    seen = bundle.preprocess.config
+    data = replace(config.data, resize=seen.resize, mean=seen.mean, std=seen.std)
+    config = replace(config, data=data, head=_kind_of_head(config, bundle, source), **resolve_run(config, source))
+    torch.manual_seed(config.train.seed)
+    model = _classifier_from(bundle, config, source)
+    if config.tune == "head":
+        model.image_tower.requires_grad_(False).eval()
+    if config.head == "zero_shot":
+        others = [open_source(spec) for spec in config.wise_ft.eval]
+        task = WiseFT(config, model, source, held_out, bundle, others)
+    else:
+        task = ClassificationTask(config, model, source, held_out)
+    say(f"starting from {bundle.path}; the head starts from {'prompts' if config.head == 'zero_shot' else 'zeros'}")
+    return run(config, config.data, folder, checkpoint, source, task)
+
+
+def _open_data(config: C) -> tuple[Source, list[Source], C]:
+    """Open training and held-out data; the options come back with the held-out data that was found."""
+    data = config.data
+    source = open_source(data.train, image_column=data.image_column)
+    found = held_out_spec(data.train) if not data.eval else None
+    config = replace(config, data=replace(data, eval=data.eval or ((found,) if found else ())))
+    held_out = [open_source(spec, image_column=data.image_column) for spec in config.data.eval]
+    for other in held_out:
+        check_same_classes(source, other)
+    return source, held_out, config
+
+
+def _kind_of_head(config: FinetuneConfig, bundle: Bundle, source: Source) -> str:
+    possible = bundle.tokenizer is not None and source.class_names is not None
+    if config.head == "auto":
+        return "zero_shot" if possible else "zeros"
+    if config.head == "zero_shot":
+        bundle.check_text_tower("--head zero_shot needs one; use --head zeros")
+        checked_class_names(source, None)
+    return config.head
+
+
+def _classifier_from(bundle: Bundle, config: FinetuneConfig, source: Source) -> ImageClassifier:
+    """Return a classifier with the bundle's image tower and a head made from prompts or of zeros."""
+    from_prompts = config.head == "zero_shot"
+    image = replace(bundle.config.image, dropout=config.dropout)
+    classes = num_classes(source, None)
+    model = ImageClassifier(ClassifierConfig(image, bundle.model.config.embed_dim, classes, unit_features=from_prompts))
+    model.image_tower.load_state_dict(bundle.model.image_tower.state_dict())
+    if from_prompts:
+        templates = default_templates(source) if config.templates == "auto" else load_templates(config.templates)
+        names = source.class_names
+        rows = zero_shot_classifier(bundle.model, bundle.tokenizer, names, templates, device="cpu")
+        with torch.no_grad():
+            # The scale makes cosines the logits that training saw; a bias would be the same for all classes.
+            model.head.weight.copy_(rows * bundle.model.logit_scale.exp())
+    return model

@@ -1,0 +1,180 @@
+"""The options that every kind of run has, and how those left open follow from its data."""
+
+import math
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from contrastive.config import slot
+from contrastive.data.record import Source
+from contrastive.data.settings import ImageDataConfig
+from contrastive.distributed.runtime import Precision
+from contrastive.errors import UserError
+from contrastive.models import ImageTowerConfig
+from contrastive.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig
+
+# Three ways to say how long to train; one of them is given.
+LENGTHS = ("steps", "epochs", "samples")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int | None = None
+    """Optimizer steps; give these, epochs or samples."""
+    epochs: float | None = None
+    """Passes over the data, instead of steps; of several sets, as many samples as all have together."""
+    samples: int | None = None
+    """Samples seen, instead of steps: the unit that runs on different data and batches are compared in."""
+    global_batch_size: int = 256
+    """Samples in one step over all ranks; each pair is a negative for all the others."""
+    accumulate: int = 1
+    """Micro-batches a rank takes its share in: less memory, the same gradient. Of pairs that costs one more forward
+    pass."""
+    precision: Precision = "auto"
+    """bf16 or fp32 towers; the loss is fp32. auto: bf16 on a GPU that has it."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm to this."""
+    ema_decay: float | None = None
+    """Decay of an average of the weights, used for evaluation and the final model; none: no average."""
+    seed: int = 0
+    """Decides initial weights, data order, augmentation and dropout."""
+    log_every: int = 1
+    """Steps between rows of metrics.jsonl."""
+    max_skipped: int = 5
+    """Steps in a row with a loss or gradient that is not finite after which the run stops."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation on data.eval during training and at the end."""
+
+    every: int | None = None
+    """Steps between evaluations; none: four over the run."""
+    batch_size: int = 256
+    """Images embedded at once."""
+    limit: int | None = None
+    """Images of each source, a fixed random subset; none: all."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints, from which `--resume` continues exactly."""
+
+    every: int | None = None
+    """Steps between checkpoints; none: ten over the run."""
+    keep: int = 3
+    """How many of the newest to keep."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every kind of run can be told; each kind adds its `model` and `data`."""
+
+    run_folder: str = ""
+    """Run folder; one that fits by default."""
+    resume: bool = False
+    """Continue the run from its newest whole checkpoint, with the options it was started with."""
+    optimizer: OptimizerConfig = slot(OPTIMIZERS, "adamw")
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    trackers: tuple[str, ...] = ()
+    """Also log to these: tensorboard, wandb, trackio, or another that Accelerate knows."""
+
+
+def check_run(config: RunConfig, data: ImageDataConfig, image: ImageTowerConfig) -> None:
+    """Raise UserError for options that no data can make right."""
+    train = config.train
+    check_above_zero(
+        {
+            **_named("model.image", image, ("image_size", "patch_size", "width", "num_heads", "mlp_dim")),
+            **_named("train", train, (*LENGTHS, "global_batch_size", "accumulate", "log_every")),
+            **_named("train", train, ("max_grad_norm", "max_skipped")),
+            **_named("optimizer", config.optimizer, ("lr",)),
+            **_named("evaluation", config.evaluation, ("every", "batch_size", "limit")),
+            **_named("checkpoint", config.checkpoint, ("every", "keep")),
+            **_named("data", data, ("timeout", "bad_window", "window", "lanes")),
+        }
+    )
+    check_shares(
+        {
+            **_named("model.image", image, ("dropout", "patch_dropout")),
+            "train.ema_decay": train.ema_decay,
+        }
+    )
+    if not 0 <= data.max_bad_share <= 1:
+        raise UserError(f"data.max_bad_share is {data.max_bad_share}; it must be from 0 to 1")
+    if not 0 < getattr(config.optimizer, "layer_decay", 1) <= 1:
+        raise UserError(f"optimizer.layer_decay is {config.optimizer.layer_decay}; it must be above 0 and at most 1")
+    if data.num_workers is not None and data.num_workers < 0:
+        raise UserError(f"data.num_workers is {data.num_workers}; it must be at least 0")
+    given = [f"train.{name}" for name in LENGTHS if getattr(train, name) is not None]
+    if len(given) != 1:
+        said = f"said more than once ({', '.join(given)})" if given else "not said"
+        raise UserError(f"how long to train is {said}: give one of --{', --'.join(f'train.{n}' for n in LENGTHS)}")
+    image.check()
+
+
+def check_above_zero(values: dict[str, float | None]) -> None:
+    """Raise UserError for one that is given and not above 0."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise UserError(f"{name} is {value}; it must be above 0")
+
+
+def check_shares(values: dict[str, float | None]) -> None:
+    """Raise UserError for one that is given and not in 0..1, 1 left out."""
+    for name, value in values.items():
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 0 and below 1")
+
+
+def check_division(train: TrainConfig, world_size: int) -> None:
+    """Raise UserError unless ranks and micro-batches get equal shares of the global batch."""
+    if train.global_batch_size % (world_size * train.accumulate):
+        raise UserError(
+            f"train.global_batch_size {train.global_batch_size} does not divide into {world_size} ranks "
+            f"with {train.accumulate} micro-batches each; use a multiple of {world_size * train.accumulate}"
+        )
+
+
+def resolve_run(config: RunConfig, source: Source) -> dict[str, Any]:
+    """Return the fields of the run that follow from the length of its data: how many steps of what.
+
+    Raises:
+        UserError: there are fewer samples than one batch.
+    """
+    batch = config.train.global_batch_size
+    if batch > len(source):
+        raise UserError(
+            f"train.global_batch_size {batch} is larger than '{source.name}' with its {len(source)} samples; "
+            f"use at most {len(source)}"
+        )
+    steps = _steps(config.train, len(source))
+    return {
+        "train": replace(config.train, steps=steps, epochs=None, samples=None),
+        "evaluation": replace(config.evaluation, every=config.evaluation.every or math.ceil(steps / 4)),
+        "checkpoint": replace(config.checkpoint, every=config.checkpoint.every or math.ceil(steps / 10)),
+    }
+
+
+def num_workers(config: ImageDataConfig, on_gpu: bool) -> int:
+    """Loader processes per rank: as asked, or a fair share of this machine's cores where a GPU leaves them free."""
+    if config.num_workers is not None:
+        return config.num_workers
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, max(1, len(os.sched_getaffinity(0)) // ranks)) if on_gpu else 0
+
+
+def _steps(train: TrainConfig, num_samples: int) -> int:
+    if train.steps is not None:
+        return train.steps
+    samples = train.samples if train.epochs is None else train.epochs * num_samples
+    return max(1, round(samples / train.global_batch_size))
+
+
+def _named(section: str, options: Any, names: tuple[str, ...]) -> dict[str, float | None]:
+    return {f"{section}.{name}": getattr(options, name) for name in names}

@@ -1,0 +1,75 @@
+"""What a run learns: all that the loop leaves to the kind of run it is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from contrastive.data.order import SampleOrder
+from contrastive.data.preprocess import Preprocess
+from contrastive.data.samples import SampleDataset
+from contrastive.distributed.runtime import Runtime
+from contrastive.train.run_folder import RunFolder
+
+
+class Task:
+    """A model with its data and its loss. Subclasses: ContrastiveTask, ClassificationTask.
+
+    model: the weights, bare. preprocess: how its images are made. chance_loss: the loss of a model that tells
+    nothing apart. advice: what to look at when the loss stays there.
+    """
+
+    model: nn.Module
+    preprocess: Preprocess
+    chance_loss: float
+    advice: str
+
+    def dataset(self, order: SampleOrder) -> SampleDataset:
+        """Return the training samples in this order."""
+        raise NotImplementedError
+
+    def forward_backward(self, wrapped: nn.Module, batch: dict, step: int, runtime: Runtime) -> torch.Tensor:
+        """Add the gradient of the loss over the global batch; return this rank's loss, a detached scalar.
+
+        Args:
+            wrapped: the model as the runtime wraps it.
+            batch: this rank's, as `train_loader` yields it.
+
+        Raises:
+            NonFiniteFeatures: on all ranks alike; the step is skipped.
+        """
+        raise NotImplementedError
+
+    def after_update(self) -> None:
+        """Keep parameters where the method wants them; called without gradients after each update."""
+
+    def figures(self) -> dict[str, float | None]:
+        """Return what the last step's row of metrics.jsonl says besides loss, gradient norm and learning rate."""
+        return {}
+
+    def evaluate(self, runtime: Runtime) -> dict[str, float]:
+        """Return figures in percent by 'KIND/SOURCE/NAME'; the same on every rank, all of which call it."""
+        raise NotImplementedError
+
+    def conclude(self, folder: RunFolder, runtime: Runtime) -> None:
+        """Do what is left after the last step, before the model is saved; called on every rank."""
+
+    def save(
+        self, folder: Path, weights: Mapping[str, torch.Tensor], ema: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write a model folder that `contrastive.load` takes into an existing folder."""
+        raise NotImplementedError
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Return (name, text) lines that say what is trained."""
+        raise NotImplementedError
+
+    def report(self, device: torch.device) -> dict:
+        """Return what `write_report` is to show besides curves and options."""
+        return {}
+
+
+def millions(module: nn.Module) -> str:
+    """Return the number of parameters, as '12.3 M'."""
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"

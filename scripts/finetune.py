@@ -1,0 +1,43 @@
+"""Fine-tune a pretrained image tower on labelled images.
+
+accelerate launch scripts/finetune.py runs/mine --data /data/flowers/train --data.eval /data/flowers/test
+
+MODEL is a run, checkpoint or model folder. The run ends with WiSE-FT's curve between zero-shot and fine-tuned
+weights where the model has a text tower.
+"""
+
+from pathlib import Path
+
+from contrastive.distributed.runtime import prepare_process
+from contrastive.log import run_script
+
+DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "finetune.yaml"
+SHORT = {
+    "data": "data.train",
+    "epochs": "train.epochs",
+    "batch_size": "train.global_batch_size",
+    "lr": "optimizer.lr",
+}
+
+
+def main(args: list[str]) -> None:
+    prepare_process()
+    from contrastive.train import FinetuneConfig, finetune
+    from contrastive.train.command import command, data_name
+
+    if args and not args[0].startswith("-"):
+        args = ["--init", *args]
+    command(
+        FinetuneConfig,
+        finetune,
+        args,
+        prog="finetune.py MODEL",
+        description="Fine-tune the image tower of MODEL, a run, checkpoint or model folder.",
+        default_file=DEFAULTS,
+        name=lambda config: data_name(config.data.train),
+        short=SHORT,
+    )
+
+
+if __name__ == "__main__":
+    run_script("finetune.py", main)

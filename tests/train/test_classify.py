@@ -1,0 +1,135 @@
+"""Classifiers from scratch: they learn, go on exactly, and say what is wrong with labels and options."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import contrastive
+from contrastive.data.settings import LabelledDataConfig
+from contrastive.errors import UserError
+from contrastive.evaluate.classification import classification
+from contrastive.log import read_metrics
+from contrastive.models import ClassifierConfig, ImageClassifier, ImageTowerConfig
+from contrastive.optim import MuonConfig
+from contrastive.train import TrainClassifierConfig, train_classifier
+from contrastive.train.mixing import Mixing
+from contrastive.train.options import CheckpointConfig, EvaluationConfig, TrainConfig
+from contrastive.train.parameters import parameter_rows
+
+IMAGE = ImageTowerConfig(
+    width=32, depth=2, num_heads=2, mlp_dim=64, pool="class", class_token=True, activation="gelu", dropout=0.1
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainClassifierConfig(
+        run_folder=str(tmp_path / "run"),
+        model=ClassifierConfig(IMAGE),
+        patch_size=2,
+        data=LabelledDataConfig(train="digits", bad_window=100),
+        optimizer=MuonConfig(lr=3e-3),
+        train=TrainConfig(steps=60, global_batch_size=64),
+        evaluation=EvaluationConfig(every=60),
+        checkpoint=CheckpointConfig(every=10, keep=9),
+    )
+
+
+def test_learns_and_leaves_a_classifier(config, tmp_path):
+    image = replace(IMAGE, dropout=0.0)
+    longer = {"train": replace(config.train, steps=120), "evaluation": EvaluationConfig(every=120)}
+    assert train_classifier(replace(config, model=ClassifierConfig(image), **longer))
+    run = tmp_path / "run"
+    rows = read_metrics(run / "metrics.jsonl")
+    train = [row for row in rows if row["kind"] == "train"]
+    assert train[0]["loss"] == pytest.approx(2.3026, abs=1e-3)  # the head starts at zero
+    assert 0 <= train[-1]["accuracy"] <= 100
+    (evaluation,) = [row for row in rows if row["kind"] == "eval"]
+    assert evaluation["classification/digits:test/acc1"] > 80
+    bundle = contrastive.load(run)
+    assert isinstance(bundle.model, ImageClassifier) and bundle.tokenizer is None
+    assert bundle.class_names[7] == "seven" and bundle.config.image.image_size == 8  # the scans are 8 x 8
+    from contrastive.data.sources import open_source
+
+    result = classification(bundle, open_source("digits:test"), device="cpu")
+    assert result["acc1"] == pytest.approx(evaluation["classification/digits:test/acc1"])
+    assert json.dumps(result) and result["chance"] == 10
+    with pytest.raises(UserError, match="without a text tower: zero-shot"):
+        bundle.check_text_tower("zero-shot needs one")
+
+
+def test_goes_on_exactly(config, tmp_path):
+    """With dropout, mixup, CutMix and micro-batches, all of which draw random numbers."""
+    config = replace(config, mixup=0.2, cutmix=1.0, label_smoothing=0.1)
+    config = replace(config, train=replace(config.train, steps=20, accumulate=2, ema_decay=0.9))
+    assert train_classifier(config)
+    again = replace(config, run_folder=str(tmp_path / "again"))
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "final")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000020")
+    assert train_classifier(replace(again, resume=True))
+    first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_micro_batches_give_the_gradient_of_the_batch(config, tmp_path):
+    model = replace(config.model, image=replace(IMAGE, dropout=0.0))
+    one = replace(config, model=model, train=replace(config.train, steps=3))
+    assert train_classifier(one)
+    two = replace(one, run_folder=str(tmp_path / "two"), train=replace(one.train, accumulate=4))
+    assert train_classifier(two)
+    first, second = (
+        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if row["kind"] == "train"]
+        for name in ("run", "two")
+    )
+    assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_mixing_keeps_the_sum_of_the_labels():
+    pixels, labels = torch.randn(8, 3, 4, 4), torch.arange(8) % 3
+    assert Mixing(0, 0, 3)(pixels, labels) == (pixels, labels)
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(20):
+        mixed, targets = Mixing(0.4, 1.0, 3)(pixels, labels)
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
+        untouched = (mixed == pixels).flatten(1).float().mean(dim=1)
+        seen.add("cutmix" if 0 < untouched.min() < 1 else "mixup")
+    assert seen == {"cutmix", "mixup"}
+
+
+def test_the_parameter_table_adds_up(config):
+    model = ImageClassifier(ClassifierConfig(replace(IMAGE, image_size=8, patch_size=1), num_classes=10))
+    *parts, total = parameter_rows(model)
+    assert total[2] == sum(count for *_, count in parts) == sum(p.numel() for p in model.parameters())
+    assert ("head", "10", 330) in parts and parts[2][:2] == ("block 1", "65 x 32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": LabelledDataConfig(train="digits", eval=("scenes:test",))}, "scenes:test has 64 classes, but digits"),
+        ({"model": ClassifierConfig(IMAGE, num_classes=7)}, "model.num_classes is 7, but digits:train has 10"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
+        ({"mixup": -0.1}, "mixup is -0.1"),
+        ({"patch_size": 3, "image_size": 8}, "image_size 8 is not a multiple of"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"train": TrainConfig(steps=1, global_batch_size=4096)}, "larger than 'digits:train'"),
+    ],
+)
+def test_bad_options_are_one_line(config, changes, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        train_classifier(replace(config, **changes))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_labels_out_of_range_stop_the_run_and_are_named(config, tmp_path, monkeypatch):
+    from contrastive.data.sources.digits import Digits
+
+    monkeypatch.setattr(Digits, "label", lambda self, index: 10 if index % 2 else int(self._labels[index]))
+    with pytest.raises(UserError, match=r"bad_label \(digits-"):
+        train_classifier(config)

@@ -1,0 +1,163 @@
+"""Fine-tuning, WiSE-FT and locked-image tuning of a small pretrained model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import contrastive
+from contrastive.data.settings import DataConfig, LabelledDataConfig
+from contrastive.data.sources import open_source
+from contrastive.errors import UserError
+from contrastive.evaluate.zero_shot import zero_shot
+from contrastive.log import read_metrics
+from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
+from contrastive.train import FinetuneConfig, PretrainConfig, finetune, pretrain
+from contrastive.train.classifier_settings import WiseFTConfig
+from contrastive.train.options import CheckpointConfig, EvaluationConfig, TrainConfig
+
+IMAGE = ImageTowerConfig(
+    image_size=8, patch_size=2, width=32, depth=2, num_heads=2, mlp_dim=64, pool="average", projection=True
+)
+TEXT = TextTowerConfig(context_length=12, width=16, depth=1, num_heads=2, mlp_dim=32, pool="average")
+MODEL = ModelConfig(embed_dim=24, image=IMAGE, text=TEXT)
+
+
+def pretraining(folder, **changes):
+    return PretrainConfig(
+        run_folder=str(folder),
+        **{
+            "model": MODEL,
+            "data": DataConfig(train="digits", vocab_size=300),
+            "train": TrainConfig(steps=40, global_batch_size=64),
+            **changes,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
+    assert pretrain(pretraining(folder))
+    return folder
+
+
+@pytest.fixture
+def config(pretrained, tmp_path):
+    return FinetuneConfig(
+        run_folder=str(tmp_path / "tuned"),
+        init=str(pretrained),
+        data=LabelledDataConfig(train="digits"),
+        train=TrainConfig(steps=30, global_batch_size=64),
+        evaluation=EvaluationConfig(every=30),
+        checkpoint=CheckpointConfig(every=30),
+        wise_ft=WiseFTConfig(alphas=(0.0, 0.5, 1.0), eval=("digits:test",)),
+    )
+
+
+def figures(run):
+    (row,) = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "eval"]
+    return row["classification/digits:test/acc1"]
+
+
+def test_wise_ft_lies_between_zero_shot_and_fine_tuned(config, pretrained, tmp_path):
+    assert finetune(config)
+    run, test = tmp_path / "tuned", open_source("digits:test")
+    untuned = zero_shot(contrastive.load(pretrained), test, device="cpu")["acc1"]
+    curve = json.loads((run / "wise_ft.json").read_text())
+    assert [row["alpha"] for row in curve] == [0.0, 0.5, 1.0]
+    # The head made from prompts is the zero-shot classifier, and so is what the other data are scored by.
+    assert curve[0]["digits:test"] == pytest.approx(untuned) == curve[0]["zero-shot digits:test"]
+    assert curve[2]["digits:test"] == pytest.approx(figures(run)) and figures(run) > untuned + 10
+    assert (run / "wise_ft.png").stat().st_size > 5000
+    tuned = contrastive.load(run / "encoder")  # with the text tower as it was
+    assert zero_shot(tuned, test, device="cpu")["acc1"] == pytest.approx(curve[2]["zero-shot digits:test"])
+    before, after = (load_file(f / "model.safetensors") for f in (pretrained / "final", run / "encoder"))
+    assert all(torch.equal(before[n], after[n]) == (not n.startswith("image_tower")) for n in before)
+
+
+def test_the_saved_share_of_the_tuned_weights(config, pretrained, tmp_path):
+    half = replace(config, wise_ft=WiseFTConfig(alphas=(1.0,), save=0.5), run_folder=str(tmp_path / "half"))
+    assert finetune(half) and finetune(replace(config, wise_ft=WiseFTConfig(alphas=())))
+    first = load_file(pretrained / "final" / "model.safetensors")
+    whole, saved = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("tuned", "half"))
+    name = "image_tower.transformer.blocks.1.mlp.fc1.weight"
+    torch.testing.assert_close(saved[name], (first[name] + whole[name]) / 2)
+
+
+def test_a_head_alone(config, pretrained, tmp_path):
+    assert finetune(replace(config, tune="head", head="zeros"))
+    before, after = (load_file(f / "final" / "model.safetensors") for f in (pretrained, tmp_path / "tuned"))
+    names = [name for name in before if name.startswith("image_tower")]
+    assert names and all(torch.equal(before[name], after[name]) for name in names)
+    assert after["head.weight"].abs().max() > 0 and not (tmp_path / "tuned" / "wise_ft.json").exists()
+
+
+def test_a_fine_tuning_goes_on_exactly(config, tmp_path):
+    every = replace(config, checkpoint=CheckpointConfig(every=10, keep=9))
+    assert finetune(every)
+    whole = load_file(tmp_path / "tuned" / "final" / "model.safetensors")
+    curve = (tmp_path / "tuned" / "wise_ft.json").read_text()
+    for part in ("checkpoints/step-00000030", "checkpoints/step-00000020", "final", "encoder"):
+        for file in sorted((tmp_path / "tuned" / part).rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+        (tmp_path / "tuned" / part).rmdir()
+    assert finetune(replace(every, resume=True))
+    again = load_file(tmp_path / "tuned" / "final" / "model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert (tmp_path / "tuned" / "wise_ft.json").read_text() == curve
+
+
+def test_a_classifier_can_be_tuned_again_and_start_a_dual_encoder(config, pretrained, tmp_path):
+    assert finetune(config)
+    second = replace(config, init=str(tmp_path / "tuned"), run_folder=str(tmp_path / "second"))
+    assert finetune(second)
+    assert not (tmp_path / "second" / "wise_ft.json").exists()  # no text tower, so a head of zeros
+    with pytest.raises(UserError, match="without a text tower: --head zero_shot needs one"):
+        finetune(replace(second, head="zero_shot", run_folder=str(tmp_path / "third")))
+    locked = pretraining(tmp_path / "lit", init_image=str(tmp_path / "tuned"), lock="image")
+    assert pretrain(locked)
+    tuned, lit = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("tuned", "lit"))
+    names = [name for name in tuned if name.startswith("image_tower")]
+    assert names and all(torch.equal(tuned[name], lit[name]) for name in names)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "lit" / "metrics.jsonl") if row["kind"] == "train"]
+    assert losses[-1] < 0.9 * losses[0]  # the text tower learns
+
+
+def test_pretraining_starts_from_a_model_with_all_that_belongs_to_it(pretrained, tmp_path):
+    first = load_file(pretrained / "final" / "model.safetensors")
+    # Another architecture in the options: the model's own is taken.
+    started = pretraining(
+        tmp_path / "more", init=str(pretrained), model=ModelConfig(), train=TrainConfig(steps=1, global_batch_size=32)
+    )
+    assert pretrain(started)
+    step_0 = load_file(tmp_path / "more" / "checkpoints" / "step-00000000" / "model.safetensors")
+    assert all(torch.equal(first[name], step_0[name]) for name in first)
+    both = [contrastive.load(path).tokenizer(["a photo of a seven"]) for path in (pretrained, tmp_path / "more")]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lock": "image"}, "--lock image keeps the image tower as it is: say whose"),
+        ({"init": "a", "init_image": "b"}, "give --init or --init_image, not both"),
+        ({"init": "nowhere"}, "no model at nowhere"),
+    ],
+)
+def test_bad_starts_are_one_line(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        pretrain(pretraining(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_fine_tunings_are_one_line(config, tmp_path):
+    with pytest.raises(UserError, match=r"wise_ft.save is 1.5; each must be from 0 to 1"):
+        finetune(replace(config, wise_ft=WiseFTConfig(save=1.5)))
+    with pytest.raises(UserError, match="no model to fine-tune: finetune.py MODEL"):
+        finetune(replace(config, init=""))
+    with pytest.raises(UserError, match="layer_decay is 0"):
+        finetune(replace(config, optimizer=replace(config.optimizer, layer_decay=0.0)))
+    assert not (tmp_path / "tuned").exists()
