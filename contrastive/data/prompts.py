@@ -4,28 +4,36 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from contrastive.data.class_sets import class_set, class_set_of, class_sets, imagenet_metadata
 from contrastive.data.record import Source
 from contrastive.errors import UserError, did_you_mean
 
-# The class names that CLIP's CIFAR prompts are for; other spellings fall back to the photo prompts.
-_CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
+# CLIP's prompts for ImageNet, by the name of the list in open_clip's metadata.
+_OF_OPEN_CLIP = {"imagenet": "OPENAI_IMAGENET_TEMPLATES", "imagenet_simple": "SIMPLE_IMAGENET_TEMPLATES"}
 
 
 def template_sets() -> tuple[str, ...]:
-    """Return the names of the sets that come with the package."""
+    """Return the names of the sets: those that come with the package, and CLIP's for ImageNet out of open_clip's."""
     folder = files("contrastive.data") / "templates"
-    return tuple(sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".txt")))
+    stored = (Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".txt"))
+    return tuple(sorted((*stored, *_OF_OPEN_CLIP)))
 
 
 def load_templates(name_or_file: str) -> tuple[str, ...]:
-    """Return the templates of a set ('photo', 'cifar', 'digits', 'scenes', 'plain') or of a text file.
+    """Return the templates of a set, of those that suit a set of class names, or of a text file.
 
-    A file has one template a line, each with '{}' where the class name goes; blank lines and lines that
-    start with '#' are passed over. 'a(n) {}' takes the article that the name asks for.
+    Sets are named after kinds of data ('photo', 'cifar', 'digits', 'food', 'satellite', ...: see `template_sets`).
+    'imagenet' are the 80 of the CLIP paper, 'imagenet_simple' the seven of its authors' notebook. A file has one
+    template a line, each with '{}' where the class name goes; blank lines and lines that start with '#' are
+    passed over. 'a(n) {}' takes the article that the name asks for.
 
     Raises:
         UserError: no such set or file, no template in it, or a line without '{}'.
     """
+    if name_or_file not in template_sets() and name_or_file in class_sets():
+        name_or_file = class_set(name_or_file).templates
+    if name_or_file in _OF_OPEN_CLIP:
+        return tuple(template("{}") for template in getattr(imagenet_metadata(), _OF_OPEN_CLIP[name_or_file]))
     if name_or_file in template_sets():
         text = (files("contrastive.data") / "templates" / f"{name_or_file}.txt").read_text("utf-8")
     else:
@@ -43,15 +51,20 @@ def load_templates(name_or_file: str) -> tuple[str, ...]:
     return tuple(templates)
 
 
-def default_templates(source: Source) -> tuple[str, ...]:
-    """Return the templates that fit a labelled source: its own `templates`, or a set by name and classes."""
+def default_templates(source: Source, class_names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the templates that fit a labelled source: its own `templates`, or a set by its name or its classes.
+
+    `class_names` are those it is scored with, its own when None. Classes that are those of no set (see `class_sets`)
+    get the prompts for photographs.
+    """
     own = getattr(source, "templates", None)
     if own:
         return tuple(own)
     scheme = source.name.partition(":")[0]
     if scheme in ("digits", "scenes"):
         return load_templates(scheme)
-    return load_templates("cifar" if set(source.class_names or ()) == _CIFAR10 else "photo")
+    known = class_set_of(class_names or source.class_names or ())
+    return load_templates(known.templates if known else "photo")
 
 
 def fill(templates: Sequence[str], class_name: str) -> tuple[str, ...]:

@@ -77,3 +77,5 @@ class LabelledDataConfig(ImageDataConfig):
     class folders."""
     eval: tuple[str, ...] = ()
     """Held-out labelled images; none: the test split of the training data, where it has one."""
+    share: float = 1.0
+    """Share of each class to train on, always the same samples: 0.01 as if one label in a hundred were known."""

@@ -14,36 +14,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from contrastive.data.class_sets import load_class_names
 from contrastive.errors import UserError
 from contrastive.evaluate.confusion import save_confusion
 
 NUM_WORST = 5
 
 
-def read_class_names(path: Path) -> tuple[str, ...]:
-    """Read the name of each class index: a JSON list, or a text file with one name a line.
-
-    Raises:
-        UserError: no such file, not text, an empty name, or a name that comes twice.
-    """
+def read_class_names(name_or_file: str | Path, own_names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return what `load_class_names` does; its UserError names the flag."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        names = json.loads(text) if path.suffix == ".json" else text.rstrip().split("\n")
-    except OSError as error:
-        raise UserError(f"--classes {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"--classes {path}: not a list of names, one a line or as JSON ({error})") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"--classes {path}: must be a JSON list of strings, one name for each class in order")
-    first_line: dict[str, int] = {}
-    for line, name in enumerate((name.strip() for name in names), start=1):
-        if not name:
-            raise UserError(f"--classes {path}: class {line} has no name; blank lines shift the others")
-        if name in first_line:
-            pair = f"class {first_line[name]} and class {line}"
-            raise UserError(f"--classes {path}: '{name}' names both {pair}; each class needs its own name")
-        first_line[name] = line
-    return tuple(first_line)
+        return load_class_names(name_or_file, own_names)
+    except UserError as error:
+        raise UserError(f"--classes {error}") from None
 
 
 @dataclass(frozen=True)
@@ -62,7 +45,7 @@ class ZeroShotOutput:
             UserError: it cannot be written, or holds something else than an earlier result of the same model
                 and data. Within RUN the model is taken to be the same, so that RUN can be moved.
         """
-        output = cls(folder or run / "zero_shot" / _folder_name(data), str(run), data)
+        output = cls(folder or run / "zero_shot" / folder_name(data), str(run), data)
         places = (output.folder, *output.folder.absolute().parents)
         nearest = next(place for place in places if place.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
@@ -175,7 +158,7 @@ def _worst_table(worst: Sequence[tuple[str, float, int, str]]) -> Table:
     return table
 
 
-def _folder_name(data: str) -> str:
+def folder_name(data: str) -> str:
     """A folder name from a data spec: the last two parts of a path, anything unusual as '-'."""
     tail = "-".join(part for part in data.rstrip("/").split("/")[-2:] if part not in ("", ".", ".."))
     return re.sub(r"[^A-Za-z0-9._]+", "-", tail).strip("-.") or "data"

@@ -9,6 +9,7 @@ from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import Source
 from contrastive.data.sources import open_source
 from contrastive.data.sources.held_out import held_out_spec
+from contrastive.data.subset import LabelledSubset
 from contrastive.errors import UserError
 from contrastive.evaluate.zero_shot import checked_class_names, zero_shot_classifier
 from contrastive.interop.native import Bundle, load
@@ -94,6 +95,8 @@ def _open_data(config: C) -> tuple[Source, list[Source], C]:
     held_out = [open_source(spec, image_column=data.image_column) for spec in config.data.eval]
     for other in held_out:
         check_same_classes(source, other)
+    if data.share != 1:
+        source = LabelledSubset(source, data.share)
     return source, held_out, config
 
 

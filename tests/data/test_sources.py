@@ -164,11 +164,11 @@ def test_wrong_path(images):
     refused(f"{images}/x-{{0..3.tar", "a brace is not closed")
     refused(images / "a.jpg", "files of kind '.jpg' are not read")
     refused(images / "x*", r"several kinds \(.csv, .tar\)")
-    refused(f"{images}:train", "only a folder saved by datasets has splits")
+    refused(f"{images}:train", "only a folder saved by datasets, or of MNIST or CIFAR, has splits")
 
 
 def test_unknown_prompts_are_refused_at_the_start():
-    refused("scenes", "no prompt templates 'fotos': .* Did you mean 'photo'", prompts="fotos")
+    refused("scenes", "no prompt templates 'photos': .* Did you mean 'photo'", prompts="photos")
 
 
 def test_scheme_of_another_package(monkeypatch):

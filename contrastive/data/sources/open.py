@@ -7,11 +7,14 @@ import numpy as np
 
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import BadSample, Source
+from contrastive.data.sources.cifar_batches import is_cifar_folder, open_cifar
 from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.data.sources.columns import Columns
 from contrastive.data.sources.digits import Digits
+from contrastive.data.sources.downloads import DOWNLOADS, open_download
 from contrastive.data.sources.folder import ImageFolder
 from contrastive.data.sources.hugging_face import is_saved_dataset, open_hub, open_saved
+from contrastive.data.sources.idx import is_idx_folder, open_idx
 from contrastive.data.sources.index_builder import local_shards, remote_shards
 from contrastive.data.sources.manifest import is_index, read_index
 from contrastive.data.sources.mixture import Mixture, split_mixture
@@ -26,8 +29,9 @@ from contrastive.registry import Registry
 SOURCES: Registry[Callable[[str, Columns], Source]] = Registry("data source")
 
 FORMS = (
-    "scenes[:SPLIT], digits[:SPLIT], 'shards/{0000..0099}.tar', PAIRS.csv|tsv|jsonl|parquet, a folder saved by "
-    "datasets, a folder of images, hf:NAME[:SPLIT]"
+    "scenes[:SPLIT], digits[:SPLIT], mnist|fashion_mnist|cifar10|cifar100[:SPLIT], 'shards/{0000..0099}.tar', "
+    "PAIRS.csv|tsv|jsonl|parquet, a folder of images, of MNIST's or CIFAR's files, or saved by datasets, "
+    "hf:NAME[:SPLIT]"
 )
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _PROBED = 100
@@ -39,11 +43,12 @@ def open_source(
     """Open the source that `spec` names.
 
     Args:
-        spec: 'scenes[:SPLIT]', 'digits[:SPLIT]', 'hf:NAME[:SPLIT]' or another registered scheme; a path, glob
+        spec: 'scenes[:SPLIT]', 'digits[:SPLIT]', 'hf:NAME[:SPLIT]', 'mnist', 'fashion_mnist', 'cifar10' or
+            'cifar100' with ':train' or ':test' (see open_download), or another registered scheme; a path, glob
             or brace range of .tar shards or of .csv, .tsv, .jsonl, .parquet tables; a URL or brace range of URLs
-            of shards (s3://, gs://, https://, hf://); an index folder of shards; a folder saved by `datasets`
-            (':SPLIT' after it where it has splits); a folder of images in class folders or with captions; several
-            of these with weights, 'A=2,B=1' (see Mixture).
+            of shards (s3://, gs://, https://, hf://); an index folder of shards; a folder saved by `datasets`, or
+            of MNIST's idx files, or of CIFAR's batches (':SPLIT' after it where it has splits); a folder of images
+            in class folders or with captions; several of these with weights, 'A=2,B=1' (see Mixture).
         image_column, caption_column: of tables and data sets; None looks for the usual names. For shards,
             `caption_column` is the field of KEY.json. Sources without columns pass over both.
         prompts: how class names become captions: a set of templates or a file (see `load_templates`). 'auto'
@@ -76,13 +81,13 @@ def _open(spec: str, columns: Columns) -> Source:
         return Shards(spec, read_index(spec), columns.caption)
     folder, _, split = os.path.expanduser(spec).rpartition(":")
     if os.path.isdir(folder) and not os.path.exists(os.path.expanduser(spec)):
-        return _open_split(spec, folder, split, columns)
+        return _open_folder(spec, folder, split, columns)
     if not any(character in scheme for character in "/.*?[{~\\") and not os.path.exists(spec):
         hint = did_you_mean(scheme, (*SOURCES.names(), *os.listdir()))
         raise UserError(f"unknown data source '{scheme}'.{hint} Forms: {FORMS}")
     paths = expand_paths(spec)
     if len(paths) == 1 and os.path.isdir(paths[0]):
-        return _open_folder(spec, paths[0], columns)
+        return _open_folder(spec, paths[0], None, columns)
     return _open_files(spec, paths, columns)
 
 
@@ -96,15 +101,15 @@ def _open_remote(spec: str, columns: Columns) -> Source:
     return Shards(spec, remote_shards(spec, urls), columns.caption)
 
 
-def _open_split(spec: str, folder: str, split: str, columns: Columns) -> Source:
-    if not is_saved_dataset(folder):
-        raise UserError(f"{spec}: only a folder saved by datasets has splits; give '{folder}'")
-    return open_saved(spec, folder, split, columns)
-
-
-def _open_folder(spec: str, folder: str, columns: Columns) -> Source:
+def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) -> Source:
     if is_saved_dataset(folder):
-        return open_saved(spec, folder, None, columns)
+        return open_saved(spec, folder, split, columns)
+    if is_idx_folder(folder):
+        return open_idx(spec, folder, split or "train")
+    if is_cifar_folder(folder):
+        return open_cifar(spec, folder, split or "train")
+    if split is not None:
+        raise UserError(f"{spec}: only a folder saved by datasets, or of MNIST or CIFAR, has splits; give '{folder}'")
     return ImageFolder(spec, folder)
 
 
@@ -159,6 +164,10 @@ def _open_scenes(argument: str, columns: Columns) -> Source:
 @SOURCES.register("digits")
 def _open_digits(argument: str, columns: Columns) -> Source:
     return Digits(argument or "train")
+
+
+for _dataset in DOWNLOADS:
+    SOURCES.register(_dataset)(lambda argument, columns, dataset=_dataset: open_download(dataset, argument))
 
 
 @SOURCES.register("hf")

@@ -1,10 +1,12 @@
-"""Time a pretraining run as a whole, score it, and append a row.
+"""Time a training run as a whole, score it, and append a row.
 
-    python benchmarks/pretrain.py quickstart --loss sigmoid --run_folder runs/bench-sigmoid
+    python benchmarks/train.py quickstart pretrain.py --loss sigmoid --run_folder runs/bench-sigmoid
+    python benchmarks/train.py classifier train_classifier.py --data mnist --run_folder runs/bench-mnist
 
-The first word names results/NAME.jsonl; the rest are flags of scripts/pretrain.py.
+The first word names results/NAME.jsonl, the second is the script; the rest is for the script.
 """
 
+import resource
 import shlex
 import statistics
 import subprocess
@@ -17,21 +19,21 @@ from rows import append
 from contrastive.config import take_option
 from contrastive.log import read_metrics
 
-SCRIPT = "scripts/pretrain.py"
 
-
-def main(name: str, flags: list[str]) -> None:
+def main(name: str, script: str, flags: list[str]) -> None:
     _, run_folder = take_option(flags, "run_folder")
-    command = ["accelerate", "launch", SCRIPT, *flags]
+    command = ["accelerate", "launch", f"scripts/{script}", *flags]
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]], check=True)
     seconds = time.perf_counter() - started
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     metrics = read_metrics(Path(run_folder) / "metrics.jsonl")
     training = [row for row in metrics if row["kind"] == "train"]
     last = [row for row in metrics if row["kind"] == "eval"][-1]
     row = {
-        "what": "pretraining as a whole process: start, training, evaluations, final model, report",
+        "what": "a whole process: start, training, evaluations, final model, report",
         "wall_seconds": round(seconds, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "steps": training[-1]["step"],
         "samples_per_second_median": round(statistics.median(r["samples_per_second"] for r in training), 1),
         "data_wait_median": round(statistics.median(r["data_wait"] for r in training), 4),
@@ -42,4 +44,4 @@ def main(name: str, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,0 +1,149 @@
+"""The names of the classes of well-known data sets, spoken as a caption would say them."""
+
+import functools
+import importlib.util
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+
+from contrastive.errors import UserError, did_you_mean
+
+ALIASES = {"mnist": "digits", "imagenet1k": "imagenet"}
+"""Other names of sets."""
+
+IMAGENET = "imagenet"
+_WORDNET_ID = re.compile(r"n\d{8}")
+# CLIP's list of 1,000 names says 'missile' and 'sunglasses' twice each, so that no model can tell those apart;
+# the second missile and the first sunglasses get WordNet's own name back.
+_TOLD_APART = {744: "projectile", 836: "sunglass"}
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """The classes of a data set.
+
+    templates: the set of prompt templates that suits them. names: spoken, in the order of the labels.
+    own_names: what the data set itself calls them, in folders or in its metadata.
+    """
+
+    name: str
+    templates: str
+    names: tuple[str, ...]
+    own_names: tuple[str, ...]
+
+    def places(self, names: Sequence[str]) -> tuple[int, ...] | None:
+        """Return which class of the set each of `names` is, or None where they are not all of its classes.
+
+        Upper case, spaces and punctuation do not count.
+        """
+        keys = [_key(name) for name in names]
+        for column in (self.own_names, self.names):
+            place_of = {_key(name): place for place, name in enumerate(column)}
+            if len(keys) == len(place_of) and set(keys) == place_of.keys():
+                return tuple(place_of[key] for key in keys)
+        return None
+
+
+def class_sets() -> tuple[str, ...]:
+    """Return the names of the sets that `load_class_names` knows."""
+    folder = files("contrastive.data") / "classes"
+    stored = (Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".txt"))
+    return tuple(sorted((*stored, *ALIASES, IMAGENET)))
+
+
+@functools.lru_cache(maxsize=64)
+def class_set(name: str) -> ClassSet:
+    """Return the set called `name`, one of `class_sets()`."""
+    name = ALIASES.get(name, name)
+    if name == IMAGENET:
+        names = imagenet_metadata().IMAGENET_CLASSNAMES
+        names = tuple(_TOLD_APART.get(place, spoken) for place, spoken in enumerate(names))
+        return ClassSet(IMAGENET, IMAGENET, names, names)
+    text = (files("contrastive.data") / "classes" / f"{name}.txt").read_text("utf-8")
+    templates = text.partition("# templates: ")[2].partition("\n")[0]
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    names, _, own_names = zip(*(line.partition(" = ") for line in lines), strict=True)
+    own_names = (own or name for name, own in zip(names, own_names, strict=True))
+    return ClassSet(name, templates, names, tuple(own_names))
+
+
+def class_set_of(names: Sequence[str]) -> ClassSet | None:
+    """Return the set whose classes `names` are, in any order, or None. WordNet ids are told by their number."""
+    if len(names) == 1000 and all(_WORDNET_ID.fullmatch(name) for name in names):
+        return class_set(IMAGENET)
+    # ImageNet's names lie in another package, which is not opened for ten classes.
+    passed_over = ALIASES if len(names) == 1000 else (*ALIASES, IMAGENET)
+    known = (class_set(name) for name in class_sets() if name not in passed_over)
+    return next((found for found in known if found.places(names) is not None), None)
+
+
+def load_class_names(name_or_file: str | Path, own_names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the spoken names of the classes, in the order of the labels.
+
+    Args:
+        name_or_file: a set (see `class_sets`: 'cifar10', 'eurosat', 'imagenet', ...); or a file: a JSON list, or
+            text with one name a line.
+        own_names: what the data call their classes. Where these are the classes of the set, the spoken names
+            come in their order: a folder has its classes in alphabetical order, whatever the set's.
+
+    ImageNet's names are CLIP's, out of open_clip_torch, but for two that stand there twice (744 'projectile',
+    836 'sunglass').
+
+    Raises:
+        UserError: no such set or file, not text, an empty name, or a name that comes twice.
+    """
+    if str(name_or_file) in class_sets():
+        known = class_set(str(name_or_file))
+        places = known.places(own_names or ())
+        return known.names if places is None else tuple(known.names[place] for place in places)
+    return _checked(name_or_file, _read_file(Path(name_or_file)))
+
+
+@functools.cache
+def imagenet_metadata() -> ModuleType:
+    """Return open_clip's module of CLIP's ImageNet prompts and class names, without the rest of the package."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        raise UserError("CLIP's ImageNet prompts come with open_clip_torch; pip install open_clip_torch")
+    path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
+    spec = importlib.util.spec_from_file_location("open_clip_zero_shot_metadata", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _key(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())
+
+
+def _read_file(path: Path) -> object:
+    try:
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+        return json.loads(text) if path.suffix == ".json" else text.rstrip().split("\n")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: neither a file nor a set of class names ({', '.join(class_sets())})."
+            f"{did_you_mean(str(path), class_sets())}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a list of names, one a line or as JSON ({error})") from None
+
+
+def _checked(where: str | Path, names: object) -> tuple[str, ...]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: must be a JSON list of strings, one name for each class in order")
+    first_line: dict[str, int] = {}
+    for line, name in enumerate((name.strip() for name in names), start=1):
+        if not name:
+            raise UserError(f"{where}: class {line} has no name; blank lines shift the others")
+        if name in first_line:
+            pair = f"class {first_line[name]} and class {line}"
+            raise UserError(f"{where}: '{name}' names both {pair}; each class needs its own name")
+        first_line[name] = line
+    return tuple(first_line)

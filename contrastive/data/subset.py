@@ -1,0 +1,63 @@
+"""A share of a labelled source: as if only so many of its images had been labelled."""
+
+import hashlib
+
+import numpy as np
+
+from contrastive.data.record import BadSample, Record, Source, check_index
+from contrastive.errors import UserError
+
+
+class LabelledSubset:
+    """A fixed random share of each class of `source`, at least one sample of each.
+
+    Args:
+        share: above 0, at most 1. A smaller share is part of a larger one.
+
+    Samples without a label, or whose label cannot be read, are left out.
+
+    Raises:
+        UserError: a share that is none, or no label in the source.
+    """
+
+    def __init__(self, source: Source, share: float):
+        if not 0 < share <= 1:
+            raise UserError(f"data.share is {share}; it must be above 0 and at most 1")
+        self.source = source
+        self.name = f"{source.name} ({100 * share:g} %)"
+        self.class_names = source.class_names
+        self._indices = _pick(source, share)
+        identity = source.fingerprint.encode() + self._indices.tobytes()
+        self.fingerprint = hashlib.blake2b(identity, digest_size=8).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self._place(index)]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(self._place(index))
+
+    def label(self, index: int) -> int | None:
+        return self.source.label(self._place(index))
+
+    def _place(self, index: int) -> int:
+        return int(self._indices[check_index(self, index)])
+
+
+def _pick(source: Source, share: float) -> np.ndarray:
+    labels = np.full(len(source), -1, dtype=np.int64)
+    for index in range(len(source)):
+        try:
+            label = source.label(index)
+        except BadSample:
+            continue
+        labels[index] = -1 if label is None else label
+    rng, chosen = np.random.default_rng(0), []
+    for label in np.unique(labels[labels >= 0]):
+        own = rng.permutation(np.flatnonzero(labels == label))
+        chosen.append(own[: max(1, round(share * len(own)))])
+    if not chosen:
+        raise UserError(f"{source.name} has no labels to take a share of")
+    return np.sort(np.concatenate(chosen))
