@@ -10,7 +10,7 @@ import io
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,13 +75,13 @@ def parse(
         UserError: an unknown key or flag (with a suggestion), a value of the wrong type, an unreadable file.
     """
     layers = [_Layer(path, _read(path)) for path in files]
-    args, named = _take(
+    rest, named = _take(
         args, {name: f"a name: one of {', '.join(choice.names)}" for name, choice in _choices(cls).items()}
     )
     for name, choice in _choices(cls).items():
         _settle(name, choice, layers, named)
     for group in either:
-        _keep_one(group, layers, args)
+        _keep_one(group, layers, rest)
     chosen = _with_choices(cls, named)
     known = _flat_types(chosen)
     flags = [
@@ -90,10 +90,10 @@ def parse(
         for key, value in layer.values.items()
         for flag in _as_flags(key, value, known, layer.path)
     ]
-    for arg in args:
+    for arg in rest:
         if arg.startswith("--"):
             _check_known(arg, known)
-    return _run_tyro(chosen, flags + args, known, prog, _describe(description, cls))
+    return _run_tyro(chosen, flags + rest, known, prog, _describe(description, cls), args)
 
 
 def _keep_one(group: tuple[str, ...], layers: list[_Layer], args: list[str]) -> None:
@@ -116,6 +116,16 @@ def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
     """Split one `--name VALUE` off the flags; UserError when the value is missing."""
     rest, taken = _take(args, {name: "a value"})
     return rest, taken.get(name)
+
+
+def rename_flags(args: list[str], short: Mapping[str, str]) -> list[str]:
+    """Return the flags with those that are short for longer ones written out: `--epochs 3` as `--train.epochs 3`."""
+    written = []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        longer = short.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+        written.append(f"--{longer}{equals}{value}" if longer else arg)
+    return written
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -254,8 +264,8 @@ def _check_known(flag: str, known: dict[str, Any]) -> None:
 def _as_flags(key: str, value: Any, known: dict[str, Any], path: Path) -> list[str]:
     if key not in known:
         raise UserError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
-    if not _accepts(known[key], value):
-        raise UserError(f"{path}: {key} is {value!r}, expected {_type_name(known[key])}")
+    if not accepts(known[key], value):
+        raise UserError(f"{path}: {key} is {value!r}, expected {type_name(known[key])}")
     if known[key] is bool:
         section, _, option = key.rpartition(".")
         return [f"--{key}"] if value else ["--" + f"{section}.no_{option}".lstrip(".")]
@@ -263,18 +273,18 @@ def _as_flags(key: str, value: Any, known: dict[str, Any], path: Path) -> list[s
     return [f"--{key}", *map(str, items)]
 
 
-def _accepts(annotation: Any, value: Any) -> bool:
+def accepts(annotation: Any, value: Any) -> bool:
     """Whether a YAML value has the option's type. tyro itself would take a wrongly typed default."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return any(_accepts(option, value) for option in inner)
+        return any(accepts(option, value) for option in inner)
     if origin is typing.Literal:
         return value in inner
     if origin is tuple:
         if not isinstance(value, list):
             return False
         wanted = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
-        return len(wanted) == len(value) and all(map(_accepts, wanted, value))
+        return len(wanted) == len(value) and all(map(accepts, wanted, value))
     if annotation is types.NoneType:
         return value is None
     if annotation is float:  # YAML reads 1e-3, without a point, as text
@@ -283,15 +293,15 @@ def _accepts(annotation: Any, value: Any) -> bool:
     return type(value) is annotation
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
     """int, 'float or none', 'one of gelu, quick_gelu', 'float float': what to write, in words."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_type_name, inner))
+        return " or ".join(map(type_name, inner))
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin is tuple:
-        return f"a list of {_type_name(inner[0])}" if inner[-1] is Ellipsis else f"{len(inner)} values"
+        return f"a list of {type_name(inner[0])}" if inner[-1] is Ellipsis else f"{len(inner)} values"
     return "none" if annotation is types.NoneType else annotation.__name__
 
 
@@ -301,7 +311,7 @@ def _describe(description: str, cls: type) -> str:
     return "\n\n".join([description, *(["Chosen by name: " + "  ".join(lines)] if lines else [])])
 
 
-def _run_tyro(cls: type[T], args: list[str], known: dict[str, Any], prog: str, description: str) -> T:
+def _run_tyro(cls: type[T], args: list[str], known: dict[str, Any], prog: str, description: str, given: list[str]) -> T:
     import tyro
 
     errors = io.StringIO()
@@ -312,10 +322,22 @@ def _run_tyro(cls: type[T], args: list[str], known: dict[str, Any], prog: str, d
         if stop.code == 0:  # --help
             raise
         message = _first_message(errors.getvalue())
+    stray = message.removeprefix("Unrecognized options: ").split(", ")[0]
+    if stray in given:
+        message = _one_too_many(given, given.index(stray), known) or message
     flag = re.match(r"Error parsing --(\S+): .*'(.*)'", message)
     if flag and flag[1] in known:  # tyro's words are about its parser
-        message = f"--{flag[1]} is '{flag[2]}', expected {_type_name(known[flag[1]])}"
+        message = f"--{flag[1]} is '{flag[2]}', expected {type_name(known[flag[1]])}"
     raise UserError(f"{message}. See --help")
+
+
+def _one_too_many(args: list[str], place: int, known: dict[str, Any]) -> str | None:
+    """What to say of the value at `place`, which nothing takes, where it may stem from a pattern without quotes."""
+    flag = next((arg for arg in reversed(args[:place]) if arg.startswith("--")), "").partition("=")[0]
+    if place == 0 or (flag and known.get(flag.removeprefix("--")) is not str):
+        return None
+    taken = f"{flag or 'this'} takes one value, not also '{args[place]}'"
+    return f"{taken}; quote a pattern, or the shell expands it: {flag} 'shards/*.tar'".replace(":  ", ": ")
 
 
 def _first_message(box: str) -> str:
@@ -323,7 +345,9 @@ def _first_message(box: str) -> str:
     lines = []
     for line in box.splitlines()[1:]:
         text = line.strip("│╭╮╰╯ ")
-        if not text or set(text) == {"─"} or text.startswith("Got errors"):
+        rule = set(text) <= {"─", "-"}  # hyphens where the output is not UTF-8, and then one above the message too
+        if (rule and lines) or text.startswith("Got errors"):
             break
-        lines.append(text)
+        if not rule:
+            lines.append(text)
     return " ".join(lines).rstrip(" .")

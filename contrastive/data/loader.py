@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from contrastive.data.pairs import PairDataset
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import BadSample, Source
+from contrastive.data.samples import SampleDataset
 from contrastive.distributed.process import end_with_parent
 from contrastive.errors import UserError
 
@@ -47,7 +47,7 @@ class _Loader(DataLoader):
 class _Steps:
     """For each step, the positions of this rank's slice of the global batch; fetches shards that lie far away."""
 
-    def __init__(self, dataset: PairDataset, rank: int, world_size: int, start_step: int, num_steps: int):
+    def __init__(self, dataset: SampleDataset, rank: int, world_size: int, start_step: int, num_steps: int):
         self.source, self.order, self.rank, self.world_size = dataset.source, dataset.order, rank, world_size
         self.global_batch_size = dataset.order.global_batch_size
         self.local_batch_size = self.global_batch_size // world_size
@@ -68,7 +68,7 @@ class _Steps:
 
 
 def train_loader(
-    dataset: PairDataset,
+    dataset: SampleDataset,
     *,
     global_batch_size: int,
     rank: int = 0,
@@ -103,7 +103,7 @@ def train_loader(
     return _Loader(
         dataset,
         batch_sampler=steps,
-        collate_fn=_collate_pairs,
+        collate_fn=_collate_samples,
         pin_memory=pin_memory,
         **_worker_options(num_workers, timeout),
     )
@@ -114,8 +114,8 @@ def eval_loader(
 ) -> DataLoader:
     """Return a loader over `indices` of the source, in their order.
 
-    A batch is image uint8 (b, 3, S, S), index int64 (b,) and bad, the list of (reason, key) of images that
-    could not be read. Those are left out, so b may be below `batch_size`, or 0.
+    A batch is image uint8 (b, 3, S, S), index int64 (b,), key, the list of their keys, and bad, the list of
+    (reason, key) of images that could not be read. Those are left out, so b may be below `batch_size`, or 0.
     """
     return _Loader(
         _Images(source, preprocess, np.asarray(indices, np.int64)),
@@ -134,17 +134,17 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> tuple[int, torch.Tensor] | tuple[str, str]:
+    def __getitem__(self, place: int) -> tuple[int, torch.Tensor, str] | tuple[str, str]:
         index, key = int(self.indices[place]), ""
         try:
             record = self.source[index]
             key = record.key
-            return index, self.preprocess.pixels(record.image)
+            return index, self.preprocess.pixels(record.image), key
         except BadSample as fault:
             return fault.reason, fault.key or key
 
 
-def _collate_pairs(samples: list[dict[str, Any]]) -> dict[str, Any]:
+def _collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
     bad = [fault for sample in samples for fault in sample.pop("bad")]
     return {**default_collate(samples), "bad": bad}
 
@@ -154,9 +154,9 @@ def _collate_images(samples: list[tuple], image_size: int) -> dict[str, Any]:
     bad = [sample for sample in samples if isinstance(sample[0], str)]
     if not good:
         empty = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
-        return {"image": empty, "index": torch.empty(0, dtype=torch.int64), "bad": bad}
-    index, image = default_collate(good)
-    return {"image": image, "index": index, "bad": bad}
+        return {"image": empty, "index": torch.empty(0, dtype=torch.int64), "key": [], "bad": bad}
+    index, image, key = default_collate(good)
+    return {"image": image, "index": index, "key": list(key), "bad": bad}
 
 
 def _worker_options(num_workers: int, timeout: float) -> dict[str, Any]:

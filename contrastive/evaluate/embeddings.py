@@ -5,6 +5,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,10 @@ from torch import nn
 from contrastive.data.loader import eval_loader
 from contrastive.distributed import collectives
 from contrastive.log import console
+
+Space = Literal["projected", "pooled"]
+"""'projected': after the projection, unit length: what zero-shot compares. 'pooled': before it, as it comes."""
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,50 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+class ImageBatch(NamedTuple):
+    """Embedded images, in the order asked for."""
+
+    features: torch.Tensor
+    """(b, E) float32 on the CPU."""
+    index: torch.Tensor
+    """(b,) int64, source indices."""
+    keys: list[str]
+    """b keys of the samples."""
+    bad: list[tuple[str, str]]
+    """(reason, key) of each image of the batch left out, in order."""
+
+
+def image_batches(
+    model,
+    source,
+    preprocess,
+    indices: np.ndarray,
+    *,
+    device: str | torch.device,
+    batch_size: int,
+    num_workers: int,
+    space: Space = "projected",
+    precision: Precision = "fp32",
+    progress: bool = False,
+) -> Iterator[ImageBatch]:
+    """Embed the images at `indices` on this rank, a batch at a time; iterate within `evaluating(model)`.
+
+    Features of space 'projected' are of unit length; 'pooled' ones are as the tower gives them.
+    """
+    loader = eval_loader(source, preprocess, indices, batch_size=batch_size, num_workers=num_workers)
+    num_batches = -(-len(indices) // batch_size)
+    hidden = not (progress and collectives.rank() == 0 and console.is_terminal)
+    options = {"normalize": False, "project": False} if space == "pooled" else {}
+    in_bf16 = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+    for batch in track(loader, "embedding images", num_batches, console=console, disable=hidden, transient=True):
+        features = torch.empty(0, 0)
+        if len(batch["index"]):
+            pixels = preprocess.normalize(batch["image"].to(device, non_blocking=True))
+            with in_bf16:
+                features = model.encode_image(pixels, **options).float().cpu()
+        yield ImageBatch(features, batch["index"], batch["key"], batch["bad"])
+
+
 def embed_images(
     model,
     source,
@@ -79,19 +128,16 @@ def embed_images(
     indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     world, rank = collectives.world_size(), collectives.rank()
     share = indices[rank * len(indices) // world : (rank + 1) * len(indices) // world]
-    loader = eval_loader(source, preprocess, share, batch_size=batch_size, num_workers=num_workers)
-    features = [torch.empty(0, model.config.embed_dim)]
+    features = [torch.empty(0, getattr(model.config, "num_features", model.config.embed_dim))]
     rows = [torch.empty(0, dtype=torch.int64)]
     bad: list[tuple[str, str]] = []
-    num_batches = -(-len(share) // batch_size)
-    hidden = not (progress and rank == 0 and console.is_terminal)
+    loading = {"device": device, "batch_size": batch_size, "num_workers": num_workers, "progress": progress}
     with evaluating(model):
-        for batch in track(loader, "embedding images", num_batches, console=console, disable=hidden, transient=True):
-            bad.extend(batch["bad"])
-            if len(batch["index"]):
-                pixels = preprocess.normalize(batch["image"].to(device, non_blocking=True))
-                features.append(model.encode_image(pixels).float().cpu())
-                rows.append(batch["index"].cpu())
+        for batch in image_batches(model, source, preprocess, share, **loading):
+            bad.extend(batch.bad)
+            if len(batch.index):
+                features.append(batch.features)
+                rows.append(batch.index)
     return ImageEmbeddings(
         _gather(torch.cat(features), device),
         _gather(torch.cat(rows), device),

@@ -16,7 +16,10 @@ BLOCK_ELEMENTS = 2**24
 
 
 def retrieval_metrics(
-    image_features: torch.Tensor, text_features: torch.Tensor, text_image: torch.Tensor
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    text_image: torch.Tensor,
+    device: str | torch.device = "cpu",
 ) -> dict[str, float]:
     """Recall at 1, 5 and 10 in percent and the median rank (1 is best), both ways.
 
@@ -24,6 +27,7 @@ def retrieval_metrics(
         image_features: (N, E), every image with at least one text.
         text_features: (M, E).
         text_image: (M,) int64, the image row each text belongs to.
+        device: where the similarities are computed.
 
     Returns:
         'image_to_text_r1', ..., 'text_to_image_r10', 'image_to_text_median_rank' and
@@ -33,15 +37,32 @@ def retrieval_metrics(
     Image to text is a hit when any text of the image is among the first k. Ties, and NaNs, count against the
     model: one that embeds everything alike scores 0. The N x M matrix is never held, only blocks of rows.
     """
+    return rank_metrics(*retrieval_ranks(image_features, text_features, text_image, device))
+
+
+def retrieval_ranks(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    text_image: torch.Tensor,
+    device: str | torch.device = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The place, from 0, of each image's nearest own text among all texts, (N,), and of each text's image, (M,).
+
+    Texts of the same image do not count against each other. Arguments and ties as in `retrieval_metrics`.
+    """
     num_images, num_texts = len(image_features), len(text_features)
     if num_texts == 0 or not torch.bincount(text_image, minlength=num_images).all():
         raise ValueError("retrieval_metrics needs at least one text for each image")
-    image_ranks = _ranks_of_texts(image_features, text_features, text_image)
-    text_ranks = _ranks_of_images(image_features, text_features, text_image)
+    images, texts, owners = image_features.to(device), text_features.to(device), text_image.to(device)
+    return _ranks_of_texts(images, texts, owners).cpu(), _ranks_of_images(images, texts, owners).cpu()
+
+
+def rank_metrics(image_ranks: torch.Tensor, text_ranks: torch.Tensor) -> dict[str, float]:
+    """The figures of `retrieval_metrics`, from the ranks of (N,) images and (M,) texts."""
     metrics = {}
     for way, ranks, candidates in (
-        ("image_to_text", image_ranks, num_texts),
-        ("text_to_image", text_ranks, num_images),
+        ("image_to_text", image_ranks, len(text_ranks)),
+        ("text_to_image", text_ranks, len(image_ranks)),
     ):
         for k in RECALL_AT:
             if k < candidates:
@@ -112,7 +133,7 @@ def retrieval(
     text_image = torch.tensor([row for _, row in pairs])
     text_features = embed_texts(bundle.model, bundle.tokenizer, texts, device=device)
     return {
-        **retrieval_metrics(embeddings.features, text_features, text_image),
+        **retrieval_metrics(embeddings.features, text_features, text_image, device),
         "chance": chance_recall(text_image, num_images),
         "captions": captions,
         "num_images": num_images,
@@ -150,7 +171,8 @@ def _ranks_of_texts(
     ranks = []
     for start in range(0, len(image_features), rows):
         scores = image_features[start : start + rows] @ text_features.T
-        own = text_image[None, :] == torch.arange(start, start + len(scores))[:, None]
+        rows_of_block = torch.arange(start, start + len(scores), device=scores.device)
+        own = text_image[None, :] == rows_of_block[:, None]
         best = scores.masked_fill(~own, -float("inf")).amax(dim=1, keepdim=True)
         # Not strictly below, so that ties and NaNs count as ahead.
         ranks.append((~(scores < best) & ~own).sum(dim=1))

@@ -42,11 +42,7 @@ def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> tuple[
     if len(scores) == 0:
         raise ValueError("classification_metrics needs at least one image")
     num_classes = scores.shape[1]
-    own = scores.gather(1, labels[:, None])
-    # Not strictly below: ties and NaNs are ahead of the right class. It counts itself once.
-    rank = (~(scores < own)).sum(dim=1) - 1
-    rivals = scores.nan_to_num(nan=float("inf")).scatter(1, labels[:, None], -float("inf"))
-    predicted = torch.where(rank == 0, labels, rivals.argmax(dim=1))
+    rank, predicted = ranked(scores, labels)
     cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     confusion = cells.view(num_classes, num_classes)
     counts = confusion.sum(dim=1)
@@ -56,6 +52,15 @@ def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> tuple[
         metrics["acc5"] = _percent(rank < 5)
     metrics["mean_per_class_recall"] = 100 * recall.double().mean().item()
     return metrics, confusion
+
+
+def ranked(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many classes stand before the right one (N,), and the class predicted (N,); ties and NaNs as above."""
+    own = scores.gather(1, labels[:, None])
+    # Not strictly below: ties and NaNs are ahead of the right class. It counts itself once.
+    rank = (~(scores < own)).sum(dim=1) - 1
+    rivals = scores.nan_to_num(nan=float("inf")).scatter(1, labels[:, None], -float("inf"))
+    return rank, torch.where(rank == 0, labels, rivals.argmax(dim=1))
 
 
 def zero_shot(
@@ -90,27 +95,56 @@ def zero_shot(
     With several ranks, call it on all of them; every rank returns the same.
     """
     names = checked_class_names(source, class_names)
-    templates = tuple(templates or default_templates(source))
+    templates = tuple(templates or default_templates(source, names))
     picked = pick_indices(len(source), limit)
-    indices, labels, skipped = _labelled(source, picked, len(names))
+    indices, labels, skipped = labelled_indices(source, picked, len(names))
     loading = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
     embeddings = embed_images(bundle.model, source, bundle.preprocess, indices=indices, device=device, **loading)
     if len(embeddings.index) == 0:
         raise UserError(f"{source.name}: none of its {len(indices)} images could be read")
-    classifier = zero_shot_classifier(bundle.model, bundle.tokenizer, names, templates, device=device)
     # `indices` rises, so the label of a row is found by bisection.
     rows = np.searchsorted(indices, embeddings.index.numpy())
-    labels = torch.from_numpy(labels[rows])
-    metrics, confusion = classification_metrics(embeddings.features @ classifier.T, labels)
+    return score_zero_shot(
+        bundle,
+        source,
+        embeddings.features,
+        torch.from_numpy(labels[rows]),
+        class_names=names,
+        templates=templates,
+        skipped=skipped + embeddings.skipped,
+        device=device,
+    )
+
+
+def score_zero_shot(
+    bundle,
+    source,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    skipped: Counter[str],
+    device: str | torch.device,
+) -> dict:
+    """As `zero_shot`, of images that are embedded already.
+
+    Args:
+        source: may have `heldout_labels`.
+        features: (N, E), unit length. labels: (N,) int64 in 0..C-1.
+        skipped: number of samples left out, by reason.
+    """
+    classifier = zero_shot_classifier(bundle.model, bundle.tokenizer, class_names, templates, device=device)
+    metrics, confusion = classification_metrics(features @ classifier.T, labels)
     return {
         **metrics,
-        "chance": 100 / len(names),
+        "chance": 100 / len(class_names),
         "num_images": len(labels),
-        "num_classes": len(names),
-        "skipped": dict(skipped + embeddings.skipped),
-        "class_names": list(names),
+        "num_classes": len(class_names),
+        "skipped": dict(skipped),
+        "class_names": list(class_names),
         "templates": list(templates),
-        **_by_class(source, names, confusion),
+        **_by_class(source, class_names, confusion),
     }
 
 
@@ -132,7 +166,7 @@ def checked_class_names(source, class_names: Sequence[str] | None) -> tuple[str,
     return names
 
 
-def _labelled(source, picked: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
+def labelled_indices(source, picked: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
     """Those of the `picked` indices that have a label, the labels, and why the others are left out."""
     found, skipped = [], Counter()
     for index in picked.tolist():
@@ -147,7 +181,7 @@ def _labelled(source, picked: np.ndarray, num_classes: int) -> tuple[np.ndarray,
             found.append((index, label))
     if not found:
         raise UserError(
-            f"{source.name} has no class labels; zero-shot needs labelled data. "
+            f"{source.name} has no class labels, which classification is scored by. "
             "Captions without labels are evaluated by retrieval"
         )
     indices, labels = np.array(found, dtype=np.int64).T

@@ -1,66 +1,28 @@
 """scripts/zero_shot.py on a real, untrained model and real sources."""
 
 import json
-import runpy
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from small_model import SCRIPTS, save_small_model, script_caller
 
-from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.sources.scenes import HELD_OUT_PAIRS, PAIRS
-from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 from contrastive.evaluate.confusion import save_confusion
 from contrastive.evaluate.zero_shot_output import ZeroShotOutput, read_class_names
-from contrastive.interop.manifest import write_folder
-from contrastive.interop.native import save_model
-from contrastive.models import DualEncoder, ModelConfig
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "zero_shot.py"
 
 
 @pytest.fixture
 def zero_shot(monkeypatch, capfd):
-    """Call the script as a command would, without the seconds that a new process takes."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        status = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as end:
-            status = end.code or 0
-        return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
-
-    return call
+    return script_caller("zero_shot.py", monkeypatch, capfd)
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "final"
-    tokenizer = train_bpe([" ".join(pair) for pair in PAIRS] * 4, vocab_size=300, context_length=12)
-    config = ModelConfig(embed_dim=32)
-    image = replace(config.image, image_size=16, patch_size=8, width=32, depth=1, num_heads=2, mlp_dim=64)
-    text = replace(
-        config.text,
-        vocab_size=tokenizer.vocab_size,
-        context_length=12,
-        width=32,
-        depth=1,
-        num_heads=2,
-        mlp_dim=64,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-    )
-    config = replace(config, image=image, text=text)
-    weights = DualEncoder(config).state_dict()
-    write_folder(folder, lambda to: save_model(to, weights, config, PreprocessConfig(image_size=16), tokenizer))
-    return folder
+    return save_small_model(tmp_path_factory.mktemp("run") / "final")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +42,7 @@ def pictures(tmp_path_factory):
 def test_scores_scenes_and_writes_the_result(model_folder):
     command = [
         sys.executable,
-        SCRIPT,
+        SCRIPTS / "zero_shot.py",
         model_folder,
         "--data",
         "scenes:test",

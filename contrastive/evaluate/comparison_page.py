@@ -1,0 +1,125 @@
+"""The comparison as a page: evaluation.html, with a bar for each figure. Nothing in it is fetched from anywhere."""
+
+from html import escape
+from itertools import groupby
+
+from contrastive.evaluate.comparison import NOTE, Comparison, Row, TaskEntry
+from contrastive.evaluate.outcome import Figure
+from contrastive.evaluate.report_style import CSS
+
+NUM_COLOURS = 6
+
+PAGE_CSS = """
+.task { padding: 16px 20px 18px; margin: 12px 0; }
+.task h3 { font-size: 15px; margin: 0; }
+.task h3 span { font-weight: 400; color: var(--soft); }
+.figure { margin-top: 14px; }
+.figure h4 { font-size: 13px; font-weight: 500; color: var(--soft); margin: 0 0 4px; }
+.bar { display: grid; grid-template-columns: minmax(60px, 200px) 1fr 150px; gap: 14px; align-items: center;
+  padding: 3px 0; }
+.bar .name { overflow-wrap: anywhere; font-size: 13.5px; }
+.bar .value { white-space: nowrap; font-size: 13.5px; }
+.bar .value small { color: var(--soft); font-size: 12px; }
+.track { position: relative; height: 16px; background: var(--page); border-radius: 4px; }
+.track i { position: absolute; left: 0; top: 0; bottom: 0; border-radius: 4px; opacity: 0.85; }
+.track b { position: absolute; top: 50%; height: 2px; margin-top: -1px; background: var(--ink); }
+.track b::before, .track b::after { content: ""; position: absolute; top: -3px; height: 8px; width: 2px;
+  background: var(--ink); }
+.track b::before { left: 0; } .track b::after { right: 0; }
+.track u { position: absolute; top: -3px; bottom: -3px; border-left: 2px dashed var(--soft); }
+.failed { color: var(--c2); font-size: 13.5px; overflow-wrap: anywhere; margin: 8px 0 0; }
+.list .n, .list .n small { white-space: nowrap; }
+.key { display: inline-block; vertical-align: middle; margin: 0 4px 0 2px; }
+.key.whisker { width: 22px; height: 2px; background: var(--ink); }
+.key.chance { height: 14px; border-left: 2px dashed var(--soft); }
+@media (max-width: 760px) { .bar { grid-template-columns: 1fr; gap: 2px; } }
+"""
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """Return evaluation.html: a card for each task with its headline figures as bars, then a table of all figures."""
+    title = f"Evaluation: {comparison.suite}"
+    models = ", ".join(model.name for model in comparison.models)
+    limited = "" if comparison.limit is None else f" · at most {comparison.limit:,} images of each data set"
+    cards = [_card(comparison, task, list(rows)) for task, rows in _by_task(comparison.rows())]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title>\n<style>{CSS}{PAGE_CSS}</style></head>\n<body><main>\n"
+        f"<header><h1>{escape(title)}</h1><p>{escape(models)} · {escape(comparison.date)}{limited}</p></header>\n"
+        '<p><span class="key whisker"></span> 95 % interval over the test samples '
+        '<span class="key chance"></span> chance</p>\n' + "\n".join(cards) + f"\n{_all_figures(comparison)}\n"
+        f"{_models(comparison)}\n<footer>{escape(NOTE)}</footer>\n</main></body></html>\n"
+    )
+
+
+def _by_task(rows: list[Row]):
+    return groupby(rows, key=lambda row: row.task)
+
+
+def _card(comparison: Comparison, task: TaskEntry, rows: list[Row]) -> str:
+    head = f"{escape(task.title)} <span>{escape(task.data)} · {escape(task.features)}</span>"
+    failed = [
+        result for result in comparison.results if result.error is not None and comparison.tasks[result.task] is task
+    ]
+    lines = "".join(f'<p class="failed">{escape(f"{result.model}: {result.error}")}</p>' for result in failed)
+    figures = "".join(_figure(comparison, row) for row in rows if any(isinstance(cell, Figure) for cell in row.cells))
+    return f'<section class="card task"><h3>{head}</h3>{figures}{lines}</section>'
+
+
+def _figure(comparison: Comparison, row: Row) -> str:
+    chance = "" if row.chance is None else f", chance {row.written(row.chance)}"
+    bars = [
+        _bar(row, model.name, cell, place)
+        for place, (model, cell) in enumerate(zip(comparison.models, row.cells, strict=True))
+        if isinstance(cell, Figure)
+    ]
+    return f'<div class="figure"><h4>{escape(row.label)}{chance}</h4>{"".join(bars)}</div>'
+
+
+def _bar(row: Row, name: str, figure: Figure, place: int) -> str:
+    interval = "" if figure.interval is None else "[{:.1f}, {:.1f}]".format(*figure.interval)
+    track = ""
+    if row.is_percent:
+        low, high = figure.interval or (figure.value, figure.value)
+        whisker = f'<b style="left:{low:.2f}%;width:{high - low:.2f}%"></b>' if figure.interval else ""
+        chance = "" if figure.chance is None else f'<u style="left:{figure.chance:.2f}%"></u>'
+        colour = f"var(--c{place % NUM_COLOURS + 1})"
+        fill = f'<i style="width:{figure.value:.2f}%;background:{colour}"></i>'
+        track = f'<div class="track">{fill}{chance}{whisker}</div>'
+    return (
+        f'<div class="bar"><span class="name">{escape(name)}</span>{track or "<span></span>"}'
+        f'<span class="value">{escape(row.written(figure.value))} <small>{interval}</small></span></div>'
+    )
+
+
+def _all_figures(comparison: Comparison) -> str:
+    head = "".join(f'<th class="n">{escape(model.name)}</th>' for model in comparison.models)
+    lines = []
+    for row in comparison.rows(headline=False):
+        told = (f"{row.task.title}, {row.task.data}", row.task.features, row.label)
+        cells = "".join(f'<td class="n">{_cell(row, cell)}</td>' for cell in row.cells)
+        chance = "" if row.chance is None else row.written(row.chance)
+        lines.append(
+            f'<tr>{"".join(f"<td>{escape(text)}</td>" for text in told)}<td class="n">{chance}</td>{cells}</tr>'
+        )
+    titles = '<tr><th>task</th><th>features</th><th>figure</th><th class="n">chance</th>'
+    table = f'<table class="list">{titles}{head}</tr>{"".join(lines)}</table>'
+    return f'<h2>All figures</h2><div class="card scroll">{table}</div>'
+
+
+def _cell(row: Row, cell: Figure | str) -> str:
+    if isinstance(cell, str):
+        return escape(cell)
+    interval = "" if cell.interval is None else "<br><small>[{:.1f}, {:.1f}]</small>".format(*cell.interval)
+    return f"{escape(row.written(cell.value))}{interval}"
+
+
+def _models(comparison: Comparison) -> str:
+    lines = "".join(
+        f"<tr><td>{escape(model.name)}</td><td>{escape(model.path)}</td>"
+        f"<td><code>{escape((model.key or 'not loaded')[:16])}</code></td></tr>"
+        for model in comparison.models
+    )
+    head = "<tr><th>name</th><th>folder</th><th>key</th></tr>"
+    return f'<h2>Models</h2><div class="card scroll"><table class="list">{head}{lines}</table></div>'

@@ -1,0 +1,151 @@
+"""Suites: lists of tasks in a YAML file, and running them over models."""
+
+import dataclasses
+import time
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from contrastive.config import accepts, type_name
+from contrastive.errors import UserError, did_you_mean
+from contrastive.evaluate import probe_tasks  # noqa: F401 - registers its tasks
+from contrastive.evaluate.comparison import Comparison, ModelEntry, Result
+from contrastive.evaluate.subject import Subject
+from contrastive.evaluate.tasks import TASKS, Task
+from contrastive.log import console, say
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks under a name."""
+
+    name: str
+    tasks: tuple[Task, ...]
+
+
+def read_suite(path: Path) -> Suite:
+    """Read `tasks: [{task: NAME, ...}, ...]`.
+
+    Raises:
+        UserError: an unreadable file, an unknown task or key (with a suggestion), a value of the wrong type.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the suite {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("tasks"), list) or not content["tasks"]:
+        raise UserError(
+            f"{path}: expected `tasks:` and a list of tasks, each as {{task: zero_shot, data: digits:test}}"
+        )
+    for key in content:
+        if key != "tasks":
+            raise UserError(f"{path}: unknown key '{key}'.{did_you_mean(str(key), ['tasks'])}")
+    tasks = [task_from(values, f"{path}, task {n}") for n, values in enumerate(content["tasks"], start=1)]
+    for number, task in enumerate(tasks):
+        if task in tasks[:number]:
+            raise UserError(f"{path}: task {number + 1} is task {tasks.index(task) + 1} again; remove one")
+    return Suite(path.stem, tuple(tasks))
+
+
+def task_from(values: object, where: str) -> Task:
+    """Build a task from {'task': NAME, key: value}; `where` begins each message.
+
+    Raises:
+        UserError: as `read_suite`, or a key that is missing.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("task"), str):
+        raise UserError(f"{where}: expected {{task: NAME, ...}}, one of {', '.join(TASKS.names())}")
+    try:
+        kind = TASKS.get(values["task"])
+        task = kind(**_arguments(kind, {k: v for k, v in values.items() if k != "task"}))
+        task.check()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return task
+
+
+def _arguments(kind: type[Task], values: dict) -> dict:
+    types = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"unknown key '{key}'.{did_you_mean(str(key), fields)} Known: {', '.join(fields)}")
+        if not accepts(types[key], value):
+            raise UserError(f"{key} is {value!r}, expected {type_name(types[key])}")
+        value = float(value) if types[key] is float else value  # YAML reads 1e-3 as text
+        arguments[key] = tuple(value) if isinstance(value, list) else value
+    for name, field in fields.items():
+        absent = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if absent and name not in arguments:
+            raise UserError(f"'{name}' is missing")
+    return arguments
+
+
+def embed_suite(models: Sequence[Callable[[], Subject]], tasks: Sequence[Task]) -> None:
+    """Embed what the tasks need, all ranks together: call it on all of them before the first one alone evaluates.
+
+    What cannot be embedded is left for `run_suite` to tell.
+    """
+    for load in models:
+        try:
+            subject = load()
+        except UserError:
+            continue
+        for need in dict.fromkeys(need for task in tasks for need in task.needs()):
+            if need.texts and subject.bundle.tokenizer is None:
+                continue
+            try:
+                subject.embed(*need)
+            except UserError:
+                continue
+
+
+def run_suite(
+    entries: Sequence[ModelEntry],
+    models: Sequence[Callable[[], Subject]],
+    suite: Suite,
+    *,
+    limit: int | None = None,
+) -> Comparison:
+    """Evaluate models, each loaded in its turn, on the tasks of a suite.
+
+    A model or a task that fails does not end the others: its result holds the message.
+    """
+    results = []
+    for entry, load in zip(entries, models, strict=True):
+        subject, failure = _attempt(load)
+        for number, task in enumerate(suite.tasks):
+            begun = time.monotonic()
+            outcome, error = (None, failure) if subject is None else _attempt(lambda t=task, s=subject: t.run(s))
+            seconds = time.monotonic() - begun
+            results.append(Result(entry.name, number, outcome, error, seconds))
+            what = f"{entry.name}: {task.title} on {task.data_title}"
+            say(f"{what}: {error}" if error else f"{what}: {seconds:.1f} s")
+        if subject is not None:
+            entry.key = subject.key
+        del subject  # before the next one is loaded
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return Comparison.of(suite.name, suite.tasks, list(entries), results, limit)
+
+
+def _attempt(call: Callable):
+    """(what `call` returns, None) or (None, the message of its failure)."""
+    try:
+        return call(), None
+    except (UserError, OSError) as error:
+        return None, str(error)
+    except Exception as error:
+        # A fault of ours or of the machine: the others may still be evaluated, and the trace is worth having.
+        console.print(traceback.format_exc(), markup=False, style="dim")
+        return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,0 +1,228 @@
+"""Tasks of a suite: what each asks of a model and of which data. `TASKS` holds them by name.
+
+A task is a frozen dataclass whose fields are its keys in a suite's file. Another package adds one by registration.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from contrastive.data.prompts import default_templates, load_templates
+from contrastive.errors import UserError
+from contrastive.evaluate.bootstrap import clustered_interval, median_interval, share_interval
+from contrastive.evaluate.embedding_set import TextEmbeddings
+from contrastive.evaluate.embeddings import Space
+from contrastive.evaluate.outcome import Figure, Outcome, classification_outcome
+from contrastive.evaluate.retrieval import RECALL_AT, chance_recall, rank_metrics, retrieval_ranks
+from contrastive.evaluate.subject import Subject
+from contrastive.evaluate.zero_shot import checked_class_names, score_zero_shot
+from contrastive.evaluate.zero_shot_output import read_class_names
+from contrastive.registry import Registry
+
+TASKS: Registry[type["Task"]] = Registry("task")
+FEATURES = {"projected": "after the projection", "pooled": "before the projection"}
+
+
+class Need(NamedTuple):
+    """Embeddings that a task reads."""
+
+    data: str
+    space: Space
+    texts: bool = False
+
+
+class Task:
+    """What the tasks share."""
+
+    title: str
+    """In tables."""
+
+    @property
+    def data_title(self) -> str:
+        """The data in tables."""
+        return self.data
+
+    @property
+    def features(self) -> Space:
+        """Which features it uses."""
+        return getattr(self, "space", "projected")
+
+    @property
+    def features_title(self) -> str:
+        """The features in tables."""
+        return FEATURES[self.features]
+
+    def check(self) -> None:
+        """Raise UserError for options that cannot work, before any model is loaded."""
+
+    def needs(self) -> list[Need]:
+        """The embeddings it reads."""
+        return [Need(self.data, self.features)]
+
+    def run(self, subject: Subject) -> Outcome:
+        """Evaluate `subject`; UserError where that cannot be."""
+        raise NotImplementedError
+
+
+@TASKS.register("zero_shot")
+@dataclass(frozen=True)
+class ZeroShot(Task):
+    """Labelled images by their nearest class text."""
+
+    title = "zero-shot"
+
+    data: str
+    classes: str | None = None
+    """Class names: a set, or a file; none: the data's own."""
+    templates: str | None = None
+    """Prompts: a set, or a file; none: those that fit the data."""
+
+    def check(self) -> None:
+        if self.templates is not None:
+            load_templates(self.templates)
+
+    def run(self, subject: Subject) -> Outcome:
+        subject.needs_texts("zero-shot classification")
+        images = subject.embeddings(self.data)
+        given = None if self.classes is None else read_class_names(self.classes, images.class_names)
+        names = checked_class_names(images, given)
+        images = images.labelled("zero-shot classification", names)
+        templates = default_templates(images, names) if self.templates is None else load_templates(self.templates)
+        result = score_zero_shot(
+            subject.bundle,
+            images,
+            images.features,
+            images.labels,
+            class_names=names,
+            templates=templates,
+            skipped=images.skipped,
+            device=subject.device,
+        )
+        confusion = torch.tensor(result["confusion"])
+        right, samples = confusion.diagonal().numpy(), confusion.sum(dim=1).numpy()
+        heldout = int(samples[sorted(images.heldout_labels)].sum())
+        counts = {"heldout_acc1": heldout, "seen_acc1": len(images.labels) - heldout}
+        return classification_outcome(result, len(images.labels), (right, samples), counts=counts)
+
+
+@TASKS.register("retrieval")
+@dataclass(frozen=True)
+class Retrieval(Task):
+    """Captions by image, and images by caption."""
+
+    title = "retrieval"
+
+    data: str
+    captions: Literal["all", "first"] = "all"
+    """Every caption of an image, or one."""
+
+    def needs(self) -> list[Need]:
+        return [Need(self.data, "projected", texts=True)]
+
+    def run(self, subject: Subject) -> Outcome:
+        subject.needs_texts("retrieval")
+        images = subject.embeddings(self.data, texts=True)
+        texts = images.texts if self.captions == "all" else _first_captions(images.texts)
+        # Images without a caption take no part.
+        with_text, text_image = torch.unique(texts.row, return_inverse=True)
+        if len(with_text) < 2:
+            raise UserError(f"{images.name}: retrieval needs at least 2 readable images with captions")
+        features = images.features[with_text]
+        ranks = retrieval_ranks(features, texts.features, text_image, subject.device)
+        chance = chance_recall(text_image, len(features))
+        figures = {
+            name: Figure(value, _retrieval_interval(name, value, *ranks, text_image), chance.get(name))
+            for name, value in rank_metrics(*ranks).items()
+        }
+        skipped = images.skipped + Counter(missing_caption=len(images.index) - len(with_text))
+        details = {
+            "captions": self.captions,
+            "num_images": len(features),
+            "num_texts": len(text_image),
+            "duplicate_texts": len(texts.texts) - len(set(texts.texts)),
+            "skipped": dict(+skipped),
+        }
+        return Outcome(figures, ("image_to_text_r1", "text_to_image_r1"), details)
+
+
+def _first_captions(texts: TextEmbeddings) -> TextEmbeddings:
+    """One caption of each image, the first that can be used."""
+    rows = [place for place in range(len(texts.row)) if place == 0 or texts.row[place] != texts.row[place - 1]]
+    chosen = {name: getattr(texts, name)[rows] for name in ("features", "row", "caption")}
+    return TextEmbeddings(**chosen, texts=tuple(texts.texts[row] for row in rows))
+
+
+def _retrieval_interval(
+    name: str, value: float, image_ranks: torch.Tensor, text_ranks: torch.Tensor, text_image: torch.Tensor
+) -> tuple[float, float]:
+    by_image = name.startswith("image_to_text")
+    ranks = image_ranks if by_image else text_ranks
+    if name.endswith("median_rank"):
+        return median_interval(ranks.numpy() + 1)
+    if by_image:
+        return share_interval(value, len(ranks))
+    k = next(k for k in RECALL_AT if name.endswith(f"_r{k}"))
+    return clustered_interval((ranks < k).numpy(), text_image.numpy())
+
+
+@TASKS.register("compositional")
+@dataclass(frozen=True)
+class Compositional(Task):
+    """The right of two captions that differ in one word or their order: SugarCrepe's and Winoground's layouts."""
+
+    title = "compositional"
+
+    data: str
+    """A JSON or JSONL file."""
+    image_root: str | None = None
+    """Folder of the images; none: that of the file."""
+
+    def check(self) -> None:
+        if not Path(self.data).expanduser().is_file():
+            raise UserError(f"compositional: no file {self.data}")
+
+    def needs(self) -> list[Need]:
+        return []
+
+    def run(self, subject: Subject) -> Outcome:
+        from contrastive.evaluate.compositional import compositional
+
+        subject.needs_texts("the compositional choice")
+        options = {"image_root": self.image_root, "limit": subject.limit, **subject.loading}
+        result = compositional(subject.bundle, self.data, device=subject.device, **options)
+        names = [name for name in ("acc1", "text_score", "image_score", "group_score") if name in result]
+        chance, count = result["chance"], result["num_samples"]
+        figures = {n: Figure(result[n], share_interval(result[n], count), chance.get(n)) for n in names}
+        details = {n: v for n, v in result.items() if n not in (*names, "chance", "hits")}
+        return Outcome(figures, tuple(names), details)
+
+
+@TASKS.register("classification")
+@dataclass(frozen=True)
+class Classification(Task):
+    """Labelled images by a classifier's own head."""
+
+    title = "classification"
+
+    data: str
+
+    @property
+    def features_title(self) -> str:
+        return "scores of its head"
+
+    def needs(self) -> list[Need]:
+        return []
+
+    def run(self, subject: Subject) -> Outcome:
+        from contrastive.evaluate.classification import classification
+
+        if not getattr(subject.bundle.config, "num_classes", None):
+            raise UserError(f"{subject.name} has no classifier's head, which classification needs")
+        source = subject.source(self.data)
+        result = classification(subject.bundle, source, device=subject.device, limit=subject.limit, **subject.loading)
+        confusion = torch.tensor(result["confusion"])
+        per_class = confusion.diagonal().numpy(), confusion.sum(dim=1).numpy()
+        return classification_outcome(result, result["num_images"], per_class)

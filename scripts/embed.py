@@ -1,0 +1,89 @@
+"""Write the embeddings of images and captions to files, as Parquet or npy shards.
+
+    python scripts/embed.py RUN DATA OUT
+    accelerate launch scripts/embed.py RUN 'cc3m/{00000..00331}.tar' OUT --dtype float16 --precision bf16
+
+RUN is a run folder, a checkpoint folder or a model folder. An interrupted command goes on when it is given again.
+OUT can stand for DATA in scripts/evaluate.py; it is refused for any other model. Captions are embedded where the
+data has some and the model has a text tower.
+"""
+
+import argparse
+from pathlib import Path
+
+import contrastive
+from contrastive.command_line import Parser, at_least
+from contrastive.data.sources import open_source
+from contrastive.distributed.runtime import prepare_process
+from contrastive.errors import UserError
+from contrastive.evaluate.embedding_store import SAMPLES_PER_SHARD, StoreOptions, claim_store
+from contrastive.evaluate.embedding_writer import check_texts, fill_store, has_captions
+from contrastive.evaluate.ranks import joined_ranks
+from contrastive.log import is_main_process, run_script, say, warn
+
+SHOWN_KEYS = 3
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser("embed.py", __doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, checkpoint or model")
+    parser.add_argument("data", metavar="DATA", help="images: shards, a table, a folder, hf:NAME, scenes:test, ...")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a folder that is new, empty, or begun by this command")
+    parser.add_argument("--only", choices=("images", "texts"), help="default: both, where there are both")
+    parser.add_argument(
+        "--space",
+        choices=("projected", "pooled"),
+        default="projected",
+        help="image features after the projection, of unit length (default), or before it, as they come",
+    )
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="as stored")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="as computed")
+    parser.add_argument("--files", choices=("parquet", "npy"), default="parquet", help="where the embeddings lie")
+    number = {"metavar": "N"}
+    size = f"samples of each file (default {SAMPLES_PER_SHARD})"
+    parser.add_argument("--samples-per-shard", type=at_least(1), default=SAMPLES_PER_SHARD, **number, help=size)
+    parser.add_argument("--limit", type=at_least(1), **number, help="embed a fixed random subset of N samples")
+    parser.add_argument("--image-column", metavar="NAME", help="of a table, where it has an unusual name")
+    parser.add_argument("--caption-column", metavar="NAME", help="of a table, where it has an unusual name")
+    parser.add_loading()
+    return parser.parse_args(arguments)
+
+
+def embed(options: argparse.Namespace) -> None:
+    layout = {name: getattr(options, name) for name in StoreOptions.__dataclass_fields__}
+    source = open_source(options.data, image_column=options.image_column, caption_column=options.caption_column)
+    with joined_ranks(options.device) as device:
+        bundle = contrastive.load(options.run, device=device)
+        if options.only:
+            parts = (options.only,)
+        elif bundle.tokenizer is not None and has_captions(source):
+            parts = ("images", "texts")
+        else:
+            parts = ("images",)
+        if "texts" in parts:
+            check_texts(bundle, source)
+        store = claim_store(options.out, bundle, source, StoreOptions(**layout), write=is_main_process())
+        loading = {"batch_size": options.batch_size, "num_workers": options.workers, "progress": True}
+        fill_store(store, bundle, source, parts, device=device, **loading)
+    if is_main_process():
+        report(store, parts)
+
+
+def report(store, parts: tuple[str, ...]) -> None:
+    for part in parts:
+        done = store.config[part]
+        for reason, keys in sorted(done["left_out"].items()):
+            shown = ", ".join(keys[:SHOWN_KEYS]) + (", ..." if len(keys) > SHOWN_KEYS else "")
+            warn(f"{len(keys):,} {part} left out for {reason}: {shown}")
+        say(f"{done['embeddings']:,} {part} embedded in {store.folder}")
+    if not any(store.config[part]["embeddings"] for part in parts):
+        raise UserError(f"{store.folder}: nothing could be embedded")
+
+
+def main(arguments: list[str]) -> None:
+    prepare_process()
+    embed(parse(arguments))
+
+
+if __name__ == "__main__":
+    run_script("embed.py", main)

@@ -1,0 +1,137 @@
+"""Score models on a list of tasks, or on one, and compare them in one table.
+
+    python scripts/evaluate.py RUN --suite configs/suites/small.yaml
+    python scripts/evaluate.py RUN OTHER_RUN --suite configs/suites/small.yaml --out evaluations/both
+    python scripts/evaluate.py RUN --task knn --train digits:train --data digits:test --option k='[5, 20]'
+
+RUN is a run folder, a checkpoint folder or a model folder. Prints a table; writes evaluation.json, evaluation.md and
+evaluation.html. Embeddings are made once for all tasks and kept in RUN/embeddings by the hash of the weights, under
+`accelerate launch` by all processes together. Data may be a folder that scripts/embed.py wrote. When a task fails the
+others go on, and the exit status is 1.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+import contrastive
+from contrastive.command_line import Parser, at_least
+from contrastive.distributed.runtime import prepare_process
+from contrastive.errors import UserError
+from contrastive.evaluate.comparison import ModelEntry
+from contrastive.evaluate.comparison_output import claim_output, write_output
+from contrastive.evaluate.comparison_table import print_comparison
+from contrastive.evaluate.ranks import joined_ranks, launched
+from contrastive.evaluate.subject import Subject
+from contrastive.evaluate.suite import Suite, embed_suite, read_suite, run_suite, task_from
+from contrastive.evaluate.tasks import TASKS
+from contrastive.evaluate.zero_shot_output import folder_name
+from contrastive.log import is_main_process, run_script
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser("evaluate.py", __doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, checkpoints or models")
+    parser.add_argument("--suite", type=Path, metavar="FILE", help="YAML: tasks: [{task: NAME, data: SPEC}, ...]")
+    parser.add_argument("--task", metavar="NAME", help=f"one task in place of a suite: {', '.join(TASKS.names())}")
+    parser.add_argument("--data", metavar="SPEC", help="of --task: what is scored")
+    parser.add_argument("--train", metavar="SPEC", help="of --task: what is fitted on, where something is")
+    option = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+    parser.add_argument("--option", **option, help="of --task: any of its keys, as YAML; may be repeated")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: RUN/evaluation/SUITE, of several evaluations/"
+    )
+    parser.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="use a fixed random subset of N of each data set"
+    )
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings there (default: RUN/embeddings)")
+    parser.add_argument("--no-cache", action="store_true", help="neither read nor keep embeddings")
+    parser.add_loading()
+    return parser.parse_args(arguments)
+
+
+def chosen_suite(options: argparse.Namespace) -> Suite:
+    """The suite's file, or the one task that the flags say."""
+    single = {name: getattr(options, name) for name in ("data", "train") if getattr(options, name) is not None}
+    if options.suite is not None:
+        if options.task or single or options.option:
+            raise UserError("--suite names all tasks; leave out --task, --data, --train and --option")
+        return read_suite(options.suite)
+    if options.task is None:
+        raise UserError("give --suite FILE, or --task NAME with --data SPEC")
+    values = {"task": options.task, **single}
+    if "data" in single and "test" in {key.name for key in dataclasses.fields(TASKS.get(options.task))}:
+        values["test"] = values.pop("data")
+    for option in options.option:
+        key, equals, value = option.partition("=")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise UserError(f"--option '{option}': expected KEY=VALUE, as k=[5, 20]")
+    return Suite(f"{options.task}-{folder_name(options.data or '')}", (task_from(values, f"--task {options.task}"),))
+
+
+def named(runs: Sequence[Path]) -> list[ModelEntry]:
+    """The models by short names, as much of their paths as tells them apart."""
+    for run in runs:
+        if not run.exists():
+            raise UserError(f"no model at {run}: no such file or folder")
+    parts = [run.resolve().parts for run in runs]
+    parts = [found[:-1] if found[-1] == "final" and len(found) > 2 else found for found in parts]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(found[-length:]) for found in parts]
+        if len(set(names)) == len(names):
+            return [ModelEntry(name, str(run)) for name, run in zip(names, runs, strict=True)]
+    raise UserError("the same model is given twice; give each once")
+
+
+def evaluate(options: argparse.Namespace) -> bool:
+    """Evaluate as asked for; returns whether every task could be done."""
+    suite, entries = chosen_suite(options), named(options.runs)
+    alone = len(entries) == 1
+    out = options.out or (options.runs[0] / "evaluation" if alone else Path("evaluations")) / suite.name
+    claim_output(out, entries)
+    passing = out / ".embeddings"
+    if is_main_process():
+        shutil.rmtree(passing, ignore_errors=True)
+    sources: dict = {}
+
+    def subject(entry: ModelEntry, device) -> Subject:
+        cache = passing if options.no_cache else options.cache or Path(entry.path) / "embeddings"
+        bundle = contrastive.load(entry.path, device=device)
+        loading = {"batch_size": options.batch_size, "num_workers": options.workers, "progress": True}
+        return Subject(entry.name, bundle, cache, device=device, sources=sources, limit=options.limit, **loading)
+
+    try:
+        with joined_ranks(options.device) as device:
+            models = [partial(subject, entry, device) for entry in entries]
+            if launched():
+                embed_suite(models, suite.tasks)
+        if not is_main_process():  # embeddings were all that the ranks share
+            return True
+        comparison = run_suite(entries, models, suite, limit=options.limit)
+    finally:
+        if is_main_process():
+            shutil.rmtree(passing, ignore_errors=True)
+    write_output(out, comparison)
+    print_comparison(comparison)
+    print(f"wrote {out / 'evaluation.html'}, .md and .json")
+    return not comparison.failures
+
+
+def main(arguments: list[str]) -> None:
+    prepare_process()
+    if not evaluate(parse(arguments)):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_script("evaluate.py", main)
