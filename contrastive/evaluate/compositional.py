@@ -11,7 +11,7 @@ import torch
 
 from contrastive.errors import UserError
 from contrastive.evaluate.choices import Choice, ImageFiles, read_choices
-from contrastive.evaluate.embeddings import embed_images, embed_texts, pick_indices
+from contrastive.evaluate.embeddings import check_text_tower, embed_images, embed_texts, pick_indices
 
 PAIR_FIGURES = ("text_score", "image_score", "group_score")
 # Of four independent scores: two comparisons right, twice; and both right ones above both wrong ones.
@@ -54,8 +54,7 @@ def compositional(
 
     With several ranks, call it on all of them; every rank returns the same.
     """
-    if bundle.tokenizer is None:
-        raise UserError("the model has no text tower, which a choice between captions needs")
+    check_text_tower(bundle, "a choice between captions")
     path = Path(spec_file).expanduser()
     choices = read_choices(path)
     choices = [choices[index] for index in pick_indices(len(choices), limit)]

@@ -15,6 +15,7 @@ from torch import nn
 
 from contrastive.data.loader import eval_loader
 from contrastive.distributed import collectives
+from contrastive.errors import UserError
 from contrastive.log import console
 
 Space = Literal["projected", "pooled"]
@@ -50,6 +51,13 @@ def pick_indices(num_samples: int, limit: int | None = None) -> np.ndarray:
     if num_samples > 10_000_000:  # too many to permute
         return np.sort(rng.choice(num_samples, limit, replace=False, shuffle=False))
     return np.sort(rng.permutation(num_samples)[:limit])
+
+
+def check_text_tower(bundle, task: str) -> None:
+    """Raise UserError where the model, a classifier say, has no text tower, which `task` needs."""
+    if bundle.tokenizer is None:
+        name = getattr(bundle, "path", "the model")
+        raise UserError(f"{name} has no text tower, which {task} needs")
 
 
 @contextlib.contextmanager
@@ -128,7 +136,7 @@ def embed_images(
     indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     world, rank = collectives.world_size(), collectives.rank()
     share = indices[rank * len(indices) // world : (rank + 1) * len(indices) // world]
-    features = [torch.empty(0, getattr(model.config, "num_features", model.config.embed_dim))]
+    features = [torch.empty(0, model.config.embed_dim)]
     rows = [torch.empty(0, dtype=torch.int64)]
     bad: list[tuple[str, str]] = []
     loading = {"device": device, "batch_size": batch_size, "num_workers": num_workers, "progress": progress}

@@ -8,7 +8,7 @@ import torch
 
 from contrastive.data.record import BadSample
 from contrastive.errors import UserError
-from contrastive.evaluate.embeddings import embed_images, embed_texts, pick_indices
+from contrastive.evaluate.embeddings import check_text_tower, embed_images, embed_texts, pick_indices
 
 RECALL_AT = (1, 5, 10)
 BLOCK_ELEMENTS = 2**24
@@ -115,12 +115,13 @@ def retrieval(
         against the model), 'skipped' {reason: count}.
 
     Raises:
-        UserError: fewer than two readable images with captions.
+        UserError: no text tower, or fewer than two readable images with captions.
 
     With several ranks, call it on all of them; every rank returns the same.
     """
     if captions not in ("first", "all"):
         raise UserError(f"captions must be 'first' or 'all', not '{captions}'")
+    check_text_tower(bundle, "retrieval")
     picked = pick_indices(len(source), limit)
     texts_of, skipped = _captioned(source, picked, captions)
     loading = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}

@@ -51,11 +51,6 @@ class Subject:
         """Whether to show bars."""
         return self.loading.get("progress", False)
 
-    def needs_texts(self, task: str) -> None:
-        """UserError where the model has no text tower, which `task` needs."""
-        if self.bundle.tokenizer is None:
-            raise UserError(f"{self.name} has no text tower, which {task} needs")
-
     def source(self, data: str) -> Source:
         """Return the opened data."""
         if data not in self._sources:

@@ -14,7 +14,7 @@ from contrastive.data.prompts import default_templates, load_templates
 from contrastive.errors import UserError
 from contrastive.evaluate.bootstrap import clustered_interval, median_interval, share_interval
 from contrastive.evaluate.embedding_set import TextEmbeddings
-from contrastive.evaluate.embeddings import Space
+from contrastive.evaluate.embeddings import Space, check_text_tower
 from contrastive.evaluate.outcome import Figure, Outcome, classification_outcome
 from contrastive.evaluate.retrieval import RECALL_AT, chance_recall, rank_metrics, retrieval_ranks
 from contrastive.evaluate.subject import Subject
@@ -85,7 +85,7 @@ class ZeroShot(Task):
             load_templates(self.templates)
 
     def run(self, subject: Subject) -> Outcome:
-        subject.needs_texts("zero-shot classification")
+        check_text_tower(subject.bundle, "zero-shot classification")
         images = subject.embeddings(self.data)
         given = None if self.classes is None else read_class_names(self.classes, images.class_names)
         names = checked_class_names(images, given)
@@ -123,7 +123,7 @@ class Retrieval(Task):
         return [Need(self.data, "projected", texts=True)]
 
     def run(self, subject: Subject) -> Outcome:
-        subject.needs_texts("retrieval")
+        check_text_tower(subject.bundle, "retrieval")
         images = subject.embeddings(self.data, texts=True)
         texts = images.texts if self.captions == "all" else _first_captions(images.texts)
         # Images without a caption take no part.
@@ -190,7 +190,7 @@ class Compositional(Task):
     def run(self, subject: Subject) -> Outcome:
         from contrastive.evaluate.compositional import compositional
 
-        subject.needs_texts("the compositional choice")
+        check_text_tower(subject.bundle, "the compositional choice")
         options = {"image_root": self.image_root, "limit": subject.limit, **subject.loading}
         result = compositional(subject.bundle, self.data, device=subject.device, **options)
         names = [name for name in ("acc1", "text_score", "image_score", "group_score") if name in result]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from contrastive.data.prompts import default_templates, fill
 from contrastive.data.record import BadSample
 from contrastive.errors import UserError
-from contrastive.evaluate.embeddings import embed_images, embed_texts, pick_indices
+from contrastive.evaluate.embeddings import check_text_tower, embed_images, embed_texts, pick_indices
 
 
 def zero_shot_classifier(
@@ -90,10 +90,11 @@ def zero_shot(
         class without images), 'missing_classes', 'confusion'.
 
     Raises:
-        UserError: no labels, no class names, names that do not fit the labels, or no readable image.
+        UserError: no text tower, no labels, no class names, names that do not fit the labels, or no readable image.
 
     With several ranks, call it on all of them; every rank returns the same.
     """
+    check_text_tower(bundle, "zero-shot classification")
     names = checked_class_names(source, class_names)
     templates = tuple(templates or default_templates(source, names))
     picked = pick_indices(len(source), limit)

@@ -226,8 +226,8 @@ def test_a_task_that_cannot_be_is_one_line_and_the_others_go_on(tmp_path, bundle
 def test_without_a_text_tower_probes_work(tmp_path, bundle, data):
     subject = subject_of(replace(bundle, tokenizer=None), tmp_path)
     zero, found, probe = run(subject, ZERO_SHOT, {"task": "retrieval", "data": "train"}, KNN)
-    assert zero.error == "small has no text tower, which zero-shot classification needs"
-    assert found.error == "small has no text tower, which retrieval needs"
+    assert zero.error.endswith("has no text tower, which zero-shot classification needs")
+    assert found.error.endswith("has no text tower, which retrieval needs")
     assert probe.outcome.figures["acc1"].value >= 0
 
 

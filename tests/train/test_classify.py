@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,3 +134,16 @@ def test_labels_out_of_range_stop_the_run_and_are_named(config, tmp_path, monkey
     monkeypatch.setattr(Digits, "label", lambda self, index: 10 if index % 2 else int(self._labels[index]))
     with pytest.raises(UserError, match=r"bad_label \(digits-"):
         train_classifier(config)
+
+
+def test_what_needs_a_text_tower_says_so_of_a_classifier(config):
+    from contrastive.data.sources import open_source
+    from contrastive.evaluate.retrieval import retrieval
+    from contrastive.evaluate.zero_shot import zero_shot
+
+    model = ImageClassifier(ClassifierConfig(replace(IMAGE, image_size=8, patch_size=2), num_classes=10))
+    bundle = SimpleNamespace(model=model, tokenizer=None, preprocess=None)
+    with pytest.raises(UserError, match="the model has no text tower, which zero-shot classification needs"):
+        zero_shot(bundle, open_source("digits:test"), device="cpu")
+    with pytest.raises(UserError, match="has no text tower, which retrieval needs"):
+        retrieval(bundle, open_source("scenes:val"), device="cpu")
