@@ -15,7 +15,7 @@ from contrastive.data.tokenizer import Tokenizer
 class PairDataset(SampleDataset):
     """Image-text pairs by position: image uint8 (3, S, S), tokens int64 (context_length,) and caption_id.
 
-    caption_id is the hash of the text that is tokenized.
+    caption_id is the hash of the text that is tokenized, or of the record's `caption_group`.
 
     Args:
         caption_templates: one is drawn and '{}' in it becomes the caption.
@@ -40,7 +40,7 @@ class PairDataset(SampleDataset):
         return {
             "image": self.varied_image(record, rng),
             "tokens": self.tokenizer.tokenize_clean([caption])[0],
-            "caption_id": caption_id(caption),
+            "caption_id": caption_id(record.caption_group or caption),
         }
 
     def _draw_caption(self, record: Record, rng: np.random.Generator, bad: Faults) -> str:

@@ -36,6 +36,8 @@ class Record:
     captions: raw, as stored; empty or blank ones are kept, the loader judges them.
     label: class index into the source's `class_names`.
     caption_weights: how often each caption is drawn, relative to the others; None: all alike.
+    caption_group: what all the captions say, where several texts say the same, as prompts of one class do: for a loss
+        that takes equal captions for matches, all captions of one group are equal.
     """
 
     key: str
@@ -43,6 +45,7 @@ class Record:
     captions: tuple[str, ...] = ()
     label: int | None = None
     caption_weights: tuple[float, ...] | None = None
+    caption_group: str | None = None
 
 
 def check_index(source: Source, index: int) -> int:

@@ -17,7 +17,7 @@ from contrastive.evaluate.examples import collect_examples
 from contrastive.interop.native import save_model
 from contrastive.models import DualEncoder
 from contrastive.train.evaluation import evaluate
-from contrastive.train.settings import PretrainConfig
+from contrastive.train.settings import PretrainConfig, num_distinct
 from contrastive.train.step import forward_backward
 from contrastive.train.task import Task, millions
 
@@ -44,7 +44,10 @@ class ContrastiveTask(Task):
         data = config.data
         self.preprocess = Preprocess(PreprocessConfig(config.model.image.image_size, data.resize, data.mean, data.std))
         self.loss = config.loss.build()
-        self.chance_loss = config.loss.chance_loss(config.train.global_batch_size)
+        batch = config.train.global_batch_size
+        # With many matches in a row the loss of guessing is another one for each loss: no advice is given then.
+        few = num_distinct(config.loss, source, batch) < batch
+        self.chance_loss = math.inf if few else config.loss.chance_loss(batch)
 
     def dataset(self, order: SampleOrder) -> PairDataset:
         data = self.config.data

@@ -75,18 +75,27 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
         UserError: the tokenizer does not fit the model, or there are fewer samples than one batch.
     """
     length = resolve_run(config, source)
-    scale, bias = config.loss.initial_logits(config.train.global_batch_size)
+    loss = config.loss
+    if loss.duplicates == "auto":
+        named = any(part.class_names for part in getattr(source, "parts", (source,)))
+        loss = replace(loss, duplicates="positive" if named else "negative")
+    scale, bias = loss.initial_logits(num_distinct(loss, source, config.train.global_batch_size))
     model = replace(
         config.model,
         text=_fit_text(config.model, tokenizer),
         init_logit_scale=scale if config.model.init_logit_scale is None else config.model.init_logit_scale,
         init_logit_bias=bias if config.model.init_logit_bias is None else config.model.init_logit_bias,
     )
-    loss = config.loss
-    if loss.duplicates == "auto":
-        named = any(part.class_names for part in getattr(source, "parts", (source,)))
-        loss = replace(loss, duplicates="positive" if named else "negative")
     return replace(config, model=model, loss=loss, **length)
+
+
+def num_distinct(loss: LossConfig, source: Source, global_batch_size: int) -> int:
+    """Return how many captions of a batch differ in the eyes of the loss, as far as that is known beforehand.
+
+    Of class prompts, where equal ones are matches, no more than there are classes.
+    """
+    names = source.class_names if loss.duplicates == "positive" else None
+    return min(global_batch_size, len(names)) if names else global_batch_size
 
 
 def _fit_text(model: ModelConfig, tokenizer: Tokenizer):

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batches import batch_indices
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from contrastive.data import loader
 from contrastive.data.augment import AugmentConfig
@@ -18,6 +20,7 @@ from contrastive.data.pairs import PairDataset, caption_id
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.record import BadSample, Record
 from contrastive.data.sharded_order import ShardedOrder
+from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 
@@ -92,8 +95,8 @@ def test_batch_has_the_promised_tensors(tokenizer):
         "replaced": ((8,), torch.int64),
     }
     assert first["bad"] == [] and first["image"].is_contiguous()
-    assert first["index"].tolist() == dataset.order.indices(0).tolist()
-    assert second["index"].tolist() == dataset.order.indices(1).tolist()
+    assert first["index"].tolist() == batch_indices(dataset.order, 0).tolist()
+    assert second["index"].tolist() == batch_indices(dataset.order, 1).tolist()
 
 
 def test_tokens_and_caption_id_belong_to_the_image(tokenizer):
@@ -229,9 +232,28 @@ def test_eval_loader_keeps_order_and_leaves_out_bad_images():
         assert torch.equal(found[3]["image"][0], preprocess.pixels(jpeg(2)))
 
 
+@pytest.mark.parametrize(
+    ("fault", "workers", "expected"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), 1, UserError),
+        (EOFError(), 1, UserError),
+        (ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0."), 1, ConnectionResetError),
+        (ConnectionResetError("of the data's own"), 0, ConnectionResetError),
+    ],
+)
+def test_a_worker_that_dies_while_its_batch_is_sent(fault, workers, expected, monkeypatch):
+    def fail(self):
+        raise fault
+
+    monkeypatch.setattr(DataLoader, "__iter__", fail)
+    batches = eval_loader(Memory(), Preprocess(PreprocessConfig(image_size=16)), [0], 1, num_workers=workers)
+    with pytest.raises(expected, match="a loader worker was killed" if expected is UserError else None):
+        next(iter(batches))
+
+
 ORPHANS = """
 import os, sys, time
-sys.path.insert(0, {folder!r})
+sys.path[:0] = [{folder!r}, os.path.dirname({folder!r})]
 from test_loader import *
 class Slow(Memory):
     def __getitem__(self, index):
@@ -315,3 +337,17 @@ def test_the_stand_in_is_the_orders(tokenizer):
             assert len(sample["bad"]) > 10
         else:
             assert not sample["bad"]
+
+
+def test_prompts_of_one_class_have_one_id(tokenizer):
+    """Else 'a photo of a cat' would be a negative for 'a drawing of a cat', on every second pair of a labelled set."""
+    source = open_source("digits", prompts="digits")
+    dataset = pairs(tokenizer, source)
+    by_id: dict[int, set[str]] = {}
+    labels: dict[int, set[int]] = {}
+    for position in range(200):
+        sample = dataset[position]
+        by_id.setdefault(sample["caption_id"], set()).add(tokenizer.decode(sample["tokens"]))
+        labels.setdefault(sample["caption_id"], set()).add(source.label(sample["index"]))
+    assert len(by_id) == 10 and all(len(found) == 1 for found in labels.values())
+    assert max(len(texts) for texts in by_id.values()) > 1

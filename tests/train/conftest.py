@@ -16,6 +16,11 @@ checkpoint: {every: 2}
 """
 
 
+@pytest.fixture(scope="session")
+def tiny_text() -> str:
+    return TINY
+
+
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"

@@ -8,7 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from launching import ROOT, command, environment, pretrain, rows
+from launching import ROOT, command, environment, pretrain_here, rows
 from PIL import Image
 
 from contrastive.errors import UserError
@@ -99,7 +99,7 @@ def test_existing_run_folder_is_left_alone(tiny, tmp_path):
     assert [path.name for path in run.iterdir()] == ["mine.txt"] and (run / "mine.txt").read_text() == "precious"
 
 
-def test_unreadable_images_and_empty_captions_are_counted(tiny, tmp_path):
+def test_unreadable_images_and_empty_captions_are_counted(tiny, tmp_path, capsys):
     rng = np.random.default_rng(0)
     with tarfile.open(tmp_path / "data.tar", "w") as shard:
 
@@ -115,8 +115,8 @@ def test_unreadable_images_and_empty_captions_are_counted(tiny, tmp_path):
             add(f"{index:03d}.txt", b"  " if index == 5 else f"picture number {index}".encode())
     run = tmp_path / "run"
     args = ("--data.train", tmp_path / "data.tar", "--data.eval", tmp_path / "data.tar", "--train.steps", "5")
-    done = pretrain("--config", tiny, "--run_folder", run, *args)  # 5 steps of 16 visit all 40 twice
-    assert "samples passed over and replaced: " in done.stderr
+    pretrain_here("--config", tiny, "--run_folder", run, *args)  # 5 steps of 16 visit all 40 twice
+    assert "samples passed over and replaced: " in capsys.readouterr().err
     for reason in ("unreadable_image", "empty_caption"):
         assert sum(row["counts"].get(reason, 0) for row in rows(run, "bad_samples")) >= 2
     assert len(rows(run)) == 5

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from rank_processes import run_on_ranks
 
 from contrastive.distributed.runtime import Runtime
 from contrastive.losses import LOSSES, NonFiniteFeatures
@@ -94,7 +94,7 @@ def run_rank(rank, world_size, port, folder):
 
 def test_micro_batches_on_two_ranks_equal_one_process(tmp_path, free_port):
     """Also after a step that both ranks left because one of them had features that are not finite."""
-    mp.spawn(run_rank, (2, free_port, str(tmp_path)), nprocs=2)
+    run_on_ranks(2, run_rank, 2, free_port, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
     value, expected = gradients("sigmoid", 1, Runtime("fp32"))
     for case in range(4):

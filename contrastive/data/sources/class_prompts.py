@@ -41,7 +41,9 @@ class ClassPrompts:
 
     def __getitem__(self, index: int) -> Record:
         record = self.source[index]
-        return replace(record, captions=self._captions(record.label, record.key), caption_weights=None)
+        captions = self._captions(record.label, record.key)
+        group = self.class_names[record.label] if captions else None
+        return replace(record, captions=captions, caption_weights=None, caption_group=group)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions(self.source.label(index))
