@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 
 from contrastive.data.record import BadSample, Record, Source, check_index
+from contrastive.data.sources.mixture import Mixture
 from contrastive.errors import UserError
 
 
@@ -44,6 +45,14 @@ class LabelledSubset:
 
     def _place(self, index: int) -> int:
         return int(self._indices[check_index(self, index)])
+
+
+def labelled_share(source: Source, share: float) -> Source:
+    """Return the share of a source as above; of a mixture, that of each part, so that the weights stay."""
+    if isinstance(source, Mixture):
+        parts = [LabelledSubset(part, share) for part in source.parts]
+        return Mixture(f"{source.name} ({100 * share:g} %)", parts, source.weights)
+    return LabelledSubset(source, share)
 
 
 def _pick(source: Source, share: float) -> np.ndarray:

@@ -24,7 +24,7 @@ def classification(
     """Classify the labelled images of `source` by the highest score.
 
     Args:
-        bundle: anything with `model`, pixels (B, 3, H, W) to scores (B, C), and `preprocess`.
+        bundle: anything with `model`, an ImageClassifier, and `preprocess`.
         limit: evaluate a fixed random subset of that many images.
 
     Returns:
@@ -66,4 +66,5 @@ class _Scores(nn.Module):
         self.config = SimpleNamespace(embed_dim=model.config.num_classes)
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model(pixels)
+        # In float32, as the weights are: a run's own model, called, would use the precision of the run.
+        return self.model.scores(pixels)

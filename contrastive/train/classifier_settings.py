@@ -72,9 +72,9 @@ class FinetuneConfig(SupervisedConfig):
 
 def check_supervised(config: SupervisedConfig, image: ImageTowerConfig) -> None:
     """Raise UserError for options that no data can make right."""
-    check_shares({"label_smoothing": config.label_smoothing, "model.image.dropout": image.dropout})
+    check_shares({"label_smoothing": config.label_smoothing})
     for name, value in (("mixup", config.mixup), ("cutmix", config.cutmix)):
-        if value < 0:
+        if not value >= 0:
             raise UserError(f"{name} is {value}; it must be 0 (off) or above")
     if (config.mixup or config.cutmix) and config.train.global_batch_size < 2:
         raise UserError("mixup and cutmix mix the images of a batch: train.global_batch_size must be above 1")
@@ -131,9 +131,11 @@ def num_classes(source: Source, asked: int | None) -> int:
     if names is None:
         if asked is None:
             raise UserError(
-                f"{source.name} has no class names: say how many classes there are with --model.num_classes, or put a "
-                "classnames.txt beside the data"
+                f"{source.name} has no class names: put a classnames.txt beside the data (from scratch, "
+                "--model.num_classes will do)"
             )
+        if asked < 2:
+            raise UserError(f"model.num_classes is {asked}; a classifier needs two at least")
         return asked
     if asked not in (None, len(names)):
         raise UserError(f"model.num_classes is {asked}, but {source.name} has {len(names)} classes; leave it out")

@@ -9,9 +9,9 @@ from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import Source
 from contrastive.data.sources import open_source
 from contrastive.data.sources.held_out import held_out_spec
-from contrastive.data.subset import LabelledSubset
+from contrastive.data.subset import labelled_share
 from contrastive.errors import UserError
-from contrastive.evaluate.zero_shot import checked_class_names, zero_shot_classifier
+from contrastive.evaluate.zero_shot import zero_shot_classifier
 from contrastive.interop.native import Bundle, load
 from contrastive.log import say
 from contrastive.models import ClassifierConfig, ImageClassifier
@@ -26,7 +26,7 @@ from contrastive.train.classifier_settings import (
     fit_image,
     num_classes,
 )
-from contrastive.train.options import resolve_run
+from contrastive.train.options import check_shares, resolve_run
 from contrastive.train.parameters import show_parameters
 from contrastive.train.run import open_run, run
 from contrastive.train.wise_ft import WiseFT
@@ -67,6 +67,7 @@ def finetune(config: FinetuneConfig) -> bool:
         raise UserError("no model to fine-tune: finetune.py MODEL --data SPEC")
     bundle = load(config.init)
     check_supervised(config, bundle.config.image)
+    check_shares({"dropout": config.dropout})
     check_wise_ft(config.wise_ft)
     folder, checkpoint = open_run(config)
     source, held_out, config = _open_data(config)
@@ -79,8 +80,15 @@ def finetune(config: FinetuneConfig) -> bool:
         model.image_tower.requires_grad_(False).eval()
     if config.head == "zero_shot":
         others = [open_source(spec) for spec in config.wise_ft.eval]
+        for other in others:
+            _check_named(other, "wise_ft.eval")
         task = WiseFT(config, model, source, held_out, bundle, others)
     else:
+        if config.wise_ft.save != 1:
+            raise UserError(
+                f"wise_ft.save is {config.wise_ft.save}, which needs a head that starts from prompts; this one starts "
+                "from zeros: leave it out"
+            )
         task = ClassificationTask(config, model, source, held_out)
     say(f"starting from {bundle.path}; the head starts from {'prompts' if config.head == 'zero_shot' else 'zeros'}")
     return run(config, config.data, folder, checkpoint, source, task)
@@ -96,7 +104,7 @@ def _open_data(config: C) -> tuple[Source, list[Source], C]:
     for other in held_out:
         check_same_classes(source, other)
     if data.share != 1:
-        source = LabelledSubset(source, data.share)
+        source = labelled_share(source, data.share)
     return source, held_out, config
 
 
@@ -106,14 +114,19 @@ def _kind_of_head(config: FinetuneConfig, bundle: Bundle, source: Source) -> str
         return "zero_shot" if possible else "zeros"
     if config.head == "zero_shot":
         bundle.check_text_tower("--head zero_shot needs one; use --head zeros")
-        checked_class_names(source, None)
+        _check_named(source, "--head zero_shot")
     return config.head
+
+
+def _check_named(source: Source, needs: str) -> None:
+    if source.class_names is None:
+        raise UserError(f"{needs} needs class names, which {source.name} has not: put a classnames.txt beside the data")
 
 
 def _classifier_from(bundle: Bundle, config: FinetuneConfig, source: Source) -> ImageClassifier:
     """Return a classifier with the bundle's image tower and a head made from prompts or of zeros."""
     from_prompts = config.head == "zero_shot"
-    image = replace(bundle.config.image, dropout=config.dropout)
+    image = replace(bundle.config.image, dropout=config.dropout, patch_dropout=0.0)
     classes = num_classes(source, None)
     model = ImageClassifier(ClassifierConfig(image, bundle.model.config.embed_dim, classes, unit_features=from_prompts))
     model.image_tower.load_state_dict(bundle.model.image_tower.state_dict())

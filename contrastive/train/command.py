@@ -40,6 +40,8 @@ def command(
     config = replace(config, run_folder=config.run_folder or f"runs/{config_file.stem}-{name(config)}")
     saved = Path(config.run_folder) / "config.yaml"
     if config.resume and saved.exists():  # the run's own options, with what the flags say now
+        # A preset's name given again would undo what the first command changed of the preset.
+        args, _ = take_option(args, "model")
         config = replace(parse(cls, args, [saved], **options), run_folder=config.run_folder)
     if not train(config):
         sys.exit(130)  # stopped on request, after saving

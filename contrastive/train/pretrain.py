@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,12 +13,14 @@ from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from contrastive.interop.native import Bundle, load
 from contrastive.log import say
-from contrastive.models import DualEncoder
+from contrastive.models import DualEncoder, ImageTowerConfig, TextTowerConfig
 from contrastive.train.contrastive_task import ContrastiveTask
 from contrastive.train.run import open_run, run
 from contrastive.train.settings import PretrainConfig, check, resolve
 
 CLIP_VOCABULARY = 49_408
+
+Tower = TypeVar("Tower", ImageTowerConfig, TextTowerConfig)
 
 
 def pretrain(config: PretrainConfig) -> bool:
@@ -32,8 +35,9 @@ def pretrain(config: PretrainConfig) -> bool:
     check(config)
     folder, checkpoint = open_run(config)
     start = None
-    if checkpoint is None and (config.init or config.init_image):
-        start = load(config.init or config.init_image)
+    if config.init or config.init_image:
+        # A resumed run has these parts itself; the flags of its first command do not change them when given again.
+        start = load(checkpoint or config.init or config.init_image)
         config = _with_parts_of(start, config)
     data = config.data
     columns = {"image_column": data.image_column, "caption_column": data.caption_column, "prompts": data.prompts}
@@ -42,7 +46,8 @@ def pretrain(config: PretrainConfig) -> bool:
     tokenizer = _tokenizer(config, source, checkpoint, start)
     config = resolve(config, source, tokenizer)
     task = ContrastiveTask(config, source, tokenizer, held_out)
-    if start is not None:
+    if start is not None and checkpoint is None:
+        say(f"starting from {start.path}: its {'image tower' if config.init is None else 'towers'} and preprocessing")
         copy_weights(start.model, task.model, image_only=config.init is None)
     return run(config, config.data, folder, checkpoint, source, task)
 
@@ -50,22 +55,32 @@ def pretrain(config: PretrainConfig) -> bool:
 def _with_parts_of(start: Bundle, config: PretrainConfig) -> PretrainConfig:
     """Return the options with the architecture and preprocessing of the model that training starts from.
 
+    What only training knows, dropout say, and whether the logits have a bias are the run's own.
+
     Raises:
         UserError: --init of a model without a text tower.
     """
-    image, seen = start.config.image, start.preprocess.config
-    dropouts = {
-        name: getattr(config.model.image, name) for name in ("dropout", "patch_dropout", "gradient_checkpointing")
-    }
-    image = replace(image, **dropouts)
+    seen = start.preprocess.config
+    image = _trained_as(config.model.image, start.config.image)
     data = replace(config.data, resize=seen.resize, mean=seen.mean, std=seen.std)
     if config.init is None:
         model = replace(config.model, image=image, embed_dim=start.model.config.embed_dim)
     else:
         start.check_text_tower("--init starts both towers; use --init_image")
-        model = replace(start.config, image=image)
-    say(f"starting from {start.path}: its {'image tower' if config.init is None else 'towers'} and preprocessing")
+        has_bias = config.loss.initial_logits(2)[1] is not None
+        model = replace(
+            start.config,
+            image=image,
+            text=_trained_as(config.model.text, start.config.text),
+            init_logit_bias=start.config.init_logit_bias if has_bias else None,
+        )
     return replace(config, model=model, data=data)
+
+
+def _trained_as(asked: Tower, tower: Tower) -> Tower:
+    """Return the tower with the options of `asked` that matter in training alone."""
+    names = ("dropout", "patch_dropout", "gradient_checkpointing")
+    return replace(tower, **{name: getattr(asked, name) for name in names if hasattr(asked, name)})
 
 
 @torch.no_grad()

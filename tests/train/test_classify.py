@@ -7,16 +7,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import contrastive
+from contrastive.config import to_dict
+from contrastive.data.mixture import MixtureOrder
+from contrastive.data.order_choice import order_for
+from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.settings import LabelledDataConfig
+from contrastive.data.sources import open_source
+from contrastive.data.subset import labelled_share
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import classification
 from contrastive.log import read_metrics
 from contrastive.models import ClassifierConfig, ImageClassifier, ImageTowerConfig
 from contrastive.optim import MuonConfig
 from contrastive.train import TrainClassifierConfig, train_classifier
+from contrastive.train.classifier_settings import num_classes
+from contrastive.train.command import command
 from contrastive.train.mixing import Mixing
 from contrastive.train.options import CheckpointConfig, EvaluationConfig, TrainConfig
 from contrastive.train.parameters import parameter_rows
@@ -54,8 +63,6 @@ def test_learns_and_leaves_a_classifier(config, tmp_path):
     bundle = contrastive.load(run)
     assert isinstance(bundle.model, ImageClassifier) and bundle.tokenizer is None
     assert bundle.class_names[7] == "seven" and bundle.config.image.image_size == 8  # the scans are 8 x 8
-    from contrastive.data.sources import open_source
-
     result = classification(bundle, open_source("digits:test"), device="cpu")
     assert result["acc1"] == pytest.approx(evaluation["classification/digits:test/acc1"])
     assert json.dumps(result) and result["chance"] == 10
@@ -117,6 +124,7 @@ def test_the_parameter_table_adds_up(config):
         ({"model": ClassifierConfig(IMAGE, num_classes=7)}, "model.num_classes is 7, but digits:train has 10"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
         ({"mixup": -0.1}, "mixup is -0.1"),
+        ({"cutmix": float("nan")}, "cutmix is nan"),
         ({"patch_size": 3, "image_size": 8}, "image_size 8 is not a multiple of"),
         ({"image_size": 0}, "image_size is 0"),
         ({"train": TrainConfig(steps=1, global_batch_size=4096)}, "larger than 'digits:train'"),
@@ -128,6 +136,57 @@ def test_bad_options_are_one_line(config, changes, message, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_the_number_of_classes_of_data_without_names():
+    unnamed = SimpleNamespace(name="t.csv", class_names=None)
+    assert num_classes(unnamed, 3) == 3
+    with pytest.raises(UserError, match="t.csv has no class names: put a classnames.txt beside the data"):
+        num_classes(unnamed, None)
+    for too_few in (1, 0, -3):
+        with pytest.raises(UserError, match=f"model.num_classes is {too_few}; a classifier needs two at least"):
+            num_classes(unnamed, too_few)
+
+
+def test_a_share_of_a_mixture_keeps_the_weights():
+    mixture = labelled_share(open_source("digits:train=9,digits:test=1"), 0.1)
+    assert mixture.weights == (9, 1) and isinstance(order_for(mixture, 16, 0), MixtureOrder)
+    assert len(mixture) == sum(len(part) for part in mixture.parts) < 200 and mixture.class_names[7] == "seven"
+
+
+def test_scores_are_float32_and_evaluation_is_whatever_the_precision_of_the_run():
+    torch.manual_seed(0)
+    image = replace(IMAGE, image_size=8, patch_size=2)
+    model = ImageClassifier(ClassifierConfig(image, num_classes=10, unit_features=True)).eval()
+    torch.nn.init.normal_(model.head.weight, std=10)
+    bundle = SimpleNamespace(model=model, preprocess=Preprocess(PreprocessConfig(image_size=8)))
+    test = open_source("digits:test")
+    first = classification(bundle, test, device="cpu", limit=50)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as Accelerate wraps it
+    assert classification(bundle, test, device="cpu", limit=50)["loss"] == first["loss"]
+    pixels = torch.randn(4, 3, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = model.encode_image(pixels)
+        scores = model(pixels)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, features @ model.head.weight.T)
+
+
+def test_the_name_of_a_preset_given_again_changes_nothing_on_resume(tmp_path):
+    run, file, seen = tmp_path / "run", tmp_path / "file.yaml", []
+    file.write_text("model: {name: tiny, image: {dropout: 0.1}}\ntrain: {steps: 1}\n")
+    words = {"prog": "p", "description": "d", "default_file": file, "name": lambda config: "n"}
+
+    def stopped(config):
+        seen.append(config)
+        run.mkdir(exist_ok=True)
+        (run / "config.yaml").write_text(yaml.safe_dump(to_dict(replace(config, resume=False))))
+        return True
+
+    for more in ((), ("--resume",)):
+        command(TrainClassifierConfig, stopped, ["--model", "tiny", "--run_folder", str(run), *more], **words)
+    first, second = map(to_dict, seen)
+    assert second == {**first, "resume": True} and second["model"]["image"]["dropout"] == 0.1
+
+
 def test_labels_out_of_range_stop_the_run_and_are_named(config, tmp_path, monkeypatch):
     from contrastive.data.sources.digits import Digits
 
@@ -137,7 +196,6 @@ def test_labels_out_of_range_stop_the_run_and_are_named(config, tmp_path, monkey
 
 
 def test_what_needs_a_text_tower_says_so_of_a_classifier(config):
-    from contrastive.data.sources import open_source
     from contrastive.evaluate.retrieval import retrieval
     from contrastive.evaluate.zero_shot import zero_shot
 

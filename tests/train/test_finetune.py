@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import contrastive
@@ -13,9 +14,11 @@ from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 from contrastive.evaluate.zero_shot import zero_shot
 from contrastive.log import read_metrics
+from contrastive.losses import LOSSES
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.train import FinetuneConfig, PretrainConfig, finetune, pretrain
 from contrastive.train.classifier_settings import WiseFTConfig
+from contrastive.train.classify import _classifier_from
 from contrastive.train.options import CheckpointConfig, EvaluationConfig, TrainConfig
 
 IMAGE = ImageTowerConfig(
@@ -139,6 +142,29 @@ def test_pretraining_starts_from_a_model_with_all_that_belongs_to_it(pretrained,
     assert torch.equal(*both)
 
 
+def test_going_on_from_a_model_that_was_started_from(pretrained, tmp_path):
+    """With a loss that has no bias, and with the flags of the first command given again."""
+    ours = replace(MODEL, text=replace(TEXT, dropout=0.1))
+    options = {"init": str(pretrained), "model": ours, "loss": LOSSES.get("softmax")()}
+    assert pretrain(pretraining(tmp_path / "more", train=TrainConfig(steps=1, global_batch_size=32), **options))
+    first = yaml.safe_load((tmp_path / "more" / "config.yaml").read_text())
+    assert first["model"]["init_logit_bias"] is None and first["model"]["text"]["dropout"] == 0.1
+    again = replace(ours, image=replace(IMAGE, norm_eps=1e-3), embed_dim=32)
+    data = DataConfig(train="digits", vocab_size=300, resize="crop")
+    longer = {**options, "train": TrainConfig(steps=2, global_batch_size=32), "model": again, "data": data}
+    assert pretrain(pretraining(tmp_path / "more", resume=True, **longer))
+    second = yaml.safe_load((tmp_path / "more" / "config.yaml").read_text())
+    assert second["model"] == first["model"] and second["data"] == first["data"]
+    assert contrastive.load(tmp_path / "more").model.logit_bias is None
+
+
+def test_fine_tuning_sees_every_patch(config, pretrained):
+    bundle = contrastive.load(pretrained)
+    bundle = replace(bundle, config=replace(bundle.config, image=replace(IMAGE, patch_dropout=0.5)))
+    model = _classifier_from(bundle, replace(config, head="zeros", dropout=0.2), open_source("digits"))
+    assert model.config.image.patch_dropout == 0 and model.config.image.dropout == 0.2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -160,4 +186,10 @@ def test_bad_fine_tunings_are_one_line(config, tmp_path):
         finetune(replace(config, init=""))
     with pytest.raises(UserError, match="layer_decay is 0"):
         finetune(replace(config, optimizer=replace(config.optimizer, layer_decay=0.0)))
+    with pytest.raises(UserError, match="dropout is 1.5"):
+        finetune(replace(config, dropout=1.5))
+    with pytest.raises(UserError, match="wise_ft.eval needs class names, which scenes:val has not"):
+        finetune(replace(config, wise_ft=WiseFTConfig(eval=("scenes:val",))))
+    with pytest.raises(UserError, match=r"wise_ft.save is 0.5, which needs a head that starts from prompts"):
+        finetune(replace(config, head="zeros", wise_ft=WiseFTConfig(save=0.5)))
     assert not (tmp_path / "tuned").exists()
