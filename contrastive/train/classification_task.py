@@ -66,6 +66,7 @@ class ClassificationTask(Task):
         return total
 
     def figures(self) -> dict[str, float | None]:
+        """'accuracy': percent of this rank's share of the batch, as it was varied."""
         return {"accuracy": self._accuracy}
 
     def evaluate(self, runtime: Runtime) -> dict[str, float]:

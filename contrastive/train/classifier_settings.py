@@ -58,6 +58,8 @@ class FinetuneConfig(SupervisedConfig):
 
     init: str = ""
     """The pretrained model: a run, checkpoint or model folder."""
+    init_key: str | None = None
+    """Hash of its weights, which a resumed run compares; filled in when the run starts."""
     head: Literal["auto", "zero_shot", "zeros"] = "auto"
     """How the linear head starts: from the text embeddings of prompts, or at zero. auto: from prompts, where the model
     has a text tower and the data class names."""

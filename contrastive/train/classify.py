@@ -6,13 +6,15 @@ from typing import TypeVar
 import torch
 
 from contrastive.data.prompts import default_templates, load_templates
-from contrastive.data.record import Source
+from contrastive.data.record import BadSample, Source
 from contrastive.data.sources import open_source
 from contrastive.data.sources.held_out import held_out_spec
 from contrastive.data.subset import labelled_share
 from contrastive.errors import UserError
+from contrastive.evaluate.embeddings import pick_indices
 from contrastive.evaluate.zero_shot import zero_shot_classifier
 from contrastive.interop.native import Bundle, load
+from contrastive.interop.weights_key import weights_key
 from contrastive.log import say
 from contrastive.models import ClassifierConfig, ImageClassifier
 from contrastive.train.classification_task import ClassificationTask
@@ -30,6 +32,8 @@ from contrastive.train.options import check_shares, resolve_run
 from contrastive.train.parameters import show_parameters
 from contrastive.train.run import open_run, run
 from contrastive.train.wise_ft import WiseFT
+
+PROBED = 100  # held-out samples looked at for labels
 
 C = TypeVar("C", bound=SupervisedConfig)
 
@@ -70,6 +74,13 @@ def finetune(config: FinetuneConfig) -> bool:
     check_shares({"dropout": config.dropout})
     check_wise_ft(config.wise_ft)
     folder, checkpoint = open_run(config)
+    key = weights_key(bundle.model)
+    if checkpoint is not None and config.init_key not in (None, key):
+        raise UserError(
+            f"{bundle.path} is not the model that {folder.path} started from: its weights have changed; put the old "
+            "ones back, or start again with another --run_folder"
+        )
+    config = replace(config, init_key=key)
     source, held_out, config = _open_data(config)
     seen = bundle.preprocess.config
     data = replace(config.data, resize=seen.resize, mean=seen.mean, std=seen.std)
@@ -103,9 +114,22 @@ def _open_data(config: C) -> tuple[Source, list[Source], C]:
     held_out = [open_source(spec, image_column=data.image_column) for spec in config.data.eval]
     for other in held_out:
         check_same_classes(source, other)
+        if not _labelled(other):
+            raise UserError(f"data.eval {other.name} has no class labels; classifiers are scored on labelled images")
     if data.share != 1:
         source = labelled_share(source, data.share)
     return source, held_out, config
+
+
+def _labelled(source: Source) -> bool:
+    """Whether one of some samples, spread over the source, has a label."""
+    for index in pick_indices(len(source), PROBED).tolist():
+        try:
+            if source.label(index) is not None:
+                return True
+        except BadSample:
+            continue
+    return False
 
 
 def _kind_of_head(config: FinetuneConfig, bundle: Bundle, source: Source) -> str:

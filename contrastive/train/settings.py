@@ -6,6 +6,7 @@ from typing import Literal
 from contrastive.config import preset, slot
 from contrastive.data.record import Source
 from contrastive.data.settings import DataConfig
+from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.losses import LOSSES, LossConfig
@@ -94,8 +95,8 @@ def num_distinct(loss: LossConfig, source: Source, global_batch_size: int) -> in
 
     Of class prompts, where equal ones are matches, no more than there are classes.
     """
-    names = source.class_names if loss.duplicates == "positive" else None
-    return min(global_batch_size, len(names)) if names else global_batch_size
+    prompts = isinstance(source, ClassPrompts) and loss.duplicates == "positive"
+    return min(global_batch_size, len(source.class_names)) if prompts else global_batch_size
 
 
 def _fit_text(model: ModelConfig, tokenizer: Tokenizer):

@@ -69,7 +69,9 @@ class WiseFT(ClassificationTask):
         }
 
     def _write(self, folder: Path, rows: list[dict[str, float]]) -> None:
-        (folder / "wise_ft.json").write_text(json.dumps(rows, indent=1))
+        temporary = folder / "wise_ft.json.partial"
+        temporary.write_text(json.dumps(rows, indent=1))
+        temporary.replace(folder / "wise_ft.json")
         if len(rows) > 1 and len(rows[0]) > 1:
             _draw(rows, folder / "wise_ft.png")
         model = self.bundle.model

@@ -1,6 +1,7 @@
 """Fine-tuning, WiSE-FT and locked-image tuning of a small pretrained model."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,8 @@ from contrastive.data.settings import DataConfig, LabelledDataConfig
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 from contrastive.evaluate.zero_shot import zero_shot
+from contrastive.interop.manifest import write_folder
+from contrastive.interop.native import save_model
 from contrastive.log import read_metrics
 from contrastive.losses import LOSSES
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
@@ -192,4 +195,27 @@ def test_bad_fine_tunings_are_one_line(config, tmp_path):
         finetune(replace(config, wise_ft=WiseFTConfig(eval=("scenes:val",))))
     with pytest.raises(UserError, match=r"wise_ft.save is 0.5, which needs a head that starts from prompts"):
         finetune(replace(config, head="zeros", wise_ft=WiseFTConfig(save=0.5)))
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_a_start_that_has_changed_is_refused_on_resume(config, pretrained, tmp_path):
+    every = replace(config, checkpoint=CheckpointConfig(every=10), init=str(tmp_path / "model"))
+    shutil.copytree(pretrained / "final", tmp_path / "model")
+    assert finetune(every)
+    key = yaml.safe_load((tmp_path / "tuned" / "config.yaml").read_text())["init_key"]
+    other = contrastive.load(tmp_path / "model")
+    weights = other.model.state_dict()
+    weights["logit_scale"] = weights["logit_scale"] + 0.1
+    shutil.rmtree(tmp_path / "model")
+    write_folder(
+        tmp_path / "model",
+        lambda folder: save_model(folder, weights, other.config, other.preprocess.config, other.tokenizer),
+    )
+    with pytest.raises(UserError, match="is not the model that .* started from: its weights have changed"):
+        finetune(replace(every, resume=True, init_key=key))
+
+
+def test_held_out_data_without_labels_are_refused_at_the_start(config, tmp_path):
+    with pytest.raises(UserError, match="data.eval scenes:train has no class labels"):
+        finetune(replace(config, data=replace(config.data, eval=("scenes:train",))))
     assert not (tmp_path / "tuned").exists()
