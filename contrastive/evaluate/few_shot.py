@@ -1,0 +1,147 @@
+"""Few-shot classification by ridge regression on frozen features (big_vision's evaluator fewshot_lsr; Dosovitskiy et
+al. 2021, section 4.1).
+
+N samples, C classes, E embed_dim, S shots.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from contrastive.errors import UserError
+from contrastive.evaluate.probe_input import ProbeInput, checked_input, counts, hit_figures, probe_device
+from contrastive.evaluate.zero_shot import ranked
+from contrastive.log import console
+
+SHOTS = (1, 5, 10, 25)
+L2 = 2.0**10
+BIAS = 100.0
+"""The constant feature: so large that its weight is hardly penalised."""
+LEAST_DEVIATION = 1e-5
+BLOCK_ROWS = 4096
+
+
+def few_shot(
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    test: torch.Tensor,
+    test_labels: torch.Tensor,
+    *,
+    shots: Sequence[int] = SHOTS,
+    seeds: int = 3,
+    num_classes: int | None = None,
+    l2: float = L2,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> dict:
+    """Fit on S training images of each class, score on the whole test set; for each S and several draws.
+
+    Args:
+        train, test: features (N, E), whitened here by the mean and deviation of the drawn images.
+        shots: the numbers S. One that some class has fewer images than is left out, and named in the result.
+        seeds: number of draws, of seeds 0, 1, ...; fewer shots of a seed are the first of its more.
+        l2: penalty of the ridge regression.
+
+    Returns:
+        A dict that JSON can hold but for 'predicted' (N,) int64: in percent 'shot1_acc1' and 'shot1_std', ... mean and
+        standard deviation (of the seeds) for each S; 'acc1', 'acc5' (more than five classes), 'mean_per_class_recall':
+        means for the most shots; 'chance'; 'shots' as used, 'left_out_shots', 'seeds', 'l2', 'num_train', 'num_test',
+        'num_classes'. 'predicted' is that of the most shots and seed 0.
+
+    Raises:
+        UserError: shots, seeds or an l2 that are not positive, no number of shots that every class has, or as
+            `checked_input`.
+    """
+    given = checked_input(train, train_labels, test, test_labels, num_classes)
+    if not l2 > 0:
+        raise UserError(f"few-shot: l2 is {l2}; it has to be positive")
+    used = _checked_shots(shots, seeds, given.train_labels, given.num_classes)
+    found, first = _draws(given, used, seeds, l2, probe_device(device), progress)
+    figures = {}
+    for number, draws in found.items():
+        accuracies = [figure["acc1"] for figure in draws]
+        figures[f"shot{number}_acc1"], figures[f"shot{number}_std"] = (
+            np.mean(accuracies).item(),
+            np.std(accuracies).item(),
+        )
+    return {
+        **{name: np.mean([figure[name] for figure in found[used[-1]]]).item() for name in found[used[-1]][0]},
+        **figures,
+        "shots": used,
+        "left_out_shots": [number for number in shots if number not in used],
+        "seeds": seeds,
+        "l2": l2,
+        **counts(given),
+        "predicted": first,
+    }
+
+
+def _draws(
+    given: ProbeInput, used: Sequence[int], seeds: int, l2: float, device: torch.device, progress: bool
+) -> tuple[dict[int, list[dict[str, float]]], torch.Tensor]:
+    """Figures of each draw by shots, and the classes (N,) predicted by seed 0 with the most shots."""
+    found: dict[int, list[dict[str, float]]] = {number: [] for number in used}
+    hidden = not (progress and console.is_terminal)
+    for seed in track(range(seeds), "few-shot", console=console, disable=hidden, transient=True):
+        drawn = draw(given.train_labels, given.num_classes, seed)
+        for number in used:
+            rows = torch.cat([places[:number] for places in drawn])
+            train, labels = given.train[rows].to(device), given.train_labels[rows]
+            rank, predicted = ranked(ridge_scores(train, labels, given.test, given.num_classes, l2), given.test_labels)
+            found[number].append(hit_figures(rank, predicted, given))
+        if seed == 0:
+            first = predicted
+    return found, first
+
+
+def _checked_shots(shots: Sequence[int], seeds: int, labels: torch.Tensor, num_classes: int) -> list[int]:
+    if seeds < 1:
+        raise UserError(f"few-shot needs at least one seed, got {seeds}")
+    if not shots or min(shots) < 1:
+        raise UserError(f"few-shot needs positive numbers of shots, got {', '.join(map(str, shots)) or 'none'}")
+    fewest = torch.bincount(labels, minlength=num_classes)
+    used = sorted({number for number in shots if number <= fewest.min()})
+    if not used:
+        raise UserError(
+            f"class {fewest.argmin()} has {fewest.min()} training images, fewer than the least number of shots, "
+            f"{min(shots)}; ask for fewer shots"
+        )
+    return used
+
+
+def draw(labels: torch.Tensor, num_classes: int, seed: int) -> list[torch.Tensor]:
+    """For each class its places in `labels` (N,), in an order drawn by `seed`: as big_vision draws them."""
+    generator = np.random.default_rng(seed)
+    labels = labels.numpy()
+    return [torch.from_numpy(generator.permutation(np.where(labels == label)[0])) for label in range(num_classes)]
+
+
+def ridge_scores(
+    train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, num_classes: int, l2: float = L2
+) -> torch.Tensor:
+    """Scores (N, C) of test features by the ridge regression of -1 and +1 on whitened training features (n, E).
+
+    In float64: mean and deviation (plus 1e-5) of each feature are taken out, a constant feature of 100 is added, and
+    the weights solve  (XᵀX + l2 I) W = XᵀY,  by whichever of XᵀX and XXᵀ is smaller.
+    """
+    device = train.device
+    train = train.double()
+    mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0) + LEAST_DEVIATION
+
+    def whitened(features: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad((features - mean) / deviation, (0, 1), value=BIAS)
+
+    rows = whitened(train)
+    targets = 2 * torch.nn.functional.one_hot(labels.to(device), num_classes).double() - 1
+    if len(rows) >= rows.shape[1]:
+        weights = _solve(rows.T @ rows, l2, rows.T @ targets)
+    else:
+        weights = rows.T @ _solve(rows @ rows.T, l2, targets)
+    return torch.cat([(whitened(block.to(device).double()) @ weights).cpu() for block in test.split(BLOCK_ROWS)])
+
+
+def _solve(matrix: torch.Tensor, l2: float, target: torch.Tensor) -> torch.Tensor:
+    matrix.diagonal().add_(l2)
+    return torch.cholesky_solve(target, torch.linalg.cholesky(matrix))

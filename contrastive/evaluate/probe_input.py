@@ -1,0 +1,132 @@
+"""What the evaluators on features share: checks of what they are given, and the figures of their result.
+
+N samples, C classes, E embed_dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from contrastive.errors import UserError
+from contrastive.evaluate.zero_shot import ranked
+
+
+@dataclass(frozen=True)
+class ProbeInput:
+    """Features (N, E), float32 or float64, and labels (N,) int64 in 0..C-1; every class is in the training set."""
+
+    train: torch.Tensor
+    train_labels: torch.Tensor
+    test: torch.Tensor
+    test_labels: torch.Tensor
+    num_classes: int
+    val: torch.Tensor | None = None
+    val_labels: torch.Tensor | None = None
+
+
+def checked_input(
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    test: torch.Tensor,
+    test_labels: torch.Tensor,
+    num_classes: int | None = None,
+    val: torch.Tensor | None = None,
+    val_labels: torch.Tensor | None = None,
+) -> ProbeInput:
+    """Return what fits together; classes are counted from the labels when `num_classes` is None.
+
+    Raises:
+        UserError: an empty set, as many labels as features missing, labels out of range, fewer than two classes, a
+            class without training samples, widths that differ, features that are NaN or infinite, validation
+            features without labels or the reverse.
+    """
+    if (val is None) != (val_labels is None):
+        raise UserError("validation features and validation labels go together; one of them is missing")
+    given = {"training": (train, train_labels), "test": (test, test_labels)}
+    if val is not None:
+        given["validation"] = (val, val_labels)
+    sets = {name: _checked_set(name, *pair) for name, pair in given.items()}
+    if num_classes is None:
+        num_classes = 1 + max(int(labels.max()) for _, labels in sets.values())
+    if num_classes < 2:
+        raise UserError(f"{num_classes} class; a classifier needs at least two")
+    width, dtype = sets["training"][0].shape[1], sets["training"][0].dtype
+    for name, (features, labels) in sets.items():
+        if features.shape[1] != width:
+            raise UserError(
+                f"{name} features are {features.shape[1]} wide, but the training features {width}; "
+                "take both from the same model and the same side of its projection"
+            )
+        if labels.min() < 0 or labels.max() >= num_classes:
+            span = f"{name} labels go from {labels.min()} to {labels.max()}"
+            raise UserError(f"{span}, but there are {num_classes} classes: they have to be in 0..{num_classes - 1}")
+        sets[name] = features.to(dtype), labels
+    empty = (torch.bincount(sets["training"][1], minlength=num_classes) == 0).nonzero().flatten().tolist()
+    if empty:
+        which = f"class {empty[0]} has" if len(empty) == 1 else f"classes {', '.join(map(str, empty[:5]))} have"
+        more = f" ({len(empty)} of {num_classes})" if len(empty) > 5 else ""
+        raise UserError(f"{which} no training samples{more}; every class that is told apart needs at least one")
+    return ProbeInput(*sets["training"], *sets["test"], num_classes, *sets.get("validation", (None, None)))
+
+
+def _checked_set(name: str, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    features, labels = torch.as_tensor(features), torch.as_tensor(labels)
+    if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels):
+        shapes = f"{name} features have the shape {tuple(features.shape)} and their labels {tuple(labels.shape)}"
+        raise UserError(f"{shapes}; expected (N, E) and (N,)")
+    if len(features) == 0:
+        raise UserError(f"there are no {name} samples")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise UserError(f"{name} labels are {labels.dtype}; expected whole numbers")
+    features = features if features.dtype == torch.float64 else features.float()
+    bad = (~features.isfinite().all(dim=1)).nonzero().flatten()
+    if len(bad):
+        raise UserError(
+            f"{name} features hold NaN or infinite values in {len(bad)} of {len(features)} rows, first in row {bad[0]}"
+        )
+    return features, labels.long()
+
+
+def probe_device(device: str | torch.device) -> torch.device:
+    """Where to compute; the CPU in place of MPS, which has neither float64 nor eigenvectors."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def probe_figures(scores: torch.Tensor, given: ProbeInput) -> dict:
+    """Figures of (N, C) scores of the test set; ties count against the model.
+
+    Returns:
+        'acc1', 'acc5' (more than five classes), 'mean_per_class_recall' and 'chance' in percent, 'num_train',
+        'num_test', 'num_classes', and 'predicted', (N,) int64, which JSON cannot hold.
+    """
+    rank, predicted = ranked(scores, given.test_labels)
+    return {**hit_figures(rank, predicted, given), **counts(given), "predicted": predicted}
+
+
+def hit_figures(rank: torch.Tensor, predicted: torch.Tensor, given: ProbeInput) -> dict[str, float]:
+    """'acc1', 'acc5' for more than five classes, and 'mean_per_class_recall' over the classes that have test samples.
+
+    Args:
+        rank: (N,), how many classes stand before the right one.
+        predicted: (N,), the class chosen.
+    """
+    right = predicted == given.test_labels
+    figures = {"acc1": 100 * right.double().mean().item()}
+    if given.num_classes > 5:
+        figures["acc5"] = 100 * ((rank < 5) | right).double().mean().item()
+    totals = torch.bincount(given.test_labels, minlength=given.num_classes)
+    hits = torch.bincount(given.test_labels[right], minlength=given.num_classes)
+    there = totals > 0
+    figures["mean_per_class_recall"] = 100 * (hits[there] / totals[there].double()).mean().item()
+    return figures
+
+
+def counts(given: ProbeInput) -> dict:
+    """The chance level in percent, and how many samples and classes there are."""
+    return {
+        "chance": 100 / given.num_classes,
+        "num_train": len(given.train),
+        "num_test": len(given.test),
+        "num_classes": given.num_classes,
+    }
