@@ -5,9 +5,9 @@
 
 Every rival's row goes to results/data.jsonl; one that fails leaves a row with an `error`.
 
-Sets: `real`, photographs in shards (left out where there are none), and JPEGs of WIDTHxHEIGHT pixels and quality 90, or
-that after a 'q', drawn with a photograph's spectrum into a temporary folder. All rivals read the same shards, crop at random (scale 0.9
-to 1), resize to 224 x 224, bicubic and antialiased, tokenize a caption for CLIP, and shuffle:
+Sets: `real`, photographs in shards (left out where there are none), and JPEGs of WIDTHxHEIGHT pixels and quality 90,
+or that after a 'q', drawn with a photograph's spectrum into a temporary folder. All rivals read the same shards, crop
+at random (scale 0.9 to 1), resize to 224 x 224, bicubic and antialiased, tokenize a caption for CLIP, and shuffle:
 
 ours        our shards, order, PairDataset and train_loader; uint8 batches
 open_clip   get_wds_dataset of open_clip_train with image_transform(is_train=True); float32, normalised by the workers
@@ -32,7 +32,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from data_measure import (
     Failed,
     alone,
@@ -48,7 +47,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rows import RESULTS, append
+from rows import RESULTS, append, run_benchmark
+
+from contrastive.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 GENERATED = r"([1-9]\d*)x([1-9]\d*)(?:q([1-9]|[1-8]\d|9[0-5]))?"
@@ -108,13 +109,17 @@ def _check(options: Options) -> None:
     cores = len(os.sched_getaffinity(0))
     for name in options.sets:
         if name != "real" and not re.fullmatch(GENERATED, name):
-            sys.exit(f"--sets {name}: expected real, WIDTHxHEIGHT or WIDTHxHEIGHTqQUALITY, the quality from 1 to 95")
+            raise UserError(
+                f"--sets {name}: expected real, WIDTHxHEIGHT or WIDTHxHEIGHTqQUALITY, the quality from 1 to 95"
+            )
     if max(options.workers, default=0) > min(cores, SHARDS):
-        sys.exit(f"--workers {max(options.workers)}: this machine and {SHARDS} shards allow {min(cores, SHARDS)}")
+        raise UserError(
+            f"--workers {max(options.workers)}: this machine and {SHARDS} shards allow {min(cores, SHARDS)}"
+        )
     if not (options.workers and options.rivals and options.sets):
-        sys.exit("--workers, --rivals and --sets need a value each")
+        raise UserError("--workers, --rivals and --sets need a value each")
     if options.rounds < 1 or options.batch < 1 or options.seconds <= 0:
-        sys.exit("--rounds, --batch and --seconds have to be positive")
+        raise UserError("--rounds, --batch and --seconds have to be positive")
 
 
 def _there(shards: str, console: Console) -> bool:
@@ -229,4 +234,4 @@ def _four_digits(value: float) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__, use_underscores=True))
+    run_benchmark("data.py", Options, __doc__, main)

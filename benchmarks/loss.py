@@ -36,15 +36,16 @@ from typing import Literal
 
 import torch
 import torch.multiprocessing as mp
-import tyro
 from loss_measure import measure
 from loss_rivals import Case, LossName, RivalName, choose, package_version, too_large, unfit
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rows import RESULTS, append
+from rows import RESULTS, append, run_benchmark
 from torch.multiprocessing.spawn import ProcessException
+
+from contrastive.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,15 @@ def _cases(options: Options) -> list[Case]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and torch.cuda.device_count() < options.ranks:
-        sys.exit(f"--ranks {options.ranks} on cuda needs as many GPUs, this machine has {torch.cuda.device_count()}")
+        raise UserError(
+            f"--ranks {options.ranks} on cuda needs as many GPUs, this machine has {torch.cuda.device_count()}"
+        )
     if uneven := [batch for batch in options.batch if batch <= 0 or batch % options.ranks]:
-        sys.exit(f"--batch {uneven[0]} does not divide evenly among {options.ranks} ranks")
+        raise UserError(f"--batch {uneven[0]} does not divide evenly among {options.ranks} ranks")
     if not (options.batch and options.dim and options.loss):
-        sys.exit("--batch, --dim and --loss need a value each")
+        raise UserError("--batch, --dim and --loss need a value each")
     if options.repeats < 1:
-        sys.exit(f"--repeats is {options.repeats}, expected at least 1")
+        raise UserError(f"--repeats is {options.repeats}, expected at least 1")
     threads = max(1, torch.get_num_threads() // options.ranks)
     return [
         Case(loss, batch, dim, options.dtype, options.ranks, device, threads)
@@ -251,4 +254,4 @@ def _size(size: int | None) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__, use_underscores=True))
+    run_benchmark("loss.py", Options, __doc__, main)

@@ -1,17 +1,29 @@
-"""Rows of benchmarks/results/*.jsonl: what was measured, on what, with which versions, when."""
+"""How a benchmark starts, and rows of benchmarks/results/*.jsonl: what was measured, on what, which versions, when."""
 
 import datetime
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from contrastive.config import parse
+from contrastive.log import run_script
+
+T = TypeVar("T")
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "accelerate", "numpy")
+
+
+def run_benchmark(prog: str, options: type[T], description: str, main: Callable[[T], None]) -> None:
+    """Run `main` with the command line's `options`; a wrong flag or value is one line and exit status 2."""
+    run_script(prog, lambda args: main(parse(options, args, [], prog=prog, description=description)))
 
 
 def append(name: str, row: dict, command: str) -> dict:

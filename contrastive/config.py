@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import io
 import re
-import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from contrastive.errors import UserError, did_you_mean
+from contrastive.option_types import accepts, type_name
 from contrastive.registry import Registry
 
 T = TypeVar("T")
@@ -63,10 +63,12 @@ def parse(
     prog: str,
     description: str,
     either: tuple[tuple[str, ...], ...] = (),
+    also: tuple[str, ...] = (),
 ) -> T:
     """Fill the dataclass `cls`: defaults, then each of `files` in turn, then the flags `args`.
 
     Of the options in one group of `either`, the one given last is kept: a flag for one outdoes another in a file.
+    `also` names further flags of the script, which an unknown one may have been meant to be.
 
     A section chosen by name (`loss`, `optimizer`, `model`) takes the flag's choice, else the last file's. What
     a file says about a component that was not chosen is left aside. `--help` prints and exits with status 0.
@@ -92,8 +94,11 @@ def parse(
     ]
     for arg in rest:
         if arg.startswith("--"):
-            _check_known(arg, known)
-    return _run_tyro(chosen, flags + rest, known, prog, _describe(description, cls), args)
+            _check_known(arg, known, (*_choices(cls), *also))
+    words = {"known": known, "prog": prog, "description": _describe(description, cls), "given": args}
+    if flags and {"-h", "--help"} & {*rest}:  # the defaults that it tells are then those of the files
+        return _run_tyro(chosen, rest, default=_run_tyro(chosen, flags, **words), **words)
+    return _run_tyro(chosen, flags + rest, **words)
 
 
 def _keep_one(group: tuple[str, ...], layers: list[_Layer], args: list[str]) -> None:
@@ -253,12 +258,12 @@ def _flat_types(cls: type, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_known(flag: str, known: dict[str, Any]) -> None:
+def _check_known(flag: str, known: dict[str, Any], also: tuple[str, ...]) -> None:
     name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
     section, _, option = name.rpartition(".")
     positive = f"{section}.{option.removeprefix('no_')}".lstrip(".")  # --evaluate.no_progress
     if name not in known and known.get(positive) is not bool and name != "help":
-        raise UserError(f"unknown flag --{name}.{did_you_mean(name, known)} See --help")
+        raise UserError(f"unknown flag --{name}.{did_you_mean(name, (*known, *also))} See --help")
 
 
 def _as_flags(key: str, value: Any, known: dict[str, Any], path: Path) -> list[str]:
@@ -273,51 +278,29 @@ def _as_flags(key: str, value: Any, known: dict[str, Any], path: Path) -> list[s
     return [f"--{key}", *map(str, items)]
 
 
-def accepts(annotation: Any, value: Any) -> bool:
-    """Whether a YAML value has the option's type. tyro itself would take a wrongly typed default."""
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(accepts(option, value) for option in inner)
-    if origin is typing.Literal:
-        return value in inner
-    if origin is tuple:
-        if not isinstance(value, list):
-            return False
-        wanted = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
-        return len(wanted) == len(value) and all(map(accepts, wanted, value))
-    if annotation is types.NoneType:
-        return value is None
-    if annotation is float:  # YAML reads 1e-3, without a point, as text
-        text = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
-        return bool(text) or (isinstance(value, (int, float)) and not isinstance(value, bool))
-    return type(value) is annotation
-
-
-def type_name(annotation: Any) -> str:
-    """int, 'float or none', 'one of gelu, quick_gelu', 'float float': what to write, in words."""
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(type_name, inner))
-    if origin is typing.Literal:
-        return f"one of {', '.join(map(str, inner))}"
-    if origin is tuple:
-        return f"a list of {type_name(inner[0])}" if inner[-1] is Ellipsis else f"{len(inner)} values"
-    return "none" if annotation is types.NoneType else annotation.__name__
-
-
 def _describe(description: str, cls: type) -> str:
     lines = [f"--{name} {{{','.join(c.names)}}}" for name, c in _choices(cls).items() if c.is_slot]
     lines += [f"--{name} NAME" for name, c in _choices(cls).items() if not c.is_slot]
     return "\n\n".join([description, *(["Chosen by name: " + "  ".join(lines)] if lines else [])])
 
 
-def _run_tyro(cls: type[T], args: list[str], known: dict[str, Any], prog: str, description: str, given: list[str]) -> T:
+def _run_tyro(
+    cls: type[T],
+    args: list[str],
+    *,
+    known: dict[str, Any],
+    prog: str,
+    description: str,
+    given: list[str],
+    default: T | None = None,
+) -> T:
     import tyro
 
     errors = io.StringIO()
+    start = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(cls, args=args, prog=prog, description=description, use_underscores=True)
+            return tyro.cli(cls, args=args, prog=prog, description=description, use_underscores=True, **start)
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise

@@ -7,7 +7,7 @@
 RUN is a run folder, a checkpoint folder or a model folder. Prints a table; writes evaluation.json, evaluation.md and
 evaluation.html. Embeddings are made once for all tasks and kept in RUN/embeddings by the hash of the weights, under
 `accelerate launch` by all processes together. Data may be a folder that scripts/embed.py wrote. When a task fails the
-others go on, and the exit status is 1.
+others go on, and the exit status is 1; when all fail nothing is written, and it is 2.
 """
 
 import argparse
@@ -76,7 +76,15 @@ def chosen_suite(options: argparse.Namespace) -> Suite:
             equals = ""
         if not equals:
             raise UserError(f"--option '{option}': expected KEY=VALUE, as k=[5, 20]")
-    return Suite(f"{options.task}-{folder_name(options.data or '')}", (task_from(values, f"--task {options.task}"),))
+    keys = {key.name for key in dataclasses.fields(TASKS.get(options.task))}
+    for key, flag in (("train", "--train"), ("test", "--data"), ("data", "--data")):
+        if key in keys and key not in values:
+            raise UserError(f"--task {options.task}: '{key}' is missing; give {flag} SPEC")
+    # What was asked for is in the name, so that another question does not replace the answer.
+    said = [options.task, *options.option, options.data or ""]
+    said += [f"train={options.train}"] if options.train else []
+    said += [f"limit={options.limit}"] if options.limit else []
+    return Suite("-".join(map(folder_name, said)), (task_from(values, f"--task {options.task}"),))
 
 
 def named(runs: Sequence[Path]) -> list[ModelEntry]:
@@ -121,10 +129,14 @@ def evaluate(options: argparse.Namespace) -> bool:
     finally:
         if is_main_process():
             shutil.rmtree(passing, ignore_errors=True)
+    failures = comparison.failures
+    if not any(result.outcome for result in comparison.results):  # an earlier evaluation stays as it is
+        told = f"none of the {len(suite.tasks)} tasks could be done"
+        raise UserError(failures[0] if len(failures) == 1 else told)
     write_output(out, comparison)
     print_comparison(comparison)
     print(f"wrote {out / 'evaluation.html'}, .md and .json")
-    return not comparison.failures
+    return not failures
 
 
 def main(arguments: list[str]) -> None:

@@ -3,11 +3,14 @@
     python scripts/index.py 'cc3m/{00000..00331}.tar'
     python scripts/index.py 's3://bucket/cc3m/{00000..00331}.tar' --workers 16
     python scripts/index.py 'cc3m/{00000..00331}.tar' --verify
+    python scripts/index.py https://host/cc3m/00017.tar --force
 
 Reads every shard once, for its samples and its sha256. Run again after an interruption, it goes on from there; run
-again later, it indexes what is new or changed. The index lies in .contrastive-index beside local shards; that of
-remote shards in the cache ($CONTRASTIVE_CACHE, default ~/.cache/contrastive). An index folder may be copied, and
-named in place of the shards: --data.train FOLDER.
+again later, it indexes what is new, and local shards that changed. That a remote shard was replaced shows when it is
+next downloaded: --force indexes it anew.
+
+The index lies in .contrastive-index beside local shards; that of remote shards in the cache ($CONTRASTIVE_CACHE,
+default ~/.cache/contrastive). An index folder may be copied, and named in place of the shards: --data.train FOLDER.
 """
 
 import os
@@ -37,10 +40,14 @@ class IndexConfig:
     """Processes; none: one a core, at most 16."""
     verify: bool = False
     """Compare shards with their index; change nothing."""
+    force: bool = False
+    """Index all of SPEC anew, and download what is remote: for shards that were replaced, or a damaged index."""
 
     def __post_init__(self):
         if self.workers is not None and self.workers < 1:
             raise UserError(f"--workers is {self.workers}; it must be 1 or more")
+        if self.verify and self.force:
+            raise UserError("give --verify or --force, not both: one compares with the index, the other replaces it")
 
 
 def shards_of(spec: str) -> list[str]:
@@ -91,7 +98,7 @@ def main(arguments: list[str]) -> None:
         entries = indexed(options.spec)
         verify_shards(entries, options.workers)
     else:
-        entries = index_shards(shards_of(options.spec), digest=True, workers=options.workers)
+        entries = index_shards(shards_of(options.spec), digest=True, workers=options.workers, force=options.force)
     print(describe(entries))
     if options.verify:
         print("verified  every shard is as it was when it was indexed")

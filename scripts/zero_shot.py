@@ -25,7 +25,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--classes", metavar="NAME_OR_FILE", help="class names: a set (cifar10, imagenet, ...), one a line, or JSON"
     )
-    parser.add_argument("--templates", metavar="NAME_OR_FILE", help="prompts (default: fit the data)")
+    parser.add_argument(
+        "--templates",
+        metavar="NAME_OR_FILE",
+        help="prompts: a set (imagenet, photo, ...), or one a line (default: fit)",
+    )
     parser.add_loading()
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/zero_shot/DATA")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="score a fixed random subset of N images")

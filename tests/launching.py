@@ -1,14 +1,23 @@
-"""Start the real scripts, as a user does."""
+"""Start the real scripts, as a user does; or call them, where the process is not the point: a start takes seconds."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from contrastive.log import read_metrics
+from scripts.pretrain import main
 
 ROOT = Path(__file__).resolve().parents[1]
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 ACCELERATE = ("-m", "accelerate.commands.accelerate_cli", "launch")
+
+
+def ranks(number: int, port: int) -> tuple[str, ...]:
+    """Launch so many processes, with ON_CPU in the environment; `accelerate launch --cpu` ends in the same torchrun."""
+    return ("-m", "torch.distributed.run", "--nproc_per_node", str(number), "--master_port", str(port))
 
 
 def environment() -> dict[str, str]:
@@ -20,6 +29,16 @@ def environment() -> dict[str, str]:
 def command(*args: str, launcher: tuple[str, ...] = ()) -> list[str]:
     start = [sys.executable, *launcher] if launcher else [sys.executable]
     return [*start, str(ROOT / "scripts" / "pretrain.py"), *map(str, args)]
+
+
+def pretrain_here(*args) -> None:
+    """Run scripts/pretrain.py in this process, on one thread; a UserError is what the command would print."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        main(list(map(str, args)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pretrain(*args, launcher: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess:

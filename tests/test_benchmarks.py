@@ -1,9 +1,11 @@
 """The benchmarks' real commands at tiny sizes."""
 
 import json
+import runpy
 import subprocess
 import sys
 
+import pytest
 from launching import ROOT, environment
 
 
@@ -34,3 +36,20 @@ def test_loss_measures_each_rival_and_says_why_it_left_one_out(tmp_path):
     assert rows["open_clip"]["rival_version"].startswith("open_clip_torch ")
     # null where /proc/self/clear_refs may not be written
     assert all(peak is None or peak > 512 * 256 * 4 for peak in rows["open_clip"]["peak_bytes_per_rank"]), "no logits?"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dtyp", "bf16"], "unknown flag --dtyp. Did you mean 'dtype'"),
+        (["--batch", "many"], "--batch is 'many'"),
+        (["--batch", "7", "--ranks", "2"], "--batch 7 does not divide evenly among 2 ranks"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["loss.py", *flags])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "benchmarks" / "loss.py"), run_name="__main__")
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.startswith(f"loss.py: error: {message}") and told.count("\n") == 1

@@ -1,10 +1,13 @@
 """Defaults, then files, then flags; and every mistake is one line."""
 
+import contextlib
+import io
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import yaml
+from tyro.conf import Positional, arg
 
 from contrastive.config import from_dict, parse, preset, slot, take_option, to_dict
 from contrastive.errors import UserError
@@ -134,6 +137,7 @@ def test_written_configuration_reads_back(file):
     [
         (["--nmae", "x"], "unknown flag --nmae. Did you mean 'name'"),
         (["--other.romos", "1"], "unknown flag --other.romos. Did you mean 'other.rooms'"),
+        (["--huose", "villa"], "unknown flag --huose. Did you mean 'house'"),
         (["--other.rooms", "many"], "--other.rooms is 'many', expected int. See --help"),
         (["--income", "lots"], "--income is 'lots', expected float or none"),
         (["--range", "1", "x"], "--range is 'x', expected 2 values"),
@@ -141,12 +145,22 @@ def test_written_configuration_reads_back(file):
         (["--pet"], "--pet needs a name: one of cat, dog"),
         (["--name"], "name"),
         (["stray"], "stray"),
+        (
+            ["--name", "a.tar", "b.tar"],
+            "--name takes one value, not also 'b.tar'; quote a pattern, or the shell .* --name 's",
+        ),
+        (["--name=a.tar", "b.tar", "c.tar", "--mood", "good"], "--name takes one value, not also 'b.tar'; quote a"),
+        (["--other.rooms", "1", "2"], "Unrecognized options: 2. See --help"),
+        (["--name", "a", "--pet", "cat", "stray"], "Unrecognized options: stray. See --help"),
     ],
 )
 def test_bad_flags_are_one_line(args, message):
     with pytest.raises(UserError, match=message) as error:
         run(*args)
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError) as plain, contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")):
+        run(*args)
+    assert str(plain.value) == str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +199,13 @@ def test_help_exits_with_success(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "--pet {cat,dog}" in shown and "--other.height" in shown and "In metres." in shown
+
+
+def test_help_tells_the_defaults_of_the_files(file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--help", files=[file("name: Jones\npet: {name: dog, tricks: [sit]}")])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and "default: Jones" in shown and "default: sit" in shown
 
 
 def test_one_of_three_options(file):
@@ -233,6 +254,16 @@ def test_either_of_two_options(file):
         both(["--steps", "3", "--epochs", "1"])
     with pytest.raises(UserError, match="c.yaml: give steps or epochs, not both"):
         both([], [file("steps: 1\nepochs: 2.0", "c.yaml")])
+
+
+def test_a_pattern_that_the_shell_expanded_is_told_without_a_flag_too():
+    @dataclass(frozen=True)
+    class Options:
+        spec: Annotated[Positional[str], arg(metavar="SPEC")]
+        """Shards."""
+
+    with pytest.raises(UserError, match="this takes one value, not also '1.tar'; quote a pattern"):
+        parse(Options, ["0.tar", "1.tar", "2.tar"], [], prog="t", description="")
 
 
 def test_take_option():

@@ -40,5 +40,6 @@ def test_data_measures_each_rival_on_the_same_shards(tmp_path):
 
 def test_data_refuses_what_it_cannot_measure(tmp_path):
     done = run(tmp_path, "--sets", "500by375")
-    assert done.returncode == 1 and "expected real or WIDTHxHEIGHT" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("data.py: error: --sets 500by375: expected real, WIDTHxHEIGHT")
     assert not (tmp_path / "rows.jsonl").exists()

@@ -15,7 +15,7 @@ LAYERS = [
     {"data", "losses", "models", "optim"},
     {"distributed"},
     {"command_line", "config", "log", "registry"},
-    {"errors"},
+    {"errors", "option_types"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class WebServer:
     """Serves `files` (name to bytes) at `url`; `faults[name]` lists what the next requests for a name get instead.
 
-    A fault is a status, 'cut' (half of the body), 'reset' (no answer), 'stall' (half of the body, then nothing) or
-    'slow' (a pause before each tenth of it). requests: how many came for each name.
+    A fault is a status, 'cut' (half of the body), 'reset' (no answer), 'stall' (half of the body, then nothing), 'slow'
+    (a pause before each tenth of it) or 'flip' (a bit changed). requests: how many came for each name.
     """
 
     def __init__(self, files):
@@ -55,6 +55,8 @@ class WebServer:
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         pieces = [body[: len(body) // 2]] if fault in ("cut", "stall") else [body]
+        if fault == "flip":
+            pieces = [bytes([body[0] ^ 1]) + body[1:]]
         if fault == "slow":
             tenth = len(body) // 10 + 1
             pieces = [body[start : start + tenth] for start in range(0, len(body), tenth)]

@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import BadSample, Source
 from contrastive.data.samples import SampleDataset
+from contrastive.data.worker_deaths import waiting_for_batch
 from contrastive.distributed.process import end_with_parent
 from contrastive.errors import UserError
 
 _SAMPLES_AHEAD = 2**18  # samples of a rank whose shards are asked for ahead of time
+_KILLED = "was killed, perhaps for want of memory; use fewer (--data.num_workers)"
 
 
 class _Loader(DataLoader):
@@ -27,7 +29,13 @@ class _Loader(DataLoader):
 
     def __iter__(self):
         try:
-            yield from super().__iter__()
+            batches = super().__iter__()  # starts the workers
+            while True:
+                with waiting_for_batch():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
         except UserError as error:
             # torch sends a worker's error as its whole traceback; the last line is 'module.UserError: text'.
             message = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
@@ -40,8 +48,15 @@ class _Loader(DataLoader):
             if "timed out" in str(error):
                 what = f"hangs: no batch within {self.timeout:g} seconds (--data.timeout); look at the data's storage"
             else:
-                what = "was killed, perhaps for want of memory; use fewer (--data.num_workers)"
+                what = _KILLED
             raise UserError(f"a loader worker {what}") from error
+        except (ConnectionError, EOFError) as error:
+            # So ends the way of a batch whose worker dies while it is sent. "Caught ..." is an error from within one.
+            if self.num_workers == 0 or str(error).startswith("Caught"):
+                raise
+            raise UserError(f"a loader worker {_KILLED}") from error
+        finally:
+            batches = None  # an error's traceback would keep it, and so the workers
 
 
 class _Steps:

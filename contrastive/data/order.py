@@ -66,11 +66,6 @@ class SampleOrder(ABC):
         """Return the source index of the sample at `position`."""
         return int(self.at(np.array([position]))[0])
 
-    def indices(self, step: int) -> np.ndarray:
-        """Return the source indices of the global batch of `step`, int64 (global_batch_size,)."""
-        first = step * self.global_batch_size
-        return self.at(np.arange(first, first + self.global_batch_size))
-
     def stand_in(self, position: int, draw: float, attempt: int) -> int:
         """Return the source index of what takes the place of a bad sample.
 

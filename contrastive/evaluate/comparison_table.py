@@ -22,7 +22,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console.print(table)
     for line in comparison.failures:
         console.print(Text(f"failed: {line}", style="red"), soft_wrap=True)
-    console.print(Text(NOTE, style="dim"))
+    console.print(Text(f"{NOTE}{_limited(comparison)}", style="dim"))
 
 
 def _side_by_side(comparison: Comparison) -> Table:
@@ -92,11 +92,14 @@ def markdown(comparison: Comparison) -> str:
         cells = [" ".join(_written(row, cell)).strip() for cell in row.cells]
         told = (row.task.title, row.task.data, row.task.features, row.label, _chance(row))
         lines.append(_row([*map(_escaped, told), *cells]))
-    limited = "" if comparison.limit is None else f" At most {comparison.limit:,} images of each data set."
-    lines += ["", f"{NOTE}{limited} {comparison.date}"]
+    lines += ["", f"{NOTE}{_limited(comparison)} {comparison.date}"]
     if comparison.failures:
         lines += ["", *(f"- failed: {_escaped(line)}" for line in comparison.failures)]
     return "\n".join(lines) + "\n"
+
+
+def _limited(comparison: Comparison) -> str:
+    return "" if comparison.limit is None else f" At most {comparison.limit:,} images of each data set."
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.errors import UserError
-from contrastive.evaluate.embedding_files import FileType, read_head, write_json
+from contrastive.evaluate.embedding_files import FileType, features_path, read_head, write_json
 from contrastive.evaluate.embeddings import Precision, Space, pick_indices
 from contrastive.evaluate.model_key import model_key
 
@@ -81,7 +81,8 @@ class EmbeddingStore:
         absent = []
         for shard in range(self.num_shards):
             path = self.path(part, shard)
-            if not path.exists():
+            files = [path, features_path(path)] if self.config["options"]["files"] == "npy" else [path]
+            if not all(file.exists() for file in files):
                 absent.append(shard)
             elif read_head(path).key != self.key:
                 raise UserError(f"{path} is of other embeddings than {CONFIG} beside it; delete it and embed again")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from contrastive.evaluate.embeddings import embed_texts, evaluating, image_batch
 from contrastive.log import console
 
 PROBED = 100
+
+T = TypeVar("T")
 
 
 def has_captions(source) -> bool:
@@ -57,7 +60,8 @@ def fill_store(
         check_texts(bundle, source)
     loading = {"device": device, "batch_size": batch_size, "progress": progress}
     for part in parts:
-        if store.is_complete(part):
+        # Where files were deleted since, as a damaged one has to be, they are made again.
+        if store.is_complete(part) and not _together(partial(store.missing, part)):
             continue
         more = {"num_workers": num_workers} if part == "images" else {}
         _together(partial(_fill, store, bundle, source, part, **loading, **more))
@@ -71,16 +75,17 @@ def _fill(store: EmbeddingStore, bundle, source, part: Part, **loading) -> None:
     (_fill_images if part == "images" else _fill_texts)(store, bundle, source, mine, **loading)
 
 
-def _together(call: Callable[[], None]) -> None:
-    """Run `call`, and wait for the other ranks; what fails on one of them fails on all."""
-    failure = None
+def _together(call: Callable[[], T]) -> T:
+    """Return what `call` does, and wait for the other ranks; what fails on one of them fails on all."""
+    result, failure = None, None
     try:
-        call()
+        result = call()
     except UserError as error:
         failure = str(error)
     failures = [message for message in collectives.gather_objects(failure) if message]
     if failures:
         raise UserError(failures[0])
+    return result
 
 
 def check_texts(bundle, source) -> None:

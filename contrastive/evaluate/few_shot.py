@@ -54,10 +54,11 @@ def few_shot(
         UserError: shots, seeds or an l2 that are not positive, no number of shots that every class has, or as
             `checked_input`.
     """
+    check_options(shots, seeds)
     given = checked_input(train, train_labels, test, test_labels, num_classes)
     if not l2 > 0:
         raise UserError(f"few-shot: l2 is {l2}; it has to be positive")
-    used = _checked_shots(shots, seeds, given.train_labels, given.num_classes)
+    used = _checked_shots(shots, given.train_labels, given.num_classes)
     found, first = _draws(given, used, seeds, l2, probe_device(device), progress)
     figures = {}
     for number, draws in found.items():
@@ -96,11 +97,15 @@ def _draws(
     return found, first
 
 
-def _checked_shots(shots: Sequence[int], seeds: int, labels: torch.Tensor, num_classes: int) -> list[int]:
+def check_options(shots: Sequence[int], seeds: int) -> None:
+    """Raise UserError for options of `few_shot` that no data can make right."""
     if seeds < 1:
         raise UserError(f"few-shot needs at least one seed, got {seeds}")
     if not shots or min(shots) < 1:
         raise UserError(f"few-shot needs positive numbers of shots, got {', '.join(map(str, shots)) or 'none'}")
+
+
+def _checked_shots(shots: Sequence[int], labels: torch.Tensor, num_classes: int) -> list[int]:
     fewest = torch.bincount(labels, minlength=num_classes)
     used = sorted({number for number in shots if number <= fewest.min()})
     if not used:

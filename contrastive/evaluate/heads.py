@@ -63,7 +63,7 @@ def head_probe(
     """
     given = checked_input(train, train_labels, test, test_labels, num_classes)
     options = dict(options or {})
-    estimator = _estimator(name, seed, options)
+    estimator = build_head(name, options, seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -82,7 +82,8 @@ def head_probe(
     }
 
 
-def _estimator(name: str, seed: int, options: Mapping[str, Any]) -> Any:
+def build_head(name: str, options: Mapping[str, Any], seed: int = 0) -> Any:
+    """Return the unfitted classifier; UserError for an unknown head or option."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 

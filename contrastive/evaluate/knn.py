@@ -50,10 +50,9 @@ def knn(
 
     The N x M similarities are held in blocks of rows.
     """
+    check_options(k, temperature)
     given = checked_input(train, train_labels, test, test_labels, num_classes)
     used = _checked_k(k, len(given.train))
-    if not temperature > 0:
-        raise UserError(f"the temperature is {temperature}; it has to be positive")
     chosen = max((number for number in used if number <= USUAL), default=min(used))
     ranks, predicted = _ranked(given, used, chosen, temperature, probe_device(device), progress)
     return {
@@ -67,10 +66,16 @@ def knn(
     }
 
 
+def check_options(k: Sequence[int], temperature: float) -> None:
+    """Raise UserError for options of `knn` that no data can make right."""
+    if not k or min(k) < 1:
+        raise UserError(f"kNN needs positive numbers of neighbours, got k = {', '.join(map(str, k)) or 'none'}")
+    if not temperature > 0:
+        raise UserError(f"the temperature is {temperature}; it has to be positive")
+
+
 def _checked_k(k: Sequence[int], gallery: int) -> list[int]:
     numbers = sorted(set(k))
-    if not numbers or numbers[0] < 1:
-        raise UserError(f"kNN needs positive numbers of neighbours, got k = {', '.join(map(str, k)) or 'none'}")
     if tuple(k) == NEIGHBOURS:
         numbers = [number for number in numbers if number <= gallery]
         if not numbers:

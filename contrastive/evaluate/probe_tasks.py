@@ -90,6 +90,11 @@ class Knn(_Probe):
     """Numbers of neighbours; acc1 is of 20 where it is among them."""
     temperature: float = 0.07
 
+    def check(self) -> None:
+        from contrastive.evaluate.knn import check_options
+
+        check_options(self.k, self.temperature)
+
     def run(self, subject: Subject) -> Outcome:
         from contrastive.evaluate.knn import knn
 
@@ -119,6 +124,11 @@ class FewShot(_Probe):
     """Training images of each class."""
     seeds: int = 3
     """Draws of the training images; figures are means over them."""
+
+    def check(self) -> None:
+        from contrastive.evaluate.few_shot import check_options
+
+        check_options(self.shots, self.seeds)
 
     def run(self, subject: Subject) -> Outcome:
         from contrastive.evaluate.few_shot import few_shot
@@ -155,9 +165,9 @@ class Head(_Probe):
         return f"{self.head} head".replace("_", " ")
 
     def check(self) -> None:
-        from contrastive.evaluate.heads import HEADS
+        from contrastive.evaluate.heads import build_head
 
-        HEADS.get(self.head)
+        build_head(self.head, self.options)
 
     def run(self, subject: Subject) -> Outcome:
         from contrastive.evaluate.heads import head_probe

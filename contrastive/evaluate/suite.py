@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from contrastive.config import accepts, type_name
 from contrastive.errors import UserError, did_you_mean
 from contrastive.evaluate import probe_tasks  # noqa: F401 - registers its tasks
 from contrastive.evaluate.comparison import Comparison, ModelEntry, Result
 from contrastive.evaluate.subject import Subject
 from contrastive.evaluate.tasks import TASKS, Task
 from contrastive.log import console, say
+from contrastive.option_types import accepts, type_name
 
 
 @dataclass(frozen=True)
@@ -119,18 +119,24 @@ def run_suite(
 ) -> Comparison:
     """Evaluate models, each loaded in its turn, on the tasks of a suite.
 
-    A model or a task that fails does not end the others: its result holds the message.
+    A model or a task that fails does not end the others: its result holds the message. One that is alone is left for
+    the caller to tell of.
     """
     results = []
     for entry, load in zip(entries, models, strict=True):
         subject, failure = _attempt(load)
+        if failure and len(entries) > 1:
+            say(f"{entry.name}: {failure}")
         for number, task in enumerate(suite.tasks):
             begun = time.monotonic()
             outcome, error = (None, failure) if subject is None else _attempt(lambda t=task, s=subject: t.run(s))
             seconds = time.monotonic() - begun
             results.append(Result(entry.name, number, outcome, error, seconds))
             what = f"{entry.name}: {task.title} on {task.data_title}"
-            say(f"{what}: {error}" if error else f"{what}: {seconds:.1f} s")
+            if not error:
+                say(f"{what}: {seconds:.1f} s")
+            elif subject is not None and len(entries) * len(suite.tasks) > 1:
+                say(f"{what}: {error}")
         if subject is not None:
             entry.key = subject.key
         del subject  # before the next one is loaded

@@ -4,13 +4,16 @@ A task is a frozen dataclass whose fields are its keys in a suite's file. Anothe
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
+from contrastive.data.class_sets import load_class_names
 from contrastive.data.prompts import default_templates, load_templates
+from contrastive.data.record import Source
 from contrastive.errors import UserError
 from contrastive.evaluate.bootstrap import clustered_interval, median_interval, share_interval
 from contrastive.evaluate.embedding_set import TextEmbeddings
@@ -19,7 +22,6 @@ from contrastive.evaluate.outcome import Figure, Outcome, classification_outcome
 from contrastive.evaluate.retrieval import RECALL_AT, chance_recall, rank_metrics, retrieval_ranks
 from contrastive.evaluate.subject import Subject
 from contrastive.evaluate.zero_shot import checked_class_names, score_zero_shot
-from contrastive.evaluate.zero_shot_output import read_class_names
 from contrastive.registry import Registry
 
 TASKS: Registry[type["Task"]] = Registry("task")
@@ -81,13 +83,21 @@ class ZeroShot(Task):
     """Prompts: a set, or a file; none: those that fit the data."""
 
     def check(self) -> None:
+        if self.classes is not None:
+            self._named(None)
         if self.templates is not None:
             load_templates(self.templates)
+
+    def _named(self, own_names: Sequence[str] | None) -> tuple[str, ...]:
+        try:
+            return load_class_names(self.classes, own_names)
+        except UserError as error:
+            raise UserError(f"classes {error}") from None
 
     def run(self, subject: Subject) -> Outcome:
         check_text_tower(subject.bundle, "zero-shot classification")
         images = subject.embeddings(self.data)
-        given = None if self.classes is None else read_class_names(self.classes, images.class_names)
+        given = None if self.classes is None else self._named(images.class_names)
         names = checked_class_names(images, given)
         images = images.labelled("zero-shot classification", names)
         templates = default_templates(images, names) if self.templates is None else load_templates(self.templates)
@@ -182,7 +192,7 @@ class Compositional(Task):
 
     def check(self) -> None:
         if not Path(self.data).expanduser().is_file():
-            raise UserError(f"compositional: no file {self.data}")
+            raise UserError(f"no file {self.data}")
 
     def needs(self) -> list[Need]:
         return []
@@ -222,7 +232,22 @@ class Classification(Task):
         if not getattr(subject.bundle.config, "num_classes", None):
             raise UserError(f"{subject.name} has no classifier's head, which classification needs")
         source = subject.source(self.data)
+        _check_trained_on(source, subject)
         result = classification(subject.bundle, source, device=subject.device, limit=subject.limit, **subject.loading)
         confusion = torch.tensor(result["confusion"])
         per_class = confusion.diagonal().numpy(), confusion.sum(dim=1).numpy()
         return classification_outcome(result, result["num_images"], per_class)
+
+
+def _check_trained_on(source: Source, subject: Subject) -> None:
+    """Raise UserError where the labels of `source` mean other classes than those of the classifier."""
+    own, others = subject.bundle.class_names, source.class_names
+    if own is None or others is None or tuple(own) == tuple(others):
+        return
+    if len(own) != len(others):
+        raise UserError(f"{source.name} has {len(others)} classes, but {subject.name} was trained on {len(own)}")
+    number = next(i for i, (a, b) in enumerate(zip(own, others, strict=True)) if a != b)
+    raise UserError(
+        f"class {number} is '{others[number]}' in {source.name}, but {subject.name} was trained on '{own[number]}'; "
+        "their labels mean different things"
+    )

@@ -15,6 +15,8 @@ from contrastive.data.record import BadSample
 from contrastive.errors import UserError
 from contrastive.evaluate.embeddings import check_text_tower, embed_images, embed_texts, pick_indices
 
+HOW_TO_NAME = "--classes FILE, in a suite classes: FILE"
+
 
 def zero_shot_classifier(
     model, tokenizer, class_names: Sequence[str], templates: Sequence[str], *, device, batch_size: int = 1024
@@ -154,8 +156,8 @@ def checked_class_names(source, class_names: Sequence[str] | None) -> tuple[str,
     own = source.class_names
     if class_names is None and own is None:
         raise UserError(
-            f"{source.name} has no class names; give labelled data, or name the classes with --classes FILE. "
-            "Captions without labels are evaluated by retrieval"
+            f"{source.name} has no class names; give labelled data, or name the classes ({HOW_TO_NAME}). Captions "
+            "without labels are evaluated by retrieval"
         )
     names = tuple(own if class_names is None else class_names)
     if own is not None and len(names) != len(own):
@@ -163,7 +165,7 @@ def checked_class_names(source, class_names: Sequence[str] | None) -> tuple[str,
     name, times = Counter(names).most_common(1)[0] if names else ("", 0)
     if times != 1:
         problem = f"the class name '{name}' stands {times} times" if times else "there are no class names"
-        raise UserError(f"{source.name}: {problem}; each class needs its own (--classes FILE)")
+        raise UserError(f"{source.name}: {problem}; each class needs its own ({HOW_TO_NAME})")
     return names
 
 

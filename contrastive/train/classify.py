@@ -95,11 +95,13 @@ def finetune(config: FinetuneConfig) -> bool:
             _check_named(other, "wise_ft.eval")
         task = WiseFT(config, model, source, held_out, bundle, others)
     else:
-        if config.wise_ft.save != 1:
-            raise UserError(
-                f"wise_ft.save is {config.wise_ft.save}, which needs a head that starts from prompts; this one starts "
-                "from zeros: leave it out"
-            )
+        wise_ft = config.wise_ft
+        for name, value, unused in (("save", wise_ft.save, 1), ("eval", " ".join(wise_ft.eval), "")):
+            if value != unused:
+                raise UserError(
+                    f"wise_ft.{name} is {value}, which needs a head that starts from prompts; this one starts from "
+                    "zeros: leave it out"
+                )
         task = ClassificationTask(config, model, source, held_out)
     say(f"starting from {bundle.path}; the head starts from {'prompts' if config.head == 'zero_shot' else 'zeros'}")
     return run(config, config.data, folder, checkpoint, source, task)

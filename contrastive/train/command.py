@@ -36,6 +36,7 @@ def command(
     if short:
         description += "; short for longer flags: " + ", ".join(f"--{flag}" for flag in short)
     options = {"prog": prog, "description": description, "either": (tuple(f"train.{n}" for n in LENGTHS),)}
+    options["also"] = ("config", *short)
     config = parse(cls, args, [config_file], **options)
     config = replace(config, run_folder=config.run_folder or f"runs/{config_file.stem}-{name(config)}")
     saved = Path(config.run_folder) / "config.yaml"

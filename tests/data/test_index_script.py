@@ -1,6 +1,8 @@
 """scripts/index.py: what it prints, what it refuses, and what it leaves alone."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -96,11 +98,45 @@ def test_remote_shards(shards, capsys):
         web.close()
 
 
+def test_a_remote_shard_that_was_replaced_is_indexed_anew_when_forced(shards, tmp_path):
+    web = WebServer({f"{number}.tar": (shards / f"{number}.tar").read_bytes() for number in range(3)})
+    try:
+        spec = web.url + "/{0..2}.tar"
+        main([spec])
+        os.unlink(copy_path(f"{web.url}/1.tar"))
+        path = write_tar(tmp_path / "new.tar", pairs("new-0", "new-1", "new-2"))
+        web.files["1.tar"] = Path(path).read_bytes()
+        with pytest.raises(UserError, match="but .* when indexed") as caught:
+            open_source(spec)[3]
+        _, *told = shlex.split(re.search("`python (.*)`", str(caught.value))[1])
+        main([spec])  # sees nothing new
+        assert len(open_source(spec)) == 9
+        web.requests.clear()
+        main(told)
+        source = open_source(spec)
+        assert len(source) == 9 and source[3].captions == ("txt of new-0",)
+        assert web.requests == {"1.tar": 1}
+    finally:
+        web.close()
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"PK"), lambda path: path.unlink()])
+def test_force_mends_a_damaged_index(shards, damage):
+    main([f"{shards}/*.tar"])
+    damage(shards / INDEX_FOLDER / "1.tar.npz")
+    with pytest.raises(UserError, match="run scripts/index.py on the data with --force"):
+        open_source(str(shards / INDEX_FOLDER))[3]
+    main([f"{shards}/*.tar", "--force"])
+    assert open_source(f"{shards}/*.tar")[3].captions == ("txt of 1-0",)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "Missing from index.py: SPEC"),
         (["{}/*.tar", "--verfy"], "unknown flag --verfy. Did you mean 'verify'"),
+        (["{}/*.tar", "--verify", "--force"], "give --verify or --force, not both"),
+        (["{}/0.tar", "{}/1.tar"], "this takes one value, not also .*/1.tar'; quote a pattern"),
         (["{}/*.tar", "--workers", "0"], "--workers is 0; it must be 1 or more"),
         (["{}/9.tar"], "no file or folder"),
         (["{}"], "data is no .tar shard; other data needs no index"),

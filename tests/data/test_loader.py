@@ -1,4 +1,5 @@
 import io
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -249,6 +250,19 @@ def test_a_worker_that_dies_while_its_batch_is_sent(fault, workers, expected, mo
     batches = eval_loader(Memory(), Preprocess(PreprocessConfig(image_size=16)), [0], 1, num_workers=workers)
     with pytest.raises(expected, match="a loader worker was killed" if expected is UserError else None):
         next(iter(batches))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGCHLD")
+def test_a_worker_that_dies_between_two_batches_is_told_at_the_next(tokenizer):
+    batches = iter(train_loader(pairs(tokenizer), global_batch_size=8, num_steps=1000, num_workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    time.sleep(0.05)  # what comes in here is not ours to end
+    with pytest.raises(UserError, match="a loader worker was killed"):
+        while True:  # some batches were ready
+            next(batches)
 
 
 ORPHANS = """

@@ -275,7 +275,10 @@ def test_loader_workers_share_downloads_with_the_process_that_prefetches(web, tm
     assert web.requests == {"0.tar": 1, "1.tar": 1, "2.tar": 1, "3.tar": 1}
 
 
-def test_prefetching_fills_the_cache_in_order_and_within_half_of_it(web, monkeypatch):
+@pytest.mark.parametrize(("ranks", "fetched"), [(1, ["1.tar", "3.tar"]), (2, ["3.tar"])])
+def test_prefetching_fills_the_cache_in_order_and_within_half_of_it(web, monkeypatch, ranks, fetched):
+    """The half is shared by the ranks of a machine."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     index_shards([f"{web.url}/{number}.tar" for number in range(4)], digest=True)
     for name in cached(web):
         os.unlink(copy_path(f"{web.url}/{name}"))
@@ -284,9 +287,9 @@ def test_prefetching_fills_the_cache_in_order_and_within_half_of_it(web, monkeyp
     monkeypatch.setenv("CONTRASTIVE_CACHE_GB", str(5 * size / 1e9))
     source = open_source(web.url + "/{0..3}.tar")
     source.prefetch([3, 1, 0])
-    wait_until(lambda: len(cached(web)) == 2)
+    wait_until(lambda: len(cached(web)) == len(fetched))
     time.sleep(0.1)
-    assert cached(web) == ["1.tar", "3.tar"]
+    assert cached(web) == fetched
     assert source[5].captions == ("txt of 1-0",) and web.requests == {"3.tar": 1, "1.tar": 1}
 
 

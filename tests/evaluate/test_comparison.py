@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -67,6 +68,13 @@ def printed(comparison, width):
     lines = console.file.getvalue().splitlines()
     assert max(len(line.rstrip()) for line in lines if not line.startswith("failed")) <= width
     return console.file.getvalue()
+
+
+def test_a_limit_is_told():
+    assert "At most" not in printed(made(), 120)
+    limited = replace(made(), limit=1500)
+    for text in (printed(limited, 120), markdown(limited)):
+        assert "At most 1,500 images of each data set." in text.replace("\n", " ")
 
 
 @pytest.mark.parametrize(("width", "models"), [(80, 1), (80, 2), (140, 1), (140, 4)])

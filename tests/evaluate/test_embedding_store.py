@@ -264,6 +264,23 @@ def test_a_damaged_shard_is_one_line(tmp_path, bundle, harm):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("files", "name"), [("parquet", "parquet"), ("npy", "parquet"), ("npy", "npy")])
+def test_a_damaged_shard_that_was_deleted_is_made_again(tmp_path, bundle, embedded, files, name):
+    fill(tmp_path, bundle, source_of(), files=files)
+    expected = load_embeddings(tmp_path).features
+    cut(tmp_path / "images-00001.parquet")
+    with pytest.raises(UserError, match="images-00001.parquet is damaged .*delete it and embed again"):
+        fill(tmp_path, bundle, source_of(), files=files)
+    (tmp_path / "images-00001.parquet").unlink()
+    embedded.clear()
+    fill(tmp_path, bundle, source_of(), files=files)
+    assert sum(embedded) == 4
+    (tmp_path / f"images-00001.{name}").unlink()
+    fill(tmp_path, bundle, source_of(), files=files)
+    assert sum(embedded) == 8
+    torch.testing.assert_close(load_embeddings(tmp_path).features, expected)
+
+
 def test_a_shard_of_another_store_is_refused(tmp_path, bundle):
     fill(tmp_path / "a", bundle, source_of(11))
     fill(tmp_path / "b", bundle, source_of(12))

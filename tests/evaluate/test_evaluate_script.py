@@ -117,12 +117,37 @@ def test_a_failing_task_is_told_and_the_exit_status_says_so(evaluate, folder, tm
     assert "has no class labels" in (written / "evaluation.md").read_text()
 
 
+def test_when_nothing_could_be_done_an_earlier_evaluation_stays(evaluate, folder, tmp_path):
+    flags = ("--train", "digits:train", "--data", "digits:test", "--limit", 50, "--out", tmp_path / "o")
+    knn = (folder, "--task", "knn", *flags, "--cache", tmp_path / "c", "--device", "cpu")
+    assert evaluate(*knn, "--option", "k=[5]").returncode == 0
+    before = (tmp_path / "o" / "evaluation.json").read_text()
+    done = evaluate(*knn, "--option", "k=[51]")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("k = 51 neighbours of a gallery of 50 images; give a k of at most 50\n")
+    assert (tmp_path / "o" / "evaluation.json").read_text() == before
+
+    (tmp_path / "s.yaml").write_text(SMALL)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "other").mkdir()
+    for runs, last in (
+        ((tmp_path / "none",), "none, all tasks: no model at"),
+        ((tmp_path / "none", tmp_path / "other"), "none of the 3 tasks could be done"),
+    ):
+        done = evaluate(*runs, "--suite", tmp_path / "s.yaml", "--out", tmp_path / "new")
+        assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "new").exists()
+        lines = done.stderr.splitlines()
+        assert lines[-1].startswith(f"evaluate.py: error: {last}") and len(lines) == (1 if len(runs) == 1 else 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("RUN",), "give --suite FILE, or --task NAME with --data SPEC"),
         (("RUN", "--task", "kn", "--data", "digits"), "unknown task 'kn'. Did you mean 'knn'?"),
-        (("RUN", "--task", "knn", "--data", "digits"), "--task knn: 'train' is missing"),
+        (("RUN", "--task", "knn", "--data", "digits"), "--task knn: 'train' is missing; give --train SPEC"),
+        (("RUN", "--task", "knn", "--train", "digits"), "--task knn: 'test' is missing; give --data SPEC"),
+        (("RUN", "--task", "retrieval", "--data", "/no/data", "--device", "cpu"), "retrieval on /no/data: "),
         (("RUN", "--task", "zero_shot", "--data", "digits", "--option", "k"), "--option 'k': expected KEY=VALUE"),
         (("RUN", "--task", "zero_shot", "--data", "digits", "--option", "k=3"), "unknown key 'k'"),
         (("RUN", "--suite", "no.yaml"), "cannot read the suite no.yaml"),

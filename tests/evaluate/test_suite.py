@@ -243,11 +243,25 @@ def test_a_classifier_is_scored_by_its_head_and_by_probes(tmp_path, bundle, data
     assert probe.error is None and "num_train" in probe.outcome.details
 
 
+def test_a_classifier_of_other_classes_is_refused(tmp_path, bundle, data):
+    config = ClassifierConfig(image=replace(bundle.config.image, projection=False), num_classes=6)
+    model = ImageClassifier(config).eval()
+    classifier = Bundle(model, bundle.preprocess, None, config, bundle.path, class_names=tuple(NAMES[:5]) + ("grey",))
+    tasks = ({"task": "classification", "data": name} for name in ("test", "other", "unlabelled"))
+    named, other, none = run(subject_of(classifier, tmp_path), *tasks)
+    assert named.error == (
+        f"class 5 is '{NAMES[5]}' in 13 colours, but small was trained on 'grey'; their labels mean different things"
+    )
+    assert other.error.startswith(f"class 0 is 'a' in 8 colours, but small was trained on '{NAMES[0]}'")
+    assert "has no class labels" in none.error
+
+
 def test_an_unforeseen_fault_is_a_line_too(tmp_path, bundle, data, monkeypatch):
     def fail(*args, **options):
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setitem(sys.modules, "contrastive.evaluate.knn", SimpleNamespace(knn=fail))
+    module = SimpleNamespace(knn=fail, check_options=lambda *options: None)
+    monkeypatch.setitem(sys.modules, "contrastive.evaluate.knn", module)
     failed, done = run(subject_of(bundle, tmp_path), KNN, ZERO_SHOT)
     assert failed.error == "ZeroDivisionError: by nothing" and done.outcome
 
@@ -276,8 +290,14 @@ def test_a_model_that_cannot_be_loaded_does_not_end_the_others(tmp_path, bundle,
         ("tasks: [{data: a}]", "task 1: expected {task: NAME, ...}, one of zero_shot"),
         ("tasks: [{task: zero_shot, data: a}, {task: zero_shot, data: a}]", "task 2 is task 1 again"),
         ("tasks: [{task: zero_shot, data: a, templates: phto}]", "Did you mean 'photo'"),
-        ("tasks: [{task: compositional, data: none.json}]", "no file none.json"),
+        ("tasks: [{task: zero_shot, data: a, classes: cifar11}]", "task 1: classes cifar11: neither a file nor a set"),
+        ("tasks: [{task: compositional, data: none.json}]", "task 1: no file none.json"),
         ("tasks: [{task: head, head: randm_forest, train: a, test: b}]", "Did you mean 'random_forest'"),
+        ("tasks: [{task: head, head: svm, train: a, test: b, options: {c: 1}}]", "head svm has no option 'c'"),
+        ("tasks: [{task: knn, train: a, test: b, k: [0, 5]}]", "task 1: kNN needs positive numbers of neighbours"),
+        ("tasks: [{task: knn, train: a, test: b, temperature: 0}]", "the temperature is 0.0; it has to be positive"),
+        ("tasks: [{task: few_shot, train: a, test: b, shots: []}]", "needs positive numbers of shots, got none"),
+        ("tasks: [{task: few_shot, train: a, test: b, seeds: 0}]", "few-shot needs at least one seed, got 0"),
         ("tasks: []", "expected `tasks:` and a list"),
         ("task: [{task: zero_shot, data: a}]", "expected `tasks:`"),
         ("tasks: [{task: zero_shot, data: a}]\nlimits: 3", "unknown key 'limits'"),

@@ -1,5 +1,6 @@
 """Faults of the network: retried where that may help, else one line that names the URL. Same data either way."""
 
+import hashlib
 import time
 
 import pytest
@@ -120,15 +121,24 @@ def test_row_28_waits_grow_up_to_a_limit(web, monkeypatch):
     assert waits == [8, 16, 30, 30, 30]
 
 
-def test_row_28_another_file_under_the_same_name_is_refused(web, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+def test_row_28_another_file_under_the_same_name_is_refused(web):
     source = open_source(web.url + "/{0..2}.tar")
-    whole = web.files["0.tar"]
+    whole, command = web.files["0.tar"], f"run `python scripts/index.py {web.url}/0.tar --force`"
     web.files["0.tar"] = whole + bytes(512)
-    with pytest.raises(UserError, match=f"has {len(whole) + 512} bytes, but {len(whole)} when indexed"):
+    with pytest.raises(UserError, match=f"has {len(whole) + 512} bytes, but {len(whole)} when indexed; .*{command}"):
         source[0]
-    web.files["0.tar"] = whole[:600] + b"X" + whole[601:]
-    with pytest.raises(UserError, match="its sha256 is not the one in the index"):
+    assert web.requests == {"0.tar": 1}
+    other = web.files["0.tar"] = whole[:600] + b"X" + whole[601:]
+    found, known = (hashlib.sha256(data).hexdigest()[:12] for data in (other, whole))
+    with pytest.raises(UserError, match=f"its sha256 begins with {found}, but {known} when indexed; .*{command}"):
         source[0]
+    assert web.requests == {"0.tar": 3}  # a whole file is fetched once more, in case the way changed it
     web.files["0.tar"] = whole
     assert source[0].captions == ("txt of 0-0",)
+
+
+def test_row_28_a_file_that_the_way_changed_is_fetched_again(web):
+    source = open_source(web.url + "/{0..2}.tar")
+    web.faults["0.tar"] = [503, "flip", "cut"]
+    assert source[0].captions == ("txt of 0-0",)
+    assert web.requests == {"0.tar": 4}

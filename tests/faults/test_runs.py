@@ -1,4 +1,4 @@
-"""Rows of the fault matrix that show in a whole run, started as users start it."""
+"""Rows of the fault matrix that show in a whole run of the script."""
 
 import io
 import os
@@ -9,8 +9,9 @@ import time
 
 import numpy as np
 import pytest
-from launching import ACCELERATE, ROOT, command, environment, pretrain, rows
+from launching import ON_CPU, ROOT, environment, pretrain_here, ranks, rows
 from PIL import Image
+from rank_processes import script_on_ranks
 from safetensors.torch import load_file
 from shard_writing import write_tar
 
@@ -32,27 +33,28 @@ def tiny(tmp_path):
     return path
 
 
-def processes(number, port):
-    if number == 1:
-        return ()
-    return (*ACCELERATE, "--num_processes", str(number), "--cpu", "--main_process_port", str(port))
-
-
 def run_faulty(fault, number, port, *args):
     """Run faulty.py on some ranks; return its exit status, its messages, and how long it took."""
     script = ROOT / "tests" / "faults" / "faulty.py"
-    start = [sys.executable, *processes(number, port), script, *args]
-    env = environment() | {"FAULT": fault, "PYTHONPATH": str(ROOT)}
+    start = [sys.executable, *(ranks(number, port) if number > 1 else ()), script, *args]
+    env = environment() | ON_CPU | {"FAULT": fault, "PYTHONPATH": str(ROOT)}
     began = time.monotonic()
     done = subprocess.run(list(map(str, start)), env=env, capture_output=True, text=True, timeout=200)
     return done.returncode, done.stderr, time.monotonic() - began
+
+
+def pretrain_on(number, port, tmp_path, *args):
+    """Run scripts/pretrain.py on some ranks; return what they say."""
+    statuses, told = script_on_ranks(number, port, ROOT / "scripts" / "pretrain.py", *args, folder=tmp_path / "told")
+    assert not any(statuses), told
+    return told
 
 
 def test_row_15_any_number_of_workers_gives_the_same_run(tiny, tmp_path):
     losses, weights = [], []
     for workers in ("0", "1", "2"):
         run = tmp_path / workers
-        pretrain("--config", tiny, "--run_folder", run, "--data.num_workers", workers)
+        pretrain_here("--config", tiny, "--run_folder", run, "--data.num_workers", workers)
         losses.append([row["loss"].hex() for row in rows(run)])
         weights.append(load_file(run / "final" / "model.safetensors"))
     assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 9
@@ -61,16 +63,17 @@ def test_row_15_any_number_of_workers_gives_the_same_run(tiny, tmp_path):
 
 def test_row_16_the_number_of_ranks_changes_in_mid_run(tiny, tmp_path, free_port):
     """2 ranks for three steps, 1 for three, 4 for three: the losses are those of one process throughout."""
-    pretrain("--config", tiny, "--run_folder", tmp_path / "one")
+    pretrain_here("--config", tiny, "--run_folder", tmp_path / "one")
     run = tmp_path / "changing"
-    pretrain("--config", tiny, "--run_folder", run, launcher=processes(2, free_port))
+    told = pretrain_on(2, free_port, tmp_path, "--config", tiny, "--run_folder", run)
+    assert "2 x cpu" in told
     for step, number in ((3, 1), (6, 4)):
         for checkpoint in (run / "checkpoints").iterdir():
             if int(checkpoint.name.rpartition("-")[2]) > step:
                 shutil.rmtree(checkpoint)
         shutil.rmtree(run / "final")
-        done = pretrain("--run_folder", run, "--resume", launcher=processes(number, free_port))
-        assert f"{number} x cpu" in done.stderr and f"step-{step:08d}" in done.stderr
+        told = pretrain_on(number, free_port, tmp_path, "--run_folder", run, "--resume")
+        assert f"{number} x cpu" in told and f"step-{step:08d}" in told
     one, changing = ([row["loss"] for row in rows(folder)] for folder in (tmp_path / "one", run))
     assert len(one) == 9 and changing == pytest.approx(one, rel=1e-5)
 
@@ -91,22 +94,20 @@ def test_row_27_too_many_bad_samples_stop_all_ranks_at_the_same_step(tiny, tmp_p
     run = tmp_path / "run"
     flags = ("--config", tiny, "--run_folder", run, "--data.train", tmp_path / "data.tar", "--train.steps", "100")
     allowed = ("--data.bad_window", "400", "--data.max_bad_share", "0.1")
-    words = command(*flags, *allowed, launcher=processes(2, free_port))
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode != 0 and "Traceback (most recent call last)" not in done.stderr.partition("error:")[0]
-    stops = {
-        line.partition("stopped at step ")[2].split(":")[0] for line in done.stderr.splitlines() if "stopped at" in line
-    }
+    words = (*flags, *allowed)
+    statuses, told = script_on_ranks(2, free_port, ROOT / "scripts" / "pretrain.py", *words, folder=tmp_path / "told")
+    assert all(statuses) and "Traceback (most recent call last)" not in told
+    stops = {line.partition("stopped at step ")[2].split(":")[0] for line in told.splitlines() if "stopped at" in line}
     assert len(stops) == 1, "one step, whichever rank says so"
     (step,) = map(int, stops)
     assert 4 <= step <= 15, "41 bad samples of 30 % are met in about nine steps of 16"
-    assert "more than 10.00% of 400" in done.stderr and "unreadable_image (data.tar/" in done.stderr
+    assert "more than 10.00% of 400" in told and "unreadable_image (data.tar/" in told
     (report,) = rows(run, "bad_samples")[-1:]
     assert report["step"] == step and report["counts"]["unreadable_image"] >= 5
     assert 5 <= len(report["keys"]["unreadable_image"]) <= 20
     assert sum(row["counts"]["unreadable_image"] for row in rows(run, "bad_samples")) > 40
     # With enough allowed the same data train, and the report names them.
-    pretrain(*flags[:2], "--run_folder", tmp_path / "patient", *flags[4:6], "--data.max_bad_share", "0.5")
+    pretrain_here(*flags[:2], "--run_folder", tmp_path / "patient", *flags[4:6], "--data.max_bad_share", "0.5")
     report = (tmp_path / "patient" / "report.html").read_text()
     assert "unreadable image" in report and "data.tar/" in report
 
@@ -133,17 +134,17 @@ def test_row_32_a_loader_worker_that_hangs_or_dies(fault, words, tiny, tmp_path)
 def test_row_33_nan_on_one_rank(calls, tiny, tmp_path, free_port):
     """One step is skipped by all; five in a row stop the run, with finite weights in its checkpoints."""
     run = tmp_path / "run"
-    status, message, _ = run_faulty(
-        f"nan,1,4,{calls}", 2, free_port, "--config", tiny, "--run_folder", run, "--loss", "faulty"
-    )
+    flags, script = ("--config", tiny, "--run_folder", run, "--loss", "faulty"), ROOT / "tests" / "faults" / "faulty.py"
+    told = {"folder": tmp_path / "told", "FAULT": f"nan,1,4,{calls}"}
+    statuses, message = script_on_ranks(2, free_port, script, *flags, **told)
     assert "step 4 skipped" in message and "image_features on rank 1" in message
     losses = [row["loss"] for row in rows(run)]
     if calls == 1:
-        assert status == 0 and len(losses) == 9
+        assert not any(statuses) and len(losses) == 9
         assert [step for step, loss in enumerate(losses, 1) if not np.isfinite(loss)] == [4]
         assert load_file(run / "final" / "model.safetensors")["image_tower.patch_embed.weight"].isfinite().all()
     else:
-        assert status != 0 and "5 steps in a row had no finite loss" in message
+        assert all(statuses) and "5 steps in a row had no finite loss" in message
     for checkpoint in (run / "checkpoints").iterdir():
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
     assert not [name for name in os.listdir(run) if name.endswith(".partial")]

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from rank_processes import run_on_ranks
 
 from contrastive.losses import SigmoidLoss, SoftmaxLoss
 
@@ -25,7 +25,7 @@ def run_rank(rank, folder):
 
 
 def test_row_30_an_uneven_batch_is_refused_by_all_ranks(tmp_path):
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    run_on_ranks(2, run_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     for (message, seconds), (other, _) in zip(first, second, strict=True):
         assert message == other and seconds < 5

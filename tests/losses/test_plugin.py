@@ -30,16 +30,15 @@ def script(tmp_path):
     return tmp_path / "train_mine.py"
 
 
-def train(script, *flags):
-    command = [sys.executable, *ACCELERATE, script, "--config", "tiny.yaml", "--run_folder", "run", *flags]
+def train(script, *flags, launcher=()):
+    command = [sys.executable, *launcher, script, "--config", "tiny.yaml", "--run_folder", "run", *flags]
     env = environment() | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(map(str, command), cwd=script.parent, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_the_example_trains(script):
-    done = train(
-        script, "--loss", "margin", "--loss.margin", "0.3", "--train.accumulate", "2", "--optimizer.lr", "0.005"
-    )
+    flags = "--loss margin --loss.margin 0.3 --train.accumulate 2 --optimizer.lr 0.005"
+    done = train(script, *flags.split(), launcher=ACCELERATE)
     assert done.returncode == 0, done.stderr
     losses = [row["loss"] for row in rows(script.parent / "run")]
     assert len(losses) == 60 and sum(losses[-10:]) < 0.9 * sum(losses[:10])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from rank_processes import run_on_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
@@ -74,7 +74,7 @@ def run_rank(rank, world_size, folder):
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_equal_to_one_process(world_size, tmp_path):
-    mp.spawn(run_rank, (world_size, str(tmp_path)), nprocs=world_size)
+    run_on_ranks(world_size, run_rank, world_size, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(world_size)]
     for case in CASES:
         expected_loss, expected = loss_and_gradients(*case, 0, 1)
@@ -131,7 +131,7 @@ def run_bad_rank(rank, world_size, folder):
 
 def test_what_one_rank_is_given_wrongly_all_ranks_refuse(tmp_path):
     """Fault row 30: none waits in a collective for one that has raised, and the next call works."""
-    mp.spawn(run_bad_rank, (3, str(tmp_path)), nprocs=3)
+    run_on_ranks(3, run_bad_rank, 3, str(tmp_path))
     answers = [torch.load(tmp_path / f"rank{r}.pt") for r in range(3)]
     uneven, broken, integers, double, gradients, scale, ids, good = zip(*answers, strict=True)
     assert len(set(uneven)) == 1

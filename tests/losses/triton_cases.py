@@ -29,7 +29,7 @@ SHAPES = [
     (64, 64, 32, 0),
     (64, 64, 32, -50),
     (64, 64, 32, -64),
-    (130, 70, 48, -60),
+    (50, 70, 48, -20),
 ]
 needs_numbers = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU")
 needs_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")

@@ -26,6 +26,7 @@ def main():
     ("args", "message"),
     [
         (["--trian.steps", "3"], "unknown flag --trian.steps. Did you mean 'train.steps'"),
+        (["--confg", "x.yaml"], "unknown flag --confg. Did you mean 'config'"),
         (["--train.steps", "many"], "--train.steps.*'many'"),
         (["--train.steps", "0"], "train.steps is 0; it must be above 0"),
         (["--train.samples", "0"], "train.samples is 0; it must be above 0"),

@@ -94,7 +94,7 @@ def test_the_saved_share_of_the_tuned_weights(config, pretrained, tmp_path):
 
 
 def test_a_head_alone(config, pretrained, tmp_path):
-    assert finetune(replace(config, tune="head", head="zeros"))
+    assert finetune(replace(config, tune="head", head="zeros", wise_ft=WiseFTConfig()))
     before, after = (load_file(f / "final" / "model.safetensors") for f in (pretrained, tmp_path / "tuned"))
     names = [name for name in before if name.startswith("image_tower")]
     assert names and all(torch.equal(before[name], after[name]) for name in names)
@@ -118,7 +118,8 @@ def test_a_fine_tuning_goes_on_exactly(config, tmp_path):
 
 def test_a_classifier_can_be_tuned_again_and_start_a_dual_encoder(config, pretrained, tmp_path):
     assert finetune(config)
-    second = replace(config, init=str(tmp_path / "tuned"), run_folder=str(tmp_path / "second"))
+    plain = replace(config, wise_ft=WiseFTConfig())
+    second = replace(plain, init=str(tmp_path / "tuned"), run_folder=str(tmp_path / "second"))
     assert finetune(second)
     assert not (tmp_path / "second" / "wise_ft.json").exists()  # no text tower, so a head of zeros
     with pytest.raises(UserError, match="without a text tower: --head zero_shot needs one"):
@@ -195,6 +196,8 @@ def test_bad_fine_tunings_are_one_line(config, tmp_path):
         finetune(replace(config, wise_ft=WiseFTConfig(eval=("scenes:val",))))
     with pytest.raises(UserError, match=r"wise_ft.save is 0.5, which needs a head that starts from prompts"):
         finetune(replace(config, head="zeros", wise_ft=WiseFTConfig(save=0.5)))
+    with pytest.raises(UserError, match=r"wise_ft.eval is digits:test, which needs a head that starts from prompts"):
+        finetune(replace(config, head="zeros"))
     assert not (tmp_path / "tuned").exists()
 
 

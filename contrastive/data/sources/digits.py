@@ -1,6 +1,8 @@
 """`digits`: scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels, in the package itself."""
 
 import hashlib
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 
@@ -24,15 +26,13 @@ class Digits:
             raise UserError(
                 f"digits: unknown split '{split}'; use one of {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}"
             )
-        from sklearn.datasets import load_digits
-
-        scans = load_digits()
+        scans, digits = _stored()
         self.name = f"digits:{split}"
         self.class_names = CLASS_NAMES
-        self._rows = _rows_of(split, scans.target)
-        self._labels = scans.target[self._rows].astype(np.int64)
+        self._rows = _rows_of(split, digits)
+        self._labels = digits[self._rows]
         # 0..16 as stored to 0..255.
-        self._scans = np.round(scans.images[self._rows] * (255 / 16)).astype(np.uint8)
+        self._scans = np.round(scans[self._rows] * (255 / 16)).astype(np.uint8)
         content = self._scans.tobytes() + self._labels.tobytes()
         self.fingerprint = hashlib.blake2b(content, digest_size=8).hexdigest()
 
@@ -50,6 +50,17 @@ class Digits:
 
     def label(self, index: int) -> int:
         return int(self._labels[check_index(self, index)])
+
+
+def _stored() -> tuple[np.ndarray, np.ndarray]:
+    """Return all scans, float64 (1797, 8, 8) in 0..16, and their digits, int64 (1797,).
+
+    From scikit-learn's file, as its `load_digits` has it: to import scikit-learn takes more than a second, in every
+    process of a run.
+    """
+    package = importlib.util.find_spec("sklearn")
+    rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(np.int64)
 
 
 def _rows_of(split: str, target: np.ndarray) -> np.ndarray:

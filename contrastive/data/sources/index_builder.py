@@ -37,21 +37,24 @@ def remote_shards(spec: str, urls: Sequence[str]) -> list[Entry]:
     return entries
 
 
-def index_shards(locations: Sequence[str], *, digest: bool, workers: int | None = None) -> list[Entry]:
+def index_shards(
+    locations: Sequence[str], *, digest: bool, workers: int | None = None, force: bool = False
+) -> list[Entry]:
     """Return the entries of shards (paths or URLs), indexed where they are not, or have changed since.
 
     Args:
         digest: have a sha256 of every shard, for which those without are read whole.
+        force: index all of them anew, as remote ones that were replaced: their changes are not seen from here.
         workers: processes; None: one a core, 16 at most.
 
     Raises:
         UserError: names the first shard that is damaged or missing, and says how many are. The others are done.
     """
-    plan = _Plan(locations, digest)
+    plan = _Plan(locations, digest, force)
     if not plan.missing:
         return plan.result()
     with plan.locked():
-        plan = _Plan(locations, digest)  # another process may just have done it
+        plan = _Plan(locations, digest, force)  # another process may just have done it
         plan.resume()
         plan.build(workers)
     return plan.result()
@@ -66,8 +69,8 @@ class _Job(NamedTuple):
 class _Plan:
     """Which shards have an up-to-date entry, and where those of the others are to go."""
 
-    def __init__(self, locations: Sequence[str], digest: bool):
-        self._locations, self._digest = locations, digest
+    def __init__(self, locations: Sequence[str], digest: bool, force: bool):
+        self._locations, self._digest, self._force = locations, digest, force
         self._found: dict[str, Entry] = {}
         self.missing: dict[str, IndexFolder] = {}
         for shards, names in by_folder(locations).items():
@@ -145,7 +148,7 @@ class _Plan:
     def _fits(self, entry: Entry) -> bool:
         """Whether an entry is of the shard as it is now. A remote one is compared when it is downloaded."""
         summary = entry.summary
-        if (self._digest and summary.sha256 is None) or not os.path.exists(entry.index_path):
+        if self._force or (self._digest and summary.sha256 is None) or not os.path.exists(entry.index_path):
             return False
         if is_remote(entry.location):
             return True

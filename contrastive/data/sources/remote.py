@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import os
 import queue
+import shlex
 import threading
 import time
 import urllib.error
@@ -26,6 +27,10 @@ class _Transient(Exception):
     """What may go better next time."""
 
 
+class _Altered(_Transient):
+    """All of a file came, and it is another one: it was replaced, unless something on the way changed it."""
+
+
 def download(
     url: str,
     path: str,
@@ -38,21 +43,26 @@ def download(
 
     http and https are read by the standard library, without the event loop that other libraries' processes must
     not inherit; all else by fsspec. A server that is busy, a cut connection and one that brings nothing for
-    TIMEOUT seconds are tried again, ATTEMPTS times in all, with growing waits.
+    TIMEOUT seconds are tried again, ATTEMPTS times in all, with growing waits. A whole file with another sha256 is
+    fetched once more.
 
     Args:
         size, sha256: what it has to be, where that is known.
         reserve: called with the size, when it is known, before anything is written.
 
     Raises:
-        UserError: names the URL: no such file, no access, another size than `size` (at once); or the last
-            fault of the last attempt.
+        UserError: names the URL: no such file, no access, another size than `size` (at once), another sha256
+            (twice); or the last fault of the last attempt.
     """
+    altered = 0
     for attempt in range(ATTEMPTS):
         try:
             return _attempt(url, path, size, sha256, reserve)
         except _Transient as fault:
             last = fault
+        altered += isinstance(last, _Altered)
+        if altered == 2:
+            raise UserError(f"{url}: {last}; {_index_again(url)}")
         if attempt < ATTEMPTS - 1:
             time.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2**attempt))
     raise UserError(f"{url}: not downloaded after {ATTEMPTS} attempts, at last because {last}; start again later")
@@ -63,9 +73,7 @@ def _attempt(url: str, path: str, size: int | None, sha256: str | None, reserve:
     open_remote = _open_http if url.startswith(("http://", "https://")) else _open_store
     with open_remote(url) as (length, read):
         if None not in (size, length) and size != length:
-            raise UserError(
-                f"{url} has {length} bytes, but {size} when indexed; delete its index and run scripts/index.py"
-            )
+            raise UserError(f"{url} has {length} bytes, but {size} when indexed; {_index_again(url)}")
         expected = size if length is None else length
         if expected is not None:
             reserve(expected)
@@ -80,7 +88,11 @@ def _attempt(url: str, path: str, size: int | None, sha256: str | None, reserve:
     if expected is not None and received != expected:
         raise _Transient(f"it was cut off after {received} of {expected} bytes")
     if sha256 is not None and digest.hexdigest() != sha256:
-        raise _Transient("its sha256 is not the one in the index")
+        raise _Altered(f"its sha256 begins with {digest.hexdigest()[:12]}, but {sha256[:12]} when indexed")
+
+
+def _index_again(url: str) -> str:
+    return f"if it was replaced, run `python scripts/index.py {shlex.quote(url)} --force`"
 
 
 Opened = tuple[int | None, Callable[[], bytes]]  # length in bytes where known, and what reads the next chunk

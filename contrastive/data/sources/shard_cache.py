@@ -64,7 +64,8 @@ def _fetch(url: str, path: str, size: int | None, sha256: str | None) -> None:
 def prefetch(shards: Sequence[Wanted]) -> None:
     """Download shards in the background, in this order; replaces what an earlier call asked for and has not begun.
 
-    No more than half of the cache is asked for at once. What fails is left to the reader to find out.
+    No more than half of the cache is asked for at once, by all ranks of this machine together: more would evict what
+    another has fetched and not yet read. What fails is left to the reader to find out.
     """
     global _prefetcher
     if _prefetcher is None or _prefetcher.process != os.getpid():  # threads do not survive a fork
@@ -186,7 +187,7 @@ class _Prefetcher:
             threading.Thread(target=self._work, daemon=True, name="prefetch").start()
 
     def ask(self, shards: Sequence[Wanted]) -> None:
-        room = cache_limit() // 2
+        room = cache_limit() // 2 // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's, accelerate's
         with self._changed:
             self._wanted.clear()
             for shard in shards:

@@ -18,7 +18,7 @@ _MAX_OPEN, _MAX_OPEN_COPIES = 128, 8
 def shard_index(entry: Entry) -> ShardIndex:
     """Return where the samples of a shard lie; read when the shard is first touched."""
     summary = entry.summary
-    return load_index(entry.index_path, summary.size, summary.mtime_ns, summary.samples)
+    return load_index(entry.index_path, summary.size, summary.mtime_ns, summary.samples, summary.sha256)
 
 
 class Sample:

@@ -15,7 +15,7 @@ from contrastive.data.sources.shard_index import ShardIndex, ShardSummary
 from contrastive.errors import UserError
 
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
-_MEND = "run scripts/index.py on the data again"
+_MEND = "run scripts/index.py on the data with --force"
 # An index of 10,000 samples takes half a megabyte; this many are at hand in each process.
 _MAX_LOADED = 128
 
@@ -44,7 +44,7 @@ def load_summary(path: str) -> ShardSummary | None:
 
 # One table a process, outside the source: nothing to pickle.
 @lru_cache(maxsize=_MAX_LOADED)
-def load_index(path: str, size: int, mtime_ns: int, samples: int) -> ShardIndex:
+def load_index(path: str, size: int, mtime_ns: int, samples: int, sha256: str | None) -> ShardIndex:
     """Return the index that `save_index` wrote for a shard in this state.
 
     Raises:
@@ -58,8 +58,9 @@ def load_index(path: str, size: int, mtime_ns: int, samples: int) -> ShardIndex:
     except FileNotFoundError:
         raise UserError(f"{path}: the index of this shard is missing; {_MEND}") from None
     except _DAMAGE as error:
-        raise UserError(f"{path}: the index of this shard is damaged ({error}); delete it and {_MEND}") from None
-    if (found.size, found.mtime_ns, len(index)) != (size, mtime_ns, samples):
+        raise UserError(f"{path}: the index of this shard is damaged ({error}); {_MEND}") from None
+    replaced = None not in (found.sha256, sha256) and found.sha256 != sha256
+    if replaced or (found.size, found.mtime_ns, len(index)) != (size, mtime_ns, samples):
         raise UserError(f"{path}: the index of this shard is not the one that its manifest lists; {_MEND}")
     return index
 

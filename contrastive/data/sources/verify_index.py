@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 from collections.abc import Sequence
 
 from contrastive.data.sources.manifest import Entry
@@ -53,6 +54,6 @@ def _fault(entry: Entry) -> str | None:
     if size != summary.size:
         return f"{location} has {size} bytes, but {summary.size} when it was indexed; index it again or restore it"
     return (
-        f"{location} was altered in place: its size is the same, its sha256 is not. Restore it, or delete "
-        f"{entry.index_path} and the folder's manifest.json to index it as it is"
+        f"{location} was altered in place: its size is the same, its sha256 is not. Restore it, or index it as it is: "
+        f"`python scripts/index.py {shlex.quote(location)} --force`"
     )

@@ -1,0 +1,55 @@
+"""Ranks for tests, forked from a process that has imported torch once: a start then takes no seconds."""
+
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+IMPORTED = ["contrastive.train", "contrastive.evaluate.report", "hypothesis", "pytest", "torch._dynamo"]
+
+
+def run_on_ranks(number, function, *args, seconds=120):
+    """Call function(rank, *args) in `number` processes that share nothing with this one; wait, and raise their errors.
+
+    Unlike forks of this process they have no threads, locks or process groups of the tests that ran before.
+    """
+    mp.get_context("forkserver").set_forkserver_preload(IMPORTED)
+    ranks = mp.start_processes(function, args, nprocs=number, join=False, start_method="forkserver")
+    limit = time.monotonic() + seconds
+    while not ranks.join(timeout=1):
+        if time.monotonic() > limit:
+            for process in ranks.processes:
+                process.kill()
+            raise TimeoutError(f"the ranks did not end within {seconds} seconds")
+
+
+def script_on_ranks(number, port, script, *args, folder, **variables):
+    """Run a script on CPU ranks, as torchrun does but for ending the others when one fails.
+
+    Returns:
+        The exit status of each, and what all of them wrote to stderr.
+    """
+    folder.mkdir(exist_ok=True)
+    run_on_ranks(number, _run_script, number, port, str(script), [str(arg) for arg in args], str(folder), variables)
+    written = [(folder / f"stderr{rank}").read_text() for rank in range(number)]
+    return [int((folder / f"status{rank}").read_text()) for rank in range(number)], "".join(written)
+
+
+def _run_script(rank, number, port, script, args, folder, variables):
+    torch.set_num_threads(1)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+    os.environ.update({name: str(value) for name, value in {**meeting, **places, **variables}.items()})
+    sys.argv = [script, *args]
+    with open(f"{folder}/stderr{rank}", "w") as file:
+        os.dup2(file.fileno(), 2)
+    status = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    Path(f"{folder}/status{rank}").write_text(str(status))
