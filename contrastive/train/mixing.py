@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torchvision.transforms import v2
 
 
 class Mixing(nn.Module):
@@ -16,6 +15,8 @@ class Mixing(nn.Module):
 
     def __init__(self, mixup: float, cutmix: float, num_classes: int):
         super().__init__()
+        from torchvision.transforms import v2  # takes longer to import than all that lies here
+
         methods = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
         methods += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
         self.methods = methods

@@ -1,5 +1,4 @@
 import io
-import multiprocessing
 import subprocess
 import sys
 import time
@@ -10,7 +9,6 @@ import pytest
 import torch
 from batches import batch_indices
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from contrastive.data import loader
 from contrastive.data.augment import AugmentConfig
@@ -231,38 +229,6 @@ def test_eval_loader_keeps_order_and_leaves_out_bad_images():
         faults = [("unreadable_image", "key3")], [], [("missing_image", "key4"), ("unreadable_image", "key5")]
         assert [batch["bad"] for batch in found[:3]] == list(faults)
         assert torch.equal(found[3]["image"][0], preprocess.pixels(jpeg(2)))
-
-
-@pytest.mark.parametrize(
-    ("fault", "workers", "expected"),
-    [
-        (ConnectionResetError(104, "Connection reset by peer"), 1, UserError),
-        (EOFError(), 1, UserError),
-        (ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0."), 1, ConnectionResetError),
-        (ConnectionResetError("of the data's own"), 0, ConnectionResetError),
-    ],
-)
-def test_a_worker_that_dies_while_its_batch_is_sent(fault, workers, expected, monkeypatch):
-    def fail(self):
-        raise fault
-
-    monkeypatch.setattr(DataLoader, "__iter__", fail)
-    batches = eval_loader(Memory(), Preprocess(PreprocessConfig(image_size=16)), [0], 1, num_workers=workers)
-    with pytest.raises(expected, match="a loader worker was killed" if expected is UserError else None):
-        next(iter(batches))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGCHLD")
-def test_a_worker_that_dies_between_two_batches_is_told_at_the_next(tokenizer):
-    batches = iter(train_loader(pairs(tokenizer), global_batch_size=8, num_steps=1000, num_workers=1))
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    worker.kill()
-    worker.join()
-    time.sleep(0.05)  # what comes in here is not ours to end
-    with pytest.raises(UserError, match="a loader worker was killed"):
-        while True:  # some batches were ready
-            next(batches)
 
 
 ORPHANS = """

@@ -7,23 +7,18 @@ import json
 import pickle
 import shutil
 import sys
-import zlib
-from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from colour_benchmark import Labelled, colour_bundle, picture, random_run, tokenizer
 from colour_model import COLOURS, ColourModel, bundle
 from PIL import Image
 from shard_writing import write_tar
 
 import contrastive
-from contrastive.data.preprocess import PreprocessConfig
-from contrastive.data.record import Record
 from contrastive.data.sources import open_source
-from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 from contrastive.evaluate.compositional import compositional
 from contrastive.evaluate.embeddings import embed_images
@@ -32,31 +27,12 @@ from contrastive.evaluate.retrieval import retrieval
 from contrastive.evaluate.zero_shot import classification_metrics, zero_shot
 from contrastive.interop import clip_benchmark as adapter
 from contrastive.interop import clip_benchmark_mends as mends
-from contrastive.interop.manifest import write_folder
-from contrastive.interop.native import save_model
-from contrastive.models import DualEncoder, ModelConfig
 
 pytest.importorskip("clip_benchmark", reason="needs clip-benchmark")
 
 NAMES = tuple(COLOURS)
 TEMPLATES = ("a {} thing", "{}")
 RNG = np.random.default_rng(0)
-
-
-def tokenizer(texts):
-    """The colour that a text names, else the three numbers it is, else any three of its own."""
-    return torch.tensor([_ids(text) for text in texts])
-
-
-def _ids(text):
-    words = text.split()
-    named = [COLOURS[word] for word in words if word in COLOURS]
-    numbers = [int(word) for word in words if word.isdecimal()]
-    return (named or [numbers or list(zlib.crc32(text.encode()).to_bytes(4, "big")[:3])])[0]
-
-
-def colour_bundle(**changes):
-    return SimpleNamespace(**vars(bundle()) | {"tokenizer": tokenizer} | changes)
 
 
 @pytest.fixture
@@ -75,12 +51,6 @@ def benchmark(monkeypatch, tmp_path):
 
 
 OUTPUT = "results/{dataset}_{pretrained}_{model}_{language}_{task}.json"
-
-
-def picture(colour, kind="PNG"):
-    data = io.BytesIO()
-    Image.fromarray(np.broadcast_to(np.uint8(colour), (5, 7, 3)).copy()).save(data, kind, lossless=True)
-    return data.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -227,56 +197,8 @@ def test_winoground(benchmark, monkeypatch):
 
 
 @pytest.fixture
-def model_folder(tmp_path):
-    """A real model folder with random weights; call it again for other ones."""
-    text = train_bpe(["a photo of the number: 0123456789"] * 4, vocab_size=280, context_length=16)
-    config = ModelConfig(embed_dim=16)
-    image = replace(config.image, image_size=16, patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=16)
-    ids = {"vocab_size": text.vocab_size, "eos_id": text.eos_id, "pad_id": text.pad_id, "context_length": 16}
-    config = replace(config, image=image, text=replace(config.text, width=16, depth=1, num_heads=2, mlp_dim=16, **ids))
-
-    def save(folder=tmp_path / "runs" / "mine" / "final"):
-        weights = DualEncoder(config).state_dict()
-        write_folder(folder, lambda to: save_model(to, weights, config, PreprocessConfig(image_size=16), text))
-        return folder.parent
-
-    return save
-
-
-class Labelled:
-    """A torchvision dataset as one of our sources."""
-
-    name, fingerprint = "torchvision", "0"
-
-    def __init__(self, dataset, class_names):
-        self.dataset, self.class_names = dataset, class_names
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        return Record(str(index), self.dataset[index][0], label=self.label(index))
-
-    def label(self, index):
-        return int(self.dataset[index][1])
-
-
-@pytest.fixture
 def run_folder(tmp_path):
     return random_run(tmp_path / "runs" / "mine")
-
-
-def random_run(folder):
-    """A run folder with a small model of random weights."""
-    words = train_bpe(["a photo of the number: 0123456789"] * 4, vocab_size=280, context_length=16)
-    small = {"width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}
-    ids = {"vocab_size": words.vocab_size, "eos_id": words.eos_id, "pad_id": words.pad_id, "context_length": 16}
-    image = replace(ModelConfig().image, image_size=16, patch_size=8, **small)
-    config = ModelConfig(embed_dim=16, image=image, text=replace(ModelConfig().text, **small, **ids))
-    weights = DualEncoder(config).state_dict()
-    preprocess = PreprocessConfig(image_size=16)
-    write_folder(folder / "final", lambda to: save_model(to, weights, config, preprocess, words))
-    return folder
 
 
 def test_mnist_files_and_a_real_model(shared_data, benchmark, monkeypatch, run_folder, tmp_path):
