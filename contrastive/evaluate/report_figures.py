@@ -14,6 +14,7 @@ TRAIN_CHARTS = (
     ("loss", "loss", "", True),
     ("learning rate", "lr", "", False),
     ("gradient norm", "grad_norm", "", True),
+    ("accuracy on varied images", "accuracy", "%", True),
     ("logit scale", "logit_scale", "", False),
     ("logit bias", "logit_bias", "", False),
     ("samples per second", "samples_per_second", "", True),
@@ -120,7 +121,9 @@ def training_charts(rows: list[dict]) -> list[str]:
     """A chart of each figure of training that the rows have."""
     made = []
     for title, key, unit, noisy in TRAIN_CHARTS:
-        values = column(rows, key) * (100 if unit == "%" else 1)
+        values = column(rows, key) * (
+            100 if key == "data_wait" else 1
+        )  # a share; all else is in percent where it has that unit
         if np.isfinite(values).any():
             steps = [row["step"] for row in rows]
             made.append(line_chart(title, steps, {title: values}, unit=unit, smooth=noisy))
