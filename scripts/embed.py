@@ -62,7 +62,7 @@ def embed(options: argparse.Namespace) -> None:
             parts = ("images",)
         if "texts" in parts:
             check_texts(bundle, source)
-        store = claim_store(options.out, bundle, source, StoreOptions(**layout), write=is_main_process())
+        store = claim_store(options.out, bundle, source, StoreOptions(**layout))
         loading = {"batch_size": options.batch_size, "num_workers": options.workers, "progress": True}
         fill_store(store, bundle, source, parts, device=device, **loading)
     if is_main_process():

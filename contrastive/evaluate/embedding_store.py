@@ -20,10 +20,12 @@ from typing import Literal
 import numpy as np
 
 from contrastive.data.sources.class_prompts import ClassPrompts
+from contrastive.distributed import collectives
 from contrastive.errors import UserError
 from contrastive.evaluate.embedding_files import FileType, features_path, read_head, write_json
 from contrastive.evaluate.embeddings import Precision, Space, pick_indices
 from contrastive.evaluate.model_key import model_key
+from contrastive.evaluate.ranks import together
 
 FORMAT = "contrastive-embeddings-1"
 CONFIG = "config.json"
@@ -148,22 +150,26 @@ def store_config(bundle, source, options: StoreOptions, key_of_model: str | None
 
 
 def claim_store(
-    folder: Path, bundle, source, options: StoreOptions, *, key_of_model: str | None = None, write: bool = True
+    folder: Path, bundle, source, options: StoreOptions, *, key_of_model: str | None = None
 ) -> EmbeddingStore:
     """Begin a store in `folder`, or go on with one begun by the same model, data and options.
 
-    write: whether to write config.json into a new one; the first rank does.
+    With several ranks, call it on all of them: the first one begins it, the others find it begun.
 
     Raises:
-        UserError: the folder holds something else, or embeddings of another model or data.
+        UserError: the folder holds something else, or embeddings of another model or data; on all ranks.
     """
     config = store_config(bundle, source, options, key_of_model)
+    first = together(lambda: _claim(folder, bundle, source, config) if collectives.rank() == 0 else None)
+    return first or _claim(folder, bundle, source, config)
+
+
+def _claim(folder: Path, bundle, source, config: dict) -> EmbeddingStore:
     found = find_store(folder)
     if found is None:
         _check_free(folder)
-        if write:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / CONFIG, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG, config)
         return EmbeddingStore(folder, config)
     found.check(bundle, source, config["model"]["key"])
     for name, value in config["options"].items():

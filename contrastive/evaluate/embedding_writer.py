@@ -1,9 +1,7 @@
 """Filling a store: every rank embeds the missing ones among shards r, r + W, ... and writes each when it is done."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +15,10 @@ from contrastive.errors import UserError
 from contrastive.evaluate.embedding_files import write_shard
 from contrastive.evaluate.embedding_store import EmbeddingStore, Part
 from contrastive.evaluate.embeddings import embed_texts, evaluating, image_batches
+from contrastive.evaluate.ranks import together
 from contrastive.log import console
 
 PROBED = 100
-
-T = TypeVar("T")
 
 
 def has_captions(source) -> bool:
@@ -61,11 +58,11 @@ def fill_store(
     loading = {"device": device, "batch_size": batch_size, "progress": progress}
     for part in parts:
         # Where files were deleted since, as a damaged one has to be, they are made again.
-        if store.is_complete(part) and not _together(partial(store.missing, part)):
+        if store.is_complete(part) and not together(partial(store.missing, part)):
             continue
         more = {"num_workers": num_workers} if part == "images" else {}
-        _together(partial(_fill, store, bundle, source, part, **loading, **more))
-        _together(partial(store.finish, part) if collectives.rank() == 0 else lambda: None)
+        together(partial(_fill, store, bundle, source, part, **loading, **more))
+        together(partial(store.finish, part) if collectives.rank() == 0 else lambda: None)
 
 
 def _fill(store: EmbeddingStore, bundle, source, part: Part, **loading) -> None:
@@ -73,19 +70,6 @@ def _fill(store: EmbeddingStore, bundle, source, part: Part, **loading) -> None:
     world, rank = collectives.world_size(), collectives.rank()
     mine = [shard for shard in store.missing(part) if shard % world == rank]
     (_fill_images if part == "images" else _fill_texts)(store, bundle, source, mine, **loading)
-
-
-def _together(call: Callable[[], T]) -> T:
-    """Return what `call` does, and wait for the other ranks; what fails on one of them fails on all."""
-    result, failure = None, None
-    try:
-        result = call()
-    except UserError as error:
-        failure = str(error)
-    failures = [message for message in collectives.gather_objects(failure) if message]
-    if failures:
-        raise UserError(failures[0])
-    return result
 
 
 def check_texts(bundle, source) -> None:

@@ -13,7 +13,6 @@ from contrastive.evaluate.embedding_writer import fill_store
 from contrastive.evaluate.embeddings import Space
 from contrastive.evaluate.model_key import model_key
 from contrastive.evaluate.zero_shot_output import folder_name
-from contrastive.log import is_main_process
 
 
 class Subject:
@@ -79,8 +78,7 @@ class Subject:
         options = StoreOptions(space=space, limit=self.limit)
         key = store_config(self.bundle, source, options, self.key)["key"]
         folder = self.cache / f"{folder_name(data)}-{key[:16]}"
-        claim = {"key_of_model": self.key, "write": is_main_process()}
-        store = claim_store(folder, self.bundle, source, options, **claim)
+        store = claim_store(folder, self.bundle, source, options, key_of_model=self.key)
         fill_store(store, self.bundle, source, parts, device=self.device, **self.loading)
         return store
 

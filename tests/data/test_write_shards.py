@@ -288,7 +288,9 @@ SHARD = [sys.executable, str(ROOT / "scripts" / "shard.py")]
 
 def test_script_goes_on_after_it_was_interrupted(tmp_path):
     command = [*SHARD, "scenes:val", str(tmp_path / "out"), "--samples-per-shard", "100", "--workers", "2"]
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as running:
+    # A shell's background jobs, which a test run may be one of, ignore Ctrl-C, and so would what they start.
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, **heed) as running:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("out/*.tar")) and time.monotonic() < deadline:
             time.sleep(0.02)

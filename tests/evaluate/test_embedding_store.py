@@ -323,11 +323,11 @@ def _fill_on_rank(rank, world_size, port, folder, out):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     bundle, source = contrastive.load(folder), source_of(21, unreadable=(2, 9))
-    store = claim_store(Path(out), bundle, source, StoreOptions(samples_per_shard=4), write=rank == 0)
+    store = claim_store(Path(out), bundle, source, StoreOptions(samples_per_shard=4))
     fill_store(store, bundle, source, BOTH, device="cpu", batch_size=3)
     if rank == 1:  # a fault of one rank is known to all: none waits for ever
         embedding_writer.write_shard = _refuse
-    again = claim_store(Path(out + "-again"), bundle, source, StoreOptions(samples_per_shard=4), write=rank == 0)
+    again = claim_store(Path(out + "-again"), bundle, source, StoreOptions(samples_per_shard=4))
     try:
         fill_store(again, bundle, source, BOTH, device="cpu")
     except UserError as error:
