@@ -1,5 +1,6 @@
 """Accuracy of a classifier with a head of its own. N images, C classes."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,6 +56,23 @@ def classification(
         "skipped": dict(skipped + scored.skipped),
         "confusion": confusion.tolist(),
     }
+
+
+def check_same_classes(own: Sequence[str] | None, owner: str, source) -> None:
+    """Raise UserError where labels of `source` mean other classes than `own`, those of `owner`: a model, or other data.
+
+    Where either does not name its classes, nothing can be said.
+    """
+    others = source.class_names
+    if own is None or others is None or tuple(own) == tuple(others):
+        return
+    if len(own) != len(others):
+        raise UserError(f"{source.name} has {len(others)} classes, but {owner} has {len(own)}")
+    number = next(i for i, (a, b) in enumerate(zip(own, others, strict=True)) if a != b)
+    raise UserError(
+        f"class {number} is '{others[number]}' in {source.name}, but '{own[number]}' in {owner}; "
+        "their labels mean different things"
+    )
 
 
 class _Scores(nn.Module):

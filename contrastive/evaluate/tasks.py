@@ -13,7 +13,6 @@ import torch
 
 from contrastive.data.class_sets import load_class_names
 from contrastive.data.prompts import default_templates, load_templates
-from contrastive.data.record import Source
 from contrastive.errors import UserError
 from contrastive.evaluate.bootstrap import clustered_interval, median_interval, share_interval
 from contrastive.evaluate.embedding_set import TextEmbeddings
@@ -227,27 +226,13 @@ class Classification(Task):
         return []
 
     def run(self, subject: Subject) -> Outcome:
-        from contrastive.evaluate.classification import classification
+        from contrastive.evaluate.classification import check_same_classes, classification
 
         if not getattr(subject.bundle.config, "num_classes", None):
             raise UserError(f"{subject.name} has no classifier's head, which classification needs")
         source = subject.source(self.data)
-        _check_trained_on(source, subject)
+        check_same_classes(subject.bundle.class_names, subject.name, source)
         result = classification(subject.bundle, source, device=subject.device, limit=subject.limit, **subject.loading)
         confusion = torch.tensor(result["confusion"])
         per_class = confusion.diagonal().numpy(), confusion.sum(dim=1).numpy()
         return classification_outcome(result, result["num_images"], per_class)
-
-
-def _check_trained_on(source: Source, subject: Subject) -> None:
-    """Raise UserError where the labels of `source` mean other classes than those of the classifier."""
-    own, others = subject.bundle.class_names, source.class_names
-    if own is None or others is None or tuple(own) == tuple(others):
-        return
-    if len(own) != len(others):
-        raise UserError(f"{source.name} has {len(others)} classes, but {subject.name} was trained on {len(own)}")
-    number = next(i for i, (a, b) in enumerate(zip(own, others, strict=True)) if a != b)
-    raise UserError(
-        f"class {number} is '{others[number]}' in {source.name}, but {subject.name} was trained on '{own[number]}'; "
-        "their labels mean different things"
-    )

@@ -144,17 +144,3 @@ def num_classes(source: Source, asked: int | None) -> int:
     if len(names) < 2:
         raise UserError(f"{source.name} has one class only; a classifier needs two")
     return len(names)
-
-
-def check_same_classes(source: Source, held_out: Source) -> None:
-    """Raise UserError where held-out data counts its classes differently."""
-    own, others = source.class_names, held_out.class_names
-    if own is None or others is None or own == others:
-        return
-    if len(own) != len(others):
-        raise UserError(f"{held_out.name} has {len(others)} classes, but {source.name} has {len(own)}")
-    number = next(i for i, (a, b) in enumerate(zip(own, others, strict=True)) if a != b)
-    raise UserError(
-        f"class {number} is '{others[number]}' in {held_out.name}, but '{own[number]}' in {source.name}; "
-        "their labels mean different things"
-    )

@@ -11,6 +11,7 @@ from contrastive.data.sources import open_source
 from contrastive.data.sources.held_out import held_out_spec
 from contrastive.data.subset import labelled_share
 from contrastive.errors import UserError
+from contrastive.evaluate.classification import check_same_classes
 from contrastive.evaluate.embeddings import pick_indices
 from contrastive.evaluate.zero_shot import zero_shot_classifier
 from contrastive.interop.native import Bundle, load
@@ -22,7 +23,6 @@ from contrastive.train.classifier_settings import (
     FinetuneConfig,
     SupervisedConfig,
     TrainClassifierConfig,
-    check_same_classes,
     check_supervised,
     check_wise_ft,
     fit_image,
@@ -115,7 +115,7 @@ def _open_data(config: C) -> tuple[Source, list[Source], C]:
     config = replace(config, data=replace(data, eval=data.eval or ((found,) if found else ())))
     held_out = [open_source(spec, image_column=data.image_column) for spec in config.data.eval]
     for other in held_out:
-        check_same_classes(source, other)
+        check_same_classes(source.class_names, source.name, other)
         if not _labelled(other):
             raise UserError(f"data.eval {other.name} has no class labels; classifiers are scored on labelled images")
     if data.share != 1:

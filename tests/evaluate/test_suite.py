@@ -250,9 +250,9 @@ def test_a_classifier_of_other_classes_is_refused(tmp_path, bundle, data):
     tasks = ({"task": "classification", "data": name} for name in ("test", "other", "unlabelled"))
     named, other, none = run(subject_of(classifier, tmp_path), *tasks)
     assert named.error == (
-        f"class 5 is '{NAMES[5]}' in 13 colours, but small was trained on 'grey'; their labels mean different things"
+        f"class 5 is '{NAMES[5]}' in 13 colours, but 'grey' in small; their labels mean different things"
     )
-    assert other.error.startswith(f"class 0 is 'a' in 8 colours, but small was trained on '{NAMES[0]}'")
+    assert other.error.startswith(f"class 0 is 'a' in 8 colours, but '{NAMES[0]}' in small")
     assert "has no class labels" in none.error
 
 
