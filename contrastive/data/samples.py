@@ -1,5 +1,6 @@
 """Training samples as a pure function of their position; a bad one is replaced, and told."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ MAX_ATTEMPTS = 100
 Faults = list[tuple[str, str]]  # (reason, key) of each sample or caption that could not be used
 
 
-class SampleDataset(Dataset):
+class SampleDataset(Dataset, ABC):
     """Samples by position (see SampleOrder), for `train_loader`. What a sample holds is up to the subclasses.
 
     All draws (of the variation of the image, of the stand-in for a bad sample) depend on (seed, position) alone,
@@ -53,9 +54,9 @@ class SampleDataset(Dataset):
             f"check the data in '{self.source.name}'"
         )
 
+    @abstractmethod
     def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> dict[str, Any]:
         """Return what the model needs of a record. BadSample where it cannot be used."""
-        raise NotImplementedError
 
     def varied_image(self, record: Record, rng: np.random.Generator) -> torch.Tensor:
         """Return a random variation of the record's image, uint8 (3, S, S). BadSample with the record's key."""

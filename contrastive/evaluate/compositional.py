@@ -64,13 +64,7 @@ def compositional(
     files = ImageFiles(str(path), root, _distinct(image for choice in complete for image in choice.images))
     loading = {"device": device, "batch_size": batch_size, "num_workers": num_workers, "progress": progress}
     embedded = embed_images(bundle.model, files, bundle.preprocess, **loading)
-    reasons = {key: reason for reason, key in embedded.bad}
-    kept = []
-    for choice in complete:
-        bad = [reasons[image] for image in choice.images if image in reasons]
-        skipped.update(bad[:1])
-        if not bad:
-            kept.append(choice)
+    kept = _readable(complete, embedded.bad, skipped)
     if not kept:
         why = ", ".join(f"{count:,} {reason}" for reason, count in sorted((+skipped).items()))
         raise UserError(
@@ -82,6 +76,17 @@ def compositional(
     features = _Features(embedded.features, image_row, text_features, {text: row for row, text in enumerate(texts)})
     figures, chance, hits = _scored(kept, features)
     return {**figures, "chance": chance, "num_samples": len(kept), "skipped": dict(+skipped), "hits": hits}
+
+
+def _readable(choices: list[Choice], bad: Iterable[tuple[str, str]], skipped: Counter[str]) -> list[Choice]:
+    """Those without an image among `bad`, (reason, file); the others are counted in `skipped`."""
+    reasons, kept = {key: reason for reason, key in bad}, []
+    for choice in choices:
+        why = [reasons[image] for image in choice.images if image in reasons]
+        skipped.update(why[:1])
+        if not why:
+            kept.append(choice)
+    return kept
 
 
 class _Features:

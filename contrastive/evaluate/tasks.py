@@ -3,6 +3,7 @@
 A task is a frozen dataclass whose fields are its keys in a suite's file. Another package adds one by registration.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Need(NamedTuple):
     texts: bool = False
 
 
-class Task:
+class Task(ABC):
     """What the tasks share."""
 
     title: str
@@ -56,16 +57,16 @@ class Task:
         """The features in tables."""
         return FEATURES[self.features]
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - most tasks have nothing to check
         """Raise UserError for options that cannot work, before any model is loaded."""
 
     def needs(self) -> list[Need]:
         """The embeddings it reads."""
         return [Need(self.data, self.features)]
 
+    @abstractmethod
     def run(self, subject: Subject) -> Outcome:
         """Evaluate `subject`; UserError where that cannot be."""
-        raise NotImplementedError
 
 
 @TASKS.register("zero_shot")

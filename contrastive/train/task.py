@@ -1,5 +1,6 @@
 """What a run learns: all that the loop leaves to the kind of run it is."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.train.run_folder import RunFolder
 
 
-class Task:
+class Task(ABC):
     """A model with its data and its loss. Subclasses: ContrastiveTask, ClassificationTask.
 
     model: the weights, bare. preprocess: how its images are made. chance_loss: the loss of a model that tells
@@ -25,10 +26,11 @@ class Task:
     chance_loss: float
     advice: str
 
+    @abstractmethod
     def dataset(self, order: SampleOrder) -> SampleDataset:
         """Return the training samples in this order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward_backward(self, wrapped: nn.Module, batch: dict, step: int, runtime: Runtime) -> torch.Tensor:
         """Add the gradient of the loss over the global batch; return this rank's loss, a detached scalar.
 
@@ -39,31 +41,30 @@ class Task:
         Raises:
             NonFiniteFeatures: on all ranks alike; the step is skipped.
         """
-        raise NotImplementedError
 
-    def after_update(self) -> None:
+    def after_update(self) -> None:  # noqa: B027 - a hook, like `conclude`
         """Keep parameters where the method wants them; called without gradients after each update."""
 
     def figures(self) -> dict[str, float | None]:
         """Return what the last step's row of metrics.jsonl says besides loss, gradient norm and learning rate."""
         return {}
 
+    @abstractmethod
     def evaluate(self, runtime: Runtime) -> dict[str, float]:
         """Return figures in percent by 'KIND/SOURCE/NAME'; the same on every rank, all of which call it."""
-        raise NotImplementedError
 
-    def conclude(self, folder: RunFolder, runtime: Runtime) -> None:
+    def conclude(self, folder: RunFolder, runtime: Runtime) -> None:  # noqa: B027
         """Do what is left after the last step, before the model is saved; called on every rank."""
 
+    @abstractmethod
     def save(
         self, folder: Path, weights: Mapping[str, torch.Tensor], ema: Mapping[str, torch.Tensor] | None = None
     ) -> None:
         """Write a model folder that `contrastive.load` takes into an existing folder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> list[tuple[str, str]]:
         """Return (name, text) lines that say what is trained."""
-        raise NotImplementedError
 
     def report(self, device: torch.device) -> dict:
         """Return what `write_report` is to show besides curves and options."""
