@@ -12,18 +12,12 @@ from contrastive.distributed.runtime import prepare_process
 from contrastive.log import run_script
 
 DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "finetune.yaml"
-SHORT = {
-    "data": "data.train",
-    "epochs": "train.epochs",
-    "batch_size": "train.global_batch_size",
-    "lr": "optimizer.lr",
-}
 
 
 def main(args: list[str]) -> None:
     prepare_process()
     from contrastive.train import FinetuneConfig, finetune
-    from contrastive.train.command import command, data_name
+    from contrastive.train.command import SUPERVISED_FLAGS, command, data_name
 
     if args and not args[0].startswith("-"):
         args = ["--init", *args]
@@ -35,7 +29,7 @@ def main(args: list[str]) -> None:
         description="Fine-tune the image tower of MODEL, a run, checkpoint or model folder.",
         default_file=DEFAULTS,
         name=lambda config: data_name(config.data.train),
-        short=SHORT,
+        short=SUPERVISED_FLAGS,
     )
 
 

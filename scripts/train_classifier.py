@@ -10,18 +10,12 @@ from contrastive.distributed.runtime import prepare_process
 from contrastive.log import run_script
 
 DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "classifier.yaml"
-SHORT = {
-    "data": "data.train",
-    "epochs": "train.epochs",
-    "batch_size": "train.global_batch_size",
-    "lr": "optimizer.lr",
-}
 
 
 def main(args: list[str]) -> None:
     prepare_process()
     from contrastive.train import TrainClassifierConfig, train_classifier
-    from contrastive.train.command import command, data_name
+    from contrastive.train.command import SUPERVISED_FLAGS, command, data_name
 
     command(
         TrainClassifierConfig,
@@ -31,7 +25,7 @@ def main(args: list[str]) -> None:
         description="Train a ViT classifier from scratch.",
         default_file=DEFAULTS,
         name=lambda config: data_name(config.data.train),
-        short=SHORT,
+        short=SUPERVISED_FLAGS,
     )
 
 

@@ -11,6 +11,14 @@ from contrastive.train.options import LENGTHS, RunConfig
 
 C = TypeVar("C", bound=RunConfig)
 
+SUPERVISED_FLAGS = {
+    "data": "data.train",
+    "epochs": "train.epochs",
+    "batch_size": "train.global_batch_size",
+    "lr": "optimizer.lr",
+}
+"""What the short flags of supervised runs stand for."""
+
 
 def command(
     cls: type[C],
