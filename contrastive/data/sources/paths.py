@@ -91,4 +91,4 @@ def _where(path: str) -> str:
         return "; check the folder"
     if not folder.is_dir():
         return f": there is no folder '{folder}'"
-    return f" in that folder.{did_you_mean(Path(path).name, os.listdir(folder))}"
+    return f"; look in '{folder}'.{did_you_mean(Path(path).name, os.listdir(folder))}"
