@@ -12,6 +12,7 @@ LAYERS = [
     {"train"},
     {"evaluate"},
     {"interop"},
+    {"visualize"},
     {"data", "losses", "models", "optim"},
     {"distributed"},
     {"command_line", "config", "log", "registry"},

@@ -135,7 +135,7 @@ def eval_loader(
     return _Loader(
         _Images(source, preprocess, np.asarray(indices, np.int64)),
         batch_size=batch_size,
-        collate_fn=functools.partial(_collate_images, image_size=preprocess.config.image_size),
+        collate_fn=functools.partial(_collate_images, size=preprocess.config.size),
         **_worker_options(num_workers, timeout=0),
     )
 
@@ -164,11 +164,11 @@ def _collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {**default_collate(samples), "bad": bad}
 
 
-def _collate_images(samples: list[tuple], image_size: int) -> dict[str, Any]:
+def _collate_images(samples: list[tuple], size: tuple[int, int]) -> dict[str, Any]:
     good = [sample for sample in samples if isinstance(sample[0], int)]
     bad = [sample for sample in samples if isinstance(sample[0], str)]
     if not good:
-        empty = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+        empty = torch.empty(0, 3, *size, dtype=torch.uint8)
         return {"image": empty, "index": torch.empty(0, dtype=torch.int64), "key": [], "bad": bad}
     index, image, key = default_collate(good)
     return {"image": image, "index": index, "key": list(key), "bad": bad}

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from contrastive.data.decode import decode
-from contrastive.data.resize import resize
+from contrastive.data.resize import Interpolation, resize
 from contrastive.errors import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -21,18 +21,36 @@ SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 class PreprocessConfig:
     """How images become pixels."""
 
-    image_size: int = 224
-    """Side of the square in pixels."""
+    image_size: int | tuple[int, int] = 224
+    """Side of the square in pixels, or (height, width)."""
     resize: Literal["squash", "crop"] = "squash"
     """'squash' scales both sides to the size (SigLIP); 'crop' the short side, then cuts the centre (CLIP)."""
     mean: tuple[float, float, float] = SIGLIP_MEAN
     """Subtracted from each channel, where white is 1."""
     std: tuple[float, float, float] = SIGLIP_STD
     """Divides each channel after that."""
+    interpolation: Interpolation = "bicubic"
+    """How both are resized. SigLIP 2 was trained with 'bilinear'."""
+    short_side: int | None = None
+    """Of 'crop': what the short side is scaled to before the cut, where it is not image_size (timm's crop_pct)."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what comes out."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     def __post_init__(self):
-        if self.image_size < 1:
+        height, width = self.size
+        if min(height, width) < 1:
             raise UserError(f"image size {self.image_size} is not positive; set it to 1 or more")
+        if self.resize == "crop" and height != width:
+            raise UserError(f"resize 'crop' makes squares, not {height}×{width}; use 'squash'")
+        if self.short_side is not None and (self.resize != "crop" or self.short_side < height):
+            raise UserError(
+                f"short_side {self.short_side} needs resize 'crop' and at least the image size, {height}; leave it out"
+            )
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise UserError(f"unknown interpolation '{self.interpolation}'; use 'bicubic' or 'bilinear'")
         if self.resize not in ("squash", "crop"):
             raise UserError(f"unknown resize '{self.resize}'; use 'squash' or 'crop'")
         if min(self.std) <= 0:
@@ -55,10 +73,11 @@ class Preprocess:
 
     def pixels(self, image: bytes | Image.Image | np.ndarray) -> torch.Tensor:
         """Return uint8 RGB (3, S, S), without augmentation."""
-        pixels, size = decode(image), self.config.image_size
-        if self.config.resize == "squash":
-            return resize(pixels, size, size)
-        return _crop_centre(_resize_short_side(pixels, size), size)
+        config, pixels = self.config, decode(image)
+        height, width = config.size
+        if config.resize == "squash":
+            return resize(pixels, height, width, config.interpolation)
+        return _crop_centre(_resize_short_side(pixels, config.short_side or height, config.interpolation), height)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return (pixels / 255 - mean) / std as float32 on the same device; pixels uint8 (..., 3, H, W)."""
@@ -73,12 +92,12 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tenso
         return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
-def _resize_short_side(pixels: torch.Tensor, size: int) -> torch.Tensor:
+def _resize_short_side(pixels: torch.Tensor, size: int, interpolation: Interpolation) -> torch.Tensor:
     """Keep the aspect ratio; the long side is rounded down, as torchvision and open_clip do."""
     _, height, width = pixels.shape
     if height <= width:
-        return resize(pixels, size, int(size * width / height))
-    return resize(pixels, int(size * height / width), size)
+        return resize(pixels, size, int(size * width / height), interpolation)
+    return resize(pixels, int(size * height / width), size, interpolation)
 
 
 def _crop_centre(pixels: torch.Tensor, size: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
+from contrastive.interop.bundle import Absent
 from contrastive.interop.weights_key import weights_key
 
 
@@ -27,8 +28,8 @@ def model_key(bundle) -> str:
 
 
 def _tokenizer_key(tokenizer) -> str:
-    """A sha256 over the files that the tokenizer saves; empty without one."""
-    if tokenizer is None:
+    """A sha256 over the files that the tokenizer saves; empty without one, or without its files."""
+    if tokenizer is None or isinstance(tokenizer, Absent):
         return ""
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,7 @@
 """Models in and out of folders: our own format."""
 
-from contrastive.interop.native import Bundle, load, save_model
+from contrastive.interop.bundle import Absent, Bundle
+from contrastive.interop.loading import load
+from contrastive.interop.native import save_model
 
-__all__ = ["Bundle", "load", "save_model"]
+__all__ = ["Absent", "Bundle", "load", "save_model"]

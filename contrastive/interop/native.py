@@ -8,7 +8,7 @@ tokenizer/          as data.tokenizer saves it; a classifier has none
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,31 +20,12 @@ from contrastive.config import from_dict
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer
 from contrastive.errors import UserError
+from contrastive.interop.bundle import Bundle
 from contrastive.interop.manifest import problem
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ModelConfig
 
 FORMAT = "contrastive-1"
 CLASSIFIER_FORMAT = "contrastive-classifier-1"
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """A model with all that belongs to it."""
-
-    model: DualEncoder | ImageClassifier
-    preprocess: Preprocess
-    """PIL image to (3, H, W) float32."""
-    tokenizer: Tokenizer | None
-    """List of str to (B, context_length) int64; None for a classifier."""
-    config: ModelConfig | ClassifierConfig
-    path: Path
-    class_names: tuple[str, ...] | None = None
-    """Of a classifier, in the order of its scores, where its data named them."""
-
-    def check_text_tower(self, purpose: str) -> None:
-        """Raise UserError where there is no text tower; `purpose` says in the message what needs one."""
-        if self.tokenizer is None:
-            raise UserError(f"{self.path} is a classifier, without a text tower: {purpose}")
 
 
 def save_model(
@@ -88,26 +69,25 @@ def _save_weights(folder: Path, weights: Mapping[str, torch.Tensor], ema: Mappin
             save_file(plain, folder / f"{name}.safetensors")
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
-    """Load a model, a classifier too, from a run folder, one of its checkpoints, or its final model.
+def is_native(folder: Path) -> bool:
+    """Whether `folder` is a model folder of ours."""
+    try:
+        return json.loads((folder / "config.json").read_text()).get("format") in (FORMAT, CLASSIFIER_FORMAT)
+    except (OSError, ValueError, AttributeError):
+        return False
 
-    Of a run folder the final model is taken, else the newest checkpoint that is whole.
 
-    Returns:
-        The model in eval mode on `device`, with its preprocessing and tokenizer.
+def load_native(folder: Path) -> Bundle:
+    """Load one of our model folders: the model in eval mode on the CPU.
 
     Raises:
-        UserError: no model there, a damaged file, or weights that do not fit the architecture.
+        UserError: a damaged file, or weights that do not fit the architecture.
     """
-    folder = _model_folder(Path(path))
-    try:
-        description = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
-    kind = description.get("format")
-    if kind not in (FORMAT, CLASSIFIER_FORMAT):
-        raise UserError(f"{folder / 'config.json'} is not of a contrastive model (no format '{FORMAT}')")
-    is_classifier, where = kind == CLASSIFIER_FORMAT, str(folder / "config.json")
+    wrong = problem(folder)
+    if wrong is not None:
+        raise UserError(f"{folder} is not a whole model folder: {wrong}")
+    description = json.loads((folder / "config.json").read_text())
+    is_classifier, where = description["format"] == CLASSIFIER_FORMAT, str(folder / "config.json")
     config = from_dict(ClassifierConfig if is_classifier else ModelConfig, description["model"], where)
     model = ImageClassifier(config) if is_classifier else DualEncoder(config)
     weights = folder / "ema.safetensors"
@@ -117,7 +97,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     preprocess = from_dict(PreprocessConfig, description["preprocess"], where)
     names = description.get("class_names")
     return Bundle(
-        model=model.eval().to(device),
+        model=model.eval(),
         preprocess=Preprocess(preprocess),
         tokenizer=None if is_classifier else load_tokenizer(folder / "tokenizer", config.text.context_length),
         config=config,
@@ -154,22 +134,21 @@ def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
-def _model_folder(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"no model at {path}: no such file or folder")
-    if (path / "config.json").exists():
-        return _whole(path)
-    if (path / "final").exists():
-        return _whole(path / "final")
+def native_folder(path: Path) -> Path | None:
+    """Return the model folder that `path` is or holds as a run: its final model, else its newest whole checkpoint.
+
+    None where `path` is neither.
+
+    Raises:
+        UserError: a run whose checkpoints are all damaged.
+    """
+    if is_native(path):
+        return path
+    if (path / "final" / "config.json").exists():
+        return path / "final"
+    if not (path / "checkpoints").is_dir():
+        return None
     newest, passed = newest_whole(path / "checkpoints")
     if newest is None:
-        why = "; ".join(passed) or "no config.json, no final/, no checkpoints/"
-        raise UserError(f"no model at {path}: {why}")
+        raise UserError(f"no model at {path}: {'; '.join(passed) or 'no checkpoint yet'}")
     return newest
-
-
-def _whole(folder: Path) -> Path:
-    wrong = problem(folder)
-    if wrong is not None:
-        raise UserError(f"{folder} is not a whole model folder: {wrong}")
-    return folder

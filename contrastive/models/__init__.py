@@ -4,6 +4,7 @@ from contrastive.models.classifier import ClassifierConfig, ImageClassifier, cla
 from contrastive.models.dual_encoder import DualEncoder, Features, ModelConfig
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
 from contrastive.models.presets import create_model, list_models, model_config
+from contrastive.models.single_tower import ImageModel, ImageModelConfig, TextModel, TextModelConfig
 from contrastive.models.text_tower import TextTower, TextTowerConfig
 
 __all__ = [
@@ -11,9 +12,13 @@ __all__ = [
     "DualEncoder",
     "Features",
     "ImageClassifier",
+    "ImageModel",
+    "ImageModelConfig",
     "ImageTower",
     "ImageTowerConfig",
     "ModelConfig",
+    "TextModel",
+    "TextModelConfig",
     "TextTower",
     "TextTowerConfig",
     "classifier_config",

@@ -32,6 +32,8 @@ class TextTowerConfig:
     """Attend to earlier positions only, as in CLIP."""
     pool: Literal["eos", "last", "average"] = "last"
     """The vector of a text: its end-of-text token (CLIP), the last position (SigLIP), or the mean of its tokens."""
+    projection: bool = True
+    """Linear projection to embed_dim after pooling; without it width must equal embed_dim."""
     projection_bias: bool = True
     """Bias in the projection to embed_dim; SigLIP has one, CLIP none."""
     eos_id: int | None = None
@@ -67,6 +69,11 @@ class TextTower(nn.Module):
     def __init__(self, config: TextTowerConfig, embed_dim: int):
         super().__init__()
         config.check()
+        if not config.projection and config.width != embed_dim:
+            raise UserError(
+                f"model.text.width {config.width} differs from model.embed_dim {embed_dim}: "
+                "make them equal or set model.text.projection true"
+            )
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Parameter(torch.zeros(config.context_length, config.width))
@@ -82,7 +89,8 @@ class TextTower(nn.Module):
             gradient_checkpointing=config.gradient_checkpointing,
         )
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.projection = nn.Linear(config.width, embed_dim, bias=config.projection_bias)
+        bias = config.projection_bias
+        self.projection = nn.Linear(config.width, embed_dim, bias=bias) if config.projection else None
 
     def forward_features(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens after the last block and the final LayerNorm: ids (B, N) to (B, N, D).
@@ -105,4 +113,4 @@ class TextTower(nn.Module):
             x = x[:, -1]
         else:
             x = pool_average(x, tokens, self.config.pad_id)
-        return self.projection(x)
+        return x if self.projection is None else self.projection(x)

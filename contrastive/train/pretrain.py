@@ -11,7 +11,8 @@ from contrastive.data.captions import sampled_captions
 from contrastive.data.record import Source
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from contrastive.interop.native import Bundle, load
+from contrastive.interop.bundle import Bundle
+from contrastive.interop.loading import load
 from contrastive.log import say
 from contrastive.models import DualEncoder, ImageTowerConfig, TextTowerConfig
 from contrastive.train.contrastive_task import ContrastiveTask

@@ -1,0 +1,1 @@
+"""Foreign formats, one package each: `reading` and `writing`."""

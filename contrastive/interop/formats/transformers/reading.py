@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from pathlib import Path
+
+
+def recognises(folder: Path) -> bool:
+    return False

@@ -1,0 +1,50 @@
+"""`contrastive.load`: a model out of any folder that we can read."""
+
+import importlib
+from pathlib import Path
+
+import torch
+
+from contrastive.errors import UserError
+from contrastive.interop.bundle import Bundle
+from contrastive.interop.native import load_native, native_folder
+
+# Each package has reading.py with `recognises(folder) -> bool` and `load(folder) -> Bundle`, asked in this order:
+# a folder can hold the files of several libraries, and then the first says the most about the model.
+FOREIGN = ("open_clip", "timm", "transformers")
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
+    """Load a model with its preprocessing and tokenizer.
+
+    Args:
+        path: a run folder (its final model is taken, else its newest whole checkpoint), one of its checkpoints, or a
+            model folder: ours, or of transformers, open_clip or timm.
+
+    Returns:
+        The model in float32 and eval mode on `device`. A part whose files the folder lacks is `Absent`: the model
+        loads, and any use of the part says what is missing.
+
+    Raises:
+        UserError: no model there, an architecture that is not ours, a damaged file, or weights that do not fit.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise UserError(f"no model at {path}: no such file or folder")
+    bundle = _read(folder)
+    bundle.model.eval().to(device)
+    return bundle
+
+
+def _read(folder: Path) -> Bundle:
+    own = native_folder(folder)
+    if own is not None:
+        return load_native(own)
+    for name in FOREIGN:
+        reading = importlib.import_module(f"contrastive.interop.formats.{name}.reading")
+        if reading.recognises(folder):
+            return reading.load(folder)
+    raise UserError(
+        f"no model at {folder}: neither a run (final/ or checkpoints/) nor a model folder of ours, transformers, "
+        "open_clip or timm (config.json or open_clip_config.json beside safetensors)"
+    )
