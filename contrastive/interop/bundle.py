@@ -33,6 +33,9 @@ class Absent:
         raise UserError(self._message)
 
 
+NOT_LOADED = Absent("the tokenizer was not asked for; contrastive.load(PATH) loads it")
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A model with all that belongs to it."""

@@ -9,7 +9,7 @@ from contrastive.errors import UserError
 from contrastive.interop.bundle import Bundle
 from contrastive.interop.native import load_native, native_folder
 
-# Each package has reading.py with `recognises(folder) -> bool` and `load(folder) -> Bundle`, asked in this order:
+# Each package has reading.py with `recognises(folder) -> bool` and `load(folder, with_tokenizer) -> Bundle`, asked in this order:
 # a folder can hold the files of several libraries, and then the first says the most about the model.
 FOREIGN = ("open_clip", "timm", "transformers")
 
@@ -31,19 +31,20 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     folder = Path(path).expanduser()
     if not folder.exists():
         raise UserError(f"no model at {path}: no such file or folder")
-    bundle = _read(folder)
+    bundle = read_folder(folder)
     bundle.model.eval().to(device)
     return bundle
 
 
-def _read(folder: Path) -> Bundle:
+def read_folder(folder: Path, with_tokenizer: bool = True) -> Bundle:
+    """As `load`, on the CPU. Without the tokenizer (it is `Absent` then) no heavy library is imported."""
     own = native_folder(folder)
     if own is not None:
-        return load_native(own)
+        return load_native(own, with_tokenizer)
     for name in FOREIGN:
         reading = importlib.import_module(f"contrastive.interop.formats.{name}.reading")
         if reading.recognises(folder):
-            return reading.load(folder)
+            return reading.load(folder, with_tokenizer)
     raise UserError(
         f"no model at {folder}: neither a run (final/ or checkpoints/) nor a model folder of ours, transformers, "
         "open_clip or timm (config.json or open_clip_config.json beside safetensors)"

@@ -20,7 +20,7 @@ from contrastive.config import from_dict
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer
 from contrastive.errors import UserError
-from contrastive.interop.bundle import Bundle
+from contrastive.interop.bundle import NOT_LOADED, Bundle
 from contrastive.interop.manifest import problem
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ModelConfig
 
@@ -77,7 +77,7 @@ def is_native(folder: Path) -> bool:
         return False
 
 
-def load_native(folder: Path) -> Bundle:
+def load_native(folder: Path, with_tokenizer: bool = True) -> Bundle:
     """Load one of our model folders: the model in eval mode on the CPU.
 
     Raises:
@@ -94,12 +94,18 @@ def load_native(folder: Path) -> Bundle:
     if not weights.exists():
         weights = folder / "model.safetensors"
     load_weights(model, weights)
+    if is_classifier:
+        tokenizer = None
+    elif with_tokenizer:
+        tokenizer = load_tokenizer(folder / "tokenizer", config.text.context_length)
+    else:
+        tokenizer = NOT_LOADED
     preprocess = from_dict(PreprocessConfig, description["preprocess"], where)
     names = description.get("class_names")
     return Bundle(
         model=model.eval(),
         preprocess=Preprocess(preprocess),
-        tokenizer=None if is_classifier else load_tokenizer(folder / "tokenizer", config.text.context_length),
+        tokenizer=tokenizer,
         config=config,
         path=folder,
         class_names=None if names is None else tuple(names),
