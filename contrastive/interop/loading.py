@@ -9,8 +9,8 @@ from contrastive.errors import UserError
 from contrastive.interop.bundle import Bundle
 from contrastive.interop.native import load_native, native_folder
 
-# Each package has reading.py with `recognises(folder) -> bool` and `load(folder, with_tokenizer) -> Bundle`, asked in this order:
-# a folder can hold the files of several libraries, and then the first says the most about the model.
+# Each package has reading.py: `recognises(folder) -> bool`, `load(folder, with_tokenizer) -> Bundle`. They are asked
+# in this order: a folder can hold the files of several libraries, and then the first says the most about the model.
 FOREIGN = ("open_clip", "timm", "transformers")
 
 
