@@ -26,7 +26,7 @@ CLIP_WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def train(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE: ids 0, 1, 2 are PAD, BOS, EOS, then the 256 bytes, then merges by frequency.
+    """Learn a byte-level BPE: ids 0, 1, 2 are PAD, EOS, BOS, then the 256 bytes, then merges by frequency.
 
     Text is NFC-normalised, lower-cased, and runs of white space are one space. Every text can be encoded,
     and the same captions in any order give the same vocabulary. It may come out smaller than `vocab_size`,
@@ -46,7 +46,7 @@ def train(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[PAD, BOS, EOS],
+        special_tokens=[PAD, EOS, BOS],  # transformers' CLIPModel reads an eos of 2 as "the highest id of the text"
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

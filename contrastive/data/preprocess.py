@@ -16,6 +16,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
+Cut = Literal["round", "floor", "corner"]
+
 
 @dataclass(frozen=True)
 class PreprocessConfig:
@@ -32,7 +34,11 @@ class PreprocessConfig:
     interpolation: Interpolation = "bicubic"
     """How both are resized. SigLIP 2 was trained with 'bilinear'."""
     short_side: int | None = None
-    """Of 'crop': what the short side is scaled to before the cut, where it is not image_size (timm's crop_pct)."""
+    """What the short side ('squash': both sides) is scaled to before the cut, where it is not image_size (timm's
+    crop_pct)."""
+    cut: Cut = "round"
+    """What is kept of it: the centre, at half a pixel by 'round' (to even, as torchvision and open_clip) or 'floor'
+    (transformers), or the 'corner' at the top left (patches that do not fill an image)."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -45,10 +51,13 @@ class PreprocessConfig:
             raise UserError(f"image size {self.image_size} is not positive; set it to 1 or more")
         if self.resize == "crop" and height != width:
             raise UserError(f"resize 'crop' makes squares, not {height}×{width}; use 'squash'")
-        if self.short_side is not None and (self.resize != "crop" or self.short_side < height):
+        if self.short_side is not None and (height != width or self.short_side < height):
             raise UserError(
-                f"short_side {self.short_side} needs resize 'crop' and at least the image size, {height}; leave it out"
+                f"short_side {self.short_side} needs a square image size, not {height}×{width}, that is no larger; "
+                "leave it out"
             )
+        if self.cut not in ("round", "floor", "corner"):
+            raise UserError(f"unknown cut '{self.cut}'; use 'round', 'floor' or 'corner'")
         if self.interpolation not in ("bicubic", "bilinear"):
             raise UserError(f"unknown interpolation '{self.interpolation}'; use 'bicubic' or 'bilinear'")
         if self.resize not in ("squash", "crop"):
@@ -76,8 +85,11 @@ class Preprocess:
         config, pixels = self.config, decode(image)
         height, width = config.size
         if config.resize == "squash":
-            return resize(pixels, height, width, config.interpolation)
-        return _crop_centre(_resize_short_side(pixels, config.short_side or height, config.interpolation), height)
+            scaled = (config.short_side, config.short_side) if config.short_side else (height, width)
+            pixels = resize(pixels, *scaled, config.interpolation)
+        else:
+            pixels = _resize_short_side(pixels, config.short_side or height, config.interpolation)
+        return _cut(pixels, height, width, config.cut)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return (pixels / 255 - mean) / std as float32 on the same device; pixels uint8 (..., 3, H, W)."""
@@ -100,7 +112,12 @@ def _resize_short_side(pixels: torch.Tensor, size: int, interpolation: Interpola
     return resize(pixels, int(size * height / width), size, interpolation)
 
 
-def _crop_centre(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    _, height, width = pixels.shape
-    top, left = round((height - size) / 2), round((width - size) / 2)  # half to even, as torchvision
-    return pixels[:, top : top + size, left : left + size]
+def _cut(pixels: torch.Tensor, height: int, width: int, cut: Cut) -> torch.Tensor:
+    top, left = (_offset(whole - kept, cut) for whole, kept in zip(pixels.shape[1:], (height, width), strict=True))
+    return pixels[:, top : top + height, left : left + width]
+
+
+def _offset(margin: int, cut: Cut) -> int:
+    if cut == "corner":
+        return 0
+    return margin // 2 if cut == "floor" else round(margin / 2)  # half to even

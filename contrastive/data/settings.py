@@ -1,9 +1,11 @@
 """The options of a run's data."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 from contrastive.data.augment import AugmentConfig
+from contrastive.data.preprocess import Cut, PreprocessConfig
+from contrastive.data.resize import Interpolation
 from contrastive.data.text_cleaning import Cleaning
 from contrastive.errors import UserError
 
@@ -20,6 +22,12 @@ class ImageDataConfig:
     """Subtracted from pixels in 0..1, per channel."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Divides what is left, per channel."""
+    interpolation: Interpolation = "bicubic"
+    """How evaluation images are resized; SigLIP 2 was trained with bilinear."""
+    short_side: int | None = None
+    """What evaluation images are scaled to before they are cut to the model's size; none: to that size."""
+    cut: Cut = "round"
+    """Where an odd margin is cut: round (torchvision, open_clip) or floor (transformers); or corner, the top left."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     num_workers: int | None = None
     """Loader processes per rank; none: 0 without a GPU, else the rank's share of the cores up to 8."""
@@ -37,6 +45,17 @@ class ImageDataConfig:
     replacement: bool = False
     """Draw each sample from all of the data, whatever was drawn before, instead of each one once an epoch."""
 
+    def preprocess(self, image_size: int) -> PreprocessConfig:
+        """What images go through outside of training, for a model of this size in pixels."""
+        return PreprocessConfig(
+            image_size, self.resize, self.mean, self.std, self.interpolation, self.short_side, self.cut
+        )
+
+    def seen_as(self, config: PreprocessConfig) -> Self:
+        """These options with images prepared as `config` says: those of a model that is already trained."""
+        names = ("resize", "mean", "std", "interpolation", "short_side", "cut")
+        return replace(self, **{name: getattr(config, name) for name in names})
+
 
 @dataclass(frozen=True)
 class DataConfig(ImageDataConfig):
@@ -52,7 +71,8 @@ class DataConfig(ImageDataConfig):
     caption_templates: tuple[str, ...] = ("{}",)
     """Texts of which one is drawn for each caption, which takes the place of {}: "{}" "a photo of {}"."""
     clean: Cleaning = "none"
-    """Cleaning of captions, prompts and every text later on: clip (mends, lower-cases), canonicalize (SigLIP's)."""
+    """Cleaning of captions, prompts and every text later on: whitespace (mends), clip (and lower-cases), canonicalize
+    (SigLIP's)."""
     prompts: str = "auto"
     """Prompt templates for labelled data: a set's name, a file with one template a line, or auto."""
     tokenizer: str = "auto"

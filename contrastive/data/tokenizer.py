@@ -98,29 +98,33 @@ class BpeTokenizer(Tokenizer):
         # CLIP pads with 0, the id of '!': harmless, as nothing behind eos is looked at.
         pad_id = 0 if kind == "clip" else core.token_to_id(bpe.PAD)
         super().__init__(kind, core.get_vocab_size(), context_length, pad_id, eos_id, bos_id)
-        self._core = core
+        self.core = core
 
     def _encode(self, texts):
         if self.kind == "clip":
             texts = [clean_clip(text) for text in texts]
         room = self.context_length - 2
-        encoded = (self._core.encode(text, add_special_tokens=False).ids for text in texts)
+        encoded = (self.core.encode(text, add_special_tokens=False).ids for text in texts)
         return [[self.bos_id, *ids[:room], self.eos_id] for ids in encoded]
 
     def _decode(self, ids):
-        return self._core.decode(ids, skip_special_tokens=False)
+        return self.core.decode(ids, skip_special_tokens=False)
 
     def _save(self, folder):
-        self._core.save(str(folder / MODEL_FILE))
+        self.core.save(str(folder / MODEL_FILE))
 
 
 class TransformersTokenizer(Tokenizer):
     """A tokenizer folder of transformers, padded on the right whatever its own default is.
 
-    Special tokens at the front are its own doing; eos is added where it does not end a text by itself.
+    Special tokens at the front are its own doing.
+
+    Args:
+        add_eos: end a text by eos where the tokenizer does not do so by itself. False gives the library's own ids,
+            which are what a model of the library was trained on.
     """
 
-    def __init__(self, folder: Path, context_length: int):
+    def __init__(self, folder: Path, context_length: int, add_eos: bool = True):
         from transformers import AutoTokenizer
 
         try:
@@ -136,24 +140,31 @@ class TransformersTokenizer(Tokenizer):
                 )
         core.padding_side = core.truncation_side = "right"
         vocab_size = max(core.get_vocab().values()) + 1
-        first = core("a")["input_ids"][0]
-        bos_id = core.bos_token_id if first == core.bos_token_id else None
+        ids = core("a")["input_ids"]
+        bos_id = core.bos_token_id if ids[0] == core.bos_token_id else None
         super().__init__("transformers", vocab_size, context_length, core.pad_token_id, core.eos_token_id, bos_id)
-        self._core = core
+        self.core = core
+        self.add_eos = add_eos
+        self.ends_with_eos = ids[-1] == core.eos_token_id
 
     def _encode(self, texts):
         if not texts:
             return []
-        rows = self._core(texts, truncation=True, max_length=self.context_length)["input_ids"]
+        rows = self.core(texts, truncation=True, max_length=self.context_length)["input_ids"]
+        if not self.add_eos:
+            return rows
         return [
             row if row and row[-1] == self.eos_id else [*row[: self.context_length - 1], self.eos_id] for row in rows
         ]
 
     def _decode(self, ids):
-        return self._core.decode(ids, skip_special_tokens=True)
+        return self.core.decode(ids, skip_special_tokens=True)
+
+    def _options(self):
+        return {**super()._options(), "add_eos": self.add_eos}
 
     def _save(self, folder):
-        self._core.save_pretrained(str(folder))
+        self.core.save_pretrained(str(folder))
 
 
 def clip_tokenizer(context_length: int = CLIP_CONTEXT_LENGTH) -> Tokenizer:
@@ -164,7 +175,7 @@ def clip_tokenizer(context_length: int = CLIP_CONTEXT_LENGTH) -> Tokenizer:
 def train_bpe(
     captions: Iterable[str], vocab_size: int = 8192, context_length: int = 64, clean: Cleaning = "none"
 ) -> Tokenizer:
-    """Train a byte-level, lower-casing BPE on captions: pad, bos, eos are ids 0, 1, 2.
+    """Train a byte-level, lower-casing BPE on captions: pad, eos, bos are ids 0, 1, 2.
 
     Captions that training would skip (empty, overlong, not text) are skipped here too. The result depends on
     the captions alone. Errors as in `bpe.train`.
@@ -212,7 +223,7 @@ def _load(name_or_folder: str | Path, context_length: int | None) -> Tokenizer:
 def _load_saved(folder: Path, options: dict, context_length: int | None) -> Tokenizer:
     context_length = context_length or options["context_length"]
     if options["kind"] == "transformers":
-        tokenizer = TransformersTokenizer(folder, context_length)
+        tokenizer = TransformersTokenizer(folder, context_length, options.get("add_eos", True))
     else:
         core = tokenizers.Tokenizer.from_file(str(folder / MODEL_FILE))
         tokenizer = BpeTokenizer(core, options["kind"], context_length)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from contrastive.data.order import SampleOrder
-from contrastive.data.preprocess import Preprocess, PreprocessConfig
+from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
 from contrastive.data.samples import LabelledDataset
 from contrastive.distributed.runtime import Runtime
@@ -35,8 +35,8 @@ class ClassificationTask(Task):
 
     def __init__(self, config: SupervisedConfig, model: ImageClassifier, source: Source, held_out: list[Source]):
         self.config, self.model, self.source, self.held_out = config, model, source, held_out
-        num_classes, data = model.config.num_classes, config.data
-        self.preprocess = Preprocess(PreprocessConfig(model.config.image.image_size, data.resize, data.mean, data.std))
+        num_classes = model.config.num_classes
+        self.preprocess = Preprocess(config.data.preprocess(model.config.image.image_size))
         self.mixing = Mixing(config.mixup, config.cutmix, num_classes)
         self.chance_loss = math.log(num_classes)
         self._accuracy = math.nan

@@ -14,7 +14,7 @@ from contrastive.errors import UserError
 from contrastive.evaluate.classification import check_same_classes
 from contrastive.evaluate.embeddings import pick_indices
 from contrastive.evaluate.zero_shot import zero_shot_classifier
-from contrastive.interop.bundle import Bundle
+from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.loading import load
 from contrastive.interop.weights_key import weights_key
 from contrastive.log import say
@@ -71,6 +71,7 @@ def finetune(config: FinetuneConfig) -> bool:
     if not config.init:
         raise UserError("no model to fine-tune: finetune.py MODEL --data SPEC")
     bundle = load(config.init)
+    bundle.check_image_tower("there is nothing to fine-tune")
     check_supervised(config, bundle.config.image)
     check_shares({"dropout": config.dropout})
     check_wise_ft(config.wise_ft)
@@ -83,8 +84,7 @@ def finetune(config: FinetuneConfig) -> bool:
         )
     config = replace(config, init_key=key)
     source, held_out, config = _open_data(config)
-    seen = bundle.preprocess.config
-    data = replace(config.data, resize=seen.resize, mean=seen.mean, std=seen.std)
+    data = config.data.seen_as(bundle.preprocess.config)
     config = replace(config, data=data, head=_kind_of_head(config, bundle, source), **resolve_run(config, source))
     torch.manual_seed(config.train.seed)
     model = _classifier_from(bundle, config, source)
@@ -136,7 +136,8 @@ def _labelled(source: Source) -> bool:
 
 
 def _kind_of_head(config: FinetuneConfig, bundle: Bundle, source: Source) -> str:
-    possible = bundle.tokenizer is not None and source.class_names is not None
+    has_text = bundle.tokenizer is not None and not isinstance(bundle.tokenizer, Absent)
+    possible = has_text and source.class_names is not None
     if config.head == "auto":
         return "zero_shot" if possible else "zeros"
     if config.head == "zero_shot":

@@ -9,7 +9,7 @@ from torch import nn
 
 from contrastive.data.order import SampleOrder
 from contrastive.data.pairs import PairDataset
-from contrastive.data.preprocess import Preprocess, PreprocessConfig
+from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.distributed.runtime import Runtime
@@ -41,8 +41,7 @@ class ContrastiveTask(Task):
         self.model = DualEncoder(config.model)
         if config.lock == "image":
             self.model.image_tower.requires_grad_(False).eval()
-        data = config.data
-        self.preprocess = Preprocess(PreprocessConfig(config.model.image.image_size, data.resize, data.mean, data.std))
+        self.preprocess = Preprocess(config.data.preprocess(config.model.image.image_size))
         self.loss = config.loss.build()
         batch = config.train.global_batch_size
         # With many matches in a row the loss of guessing is another one for each loss: no advice is given then.

@@ -59,11 +59,11 @@ def _with_parts_of(start: Bundle, config: PretrainConfig) -> PretrainConfig:
     What only training knows, dropout say, and whether the logits have a bias are the run's own.
 
     Raises:
-        UserError: --init of a model without a text tower.
+        UserError: --init of a model without a text tower, a model without an image tower or its preprocessing.
     """
-    seen = start.preprocess.config
+    start.check_image_tower("a run starts from an image tower, or from both")
     image = _trained_as(config.model.image, start.config.image)
-    data = replace(config.data, resize=seen.resize, mean=seen.mean, std=seen.std)
+    data = config.data.seen_as(start.preprocess.config)
     if config.init is None:
         model = replace(config.model, image=image, embed_dim=start.model.config.embed_dim)
     else:

@@ -74,6 +74,29 @@ def test_siglip_range_and_pickling():
     assert preprocess.normalize(black_and_white)[0, 0].tolist() == [-1.0, 1.0]
 
 
+@pytest.mark.parametrize(("cut", "top"), [("round", (0, 2, 2, 4)), ("floor", (0, 1, 2, 3)), ("corner", (0, 0, 0, 0))])
+def test_the_square_is_cut_where_asked(cut, top):
+    """Margins of 1, 3, 4 and 7: half a pixel goes to the even one, or down."""
+    for margin, expected in zip((1, 3, 4, 7), top, strict=True):
+        rows = torch.arange(8 + margin, dtype=torch.uint8).view(-1, 1, 1).expand(-1, 8, 3).contiguous().numpy()
+        pixels = Preprocess(PreprocessConfig(8, "crop", cut=cut)).pixels(rows)
+        assert pixels[0, :, 0].tolist() == list(range(expected, expected + 8))
+
+
+def test_squash_to_more_than_is_kept():
+    image = photo(50, 70)
+    whole = Preprocess(PreprocessConfig(20)).pixels(image)
+    for cut, start in (("floor", 1), ("round", 2), ("corner", 0)):
+        kept = Preprocess(PreprocessConfig(17, short_side=20, cut=cut)).pixels(image)
+        assert torch.equal(kept, whole[:, start : start + 17, start : start + 17])
+
+
+@pytest.mark.parametrize("options", [{"cut": "left"}, {"short_side": 100}, {"image_size": (8, 9), "short_side": 10}])
+def test_cuts_that_cannot_be(options):
+    with pytest.raises(UserError):
+        PreprocessConfig(**options)
+
+
 @pytest.mark.parametrize("options", [{"image_size": 0}, {"resize": "stretch"}, {"std": (1.0, 0.0, 1.0)}])
 def test_bad_preprocess_options(options):
     with pytest.raises(UserError):

@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import pickle
 import random
@@ -110,11 +111,12 @@ def test_quick_cleaning_is_the_full_cleaning():
 
 def test_trained_layout(trained):
     tokens = trained(["a small red circle", ""])
-    assert (trained.pad_id, trained.bos_id, trained.eos_id) == (0, 1, 2)
+    # transformers' CLIPModel takes an eos of 2 for "the highest id of the text"
+    assert (trained.pad_id, trained.eos_id, trained.bos_id) == (0, 1, 2)
     assert tokens.shape == (2, 16) and tokens.dtype == torch.int64
-    assert tokens[1].tolist() == [1, 2] + [0] * 14
-    end = tokens[0].tolist().index(2)
-    assert tokens[0, 0] == 1 and (tokens[0, 1:end] > 2).all() and not tokens[0, end + 1 :].any()
+    assert tokens[1].tolist() == [2, 1] + [0] * 14
+    end = tokens[0].tolist().index(1)
+    assert tokens[0, 0] == 2 and (tokens[0, 1:end] > 2).all() and not tokens[0, end + 1 :].any()
     assert end == 5, "the words of the captions are not whole tokens"
     assert BYTES + 3 < trained.vocab_size <= 320 and trained(CAPTIONS).max() < trained.vocab_size
 
@@ -184,8 +186,8 @@ def save_transformers(folder, trained, **options):
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    core = pickle.loads(pickle.dumps(trained._core))
-    core.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    core = pickle.loads(pickle.dumps(trained.core))
+    core.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)])
     PreTrainedTokenizerFast(
         tokenizer_object=core, padding_side="left", truncation_side="left", model_max_length=5, **options
     ).save_pretrained(folder)
@@ -196,7 +198,7 @@ def test_transformers_folder_pads_right_and_keeps_eos(transformers_folder, train
     tokenizer = load_tokenizer(transformers_folder, context_length=16)
     texts = [*CAPTIONS, "", "red green blue " * 30]
     assert torch.equal(tokenizer(texts), trained(texts))
-    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 2, trained.vocab_size)
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, trained.vocab_size)
     assert tokenizer.decode(tokenizer("a red circle")[0]) == "a red circle"
     assert tokenizer([]).shape == (0, 16)
 
@@ -204,11 +206,11 @@ def test_transformers_folder_pads_right_and_keeps_eos(transformers_folder, train
 def test_eos_is_added_where_a_transformers_tokenizer_does_not(tmp_path, trained):
     from transformers import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(tokenizer_object=trained._core, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+    PreTrainedTokenizerFast(tokenizer_object=trained.core, pad_token="<pad>", eos_token="<eos>").save_pretrained(
         tmp_path
     )
     tokens = load_tokenizer(tmp_path, context_length=8)(["a red", "red green blue " * 9])
-    assert tokens[0].tolist().index(2) == 2 and tokens[1].tolist().index(2) == 7
+    assert tokens[0].tolist().index(1) == 2 and tokens[1].tolist().index(1) == 7
 
 
 @pytest.mark.parametrize(("missing", "given"), [("pad", {"eos_token": "<eos>"}), ("eos", {"pad_token": "<pad>"})])
@@ -232,11 +234,42 @@ def test_save_load_and_pickle(kind, trained, clip, transformers_folder, tmp_path
     assert load_tokenizer(tmp_path / "deep" / "folder", context_length=9)(texts).shape[1] == 9
 
 
+def test_vocabularies_of_older_runs_keep_their_ids(trained, tmp_path):
+    """Before eos was id 1 it was id 2, and bos 1: names decide, not places."""
+    trained.save(tmp_path)
+    model, options = tmp_path / "tokenizer.json", tmp_path / "contrastive_tokenizer.json"
+    description = json.loads(model.read_text())
+    vocabulary = description["model"]["vocab"]
+    vocabulary["<bos>"], vocabulary["<eos>"] = 1, 2
+    model.write_text(json.dumps(description))
+    options.write_text(json.dumps(json.loads(options.read_text()) | {"bos_id": 1, "eos_id": 2}))
+    tokens, new = load_tokenizer(tmp_path)(CAPTIONS), trained(CAPTIONS)
+    swapped = torch.tensor([0, 2, 1])
+    assert torch.equal(tokens, torch.where(new < 3, swapped[new.clamp(max=2)], new))
+    assert tokens[0, 0] == 1 and (tokens == 2).sum(1).eq(1).all()
+
+
+def test_a_tokenizer_of_the_library_as_the_library_uses_it(tmp_path, trained):
+    """add_eos false: the ids that a model of the library was trained on, whether eos ends them or not."""
+    from transformers import PreTrainedTokenizerFast
+
+    from contrastive.data.tokenizer import TransformersTokenizer
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=trained.core, pad_token="<pad>", eos_token="<eos>")
+    theirs.save_pretrained(tmp_path)
+    tokenizer = TransformersTokenizer(tmp_path, 8, add_eos=False)
+    texts = [*CAPTIONS, "", "red green blue " * 9]
+    expected = theirs(texts, padding="max_length", truncation=True, max_length=8, return_tensors="pt")["input_ids"]
+    assert torch.equal(tokenizer(texts), expected)
+    tokenizer.save(tmp_path / "saved")
+    assert torch.equal(load_tokenizer(tmp_path / "saved")(texts), expected)
+
+
 def test_special_ids_that_do_not_match_are_named(trained, tmp_path):
     trained.save(tmp_path)
     options = tmp_path / "contrastive_tokenizer.json"
-    options.write_text(options.read_text().replace('"eos_id": 2', '"eos_id": 7'))
-    with pytest.raises(UserError, match="eos_id 2 .* 7"):
+    options.write_text(options.read_text().replace('"eos_id": 1', '"eos_id": 7'))
+    with pytest.raises(UserError, match="eos_id 1 .* 7"):
         load_tokenizer(tmp_path)
 
 

@@ -48,7 +48,7 @@ def main():
         (["--train.global_batch_size", "5000"], "5000 is larger than 'digits:train' with its [0-9]+ samples"),
         (["--train.global_batch_size", "10", "--train.accumulate", "4"], "10 does not divide into 1 ranks with 4"),
         (["--data.tokenizer", "clip"], "model.text.vocab_size 300 is smaller than the tokenizer's 49408"),
-        (["--model.text.eos_id", "7"], "model.text.eos_id is 7, but the tokenizer's is 2; set --model.text.eos_id 2"),
+        (["--model.text.eos_id", "7"], "model.text.eos_id is 7, but the tokenizer's is 1; set --model.text.eos_id 1"),
         (["--data.tokenizer", "no/such/folder"], "no/such/folder"),
         (["--resume"], "nothing to resume in .*run: it has no config.yaml"),
     ],

@@ -154,7 +154,7 @@ def test_load_refuses_what_is_not_a_whole_model(tokenizer, tmp_path):
     description = json.loads((folder / "config.json").read_text())
     del description["format"]
     write_folder(tmp_path / "foreign", lambda t: (t / "config.json").write_text(json.dumps(description)))
-    with pytest.raises(UserError, match="is not of a contrastive model"):
+    with pytest.raises(UserError, match="neither a run"):
         contrastive.load(tmp_path / "foreign")
 
 

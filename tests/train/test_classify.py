@@ -66,7 +66,7 @@ def test_learns_and_leaves_a_classifier(config, tmp_path):
     result = classification(bundle, open_source("digits:test"), device="cpu")
     assert result["acc1"] == pytest.approx(evaluation["classification/digits:test/acc1"])
     assert json.dumps(result) and result["chance"] == 10
-    with pytest.raises(UserError, match="without a text tower: zero-shot"):
+    with pytest.raises(UserError, match="has no text tower: zero-shot"):
         bundle.check_text_tower("zero-shot needs one")
 
 

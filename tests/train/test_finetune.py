@@ -56,9 +56,9 @@ def config(pretrained, tmp_path):
         run_folder=str(tmp_path / "tuned"),
         init=str(pretrained),
         data=LabelledDataConfig(train="digits"),
-        train=TrainConfig(steps=30, global_batch_size=64),
-        evaluation=EvaluationConfig(every=30),
-        checkpoint=CheckpointConfig(every=30),
+        train=TrainConfig(steps=40, global_batch_size=64),
+        evaluation=EvaluationConfig(every=40),
+        checkpoint=CheckpointConfig(every=40),
         wise_ft=WiseFTConfig(alphas=(0.0, 0.5, 1.0), eval=("digits:test",)),
     )
 
@@ -122,7 +122,7 @@ def test_a_classifier_can_be_tuned_again_and_start_a_dual_encoder(config, pretra
     second = replace(plain, init=str(tmp_path / "tuned"), run_folder=str(tmp_path / "second"))
     assert finetune(second)
     assert not (tmp_path / "second" / "wise_ft.json").exists()  # no text tower, so a head of zeros
-    with pytest.raises(UserError, match="without a text tower: --head zero_shot needs one"):
+    with pytest.raises(UserError, match="has no text tower: --head zero_shot needs one"):
         finetune(replace(second, head="zero_shot", run_folder=str(tmp_path / "third")))
     locked = pretraining(tmp_path / "lit", init_image=str(tmp_path / "tuned"), lock="image")
     assert pretrain(locked)
