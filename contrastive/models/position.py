@@ -31,6 +31,17 @@ def interpolate_position_embedding(
     """
     if old_grid == new_grid:
         return embedding
-    grid = embedding.unflatten(0, old_grid).permute(2, 0, 1)[None]  # (1, D, h, w)
-    resized = F.interpolate(grid.float(), size=new_grid, mode="bicubic", antialias=True, align_corners=False)
-    return resized[0].permute(1, 2, 0).flatten(0, 1).to(embedding.dtype)
+    rows, columns = (_resampling(old, new, embedding.device) for old, new in zip(old_grid, new_grid, strict=True))
+    grid = embedding.float().unflatten(0, old_grid)  # (h, w, D)
+    with torch.autocast(grid.device.type, enabled=False):
+        return torch.einsum("ih,jw,hwd->ijd", rows, columns, grid).flatten(0, 1).to(embedding.dtype)
+
+
+def _resampling(old: int, new: int, device: torch.device) -> torch.Tensor:
+    """The weights of bicubic resampling along one side, (new, old).
+
+    As a matrix, because the gradient of F.interpolate is not deterministic on CUDA, and torch.compile cannot trace it
+    for sizes that change.
+    """
+    each = torch.eye(old, device=device)[None, None]
+    return F.interpolate(each, size=(new, old), mode="bicubic", antialias=True, align_corners=False)[0, 0]

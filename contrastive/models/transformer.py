@@ -1,5 +1,7 @@
 """The pre-norm transformer that both towers share."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +34,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks: (B, N, D) to (B, N, D). `gradient_checkpointing` recomputes each block in backward."""
+    """A stack of blocks: (B, N, D) to (B, N, D).
+
+    `gradient_checkpointing` recomputes each block in backward, wherever gradients are recorded.
+    """
 
     def __init__(
         self,
@@ -56,8 +61,19 @@ class Transformer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, self.is_causal, use_reentrant=False)
-            else:
-                x = block(x, self.is_causal)
+            x = self._through(block, x)
         return x
+
+    def states(self, x: torch.Tensor, wanted: Collection[int]) -> dict[int, torch.Tensor]:
+        """Run all blocks and keep the tokens with these numbers: 0 is x itself, k what leaves block k."""
+        kept = {0: x} if 0 in wanted else {}
+        for number, block in enumerate(self.blocks, start=1):
+            x = self._through(block, x)
+            if number in wanted:
+                kept[number] = x
+        return kept
+
+    def _through(self, block: Block, x: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, self.is_causal, use_reentrant=False)
+        return block(x, self.is_causal)

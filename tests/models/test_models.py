@@ -6,7 +6,7 @@ import torch
 import contrastive
 from contrastive.errors import UserError
 from contrastive.models import DualEncoder, ImageTower, ImageTowerConfig, ModelConfig, TextTower, TextTowerConfig
-from contrastive.models.image_tower import drop_patches
+from contrastive.models.image_trunk import drop_patches
 from contrastive.models.position import interpolate_position_embedding, sincos_position_embedding
 from contrastive.models.presets import model_config
 

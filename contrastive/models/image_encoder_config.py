@@ -1,0 +1,84 @@
+"""What an image encoder gives out, and the names by which VLM code reads its shape."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from contrastive.errors import UserError
+from contrastive.models.image_tower_config import ImageTowerConfig
+
+POOLS = ("class", "average", "attention", "tower")
+ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}  # transformers'
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """Shape and choices of an `ImageEncoder`, by the names of transformers' vision configurations."""
+
+    layer: int | tuple[int, ...]
+    """The hidden states asked for, as given."""
+    norm: bool
+    """Whether the final LayerNorm is applied to them."""
+    pool: str | None
+    """How tokens become one vector: class, average, attention; None: not at all."""
+    keep_prefix: bool
+    """Whether the class token stays before the patch tokens."""
+    tower_depth: int
+    """Blocks of the tower that the encoder was made from."""
+    hidden_size: int
+    num_hidden_layers: int
+    """Blocks of the encoder, which ends at the last layer asked for."""
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int | tuple[int, int]
+    """Side in pixels; (height, width) where they differ."""
+    patch_size: int
+    hidden_act: str
+    layer_norm_eps: float
+    num_channels: int = 3
+    attention_dropout: float = 0.0
+    model_type: str = "contrastive_image_encoder"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return asdict(self)
+
+
+def hidden_state_number(layer: int, depth: int) -> int:
+    """Count a layer from the front: of depth + 1 hidden states, -1 is the last, `depth`.
+
+    Raises:
+        UserError: no such layer.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise UserError(f"layer is {layer!r}: give an integer or several, such as -2 or (6, 12)")
+    if not -depth - 1 <= layer <= depth:
+        raise UserError(
+            f"layer {layer} is not in an image tower of {depth} blocks: use {-depth - 1} to {depth}, where 0 is the "
+            f"input of the first block and {depth} or -1 the output of the last"
+        )
+    return layer % (depth + 1)
+
+
+def hidden_state_numbers(layer: int | Iterable[int], depth: int) -> tuple[int, ...]:
+    """As `hidden_state_number`, of one layer or of several, in the order given."""
+    several = isinstance(layer, Iterable) and not isinstance(layer, str)
+    numbers = tuple(hidden_state_number(one, depth) for one in (layer if several else (layer,)))
+    if not numbers:
+        raise UserError("layer is empty: give an integer or several, such as -2 or (6, 12)")
+    return numbers
+
+
+def check_pool(pool: str | None, tower: ImageTowerConfig) -> str | None:
+    """Resolve 'tower' to what the tower itself does; UserError for a pooling that it has no weights for."""
+    if pool is None:
+        return None
+    if pool not in POOLS:
+        raise UserError(f"unknown pool '{pool}'; use one of {', '.join(POOLS)}, or None for tokens")
+    if pool == "tower":
+        return tower.pool
+    if pool == "attention" and tower.pool != "attention":
+        raise UserError(f"pool 'attention' needs the attention head of a tower that has one; this pools '{tower.pool}'")
+    if pool == "class" and not tower.class_token:
+        raise UserError("pool 'class' needs a tower with a class token; this has none, use 'average' or 'tower'")
+    return pool
