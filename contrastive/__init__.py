@@ -2,6 +2,7 @@
 
 model = contrastive.create_model("siglip_vit_b_16")
 bundle = contrastive.load("runs/quickstart-sigmoid")
+encoder = contrastive.load_image_encoder("runs/quickstart-sigmoid", layer=-2)   # patch tokens for VLMs
 """
 
 import importlib
@@ -9,14 +10,16 @@ from typing import Any
 
 # Loaded when first asked for: `import contrastive` alone takes no time.
 _HOMES = {
+    "ImageEncoder": "contrastive.models.image_encoder",
     "create_model": "contrastive.models",
     "list_models": "contrastive.models",
     "load": "contrastive.interop",
+    "load_image_encoder": "contrastive.interop.encoder",
     "losses": None,
     "models": None,
 }
 
-__all__ = ["create_model", "list_models", "load", "losses", "models"]
+__all__ = ["ImageEncoder", "create_model", "list_models", "load", "load_image_encoder", "losses", "models"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,14 @@
 """`contrastive.load`: a model out of any folder that we can read."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Bundle
+from contrastive.interop.hub import fetch, is_hub_name
 from contrastive.interop.native import load_native, native_folder
 
 # Each package has reading.py: `recognises(folder) -> bool`, `load(folder, with_tokenizer) -> Bundle`. They are asked
@@ -19,7 +21,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
 
     Args:
         path: a run folder (its final model is taken, else its newest whole checkpoint), one of its checkpoints, or a
-            model folder: ours, or of transformers, open_clip or timm.
+            model folder: ours, or of transformers, open_clip or timm; or hf-hub:ORG/NAME@REVISION, of which only
+            JSON, safetensors and vocabularies are fetched. Without a REVISION, the commit it came to is printed.
 
     Returns:
         The model in float32 and eval mode on `device`. A part whose files the folder lacks is `Absent`: the model
@@ -28,16 +31,24 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     Raises:
         UserError: no model there, an architecture that is not ours, a damaged file, or weights that do not fit.
     """
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        raise UserError(f"no model at {path}: no such file or folder")
-    bundle = read_folder(folder)
+    bundle = read(path)
     bundle.model.eval().to(device)
     return bundle
 
 
-def read_folder(folder: Path, with_tokenizer: bool = True) -> Bundle:
+def read(path: str | Path, with_tokenizer: bool = True) -> Bundle:
     """As `load`, on the CPU. Without the tokenizer (it is `Absent` then) no heavy library is imported."""
+    if is_hub_name(path):
+        folder, pinned = fetch(str(path))
+        return replace(read_folder(folder, with_tokenizer), path=Path(pinned))
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise UserError(f"no model at {path}: no such file or folder")
+    return read_folder(folder, with_tokenizer)
+
+
+def read_folder(folder: Path, with_tokenizer: bool = True) -> Bundle:
+    """As `read`, of a folder that is there."""
     own = native_folder(folder)
     if own is not None:
         return load_native(own, with_tokenizer)
@@ -45,6 +56,8 @@ def read_folder(folder: Path, with_tokenizer: bool = True) -> Bundle:
         reading = importlib.import_module(f"contrastive.interop.formats.{name}.reading")
         if reading.recognises(folder):
             return reading.load(folder, with_tokenizer)
+    if any(folder.glob("*.onnx")):
+        raise UserError(f"{folder} holds ONNX graphs, which are for onnxruntime alone: load what they were made from")
     raise UserError(
         f"no model at {folder}: neither a run (final/ or checkpoints/) nor a model folder of ours, transformers, "
         "open_clip or timm (config.json or open_clip_config.json beside safetensors)"

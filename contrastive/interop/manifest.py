@@ -19,17 +19,26 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     `fill` writes the files into a temporary sibling. What was there under the same name is replaced. When
     `fill` or the disk fails, nothing under the final name has changed and the temporary folder is removed.
     """
+
+    def fill_and_sum(temporary: Path) -> None:
+        fill(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        sums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
+        (temporary / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1))
+
+    appear_at_once(folder, fill_and_sum, replace=True)
+
+
+def appear_at_once(folder: Path, fill: Callable[[Path], None], replace: bool) -> None:
+    """As `write_folder`, without a manifest. replace=False leaves what is there as it is (OSError), if not empty."""
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
-        everything = sorted(temporary.rglob("*"))
-        sums = {str(path.relative_to(temporary)): _sha256(path) for path in everything if path.is_file()}
-        (temporary / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1))
-        for path in [*everything, temporary / MANIFEST, temporary]:
+        for path in [*sorted(temporary.rglob("*")), temporary]:
             _sync(path)
-        if folder.exists():
+        if replace and folder.exists():
             shutil.rmtree(folder)
         os.rename(temporary, folder)
         _sync(folder.parent)

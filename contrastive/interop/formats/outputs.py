@@ -14,7 +14,7 @@ class Outputs:
     text: torch.Tensor | None = None
     """(T, E) float32, unit length."""
     logits: torch.Tensor | None = None
-    """(B, T) float32: scale · image · textᵀ, plus the bias where there is one."""
+    """(B, T) float32: scale · image · textᵀ, plus the bias where there is one. Of a classifier its (B, C) scores."""
     pixels: torch.Tensor | None = None
     """(B, 3, H, W) float32: the images as the folder's own preprocessing makes them."""
     tokens: torch.Tensor | None = None

@@ -32,7 +32,7 @@ def read_safetensors(folder: Path, names: Iterable[str] = ("model.safetensors",)
         if (folder / name).exists():
             files = [folder / name]
         elif index.exists():
-            files = [folder / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = _shards(index)
         else:
             continue
         tensors: dict[str, torch.Tensor] = {}
@@ -49,6 +49,18 @@ def read_safetensors(folder: Path, names: Iterable[str] = ("model.safetensors",)
             f"{next(iter(names))} with the library they come from (safetensors.torch.save_file)"
         )
     raise UserError(f"{folder} has no weights: {' or '.join(names)} is missing")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [index.parent / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is damaged: copy it again from where the model came from") from None
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise UserError(f"{index.parent} lacks {absent[0]}, one of {len(files)} files of weights: copy it as well")
+    return files
 
 
 def fill(model: nn.Module, weights: Mapping[str, torch.Tensor], where: Path, theirs: Mapping[str, str]) -> None:

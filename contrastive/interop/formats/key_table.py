@@ -1,0 +1,84 @@
+"""A table from the keys of a foreign state dict to ours, read in either direction."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from contrastive.errors import UserError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of theirs and what it is called here."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    """Several names: theirs holds these stacked along the first axis, as queries, keys and values often are."""
+    transposed: bool = False
+    """Theirs is the matrix (in, out) where a Linear has (out, in)."""
+    unit_axes: int = 0
+    """Leading axes of length 1 that theirs has and ours has not."""
+    scale: str | None = None
+    """A vector of theirs that multiplies the layer's output (LayerScale); it is folded into ours."""
+
+
+def to_ours(
+    table: Iterable[Entry], file: Mapping[str, torch.Tensor], where: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors by our names, float32, and what each of our names is called in the file.
+
+    Keys that no entry names keep their names, so that `fill` refuses them; missing ones stay missing.
+
+    Raises:
+        UserError: a stacked tensor that cannot be split, or a scale that is missing.
+    """
+    rest, weights, theirs = dict(file), {}, {}
+    for entry in table:
+        theirs |= dict.fromkeys(entry.ours, entry.theirs)
+        if entry.theirs not in file:
+            continue
+        tensor = rest.pop(entry.theirs).float()
+        if entry.scale is not None:
+            rest.pop(entry.scale, None)
+            tensor = _scaled(tensor, entry, file, where)
+        tensor = _without_unit_axes(tensor, entry.unit_axes)
+        if entry.transposed and tensor.ndim == 2:
+            tensor = tensor.T.contiguous()
+        weights |= dict(zip(entry.ours, _parts(tensor, entry, where), strict=True))
+    return weights | rest, theirs
+
+
+def to_theirs(table: Iterable[Entry], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return our tensors by their names, each with its own memory, as safetensors wants them."""
+    file = {}
+    for entry in table:
+        parts = [weights[name] for name in entry.ours]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        tensor = tensor.T if entry.transposed else tensor
+        shape = (1,) * entry.unit_axes + tuple(tensor.shape)
+        file[entry.theirs] = tensor.detach().reshape(shape).clone(memory_format=torch.contiguous_format)
+    return file
+
+
+def _scaled(tensor: torch.Tensor, entry: Entry, file: Mapping[str, torch.Tensor], where: Path) -> torch.Tensor:
+    scale = file.get(entry.scale)
+    if scale is None or scale.shape != tensor.shape[:1]:
+        problem = "is missing" if scale is None else f"is {tuple(scale.shape)}, not {tuple(tensor.shape[:1])}"
+        raise UserError(f"{where} does not fit the architecture that its config names: key '{entry.scale}' {problem}")
+    return tensor * scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
+
+
+def _without_unit_axes(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    # Another shape is left as it is, for `fill` to report.
+    return tensor.reshape(tensor.shape[count:]) if tensor.shape[:count] == (1,) * count else tensor
+
+
+def _parts(tensor: torch.Tensor, entry: Entry, where: Path) -> tuple[torch.Tensor, ...]:
+    count = len(entry.ours)
+    if count == 1:
+        return (tensor,)
+    if tensor.ndim == 0 or tensor.shape[0] % count:
+        raise UserError(f"{where}: '{entry.theirs}' is {tuple(tensor.shape)}, which cannot hold {count} equal parts")
+    return tensor.chunk(count)

@@ -1,0 +1,86 @@
+"""open_clip's image towers that are models of timm (`timm_model_name`)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from contrastive.errors import UserError
+from contrastive.interop.formats.json_file import read_json
+from contrastive.interop.formats.key_table import to_ours
+from contrastive.interop.formats.open_clip.keys import PROJECTION, TRUNK, trunk_projection
+from contrastive.interop.formats.timm.architecture import build_on_meta, describe, whole_patches
+from contrastive.interop.formats.timm.keys import tower_to_ours
+from contrastive.models import ImageTowerConfig
+
+LOCAL, HUB = "local-dir:", "hf-hub:"
+SOURCES = (LOCAL, HUB)
+
+
+def build_trunk(cfg: Mapping[str, Any], embed_dim: int, folder: Path, where: Path) -> nn.Module:
+    """Return the tower on the meta device, made with the calls that open_clip's TimmModel makes.
+
+    A name that is a place ('local-dir:...', 'hf-hub:...') stands for timm's config.json beside the weights, so that
+    a folder can be moved.
+
+    Raises:
+        UserError: timm cannot build it, config.json is missing, or its pooling or projection is none of ours.
+    """
+    name, pool, projection = cfg["timm_model_name"], cfg["timm_pool"], cfg["timm_proj"]
+    if projection not in ("linear", "none", "", None):
+        raise UserError(f"{where}: vision_cfg.timm_proj '{projection}' is no projection of ours; open_clip can load it")
+    if pool in ("abs_attn", "rot_attn"):
+        raise UserError(f"{where}: vision_cfg.timm_pool '{pool}' is no pooling of ours; open_clip can load it")
+    if name.startswith(SOURCES):
+        if not (folder / "config.json").exists():
+            raise UserError(f"{where} names its image tower '{name}', but timm's config.json is not in {folder}")
+        read_json(folder / "config.json")  # says what is wrong with a torn file better than timm does
+        name = f"local-dir:{folder}"
+    arguments = {"patch_drop_rate": cfg["patch_dropout"]} if cfg["patch_dropout"] > 0 else {}
+    if projection != "linear":
+        return build_on_meta(name, where, num_classes=embed_dim if not projection else 0, global_pool=pool, **arguments)
+    trunk = build_on_meta(name, where, **arguments)
+    try:
+        trunk.reset_classifier(0, **({"global_pool": pool} if pool else {}))
+    except AssertionError as error:
+        raise UserError(f"{where}: vision_cfg.timm_pool '{pool}' does not fit '{name}': {error}") from None
+    return trunk
+
+
+def describe_trunk(trunk: nn.Module, cfg: Mapping[str, Any], where: Path) -> tuple[ImageTowerConfig, tuple[int, int]]:
+    """Return our options for the tower and the (height, width) of its images, which are vision_cfg's."""
+    image, _ = describe(trunk, where)
+    side = cfg["image_size"]
+    size = (side, side) if isinstance(side, int) else tuple(side)
+    height = whole_patches(size, image.patch_size)[0]
+    return replace(image, image_size=height, projection=cfg["timm_proj"] != "none"), size
+
+
+def trunk_to_ours(
+    file: Mapping[str, torch.Tensor], trunk: nn.Module, image: ImageTowerConfig, projection: str | None, where: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tower's weights by our names and what each is called in the file; other keys stay as they are.
+
+    Raises:
+        UserError: the projection has a bias other than zero, which ours has not.
+    """
+    weights, theirs = tower_to_ours(file, trunk, image, where, TRUNK)
+    if projection == "linear":
+        weights, more = to_ours([trunk_projection()], weights, where)
+        theirs |= more
+        _drop_zero_bias(weights, "visual.head.proj.bias", where)
+    elif projection != "none":  # timm's own head
+        theirs[PROJECTION] = f"{TRUNK}head.weight"
+        if f"{TRUNK}head.weight" in weights:
+            weights[PROJECTION] = weights.pop(f"{TRUNK}head.weight")
+        _drop_zero_bias(weights, f"{TRUNK}head.bias", where)
+    return weights, theirs
+
+
+def _drop_zero_bias(weights: dict[str, torch.Tensor], name: str, where: Path) -> None:
+    bias = weights.pop(name, None)
+    if bias is not None and bias.any():
+        raise UserError(f"{where}: '{name}' is not zero, and our projection has no bias; open_clip can load this model")

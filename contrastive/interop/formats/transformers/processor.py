@@ -1,0 +1,200 @@
+"""preprocessor_config.json of transformers as our preprocessing, and back."""
+
+from pathlib import Path
+
+from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, Preprocess, PreprocessConfig
+from contrastive.errors import UserError
+from contrastive.interop.bundle import Absent
+from contrastive.interop.formats.json_file import read_json, write_json
+
+FILE, NESTED_FILE = "preprocessor_config.json", "processor_config.json"
+SQUASH, CROP, NAFLEX = "SiglipImageProcessor", "CLIPImageProcessor", "Siglip2ImageProcessor"
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+SHARED_DEFAULTS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+DEFAULTS = {
+    SQUASH: {
+        **SHARED_DEFAULTS,
+        "resample": 3,
+        "size": {"height": 224, "width": 224},
+        "do_center_crop": False,
+        "crop_size": None,
+        "image_mean": SIGLIP_MEAN,
+        "image_std": SIGLIP_STD,
+    },
+    CROP: {
+        **SHARED_DEFAULTS,
+        "resample": 3,
+        "size": {"shortest_edge": 224},
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    },
+}
+OLD_NAMES = {"CLIPFeatureExtractor": CROP, "SiglipFeatureExtractor": SQUASH}
+
+
+def read_preprocess(folder: Path, image_size: int, patch_size: int) -> Preprocess | Absent:
+    """Return what the folder's image processor does; `Absent`, with the reason, where we cannot do exactly that.
+
+    Args:
+        image_size: what the model takes, in pixels; what does not fill a patch at its right and bottom is cut off, as
+            the model itself does.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    file, options = folder / FILE, None
+    if file.exists():
+        options = read_json(file)
+    elif (folder / NESTED_FILE).exists():
+        file = folder / NESTED_FILE
+        options = read_json(file).get("image_processor")
+    if options is None:
+        return Absent(
+            f"{folder} says nothing about preprocessing ({FILE} is missing): copy that file from where the model came "
+            "from, or make a contrastive.data.preprocess.Preprocess of your own"
+        )
+    try:
+        return Preprocess(_config(options, image_size, patch_size))
+    except UserError as error:
+        return Absent(f"{file}: {error}")
+
+
+def _config(options: dict, image_size: int, patch_size: int) -> PreprocessConfig:
+    """UserError says, without the file, what we do not do."""
+    options = _filled(options, image_size)
+    size, crop_size = _size(options["size"], "short side"), _size(options["crop_size"], "square")
+    resample = options["resample"]
+    if resample not in RESAMPLE:
+        raise UserError(f"resample {resample} is not supported, only 2 (bilinear) and 3 (bicubic)")
+    if not options["do_resize"]:
+        raise UserError("do_resize false leaves images as large as they are: resize them yourself")
+    short, cropped = size.get("shortest_edge"), bool(options["do_center_crop"])
+    kept = crop_size if cropped else size
+    if set(size) not in ({"shortest_edge"}, {"height", "width"}) or set(kept) != {"height", "width"}:
+        raise UserError(f"size {options['size']} with do_center_crop {cropped} does not give images of one size")
+    if (kept["height"], kept["width"]) != (image_size, image_size):
+        raise UserError(
+            f"images become {kept['height']}×{kept['width']} pixels, but the model takes {image_size}×{image_size}: "
+            "set size and crop_size to that"
+        )
+    if short is None and size["height"] != size["width"]:
+        raise UserError(f"size {options['size']} is not a square")
+    scaled = size["height"] if short is None else short
+    if scaled < image_size:
+        raise UserError(f"size {options['size']} is smaller than crop_size, which would put a black border around")
+    mean, std = _normalisation(options)
+    config = {
+        "resize": "squash" if short is None else "crop",
+        "mean": mean,
+        "std": std,
+        "interpolation": RESAMPLE[resample],
+    }
+    left_over = image_size % patch_size
+    if left_over:
+        if scaled != image_size or short is not None:
+            raise UserError(
+                f"a crop to {image_size} pixels, which patches of {patch_size} do not fill, is not supported"
+            )
+        return PreprocessConfig(image_size - left_over, short_side=image_size, cut="corner", **config)
+    cut = "floor" if cropped else "round"  # without a crop there is nothing to cut
+    return PreprocessConfig(image_size, short_side=None if scaled == image_size else scaled, cut=cut, **config)
+
+
+def _filled(options: dict, image_size: int) -> dict:
+    """The options with the defaults of their class."""
+    named = options.get("image_processor_type") or options.get("feature_extractor_type") or ""
+    kind = OLD_NAMES.get(named, named.removesuffix("Fast").removesuffix("Pil"))
+    if kind == NAFLEX:
+        raise UserError(
+            f"{NAFLEX} keeps the aspect ratio, with another grid of patches for each image, which this tower has not; "
+            "for images squashed to its square make a contrastive.data.preprocess.Preprocess(PreprocessConfig("
+            f"{image_size}, interpolation='bilinear'))"
+        )
+    if kind not in DEFAULTS:
+        raise UserError(f"image_processor_type '{named}' is not supported; known: {', '.join(DEFAULTS)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    return {**DEFAULTS[kind], **given}
+
+
+def _size(size: int | list | dict | None, number_means: str) -> dict:
+    """A size by the names of its sides; in old files it is a number, of the short side or of a square."""
+    if isinstance(size, dict):
+        return {name: value for name, value in size.items() if value is not None}
+    if isinstance(size, list):
+        return dict(zip(("height", "width"), size, strict=True))
+    if size is None:
+        return {}
+    return {"shortest_edge": size} if number_means == "short side" else {"height": size, "width": size}
+
+
+def _normalisation(options: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std where white is 1, whatever factor the library multiplies pixels with."""
+    factor = 255 * options["rescale_factor"] if options["do_rescale"] else 255.0
+    factor = 1.0 if abs(factor - 1) < 1e-9 else factor
+    mean, std = options["image_mean"], options["image_std"]
+    if not options["do_normalize"]:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = ((values,) * 3 if isinstance(values, float) else values for values in (mean, std))
+    return tuple(value / factor for value in mean), tuple(value / factor for value in std)
+
+
+def taken_size(preprocess: PreprocessConfig | None, image_size: int, patch_size: int) -> int:
+    """The image size to put into the model's config.json: with the pixels that its patches do not fill."""
+    if preprocess is None or preprocess.cut != "corner" or preprocess.resize != "squash":
+        return image_size
+    whole = preprocess.short_side or image_size
+    return whole if whole // patch_size * patch_size == image_size else image_size
+
+
+def write_preprocess(
+    config: PreprocessConfig, image_size: int, patch_size: int, processor_class: str | None, folder: Path
+) -> list[str]:
+    """Write preprocessor_config.json.
+
+    Args:
+        image_size: of the tower.
+        processor_class: of the library's, which handles images and texts; None for an image tower alone.
+
+    Returns:
+        What the library does otherwise, in plain sentences.
+
+    Raises:
+        UserError: the library has no such preprocessing.
+    """
+    if config.size != (image_size, image_size):
+        height, width = config.size
+        raise UserError(
+            f"the preprocessing makes {height}×{width} pixels, the image tower takes {image_size}×{image_size}: "
+            "give the bundle a Preprocess of that size"
+        )
+    whole = taken_size(config, image_size, patch_size)
+    scaled = config.short_side or image_size
+    cropped = scaled != whole or config.resize == "crop"
+    if cropped and config.cut == "corner":
+        raise UserError("preprocess cut 'corner': transformers cuts the centre only; set cut 'floor'")
+    side = {"height": scaled, "width": scaled}
+    options = {
+        "image_processor_type": CROP if cropped else SQUASH,
+        **({"processor_class": processor_class} if processor_class else {}),
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": scaled} if config.resize == "crop" else side,
+        "resample": next(number for number, name in RESAMPLE.items() if name == config.interpolation),
+        "do_center_crop": cropped,
+        **({"crop_size": {"height": image_size, "width": image_size}} if cropped else {}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.mean),
+        "image_std": list(config.std),
+    }
+    write_json(options, folder / FILE)
+    odd = config.resize == "crop" or (scaled - image_size) % 2
+    if cropped and config.cut == "round" and odd:
+        return [
+            "transformers cuts the centre of an image half a pixel further up and left where its margin is odd (a "
+            "photograph in four is shifted by one pixel); loading this folder with contrastive does the same"
+        ]
+    return []
