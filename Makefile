@@ -6,11 +6,12 @@ BIN := .venv/bin
 # What accelerate would assume anyway: saying so spares a warning, and --quiet its traceback after our error line.
 ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: help setup lint test quickstart clean
+.PHONY: help setup lint test quickstart vlm clean
 
 help:
 	@echo "make quickstart [LOSS=softmax]  train on rendered scenes, then score zero-shot (minutes, on a CPU)"
 	@echo "make quickstart ARGS=--resume  continue one that was interrupted"
+	@echo "make vlm                        a captioning model on its image tower (minutes more)"
 	@echo "make test                       all tests"
 	@echo "make lint                       ruff"
 	@echo "make setup                      .venv with everything installed"
@@ -33,6 +34,10 @@ quickstart: setup
 	$(BIN)/accelerate launch $(ONE_PROCESS) scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN) $(ARGS)
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:test
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:heldout
+
+vlm: setup
+	test -d $(RUN)/final || $(MAKE) quickstart
+	$(BIN)/accelerate launch $(ONE_PROCESS) examples/vlm/train.py $(RUN) $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info

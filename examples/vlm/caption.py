@@ -1,0 +1,34 @@
+"""Caption images with a model that train.py made.
+
+python examples/vlm/caption.py runs/vlm photo.jpg other.png
+"""
+
+from pathlib import Path
+
+import torch
+from captioner import Captioner
+
+from contrastive.command_line import Parser, chosen_device
+from contrastive.data.record import BadSample
+from contrastive.errors import UserError
+from contrastive.log import run_script
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser("caption.py", __doc__)
+    parser.add_argument("model", type=Path, metavar="DIR", help="the --out of train.py")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    options = parser.parse_args(arguments)
+    device = chosen_device(options.device)
+    model = Captioner.load(options.model, device)
+    for path in options.images:
+        try:
+            pixels = model.encoder.preprocess(path.read_bytes())
+        except BadSample as error:
+            raise UserError(f"{path} is not an image that can be read: {error.reason}") from None
+        print(f"{path}: {model.caption(torch.stack([pixels]).to(device))[0]}")
+
+
+if __name__ == "__main__":
+    run_script("caption.py", main)

@@ -1,0 +1,109 @@
+"""A vision-language model in one page: patch tokens, a projector, a causal language model (LLaVA, Liu et al. 2023).
+
+    [bos] [patch 1] ... [patch N] [word 1] ... [word T] [eos]
+
+The encoder is frozen; the projector maps its patch tokens to where the language model's word embeddings live.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from language import load_language
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import contrastive
+from contrastive.errors import UserError
+
+IGNORED = -100  # the label that transformers' loss leaves out
+
+
+class Captioner(nn.Module):
+    """Image in, caption out.
+
+    Args:
+        encoder: `contrastive.load_image_encoder(...)`.
+        language_model: any causal language model of transformers.
+        tokenizer: its tokenizer; it needs an eos token.
+    """
+
+    def __init__(self, encoder: nn.Module, language_model: nn.Module, tokenizer):
+        super().__init__()
+        if tokenizer.eos_token_id is None:
+            raise UserError("the language model's tokenizer has no eos token: captions would have no end")
+        self.encoder = encoder.requires_grad_(False)
+        self.language_model, self.tokenizer = language_model, tokenizer
+        hidden = language_model.get_input_embeddings().embedding_dim
+        # The norm first: without the encoder's own, patch tokens can be of any scale.
+        norm = nn.LayerNorm(encoder.hidden_size)
+        self.projector = nn.Sequential(
+            norm, nn.Linear(encoder.hidden_size, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+        )
+
+    def train(self, mode: bool = True) -> "Captioner":
+        """Train the projector and the language model; the encoder stays as it was trained."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def prefix(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the caption follows: (B, 3, H, W) to (B, 1 + N, hidden), without the 1 where there is no bos."""
+        with torch.no_grad():
+            patches = self.encoder(pixels)  # (B, N, D)
+        images = self.projector(patches.to(self.projector[0].weight.dtype))
+        if self.tokenizer.bos_token_id is None:
+            return images
+        bos = torch.full((len(pixels), 1), self.tokenizer.bos_token_id, device=pixels.device)
+        return torch.cat([self.language_model.get_input_embeddings()(bos), images], dim=1)
+
+    def forward(self, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The mean cross entropy of the captions' tokens, a scalar.
+
+        Args:
+            pixels: (B, 3, H, W), preprocessed.
+            ids: (B, T) int64, each caption ended by eos, padded on the right with anything.
+            mask: (B, T) bool, false on padding.
+        """
+        prefix = self.prefix(pixels)
+        words = self.language_model.get_input_embeddings()(ids)
+        labels = torch.cat([ids.new_full(prefix.shape[:2], IGNORED), ids.masked_fill(~mask, IGNORED)], dim=1)
+        seen = torch.cat([mask.new_ones(prefix.shape[:2]), mask], dim=1)
+        embeddings = torch.cat([prefix.to(words.dtype), words], dim=1)
+        return self.language_model(inputs_embeds=embeddings, attention_mask=seen.long(), labels=labels).loss
+
+    @torch.no_grad()
+    def caption(self, pixels: torch.Tensor, max_tokens: int = 40) -> list[str]:
+        """Caption images (B, 3, H, W), greedily."""
+        prefix = self.prefix(pixels)
+        ids = self.language_model.generate(
+            inputs_embeds=prefix.to(self.language_model.dtype),
+            attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def save(self, folder: Path, encoder_path: str, layer: int) -> None:
+        """Write all but the encoder, which is named by its path; `load` reads it back."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.projector.state_dict(), folder / "projector.safetensors")
+        self.language_model.save_pretrained(folder / "language_model")
+        self.tokenizer.save_pretrained(folder / "language_model")
+        (folder / "captioner.json").write_text(json.dumps({"encoder": encoder_path, "layer": layer}, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> "Captioner":
+        """Read what `save` wrote, in eval mode."""
+        try:
+            made = json.loads((folder / "captioner.json").read_text())
+        except OSError:
+            raise UserError(
+                f"no captioner at {folder}: captioner.json is missing; give the --out of train.py"
+            ) from None
+        encoder = contrastive.load_image_encoder(made["encoder"], layer=made["layer"])
+        model = cls(encoder, *load_language(folder / "language_model"))
+        model.projector.load_state_dict(load_file(folder / "projector.safetensors"))
+        return model.eval().to(device)

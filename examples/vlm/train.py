@@ -1,0 +1,159 @@
+"""Train a small vision-language model to caption images: a frozen encoder, a projector, a language model.
+
+    accelerate launch examples/vlm/train.py runs/quickstart-sigmoid
+    accelerate launch examples/vlm/train.py MODEL --data 'flickr8k/train-*.tar' --eval flickr8k/dev-000000.tar
+    accelerate launch examples/vlm/train.py MODEL --language-model FOLDER --data pairs.csv --freeze-language-model
+
+MODEL is what `contrastive.load_image_encoder` reads: a run of ours, or a folder of transformers, open_clip or timm.
+Without --language-model a small Llama is trained from scratch; no download. Prints captions of held-out images, and,
+where those have class names (scenes: colour and shape), the share of captions that name the right one and no other.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from caption_data import CaptionDataset, collate
+from captioner import Captioner
+from language import load_language, small_language
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+import contrastive
+from contrastive.command_line import Parser, at_least
+from contrastive.data.record import BadSample, Source
+from contrastive.data.sources import open_source
+from contrastive.errors import UserError
+from contrastive.log import console, run_script, say
+
+VOCABULARY_SAMPLES = 5_000
+SHOWN = 8
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser("train.py", __doc__)
+    number = {"metavar": "N"}
+    parser.add_argument("encoder", metavar="MODEL", help="whose image tower sees")
+    parser.add_argument("--layer", type=int, default=-2, help="hidden state that is read; -2: last but one (LLaVA)")
+    parser.add_argument("--language-model", type=Path, metavar="FOLDER", help="default: a small one from scratch")
+    parser.add_argument("--freeze-language-model", action="store_true", help="train the projector alone")
+    parser.add_argument("--data", default="scenes", metavar="SPEC", help="images with captions (default scenes)")
+    parser.add_argument("--eval", nargs="*", metavar="SPEC", help="default: scenes:test and scenes:heldout")
+    parser.add_argument("--steps", type=at_least(1), default=600, **number, help="default 600")
+    parser.add_argument("--batch-size", type=at_least(1), default=64, **number, help="of each process (default 64)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    parser.add_argument("--workers", type=at_least(0), default=0, **number, help="processes that read images")
+    parser.add_argument("--eval-images", type=at_least(1), default=640, **number, help="to caption (default 640)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/vlm"), metavar="DIR", help="default runs/vlm")
+    return parser.parse_args(arguments)
+
+
+def build(options: argparse.Namespace, source: Source) -> Captioner:
+    encoder = contrastive.load_image_encoder(options.encoder, layer=options.layer)
+    if options.language_model:
+        language_model, tokenizer = load_language(options.language_model)
+    elif options.freeze_language_model:
+        raise UserError("--freeze-language-model needs a trained one: give --language-model FOLDER")
+    else:
+        language_model, tokenizer = small_language(sampled_captions(source))
+    if options.freeze_language_model:
+        language_model.requires_grad_(False)
+    return Captioner(encoder, language_model, tokenizer)
+
+
+def sampled_captions(source: Source):
+    """Captions of up to VOCABULARY_SAMPLES samples, spread over the source."""
+    for index in range(0, len(source), max(1, len(source) // VOCABULARY_SAMPLES)):
+        try:
+            yield from source.captions(index)
+        except BadSample:
+            continue
+
+
+def train(model: Captioner, source: Source, options: argparse.Namespace, accelerator: Accelerator) -> Captioner:
+    """Train in place; returns the bare model."""
+    dataset = CaptionDataset(source, model.encoder.preprocess, model.tokenizer)
+    loader = DataLoader(
+        dataset, options.batch_size, shuffle=True, collate_fn=collate, num_workers=options.workers, drop_last=True
+    )
+    if len(loader) < accelerator.num_processes:
+        raise UserError(f"{source.name} has {len(source)} samples, fewer than one batch a process; lower --batch-size")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    wrapped.train()
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    warmup, start = max(1, options.steps // 20), time.monotonic()
+    for step, batch in enumerate(itertools.islice(batches, options.steps), start=1):
+        # Stepped by hand: a schedule given to accelerate's prepare advances once for every process.
+        decayed = 0.5 * (1 + math.cos(math.pi * step / options.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * min(step / warmup, decayed)
+        loss = wrapped(**batch)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % max(1, options.steps // 20) == 0 or step == 1:
+            seconds = time.monotonic() - start
+            say(f"step {step}/{options.steps}  loss {loss.item():.3f}  {seconds:.0f} s")
+    return accelerator.unwrap_model(wrapped).eval()
+
+
+def names_exactly(caption: str, label: int, class_names: tuple[str, ...]) -> bool:
+    """Whether all words of the label's class name, and of no other class's, are in the caption."""
+    words = set(caption.lower().replace(",", " ").replace(".", " ").split())
+    return [i for i, name in enumerate(class_names) if words >= set(name.split())] == [label]
+
+
+def evaluate(model: Captioner, spec: str, options: argparse.Namespace, device: torch.device) -> dict:
+    """Caption held-out images; print some and, where there are labels, how many name the class."""
+    source = open_source(spec)
+    chosen = torch.linspace(0, len(source) - 1, min(options.eval_images, len(source))).round().long().tolist()
+    rows, right = [], []
+    for first in range(0, len(chosen), 64):
+        records = [source[index] for index in chosen[first : first + 64]]
+        pixels = torch.stack([model.encoder.preprocess(record.image) for record in records]).to(device)
+        for record, caption in zip(records, model.caption(pixels), strict=True):
+            rows.append((caption, record.captions[0] if record.captions else ""))
+            if record.label is not None and source.class_names is not None:
+                right.append(names_exactly(caption, record.label, source.class_names))
+    table = Table("caption", "one that came with the image", title=f"{spec}: {SHOWN} of {len(rows)} held-out images")
+    for index in torch.randperm(len(rows))[:SHOWN].tolist():
+        table.add_row(*rows[index])
+    console.print(table)
+    result = {"data": spec, "images": len(rows)}
+    if right:
+        result["named_right"] = sum(right) / len(right)
+        say(f"{spec}: {100 * result['named_right']:.1f} % of {len(right)} captions name the right class and no other")
+    return result
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    evals = options.eval if options.eval is not None else ["scenes:test", "scenes:heldout"]
+    set_seed(options.seed)
+    accelerator = Accelerator()
+    source = open_source(options.data)
+    model = build(options, source)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    say(f"{trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen; {model.encoder.num_patches} patches")
+    model = train(model, source, options, accelerator)
+    if accelerator.is_main_process:
+        model.save(options.out, str(options.encoder), options.layer)
+        results = [evaluate(model, spec, options, accelerator.device) for spec in evals]
+        (options.out / "results.json").write_text(json.dumps(results, indent=1))
+        say(f"wrote {options.out}; caption your own: python examples/vlm/caption.py {options.out} IMAGE...")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script("train.py", main)

@@ -1,0 +1,127 @@
+"""examples/vlm: it trains, comes back from its folder, takes a real language model, and counts captions honestly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluate.small_model import save_small_model
+from PIL import Image
+
+VLM = Path(__file__).resolve().parents[2] / "examples" / "vlm"
+CLASSES = ("red circle", "red star", "blue circle")
+
+
+def call(script, *arguments):
+    command = [sys.executable, str(VLM / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    monkeypatch.syspath_prepend(str(VLM))
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    import contrastive
+
+    return contrastive.load_image_encoder(save_small_model(tmp_path / "model"), layer=-1)
+
+
+def build(encoder):
+    from captioner import Captioner
+    from language import small_language
+
+    torch.manual_seed(0)
+    captions = ["a red circle", "a blue star on a plain background", "two green hearts"] * 3
+    return Captioner(encoder, *small_language(captions, vocab_size=300))
+
+
+def test_trains_and_captions_from_the_command_line(tmp_path):
+    model, out = save_small_model(tmp_path / "model"), tmp_path / "vlm"
+    done = call("train.py", model, "--layer", -1, "--steps", 2, "--batch-size", 4, "--eval-images", 4, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "scenes:heldout" in done.stderr and "% of 4 captions" in done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert [result["data"] for result in results] == ["scenes:test", "scenes:heldout"]
+    image = tmp_path / "image.png"
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(image)
+    shown = call("caption.py", out, image)
+    assert shown.returncode == 0 and shown.stdout.startswith(f"{image}: ")
+    wrong = call("caption.py", out, out / "results.json")
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith("caption.py: error: ") and "is not an image" in wrong.stderr
+
+
+def test_the_loss_is_that_of_the_caption_alone(examples, encoder):
+    model = build(encoder).eval()
+    pixels, ids = torch.randn(2, 3, 16, 16), torch.randint(3, 200, (2, 5))
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    loss = model(pixels, ids, mask)
+    other_padding = ids.masked_fill(~mask, 7)
+    torch.testing.assert_close(model(pixels, other_padding, mask), loss)
+    embeddings = torch.cat([model.prefix(pixels), model.language_model.get_input_embeddings()(ids)], dim=1)
+    first = embeddings.shape[1] - ids.shape[1]
+    scores = model.language_model(inputs_embeds=embeddings).logits[:, first - 1 : -1]  # each position tells the next
+    expected = torch.nn.functional.cross_entropy(scores[mask], ids[mask])
+    torch.testing.assert_close(loss, expected)
+
+
+def test_only_projector_and_language_model_learn(examples, encoder):
+    model = build(encoder).train()
+    assert not encoder.training
+    model(torch.randn(2, 3, 16, 16), torch.randint(3, 200, (2, 5)), torch.ones(2, 5, dtype=torch.bool)).backward()
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    learning = [*model.projector.parameters(), *model.language_model.parameters()]
+    assert all(parameter.grad is not None for parameter in learning)
+
+
+def test_learns_two_captions_by_heart_and_saves_them(examples, encoder, tmp_path):
+    from caption_data import collate
+    from captioner import Captioner
+
+    model = build(encoder).train()
+    pixels = torch.randn(2, 3, 16, 16)
+    texts = ["a red circle", "a blue star"]
+    ids = [torch.tensor([*model.tokenizer(text)["input_ids"], model.tokenizer.eos_token_id]) for text in texts]
+    batch = collate(list(zip(pixels, ids, strict=True)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(**batch).backward()
+        optimizer.step()
+    assert model.eval().caption(pixels) == texts
+    model.save(tmp_path / "vlm", str(tmp_path / "model"), layer=-1)
+    assert Captioner.load(tmp_path / "vlm").caption(pixels) == texts
+
+
+def test_takes_a_language_model_of_transformers_frozen(tmp_path, examples, encoder):
+    model = build(encoder)
+    folder = tmp_path / "language"
+    model.language_model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    common = ("--layer", -1, "--steps", 1, "--batch-size", 2, "--eval", "--out", tmp_path / "vlm")
+    done = call("train.py", tmp_path / "model", "--language-model", folder, "--freeze-language-model", *common)
+    assert done.returncode == 0, done.stderr
+    from language import load_language
+
+    before, after = (
+        model.language_model.state_dict(),
+        load_language(tmp_path / "vlm" / "language_model")[0].state_dict(),
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    missing = call("train.py", tmp_path / "model", "--language-model", tmp_path / "nothing", *common)
+    assert missing.returncode == 2 and "config.json is missing" in missing.stderr
+
+
+def test_a_caption_that_names_more_than_the_class_is_wrong(examples):
+    from train import names_exactly
+
+    assert names_exactly("a picture of a big red circle on the left", 0, CLASSES)
+    assert not names_exactly("a red star", 0, CLASSES)
+    assert not names_exactly("a red circle and a blue star", 0, CLASSES)  # also a red star, in a blue circle's company
+    assert not names_exactly("", 0, CLASSES)
