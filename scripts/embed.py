@@ -26,7 +26,9 @@ SHOWN_KEYS = 3
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser("embed.py", __doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, checkpoint or model")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="folder of a run, checkpoint or model, or hf-hub:ORG/NAME"
+    )
     parser.add_argument("data", metavar="DATA", help="images: shards, a table, a folder, hf:NAME, scenes:test, ...")
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder that is new, empty, or begun by this command")
     parser.add_argument("--only", choices=("images", "texts"), help="default: both, where there are both")

@@ -32,12 +32,15 @@ from contrastive.evaluate.subject import Subject
 from contrastive.evaluate.suite import Suite, embed_suite, read_suite, run_suite, task_from
 from contrastive.evaluate.tasks import TASKS
 from contrastive.evaluate.zero_shot_output import folder_name
+from contrastive.interop.hub import is_hub_name, results_folder
 from contrastive.log import is_main_process, run_script
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser("evaluate.py", __doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, checkpoints or models")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folders of runs or models, or hf-hub:ORG/NAME"
+    )
     parser.add_argument("--suite", type=Path, metavar="FILE", help="YAML: tasks: [{task: NAME, data: SPEC}, ...]")
     parser.add_argument("--task", metavar="NAME", help=f"one task in place of a suite: {', '.join(TASKS.names())}")
     parser.add_argument("--data", metavar="SPEC", help="of --task: what is scored")
@@ -90,7 +93,7 @@ def chosen_suite(options: argparse.Namespace) -> Suite:
 def named(runs: Sequence[Path]) -> list[ModelEntry]:
     """The models by short names, as much of their paths as tells them apart."""
     for run in runs:
-        if not run.exists():
+        if not is_hub_name(run) and not run.exists():
             raise UserError(f"no model at {run}: no such file or folder")
     parts = [run.resolve().parts for run in runs]
     parts = [found[:-1] if found[-1] == "final" and len(found) > 2 else found for found in parts]
@@ -105,7 +108,7 @@ def evaluate(options: argparse.Namespace) -> bool:
     """Evaluate as asked for; returns whether every task could be done."""
     suite, entries = chosen_suite(options), named(options.runs)
     alone = len(entries) == 1
-    out = options.out or (options.runs[0] / "evaluation" if alone else Path("evaluations")) / suite.name
+    out = options.out or (results_folder(options.runs[0]) / "evaluation" if alone else Path("evaluations")) / suite.name
     claim_output(out, entries)
     passing = out / ".embeddings"
     if is_main_process():
@@ -113,7 +116,7 @@ def evaluate(options: argparse.Namespace) -> bool:
     sources: dict = {}
 
     def subject(entry: ModelEntry, device) -> Subject:
-        cache = passing if options.no_cache else options.cache or Path(entry.path) / "embeddings"
+        cache = passing if options.no_cache else options.cache or results_folder(Path(entry.path)) / "embeddings"
         bundle = contrastive.load(entry.path, device=device)
         loading = {"batch_size": options.batch_size, "num_workers": options.workers, "progress": True}
         return Subject(entry.name, bundle, cache, device=device, sources=sources, limit=options.limit, **loading)

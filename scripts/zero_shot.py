@@ -14,13 +14,16 @@ from contrastive.command_line import Parser, at_least, chosen_device
 from contrastive.data.prompts import load_templates
 from contrastive.data.sources import open_source
 from contrastive.evaluate.zero_shot import zero_shot
-from contrastive.evaluate.zero_shot_output import ZeroShotOutput, print_result, read_class_names
+from contrastive.evaluate.zero_shot_output import ZeroShotOutput, folder_name, print_result, read_class_names
+from contrastive.interop.hub import is_hub_name, results_folder
 from contrastive.log import run_script
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser("zero_shot.py", __doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, checkpoint or model")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="folder of a run, checkpoint or model, or hf-hub:ORG/NAME"
+    )
     parser.add_argument("--data", required=True, metavar="SPEC", help="labelled images, such as scenes:test")
     parser.add_argument(
         "--classes", metavar="NAME_OR_FILE", help="class names: a set (cifar10, imagenet, ...), one a line, or JSON"
@@ -42,7 +45,10 @@ def evaluate(options: argparse.Namespace) -> None:
     source = open_source(options.data)
     class_names = read_class_names(options.classes, source.class_names) if options.classes else None
     bundle = contrastive.load(options.run, device=device)
-    output = ZeroShotOutput.claim(options.run, options.data, options.out)
+    out = options.out
+    if out is None and is_hub_name(options.run):
+        out = results_folder(options.run) / "zero_shot" / folder_name(options.data)
+    output = ZeroShotOutput.claim(options.run, options.data, out)
     result = zero_shot(
         bundle,
         source,

@@ -1,0 +1,148 @@
+"""A model out into another library's format: written aside, checked against the model, then renamed."""
+
+import copy
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from contrastive.errors import UserError, did_you_mean
+from contrastive.interop.bundle import Bundle
+from contrastive.interop.hub import PREFIX, push
+from contrastive.interop.loading import load
+from contrastive.interop.manifest import appear_at_once
+from contrastive.interop.model_card import model_card
+from contrastive.interop.parity import Check, Probe, compare
+from contrastive.interop.run_record import public_name
+
+FORMATS = ("transformers", "open_clip", "timm", "onnx")
+LOADING = ("load it:", "and its tokenizer:", "or:")
+"""How notes of the writers begin that say how the folder is loaded."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has to say."""
+
+    folder: Path
+    checks: list[Check]
+    notes: list[str]
+    """What the format could not take along, in plain sentences."""
+
+
+def export(
+    source: Bundle | str | Path,
+    to: str,
+    out: str | Path,
+    name: str | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Exported:
+    """Write a model as a folder of `to`, which that library loads as it is, with a model card.
+
+    The library itself reads the folder back, and only one that says what the model says gets its name. The weights
+    are those that `load` takes: of a run with a moving average, the averaged ones.
+
+    Args:
+        source: a loaded model, or anything that `load` reads.
+        to: 'transformers', 'open_clip', 'timm' or 'onnx'.
+        out: the folder, new or empty.
+        name: ORG/NAME of the hub repository that it is for, as the card's code should call it; none: the folder's.
+        on_step: told what is being done.
+
+    Raises:
+        UserError: `out` has something in it, an unknown format, a model that the format cannot express, a package
+            that is not installed, or a failed check; nothing is written then.
+    """
+    writing, out = _format(to), Path(out).expanduser()
+    check_out(out)
+    bundle = _as_loaded(source if isinstance(source, Bundle) else load(source))
+    exported = []
+
+    def fill(temporary: Path) -> None:
+        on_step(f"writing for {to}")
+        notes = writing.write(bundle, temporary, out)
+        on_step(f"checking with {to}")
+        checks = _check(bundle, writing, temporary, notes, to)
+        # How it is loaded has its own place on the card, with code.
+        of_card = [note for note in notes if not note.startswith(LOADING)]
+        for place, called in ((out, out.name), (bundle.path, public_name(str(bundle.path)))):
+            of_card = [note.replace(str(place), called) for note in of_card]
+        card = temporary / "README.md"
+        card.write_text(model_card(bundle, to, temporary, name or out.name, checks, of_card), encoding="utf-8")
+        for file in temporary.rglob("*"):
+            if file.is_file():  # safetensors are for their owner alone; the folder is for others
+                file.chmod(card.stat().st_mode)
+        exported.append(Exported(out, checks, notes))
+
+    appear_at_once(out, fill, replace=False)
+    return exported[0]
+
+
+def push_export(folder: Path, to: str, repo: str, private: bool = False) -> str:
+    """Push an exported folder to ORG/NAME; return the address of the commit. UserError as `hub.push`.
+
+    Files that name the place of the folder name the repository there.
+    """
+    writing = _format(to)
+    if not hasattr(writing, "retarget"):
+        return push(folder, folder, repo, private)
+    with tempfile.TemporaryDirectory() as place:
+        for file in folder.iterdir():
+            if file.suffix == ".json":
+                shutil.copy(file, place)
+            else:
+                (Path(place) / file.name).symlink_to(file.resolve())
+        writing.retarget(Path(place), f"{PREFIX}{repo}")
+        return push(Path(place), folder, repo, private)
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError unless the folder `out` can be made, or is there and empty."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; nothing is overwritten: name another folder")
+    nearest = next(place for place in (out.absolute().parent, *out.absolute().parents) if place.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"cannot write to {out}; name another folder")
+
+
+def _format(to: str):
+    if to not in FORMATS:
+        raise UserError(f"unknown format '{to}'.{did_you_mean(to, FORMATS)} Known: {', '.join(FORMATS)}")
+    return importlib.import_module(f"contrastive.interop.formats.{to}.writing")
+
+
+def _as_loaded(bundle: Bundle) -> Bundle:
+    """The bundle as `load` gives it: a copy in float32, eval mode and on the CPU where it is something else."""
+    model = bundle.model
+    tensors = [*model.parameters(), *model.buffers()]
+    plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    if plain and not any(module.training for module in model.modules()):
+        return bundle
+    return replace(bundle, model=copy.deepcopy(model).to("cpu", torch.float32).eval())
+
+
+def _check(bundle: Bundle, writing, folder: Path, notes: list[str], to: str) -> list[Check]:
+    """All checks of the folder; UserError, naming the first that failed, when not all passed."""
+    probe = Probe.of(bundle)
+    checks = compare(bundle, probe, partial(writing.outputs, folder))
+    if hasattr(writing, "half_outputs"):
+        checks += compare(bundle, probe, partial(writing.half_outputs, folder), half=True)
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        found, limit = failed[0].written
+        more = f" and {len(failed) - 1} more checks failed" if len(failed) > 1 else ""
+        told = [note for note in notes if not note.startswith(LOADING)]
+        about = f"; of this format: {'; '.join(told)}" if told else ""
+        raise UserError(
+            f"nothing was written: read back by {to}, the {failed[0].what} are not the model's "
+            f"({failed[0].kind} {found}, needed {limit}){more}{about}"
+        )
+    if not any(check.what.endswith("embeddings") for check in checks):
+        raise UserError(f"nothing was written: {to} gave no embeddings to compare with the model's")
+    return checks

@@ -1,0 +1,246 @@
+"""Whether an exported folder says what the model says: the check that every export ends with.
+
+The other library loads the folder and embeds the same pixels and ids; then its own processor and tokenizer make
+pixels and ids from the same images and texts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from rich import box
+from rich.table import Table
+
+from contrastive.data.tokenizer import TransformersTokenizer
+from contrastive.interop.bundle import Absent, Bundle
+from contrastive.interop.formats.outputs import Outputs
+from contrastive.models import ImageClassifier
+
+# Two float32 implementations of one tower differ by the order of their sums: a few 1e-7 in a unit vector, up to some
+# 1e-6 over 30 blocks. A wrong activation, epsilon, layer or mask gives 1e-4 and more.
+EMBEDDING_LIMIT = 1e-5
+# A float16 weight is off by up to 2^-11 = 5e-4 of itself, at random: an embedding turns by about as much, a cosine of
+# 1 - 1e-6, and more where activations are large. A float16 overflow or a wrong graph is far below this.
+HALF_COSINE_LIMIT = 0.999
+# Libraries resize differently by a level or two of 255 in some pixels; features must not notice.
+FEATURE_COSINE_LIMIT = 0.9999
+# ... which an untrained tower does not at all, so that pixels are bounded too: a wrong mean, crop or interpolation is
+# off by tens of levels somewhere.
+PIXEL_LEVELS = 8.0
+
+# No stray white space and no HTML entities, which some libraries mend and others do not: the writers say so.
+TEXTS = (
+    "a photo of a cat",
+    "Two dogs, running on the beach; it's 10:45!",
+    "A café in Zürich",
+    "x",
+    "a very long caption that goes on and on, " * 29 + "and on",
+)
+
+OutputsOf = Callable[[list[Image.Image], list[str], torch.Tensor | None, torch.Tensor | None], Outputs]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure and its limit."""
+
+    what: str
+    kind: str
+    """'max difference', 'cosine' (the lowest), or 'ids that differ'."""
+    value: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """NaN passes nothing."""
+        return self.value >= self.limit if self.kind == "cosine" else self.value <= self.limit
+
+    @property
+    def written(self) -> tuple[str, str]:
+        """The figure and the limit as text."""
+        if self.kind == "cosine":
+            return f"{self.value:.7f}", f"≥ {self.limit}"
+        if self.kind == "ids that differ":
+            return f"{self.value:.0f}", "0"
+        return _short(f"{self.value:.1e}"), _short(f"≤ {self.limit:.0e}")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What both sides are asked: images and texts, and what our own preprocessing makes of them."""
+
+    images: list[Image.Image]
+    texts: list[str]
+    pixels: torch.Tensor | None
+    """None for a text tower alone."""
+    tokens: torch.Tensor | None
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "Probe":
+        """Where the source lacks preprocessing or tokenizer: noise of the right size, ids of the right range."""
+        images, texts, pixels, tokens = [probe_image(*size) for size in _sizes(bundle)], list(TEXTS), None, None
+        if isinstance(bundle.tokenizer, TransformersTokenizer):  # cleaning is ours and not in its files
+            texts = [bundle.tokenizer.cleaned(text) for text in texts]
+        config, generator = bundle.config, torch.Generator().manual_seed(0)
+        if bundle.preprocess is not None:
+            if isinstance(bundle.preprocess, Absent):
+                pixels = torch.randn(len(images), 3, *bundle.model.image_tower.input_size, generator=generator)
+            else:
+                pixels = torch.stack([bundle.preprocess(image) for image in images])
+        if bundle.tokenizer is not None:
+            if isinstance(bundle.tokenizer, Absent):
+                tokens = _some_tokens(config.text, len(texts), generator)
+            else:
+                tokens = bundle.tokenizer(texts)
+        return cls(images, texts, pixels, tokens)
+
+
+def compare(bundle: Bundle, probe: Probe, outputs: OutputsOf, half: bool = False) -> list[Check]:
+    """Compare the model with what the folder's library says; `half`: it computes in float16.
+
+    Returns:
+        The figures, failed ones too; none where the folder has no such part.
+    """
+    theirs = outputs(probe.images, probe.texts, probe.pixels, probe.tokens)
+    ours = own_outputs(bundle, probe)
+    suffix = ", float16" if half else ""
+    checks = []
+    for what, own, other, scale in (
+        ("image embeddings", ours.image, theirs.image, 1.0),
+        ("text embeddings", ours.text, theirs.text, 1.0),
+        ("scores" if isinstance(bundle.model, ImageClassifier) else "logits", ours.logits, theirs.logits, None),
+    ):
+        if own is None or other is None:
+            continue
+        if own.shape != other.shape:
+            checks.append(Check(f"{what} of shape {tuple(other.shape)}", "max difference", float("nan"), 0.0))
+        elif not half:
+            limit = EMBEDDING_LIMIT * (logit_size(bundle, own) if scale is None else scale)
+            checks.append(Check(what, "max difference", _distance(own, other), limit))
+        elif scale is not None:
+            checks.append(Check(what + suffix, "cosine", _cosine(own, other), HALF_COSINE_LIMIT))
+    if half:
+        return checks
+    if theirs.tokens is not None and not isinstance(bundle.tokenizer, Absent):
+        checks.append(Check("tokens", "ids that differ", _different(probe.tokens, theirs.tokens), 0))
+    if theirs.pixels is not None and not isinstance(bundle.preprocess, Absent):
+        checks += _pixel_checks(bundle, probe.pixels, theirs.pixels)
+    return checks
+
+
+def own_outputs(bundle: Bundle, probe: Probe) -> Outputs:
+    """What our model says about the probe."""
+    model, image, text, logits = bundle.model, None, None, None
+    with torch.inference_mode():
+        if probe.pixels is not None:
+            image = model.encode_image(probe.pixels)
+        if probe.tokens is not None:
+            text = model.encode_text(probe.tokens)
+        if isinstance(model, ImageClassifier):
+            logits = model.scores(probe.pixels)
+        elif image is not None and text is not None:
+            logits = model.logit_scale.exp() * image @ text.T
+            logits = logits if model.logit_bias is None else logits + model.logit_bias
+    return Outputs(image, text, logits)
+
+
+def logit_size(bundle: Bundle, logits: torch.Tensor) -> float:
+    """What an error in an embedding is multiplied with on its way to the logits; 1 at least.
+
+    The factor on the similarities; of a classifier, whose head is any linear map, the size of its scores.
+    """
+    if isinstance(bundle.model, ImageClassifier):
+        return max(1.0, logits.abs().max().item())
+    return max(1.0, bundle.model.logit_scale.exp().item())
+
+
+def parity_table(checks: Sequence[Check]) -> Table:
+    """The checks for the terminal."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("against the model itself")
+    table.add_column("measure")
+    table.add_column("found", justify="right")
+    table.add_column("limit", justify="right")
+    for check in checks:
+        found, limit = check.written
+        table.add_row(check.what, check.kind, found if check.passed else f"[red]{found}[/red]", limit)
+    return table
+
+
+def probe_image(width: int, height: int) -> Image.Image:
+    """A picture with slopes, waves, sharp edges and noise, the same every time."""
+    rng = np.random.default_rng(width * 10_000 + height)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    channels = []
+    for _ in range(3):
+        wave = sum(np.sin(2 * np.pi * (fx * x + fy * y) + shift) for fx, fy, shift in rng.uniform(0.3, 6, (4, 3)))
+        channels.append(128 + 25 * wave + 40 * (x - y))
+    picture = np.stack(channels, axis=2)
+    for left, top in rng.uniform(0, 0.7, (3, 2)):
+        inside = (x > left) & (x < left + 0.25) & (y > top) & (y < top + 0.2)
+        picture[inside] = rng.integers(0, 256, 3)
+    picture += rng.normal(0, 6, picture.shape)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+def _sizes(bundle: Bundle) -> list[tuple[int, int]]:
+    """(width, height) of images: wide, high, tall at the very size, square and large, square and small.
+
+    Scaled to the size of a crop they leave an even number of pixels to cut off: where the middle lies between two
+    pixels, some libraries take the one and some the other, and the writers say so.
+    """
+    if bundle.preprocess is None or isinstance(bundle.preprocess, Absent):
+        return [(64, 64)] * 4
+    options = bundle.preprocess.config
+    side = options.short_side or min(options.size)
+    more = 2 * max(1, side // 8)
+    return [
+        (3 * (side + more), 3 * side),
+        (2 * side, 2 * (side + 2 * more)),
+        (side, side + more),
+        (4 * side, 4 * side),
+        (side // 2 + 1, side // 2 + 1),
+    ]
+
+
+def _some_tokens(config, count: int, generator: torch.Generator) -> torch.Tensor:
+    """(count, context_length) ids with an end-of-text where texts of different lengths would have it."""
+    tokens = torch.randint(0, config.vocab_size, (count, config.context_length), generator=generator)
+    if config.eos_id is not None:
+        tokens[tokens == config.eos_id] = (config.eos_id + 1) % config.vocab_size
+        ends = torch.linspace(1, config.context_length - 1, count).long()
+        tokens[torch.arange(count), ends] = config.eos_id
+    return tokens
+
+
+def _pixel_checks(bundle: Bundle, ours: torch.Tensor, theirs: torch.Tensor) -> list[Check]:
+    if ours.shape != theirs.shape:
+        return [Check(f"pixels of shape {tuple(theirs.shape)}", "max difference", float("nan"), 0.0)]
+    with torch.inference_mode():
+        own, other = (bundle.model.encode_image(pixels) for pixels in (ours, theirs))
+    limit = PIXEL_LEVELS / 255 / min(bundle.preprocess.config.std)
+    return [
+        Check("pixels", "max difference", _distance(ours, theirs), limit),
+        Check("image embeddings of those pixels", "cosine", _cosine(own, other), FEATURE_COSINE_LIMIT),
+    ]
+
+
+def _short(number: str) -> str:
+    """1e-5 for 1e-05, 0 for 0.0e+00."""
+    return number.replace("e-0", "e-").replace("e+0", "e+").replace("0.0e+0", "0")
+
+
+def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return (ours.double() - theirs.double()).abs().max().item()
+
+
+def _cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The lowest over rows; float32 rounding can put it a little above 1, float64 hardly."""
+    return torch.cosine_similarity(ours.double(), theirs.double(), dim=-1).min().item()
+
+
+def _different(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """How many ids differ; NaN where rows have another length."""
+    return float("nan") if ours.shape != theirs.shape else (ours != theirs).sum().item()

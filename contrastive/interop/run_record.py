@@ -1,0 +1,167 @@
+"""What a run folder tells of the model in it: options, data, recipe, results. Nothing of the machine it ran on."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from contrastive.log import read_metrics
+
+# Results written so many seconds before the final weights are of an earlier checkpoint. Copying a run gives all its
+# files about the same time, and then nothing is held to be stale.
+STALE_SECONDS = 60
+_FIGURE_ENDS = re.compile(r"(acc\d+|recall|_r\d+|median_rank)$")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One figure on one data set."""
+
+    task: str
+    data: str
+    figure: str
+    value: float
+    interval: tuple[float, float] | None = None
+    chance: float | None = None
+
+    @property
+    def label(self) -> str:
+        """'acc@1', 'image → text R@10'."""
+        text = re.sub(r"_r(\d+)$", r" R@\1", self.figure)
+        text = re.sub(r"acc(\d+)$", r"acc@\1", text).replace("_to_", " → ")
+        return text.replace("per_class", "per-class").replace("heldout", "held-out").replace("_", " ")
+
+    @property
+    def written(self) -> tuple[str, str, str]:
+        """Value, interval and chance as text."""
+        unit = "" if self.figure.endswith("rank") else " %"
+        interval = "" if self.interval is None else f"{self.interval[0]:.1f} to {self.interval[1]:.1f}"
+        return f"{self.value:.1f}{unit}", interval, "" if self.chance is None else f"{self.chance:.1f}{unit}"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run, as its folder tells of it."""
+
+    folder: Path
+    config: dict
+    step: int | None
+    """Of the weights; None for a final model whose options do not name the last step."""
+    num_samples: int | None
+    averaged: bool
+    """Whether the weights are the moving average."""
+    results: tuple[Result, ...]
+
+    @classmethod
+    def of(cls, model_folder: Path) -> "RunRecord | None":
+        """Read the run that a native model folder lies in; None where it lies in none."""
+        is_checkpoint = model_folder.parent.name == "checkpoints"
+        folder = model_folder.parent.parent if is_checkpoint else model_folder.parent
+        try:
+            config = yaml.safe_load((folder / "config.yaml").read_text())
+        except (OSError, yaml.YAMLError):
+            return None
+        # encoder/ and other folders of a run are not what its options and figures are about.
+        if not isinstance(config, dict) or not (is_checkpoint or model_folder.name == "final"):
+            return None
+        states = [model_folder] if is_checkpoint else sorted(folder.glob("checkpoints/step-*"), reverse=True)
+        state = next((found for found in map(_state, states) if found), {})
+        step = state.get("step") if is_checkpoint else (config.get("train") or {}).get("steps")
+        found = {(result.task, result.data, result.figure): result for result in _logged(folder, step)}
+        if not is_checkpoint:
+            for result in (*_zero_shot(folder), *_evaluations(folder)):
+                found[result.task, result.data, result.figure] = result
+        decay = (config.get("train") or {}).get("ema_decay")
+        return cls(folder, config, step, state.get("num_samples"), decay is not None, tuple(found.values()))
+
+    def option(self, name: str):
+        """An option by its dotted name; None where the run has no such option."""
+        value = self.config
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+
+def public_name(spec: str) -> str:
+    """A data spec, a file or a folder without where it lies: '/data/me/mnist:test' is 'mnist:test'.
+
+    A pattern of shards keeps the folder it is in, which is the name of the data. URLs lose host and keys alike.
+    """
+    if " → " in str(spec):  # what was fitted on, and what was scored
+        return " → ".join(map(public_name, spec.split(" → ")))
+    parts = []
+    for part in re.split(r",(?![^{]*})", str(spec)):
+        if re.match(r"(hf|hf-hub):[^/.~]", part):
+            parts.append(part)
+            continue
+        names = [name for name in part.partition("?")[0].rstrip("/").split("/") if name not in ("", ".", "..", "~")]
+        is_pattern = bool(names) and re.search(r"[{*]", names[-1]) is not None and len(names) > 1
+        parts.append("/".join(names[-2:] if is_pattern and not names[-2].endswith(":") else names[-1:]))
+    return ",".join(parts)
+
+
+def without_places(value):
+    """The same nested options, each text that could be a path as `public_name` gives it."""
+    if isinstance(value, dict):
+        return {key: without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_places(inner) for inner in value]
+    return public_name(value) if isinstance(value, str) and "/" in value else value
+
+
+def _state(checkpoint: Path) -> dict:
+    try:
+        return json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _logged(folder: Path, step: int | None) -> Iterator[Result]:
+    """The last evaluation that the run itself made of these weights."""
+    if not (folder / "metrics.jsonl").exists():
+        return
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("kind") == "eval"]
+    rows = [row for row in rows if step is None or row["step"] == step]
+    for key, value in rows[-1].items() if rows else ():
+        task, _, rest = key.partition("/")
+        data, _, figure = rest.rpartition("/")
+        if _FIGURE_ENDS.search(figure) and isinstance(value, (int, float)):
+            yield Result(task.replace("_", "-"), public_name(data), figure, value)
+
+
+def _results_of_final(folder: Path, pattern: str) -> Iterator[dict]:
+    """The JSON files of evaluations that are not older than the final weights."""
+    weights = max((file.stat().st_mtime for file in (folder / "final").glob("*.safetensors")), default=0.0)
+    for file in sorted(folder.glob(pattern)):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if file.stat().st_mtime >= weights - STALE_SECONDS and isinstance(found, dict):
+            yield found
+
+
+def _zero_shot(folder: Path) -> Iterator[Result]:
+    for found in _results_of_final(folder, "zero_shot/*/zero_shot.json"):
+        for figure in ("acc1", "acc5", "mean_per_class_recall", "seen_acc1", "heldout_acc1"):
+            if isinstance(found.get(figure), (int, float)):
+                chance = found.get("chance") if figure in ("acc1", "mean_per_class_recall") else None
+                yield Result("zero-shot", public_name(found.get("data", "")), figure, found[figure], chance=chance)
+
+
+def _evaluations(folder: Path) -> Iterator[Result]:
+    for found in _results_of_final(folder, "evaluation/*/evaluation.json"):
+        if len(found.get("models", ())) != 1:
+            continue
+        of = f" ({found['limit']:,} samples)" if found.get("limit") else ""
+        for result in found.get("results", ()):
+            task = found["tasks"][result["task"]]
+            for name in result.get("headline", ()):
+                figure = result["figures"][name]
+                interval = None if figure["low"] is None else (figure["low"], figure["high"])
+                data = public_name(task["data"]) + of
+                kind = task["task"].replace("_", "-")
+                yield Result(kind, data, name, figure["value"], interval, figure["chance"])
