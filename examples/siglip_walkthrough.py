@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from contrastive.command_line import Parser
+from contrastive.errors import UserError
 from contrastive.interop.formats.json_file import read_json
 from contrastive.log import run_script
 from contrastive.models import ImageTower, ImageTowerConfig
@@ -74,11 +75,17 @@ class Step(NamedTuple):
 def vision_model(folder: Path | None):
     """A SiglipVisionModel of transformers: from a folder, or a small one whose weights are all random."""
     if folder is not None:
-        read_json(folder / "config.json")  # says in one line what is missing
+        kind = read_json(folder / "config.json").get("model_type")  # says in one line what is missing
+        if kind not in ("siglip", "siglip_vision_model"):
+            raise UserError(f"{folder} holds a model of type '{kind}': --model takes SiglipVisionModel or SiglipModel")
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     if folder is not None:
-        return SiglipVisionModel.from_pretrained(str(folder), local_files_only=True).float().eval()
+        model, told = SiglipVisionModel.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+        missing = [*told["missing_keys"], *told["mismatched_keys"]]
+        if missing:  # the library fills them at random
+            raise UserError(f"{folder} does not hold a whole SiglipVisionModel: '{missing[0]}' is missing or misshapen")
+        return model.float().eval()
     config = SiglipVisionConfig(
         hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=6, image_size=112, patch_size=16
     )

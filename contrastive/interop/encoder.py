@@ -19,7 +19,7 @@ def load_image_encoder(
     *,
     keep_prefix: bool = False,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> ImageEncoder:
     """Load an image tower up to a layer, with its preprocessing; no tokenizer and no text tower stay.
 
@@ -37,6 +37,9 @@ def load_image_encoder(
     Raises:
         UserError: no model there, none with an image tower, no such layer, or a pooling that the tower has not.
     """
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError("dtype has to be torch.float32, torch.bfloat16 or torch.float16, or its name")
     bundle = read(path, with_tokenizer=False)
     bundle.check_image_tower("there is nothing to encode images with")
     try:

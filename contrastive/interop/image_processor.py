@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -12,7 +13,20 @@ from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent
 
-Picture = Image.Image | np.ndarray | bytes
+Picture = Image.Image | np.ndarray | bytes | str | Path
+
+
+class PixelBatch(dict):
+    """What `return_tensors="pt"` gives: {'pixel_values': (B, 3, H, W)}, by attribute too, as transformers' batches."""
+
+    @property
+    def pixel_values(self) -> torch.Tensor:
+        """(B, 3, H, W) float32."""
+        return self["pixel_values"]
+
+    def to(self, *args, **kwargs) -> "PixelBatch":
+        """The same on another device or in another dtype, as `Tensor.to` takes them."""
+        return PixelBatch(pixel_values=self.pixel_values.to(*args, **kwargs))
 
 
 class ImageProcessor:
@@ -22,34 +36,43 @@ class ImageProcessor:
     processor(images, return_tensors="pt")["pixel_values"]               # (B, 3, H, W), as LLaVA calls it
     processor.preprocess(image, return_tensors="pt")["pixel_values"][0]  # (3, H, W)
 
-    An image is a PIL image, the bytes of a file, or an array (H, W, 3) uint8. `size` and `crop_size` cannot be
+    An image is a PIL image, a file's path or its bytes, or an array (H, W, 3) uint8. `size` and `crop_size` cannot be
     written to, for that would change nothing: `encoder.set_input_size` changes both tower and pixels.
     """
 
-    def __init__(self, preprocess: Preprocess | Absent):
+    def __init__(self, preprocess: Preprocess | Absent, original: Preprocess | Absent | None = None):
         self._preprocess = preprocess
+        self._original = preprocess if original is None else original  # sizes are made from it, not one from another
 
-    def __call__(
-        self, images: Picture | list[Picture], return_tensors: str | None = None
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
+    def __call__(self, images: Picture | list[Picture], return_tensors: str | None = None) -> torch.Tensor | PixelBatch:
         """Preprocess one image or several; see the class. An image that cannot be read raises BadSample."""
         if return_tensors not in (None, "pt"):
             raise UserError(f"return_tensors is {return_tensors!r}; 'pt' is what there is")
         several = isinstance(images, (list, tuple))
         if not several and return_tensors is None:
-            return self._preprocess(images)
-        pixels = torch.stack([self._preprocess(image) for image in (images if several else [images])])
-        return pixels if return_tensors is None else {"pixel_values": pixels}
+            return self._pixels(images)
+        if several and not images:
+            raise UserError("no images: the list is empty")
+        pixels = torch.stack([self._pixels(image) for image in (images if several else [images])])
+        return pixels if return_tensors is None else PixelBatch(pixel_values=pixels)
 
     preprocess = __call__
 
+    def _pixels(self, image: Picture) -> torch.Tensor:
+        if isinstance(image, (str, Path)):
+            image = Path(image).read_bytes()
+        if not isinstance(image, (Image.Image, np.ndarray, bytes)):
+            kind = type(image).__name__
+            raise UserError(f"a {kind} is not an image: give a PIL image, a path, a file's bytes or an array (H, W, 3)")
+        return self._preprocess(image)
+
     def with_size(self, size: tuple[int, int]) -> "ImageProcessor":
         """The same for another (height, width) in pixels. Where it cannot be made, use says so."""
-        if isinstance(self._preprocess, Absent):
+        if isinstance(self._original, Absent):
             return self
-        config, (height, width) = self.config, size
+        config, (height, width) = self._original.config, size
         if size == config.size:
-            return self
+            return ImageProcessor(self._original)
         short = None
         if config.short_side is not None and config.cut != "corner":  # a corner was cut to whole patches: now it is
             short = round(config.short_side * height / config.size[0])
@@ -57,8 +80,8 @@ class ImageProcessor:
             changed = replace(config, image_size=height if height == width else size, short_side=short)
         except UserError as error:
             message = f"this model's preprocessing cannot make {height}×{width}: {error}"
-            return ImageProcessor(Absent(f"{message}; make the pixels yourself, or set encoder.preprocess"))
-        return ImageProcessor(Preprocess(changed))
+            return ImageProcessor(Absent(f"{message}; make the pixels yourself"), self._original)
+        return ImageProcessor(Preprocess(changed), self._original)
 
     @property
     def config(self) -> PreprocessConfig:

@@ -80,7 +80,7 @@ class ImageEncoder(ImageTrunk):
         self.train(tower.training)
 
     def _take(self, tower: ImageTower) -> None:
-        self.grid = tower.grid
+        self.patch_embed.grid_size = tower.grid
         positions = tower.position_embedding.detach().clone()
         learned = self.architecture.position == "learned"
         self.position_embedding = nn.Parameter(positions) if learned else positions
@@ -116,6 +116,9 @@ class ImageEncoder(ImageTrunk):
         return x.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
 
     def _checked_states(self, pixels: torch.Tensor, numbers: Iterable[int]) -> dict[int, torch.Tensor]:
+        if not isinstance(pixels, torch.Tensor):
+            kind = type(pixels).__name__
+            raise UserError(f"pixels are a {kind}, not a tensor (B, 3, H, W); encoder.preprocess makes (3, H, W)")
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise UserError(f"pixels are {tuple(pixels.shape)}, not (B, 3, H, W); encoder.preprocess makes (3, H, W)")
         if not pixels.is_floating_point():
@@ -125,47 +128,61 @@ class ImageEncoder(ImageTrunk):
     def hidden_states(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """All `num_hidden_layers` + 1 hidden states, (B, N, D) each, class token included, as transformers gives them.
 
-        Negative indices into them count from the encoder's own end: load it with layer=-1 for the tower's.
+        Raises:
+            UserError: an encoder that ends below the tower's last block, where [-2] would be another layer.
         """
+        self._check_whole("hidden_states")
         depth = len(self.blocks)
         states = self._checked_states(pixels, range(depth + 1))
         return tuple(states[number] for number in range(depth + 1))
 
     def get_intermediate_layers(
         self,
-        pixels: torch.Tensor,
+        x: torch.Tensor,
         n: int | Iterable[int] = 1,
         reshape: bool = False,
+        *,
         return_prefix_tokens: bool = False,
         return_class_token: bool = False,
         norm: bool = False,
     ) -> tuple[torch.Tensor | tuple[torch.Tensor, torch.Tensor], ...]:
-        """Outputs of blocks, by the signature of timm and DINO: blocks count from 0, a number n means the last n.
+        """Outputs of blocks as timm and DINO give them: blocks count from 0, a number n means the last n.
 
-        They are the encoder's own blocks: load it with layer=-1 for all of the tower's. timm's default is norm=False,
-        DINO's norm=True.
+        The flags after `reshape`, whose order differs between the two, go by name; timm's default is norm=False, DINO's
+        norm=True.
 
         Returns:
             Per block, in the order of the blocks, (B, N, D) patch tokens, (B, D, h, w) with `reshape`. Pairs of these
             and (B, P, D) prefix tokens with `return_prefix_tokens` (P is 0 without a class token), or the class token
             (B, D) with `return_class_token`.
+
+        Raises:
+            UserError: no such block, or an encoder that ends below the tower's last one, where counting would go wrong.
         """
+        self._check_whole("get_intermediate_layers")
         if norm and self.norm is None:
             raise UserError("this encoder was made without the final norm: load it with norm=True")
         if return_class_token and not self.num_prefix_tokens:
             raise UserError("this encoder has no class token: leave return_class_token out")
         numbers = self._block_numbers(n)
-        states = self._checked_states(pixels, numbers)
+        states = self._checked_states(x, numbers)
         outputs = []
         for number in numbers:
-            x = self.norm(states[number]) if norm else states[number]
-            prefix, patches = x.tensor_split([self.num_prefix_tokens], dim=1)
-            patches = self._as_grid(patches, pixels) if reshape else patches
+            state = self.norm(states[number]) if norm else states[number]
+            prefix, patches = state.tensor_split([self.num_prefix_tokens], dim=1)
+            patches = self._as_grid(patches, x) if reshape else patches
             if return_class_token:
                 outputs.append((patches, prefix[:, 0]))
             else:
                 outputs.append((patches, prefix) if return_prefix_tokens else patches)
         return tuple(outputs)
+
+    def _check_whole(self, method: str) -> None:
+        if len(self.blocks) < self.tower_depth:
+            raise UserError(
+                f"{method} counts the layers of a whole tower, and this encoder ends at block {len(self.blocks)} of "
+                f"{self.tower_depth}: load it with layer=-1"
+            )
 
     def _block_numbers(self, n: int | Iterable[int]) -> list[int]:
         """Indices of blocks as timm takes them, to numbers of hidden states."""
@@ -174,10 +191,9 @@ class ImageEncoder(ImageTrunk):
         for index in indices:
             if not -depth <= index < depth or (isinstance(n, int) and index < 0):
                 what = f"{n} blocks" if isinstance(n, int) else f"block {index}"
-                raise UserError(
-                    f"{what}: this encoder has {depth} blocks of the tower's {self.tower_depth}, 0 to {depth - 1}; "
-                    "load it with layer=-1 for all"
-                )
+                raise UserError(f"{what}: this encoder has {depth} blocks, 0 to {depth - 1}")
+        if not indices:
+            raise UserError(f"n is {n!r}, which is no block: give how many from the end, or indices such as [0, -1]")
         return sorted({index % depth + 1 for index in indices})
 
     def set_input_size(self, size: int | tuple[int, int]) -> None:
@@ -185,6 +201,8 @@ class ImageEncoder(ImageTrunk):
 
         `preprocess` then makes that size, and `grid_size`, `num_patches` and `config` tell it.
         """
+        if self.preprocess is not None and not hasattr(self.preprocess, "with_size"):
+            raise UserError("encoder.preprocess is your own: set it to None, the size, then it to one of the new size")
         super().set_input_size(size)
         if self.preprocess is not None:
             self.preprocess = self.preprocess.with_size(self.input_size)

@@ -1,5 +1,6 @@
 """What an image encoder gives out, and the names by which VLM code reads its shape."""
 
+import operator
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -50,8 +51,9 @@ def hidden_state_number(layer: int, depth: int) -> int:
     Raises:
         UserError: no such layer.
     """
-    if isinstance(layer, bool) or not isinstance(layer, int):
+    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
         raise UserError(f"layer is {layer!r}: give an integer or several, such as -2 or (6, 12)")
+    layer = operator.index(layer)
     if not -depth - 1 <= layer <= depth:
         raise UserError(
             f"layer {layer} is not in an image tower of {depth} blocks: use {-depth - 1} to {depth}, where 0 is the "
@@ -74,7 +76,9 @@ def check_pool(pool: str | None, tower: ImageTowerConfig) -> str | None:
     if pool is None:
         return None
     if pool not in POOLS:
-        raise UserError(f"unknown pool '{pool}'; use one of {', '.join(POOLS)}, or None for tokens")
+        meant = {"avg": "average", "mean": "average", "cls": "class", "token": "class", "map": "attention"}.get(pool)
+        hint = f" Did you mean '{meant}'?" if meant else ""
+        raise UserError(f"unknown pool '{pool}'; use one of {', '.join(POOLS)}, or None for tokens.{hint}")
     if pool == "tower":
         return tower.pool
     if pool == "attention" and tower.pool != "attention":

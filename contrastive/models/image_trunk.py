@@ -1,5 +1,6 @@
 """What every use of the ViT shares: patch embedding, positions and blocks, without norm, pooling and projection."""
 
+import operator
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -12,20 +13,32 @@ from contrastive.models.position import interpolate_position_embedding, sincos_p
 from contrastive.models.transformer import Transformer
 
 
+class PatchEmbedding(nn.Conv2d):
+    """Patches to tokens, without positions: (B, 3, H, W) to (B, D, h, w). Two names are those of timm's."""
+
+    grid_size: tuple[int, int]
+    """Rows and columns of patches in images of the set size."""
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image of the set size."""
+        return self.grid_size[0] * self.grid_size[1]
+
+
 class ImageTrunk(nn.Module):
     """Pixels (B, 3, H, W) to the hidden states of a ViT, (B, N, D) each.
 
     Hidden state 0 is what enters the first block, k what leaves block k. The class token, where there is one, comes
-    first. `architecture` holds the options, `grid` the rows and columns of patches that the positions are made for.
+    first. `architecture` holds the options.
     """
 
     def __init__(self, config: ImageTowerConfig):
         super().__init__()
         config.check()
         self.architecture = config
-        self.grid = (config.grid_size, config.grid_size)
         width = config.width
-        self.patch_embed = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=config.patch_bias)
+        self.patch_embed = PatchEmbedding(3, width, config.patch_size, config.patch_size, bias=config.patch_bias)
+        self.patch_embed.grid_size = (config.grid_size, config.grid_size)
         self.class_token = nn.Parameter(torch.zeros(width)) if config.class_token else None
         if config.position == "learned":
             self.position_embedding = nn.Parameter(torch.zeros(config.num_patches + config.class_token, width))
@@ -42,6 +55,11 @@ class ImageTrunk(nn.Module):
             dropout=config.dropout,
             gradient_checkpointing=config.gradient_checkpointing,
         )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches that the positions are made for."""
+        return self.patch_embed.grid_size
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -63,7 +81,7 @@ class ImageTrunk(nn.Module):
         Raises:
             UserError: a side is not a multiple of the patch size.
         """
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = (operator.index(side) for side in (size if isinstance(size, (tuple, list)) else (size, size)))
         patch = self.architecture.patch_size
         for side in (height, width):
             if side < 1 or side % patch:
@@ -73,7 +91,7 @@ class ImageTrunk(nn.Module):
                     f"use {below} or {below + patch}"
                 )
         grid = (height // patch, width // patch)
-        old, self.grid = self.grid, grid
+        old, self.patch_embed.grid_size = self.grid, grid
         if height == width:
             self.architecture = replace(self.architecture, image_size=height)
         if grid == old:
@@ -102,12 +120,13 @@ class ImageTrunk(nn.Module):
         if self.architecture.position == "learned":
             patches = interpolate_position_embedding(patches, self.grid, grid)
         elif grid != self.grid:
-            patches = sincos_position_embedding(*grid, self.architecture.width).to(x.device)
-        x = x + patches.to(x.dtype)
+            patches = sincos_position_embedding(*grid, self.architecture.width).to(self.position_embedding)
+        # Under autocast the sum is float32, and so is what the blocks add to: bfloat16 would round it at every block.
+        x = x + patches
         if self.training and self.architecture.patch_dropout > 0:
             x = drop_patches(x, self.architecture.patch_dropout)
         if self.class_token is not None:
-            class_token = (self.class_token + prefix[0]).to(x.dtype).expand(x.shape[0], 1, -1)
+            class_token = (self.class_token + prefix[0]).expand(x.shape[0], 1, -1)
             x = torch.cat([class_token, x], dim=1)
         return x
 

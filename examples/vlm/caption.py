@@ -5,10 +5,10 @@ python examples/vlm/caption.py runs/vlm photo.jpg other.png
 
 from pathlib import Path
 
-import torch
 from captioner import Captioner
 
 from contrastive.command_line import Parser, chosen_device
+from contrastive.data.decode import decode
 from contrastive.data.record import BadSample
 from contrastive.errors import UserError
 from contrastive.log import run_script
@@ -21,13 +21,20 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     options = parser.parse_args(arguments)
     device = chosen_device(options.device)
+    images = [(path, read(path)) for path in options.images]
     model = Captioner.load(options.model, device)
-    for path in options.images:
-        try:
-            pixels = model.encoder.preprocess(path.read_bytes())
-        except BadSample as error:
-            raise UserError(f"{path} is not an image that can be read: {error.reason}") from None
-        print(f"{path}: {model.caption(torch.stack([pixels]).to(device))[0]}")
+    for path, image in images:
+        pixels = model.encoder.preprocess(image)[None].to(device)
+        print(f"{path}: {model.caption(pixels)[0]}")
+
+
+def read(path: Path) -> bytes:
+    data = path.read_bytes()
+    try:
+        decode(data)
+    except BadSample as error:
+        raise UserError(f"{path} is not an image that can be read ({error.reason})") from None
+    return data
 
 
 if __name__ == "__main__":

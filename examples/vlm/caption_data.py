@@ -1,6 +1,7 @@
 """Images with one of their captions each, as the captioner reads them."""
 
 import torch
+from captioner import MAX_TOKENS
 from torch.utils.data import Dataset
 
 from contrastive.data.record import BadSample, Source
@@ -18,7 +19,7 @@ class CaptionDataset(Dataset):
         max_tokens: longer captions are cut; eos ends each.
     """
 
-    def __init__(self, source: Source, preprocess, tokenizer, max_tokens: int = 40):
+    def __init__(self, source: Source, preprocess, tokenizer, max_tokens: int = MAX_TOKENS):
         self.source, self.preprocess, self.tokenizer, self.max_tokens = source, preprocess, tokenizer, max_tokens
 
     def __len__(self) -> int:

@@ -15,8 +15,10 @@ from torch import nn
 
 import contrastive
 from contrastive.errors import UserError
+from contrastive.interop.weights_key import weights_key
 
 IGNORED = -100  # the label that transformers' loss leaves out
+MAX_TOKENS = 40  # of a caption, its end included
 
 
 class Captioner(nn.Module):
@@ -32,6 +34,13 @@ class Captioner(nn.Module):
         super().__init__()
         if tokenizer.eos_token_id is None:
             raise UserError("the language model's tokenizer has no eos token: captions would have no end")
+        needed = 1 + encoder.num_patches + MAX_TOKENS
+        most = getattr(language_model.config, "max_position_embeddings", needed)
+        if needed > most:
+            raise UserError(
+                f"{encoder.num_patches} patches and {MAX_TOKENS} tokens are more than the {most} positions of the "
+                "language model; take an encoder of larger patches or smaller images"
+            )
         self.encoder = encoder.requires_grad_(False)
         self.language_model, self.tokenizer = language_model, tokenizer
         hidden = language_model.get_input_embeddings().embedding_dim
@@ -42,9 +51,11 @@ class Captioner(nn.Module):
         )
 
     def train(self, mode: bool = True) -> "Captioner":
-        """Train the projector and the language model; the encoder stays as it was trained."""
+        """Train the projector and, unless it is frozen, the language model; what is frozen stays without dropout."""
         super().train(mode)
-        self.encoder.eval()
+        for part in (self.encoder, self.language_model):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
         return self
 
     def prefix(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -73,7 +84,7 @@ class Captioner(nn.Module):
         return self.language_model(inputs_embeds=embeddings, attention_mask=seen.long(), labels=labels).loss
 
     @torch.no_grad()
-    def caption(self, pixels: torch.Tensor, max_tokens: int = 40) -> list[str]:
+    def caption(self, pixels: torch.Tensor, max_tokens: int = MAX_TOKENS) -> list[str]:
         """Caption images (B, 3, H, W), greedily."""
         prefix = self.prefix(pixels)
         ids = self.language_model.generate(
@@ -87,23 +98,29 @@ class Captioner(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def save(self, folder: Path, encoder_path: str, layer: int) -> None:
-        """Write all but the encoder, which is named by its path; `load` reads it back."""
+        """Write all but the encoder, which is named by its path and the hash of its weights; `load` reads it back."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.projector.state_dict(), folder / "projector.safetensors")
         self.language_model.save_pretrained(folder / "language_model")
         self.tokenizer.save_pretrained(folder / "language_model")
-        (folder / "captioner.json").write_text(json.dumps({"encoder": encoder_path, "layer": layer}, indent=1))
+        place = str(Path(encoder_path).resolve()) if Path(encoder_path).exists() else encoder_path  # or a hub's name
+        made = {"encoder": place, "layer": layer, "encoder_sha256": weights_key(self.encoder)}
+        (folder / "captioner.json").write_text(json.dumps(made, indent=1))
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "Captioner":
         """Read what `save` wrote, in eval mode."""
+        file = folder / "captioner.json"
         try:
-            made = json.loads((folder / "captioner.json").read_text())
+            made = json.loads(file.read_text())
+            path, layer, key = made["encoder"], made["layer"], made["encoder_sha256"]
         except OSError:
-            raise UserError(
-                f"no captioner at {folder}: captioner.json is missing; give the --out of train.py"
-            ) from None
-        encoder = contrastive.load_image_encoder(made["encoder"], layer=made["layer"])
-        model = cls(encoder, *load_language(folder / "language_model"))
+            raise UserError(f"no captioner at {folder}: no captioner.json; give the --out of train.py") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file} is damaged; train again") from None
+        encoder = contrastive.load_image_encoder(path, layer=layer)
+        if weights_key(encoder) != key:
+            raise UserError(f"{path} holds other weights than the captioner was trained on; train again")
+        model = cls(encoder, *load_language(folder / "language_model", trained=False))
         model.projector.load_state_dict(load_file(folder / "projector.safetensors"))
         return model.eval().to(device)

@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from caption_data import CaptionDataset, collate
 from captioner import Captioner
 from language import load_language, small_language
-from rich.table import Table
+from scoring import score
 from torch.utils.data import DataLoader
 
 import contrastive
@@ -30,10 +30,19 @@ from contrastive.command_line import Parser, at_least
 from contrastive.data.record import BadSample, Source
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
-from contrastive.log import console, run_script, say
+from contrastive.log import run_script, say
 
 VOCABULARY_SAMPLES = 5_000
-SHOWN = 8
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, not '{text}'")
+    return value
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -47,7 +56,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--eval", nargs="*", metavar="SPEC", help="default: scenes:test and scenes:heldout")
     parser.add_argument("--steps", type=at_least(1), default=600, **number, help="default 600")
     parser.add_argument("--batch-size", type=at_least(1), default=64, **number, help="of each process (default 64)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    parser.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (default 1e-3)")
     parser.add_argument("--workers", type=at_least(0), default=0, **number, help="processes that read images")
     parser.add_argument("--eval-images", type=at_least(1), default=640, **number, help="to caption (default 640)")
     parser.add_argument("--seed", type=int, default=0)
@@ -58,7 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def build(options: argparse.Namespace, source: Source) -> Captioner:
     encoder = contrastive.load_image_encoder(options.encoder, layer=options.layer)
     if options.language_model:
-        language_model, tokenizer = load_language(options.language_model)
+        language_model, tokenizer = load_language(options.language_model, trained=not options.freeze_language_model)
     elif options.freeze_language_model:
         raise UserError("--freeze-language-model needs a trained one: give --language-model FOLDER")
     else:
@@ -93,10 +102,12 @@ def train(model: Captioner, source: Source, options: argparse.Namespace, acceler
     warmup, start = max(1, options.steps // 20), time.monotonic()
     for step, batch in enumerate(itertools.islice(batches, options.steps), start=1):
         # Stepped by hand: a schedule given to accelerate's prepare advances once for every process.
-        decayed = 0.5 * (1 + math.cos(math.pi * step / options.steps))
+        decayed = 0.5 * (1 + math.cos(math.pi * (step - 1) / options.steps))
         for group in optimizer.param_groups:
             group["lr"] = options.lr * min(step / warmup, decayed)
         loss = wrapped(**batch)
+        if not loss.isfinite():
+            raise UserError(f"the loss is {loss.item()} at step {step}; lower --lr")
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -107,38 +118,12 @@ def train(model: Captioner, source: Source, options: argparse.Namespace, acceler
     return accelerator.unwrap_model(wrapped).eval()
 
 
-def names_exactly(caption: str, label: int, class_names: tuple[str, ...]) -> bool:
-    """Whether all words of the label's class name, and of no other class's, are in the caption."""
-    words = set(caption.lower().replace(",", " ").replace(".", " ").split())
-    return [i for i, name in enumerate(class_names) if words >= set(name.split())] == [label]
-
-
-def evaluate(model: Captioner, spec: str, options: argparse.Namespace, device: torch.device) -> dict:
-    """Caption held-out images; print some and, where there are labels, how many name the class."""
-    source = open_source(spec)
-    chosen = torch.linspace(0, len(source) - 1, min(options.eval_images, len(source))).round().long().tolist()
-    rows, right = [], []
-    for first in range(0, len(chosen), 64):
-        records = [source[index] for index in chosen[first : first + 64]]
-        pixels = torch.stack([model.encoder.preprocess(record.image) for record in records]).to(device)
-        for record, caption in zip(records, model.caption(pixels), strict=True):
-            rows.append((caption, record.captions[0] if record.captions else ""))
-            if record.label is not None and source.class_names is not None:
-                right.append(names_exactly(caption, record.label, source.class_names))
-    table = Table("caption", "one that came with the image", title=f"{spec}: {SHOWN} of {len(rows)} held-out images")
-    for index in torch.randperm(len(rows))[:SHOWN].tolist():
-        table.add_row(*rows[index])
-    console.print(table)
-    result = {"data": spec, "images": len(rows)}
-    if right:
-        result["named_right"] = sum(right) / len(right)
-        say(f"{spec}: {100 * result['named_right']:.1f} % of {len(right)} captions name the right class and no other")
-    return result
-
-
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    evals = options.eval if options.eval is not None else ["scenes:test", "scenes:heldout"]
+    if (options.out / "captioner.json").exists() or options.out.is_file():
+        raise UserError(f"{options.out} is there already; nothing is overwritten: name another folder with --out")
+    named = options.eval if options.eval is not None else ["scenes:test", "scenes:heldout"]
+    held_out = [open_source(spec) for spec in named]
     set_seed(options.seed)
     accelerator = Accelerator()
     source = open_source(options.data)
@@ -149,7 +134,7 @@ def main(arguments: list[str]) -> None:
     model = train(model, source, options, accelerator)
     if accelerator.is_main_process:
         model.save(options.out, str(options.encoder), options.layer)
-        results = [evaluate(model, spec, options, accelerator.device) for spec in evals]
+        results = [score(model, source, options.eval_images, accelerator.device) for source in held_out]
         (options.out / "results.json").write_text(json.dumps(results, indent=1))
         say(f"wrote {options.out}; caption your own: python examples/vlm/caption.py {options.out} IMAGE...")
     accelerator.end_training()

@@ -1,6 +1,7 @@
 """examples/vlm: it trains, comes back from its folder, takes a real language model, and counts captions honestly."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 from evaluate.small_model import save_small_model
 from PIL import Image
+
+from contrastive.errors import UserError
 
 VLM = Path(__file__).resolve().parents[2] / "examples" / "vlm"
 CLASSES = ("red circle", "red star", "blue circle")
@@ -104,24 +107,65 @@ def test_takes_a_language_model_of_transformers_frozen(tmp_path, examples, encod
     folder = tmp_path / "language"
     model.language_model.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
-    common = ("--layer", -1, "--steps", 1, "--batch-size", 2, "--eval", "--out", tmp_path / "vlm")
+    common = ("--layer", -1, "--steps", 2, "--batch-size", 2, "--eval", "--out", tmp_path / "vlm")
     done = call("train.py", tmp_path / "model", "--language-model", folder, "--freeze-language-model", *common)
     assert done.returncode == 0, done.stderr
     from language import load_language
 
     before, after = (
         model.language_model.state_dict(),
-        load_language(tmp_path / "vlm" / "language_model")[0].state_dict(),
+        load_language(tmp_path / "vlm" / "language_model", trained=False)[0].state_dict(),
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
-    missing = call("train.py", tmp_path / "model", "--language-model", tmp_path / "nothing", *common)
-    assert missing.returncode == 2 and "config.json is missing" in missing.stderr
+    again = call("train.py", tmp_path / "model", *common)
+    assert again.returncode == 2 and "nothing is overwritten" in again.stderr
+
+
+def test_refuses_language_models_that_cannot_caption(tmp_path, examples, encoder):
+    from captioner import Captioner
+    from language import load_language
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(UserError, match="config.json is missing"):
+        load_language(tmp_path, trained=True)
+    model = build(encoder)
+    model.language_model.half().save_pretrained(tmp_path / "half")
+    with pytest.raises(UserError, match="tokenizer"):
+        load_language(tmp_path / "half", trained=True)
+    model.tokenizer.save_pretrained(tmp_path / "half")
+    assert load_language(tmp_path / "half", trained=True)[0].dtype == torch.float32
+    assert load_language(tmp_path / "half", trained=False)[0].dtype == torch.float16
+    size = {"vocab_size": 300, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(hidden_size=16, intermediate_size=16, **size)).save_pretrained(tmp_path / "bert")
+    GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "small")
+    for name, message in (("bert", "not a causal language model"), ("small", "another model's")):
+        model.tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match=message):
+            load_language(tmp_path / name, trained=True)
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=20))
+    with pytest.raises(UserError, match="more than the 20 positions"):
+        Captioner(encoder, short, model.tokenizer)
+
+
+def test_the_encoder_is_the_one_it_was_trained_on(tmp_path, examples, encoder):
+    from captioner import Captioner
+
+    build(encoder).save(tmp_path / "vlm", str(tmp_path / "model"), layer=-1)
+    Captioner.load(tmp_path / "vlm")
+    shutil.rmtree(tmp_path / "model")
+    save_small_model(tmp_path / "model", seed=1)
+    with pytest.raises(UserError, match="other weights"):
+        Captioner.load(tmp_path / "vlm")
+    (tmp_path / "vlm" / "captioner.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        Captioner.load(tmp_path / "vlm")
 
 
 def test_a_caption_that_names_more_than_the_class_is_wrong(examples):
-    from train import names_exactly
+    from scoring import names_exactly
 
     assert names_exactly("a picture of a big red circle on the left", 0, CLASSES)
     assert not names_exactly("a red star", 0, CLASSES)
     assert not names_exactly("a red circle and a blue star", 0, CLASSES)  # also a red star, in a blue circle's company
     assert not names_exactly("", 0, CLASSES)
+    assert names_exactly("This is a red circle!", 0, ("Red Circle", "Blue Star"))

@@ -216,3 +216,56 @@ print(json.dumps([imported - start, loaded - imported, sorted(set({heavy!r}) & s
     import_seconds, _, found = json.loads(done.stdout)
     assert import_seconds < 2 and found == []
     assert Path(contrastive.__file__).name == "__init__.py"
+
+
+def test_what_an_image_can_be_and_what_it_cannot(tmp_path):
+    encoder = contrastive.load_image_encoder(save_dual(tmp_path / "model"), dtype="bfloat16")
+    assert encoder.dtype == torch.bfloat16
+    file = tmp_path / "picture.png"
+    picture().save(file)
+    pixels = encoder.preprocess(picture())
+    assert torch.equal(encoder.preprocess(str(file)), pixels) and torch.equal(encoder.preprocess(file), pixels)
+    batch = encoder.image_processor(images=[picture()], return_tensors="pt").to(torch.bfloat16)
+    assert batch.pixel_values.dtype == torch.bfloat16 and batch["pixel_values"].shape == (1, 3, 32, 32)
+    for call, message in (
+        (lambda: encoder.preprocess(torch.zeros(3, 8, 8)), "a Tensor is not an image: give a PIL image, a path"),
+        (lambda: encoder.preprocess([]), "no images"),
+        (lambda: encoder(picture()), "not a tensor"),
+        (lambda: contrastive.load_image_encoder(tmp_path / "model", dtype="int8"), "dtype has to be"),
+        (lambda: contrastive.load_image_encoder(tmp_path / "model", pool="avg"), "Did you mean 'average'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_a_crop_comes_back_after_an_oblong_size(tmp_path):
+    crop = PreprocessConfig(image_size=32, resize="crop", short_side=36)
+    encoder = contrastive.load_image_encoder(save_dual(tmp_path / "model", preprocess=crop))
+    encoder.set_input_size((32, 48))
+    with pytest.raises(UserError, match="cannot make 32×48"):
+        encoder.preprocess(picture())
+    encoder.set_input_size(64)
+    assert encoder.preprocess(picture()).shape == (3, 64, 64) and encoder.patch_embed.num_patches == 64
+    encoder.set_input_size(32)
+    assert encoder.image_processor.config == crop
+    encoder.preprocess = lambda image: image
+    with pytest.raises(UserError, match="your own"):
+        encoder.set_input_size(64)
+    assert encoder.grid_size == (4, 4)
+
+
+def test_a_resized_model_is_saved_with_its_size_or_not_at_all(tmp_path):
+    bundle = contrastive.load(save_dual(tmp_path / "model"))
+    model = bundle.model
+    model.image_tower.set_input_size(64)
+    preprocess = PreprocessConfig(image_size=64)
+
+    def save(config, name):
+        write_folder(
+            tmp_path / name, lambda to: save_model(to, model.state_dict(), config, preprocess, bundle.tokenizer)
+        )
+
+    with pytest.raises(UserError, match="64 positions.*asks for 16"):
+        save(model.config, "wrong")
+    save(replace(model.config, image=model.image_tower.config), "right")
+    assert contrastive.load(tmp_path / "right").config.image.image_size == 64

@@ -51,10 +51,9 @@ def test_layers_are_those_of_transformers(family):
     for layer in range(-depth - 1, depth + 1):
         encoder = ImageEncoder(dual.image_tower, layer)
         close(encoder(pixels), output.hidden_states[layer][:, prefix:])
-        mine = encoder.hidden_states(pixels)
-        assert len(mine) == encoder.config.num_hidden_layers + 1 == layer % (depth + 1) + 1
-        for one, other in zip(mine, output.hidden_states, strict=False):
-            close(one, other)
+        assert encoder.config.num_hidden_layers == layer % (depth + 1)
+    for one, other in zip(ImageEncoder(dual.image_tower, -1).hidden_states(pixels), output.hidden_states, strict=True):
+        close(one, other)
     last = ImageEncoder(dual.image_tower, -1, norm=True)
     if family is siglip:  # CLIP's last_hidden_state is not normalised
         close(last(pixels), output.last_hidden_state)
@@ -246,17 +245,21 @@ def test_wrong_choices(config, arguments, message):
 
 def test_wrong_calls():
     encoder, pixels = ImageEncoder(tower_of()), images()
-    pooled = ImageEncoder(tower_of(), pool="average")
+    pooled, whole = ImageEncoder(tower_of(), pool="average"), ImageEncoder(tower_of(), layer=-1)
     for call, message in (
         (lambda: encoder(pixels[0]), r"pixels are \(3, 32, 32\), not \(B, 3, H, W\)"),
         (lambda: encoder((pixels * 50).byte()), "not normalised floats"),
         (lambda: encoder(pixels[..., 1:]), "must be multiples of 8"),
         (lambda: encoder(pixels, fmt="NHWC"), "use 'NLC'"),
         (lambda: pooled(pixels, fmt="NCHW"), "without pool"),
-        (lambda: encoder.get_intermediate_layers(pixels, norm=True), "load it with norm=True"),
-        (lambda: encoder.get_intermediate_layers(pixels, [2]), "block 2: this encoder has 2 blocks of the tower's 3"),
-        (lambda: encoder.get_intermediate_layers(pixels, 3), "3 blocks: this encoder has 2 blocks"),
-        (lambda: encoder.get_intermediate_layers(pixels, return_class_token=True), "no class token"),
+        (lambda: encoder.hidden_states(pixels), "ends at block 2 of 3: load it with layer=-1"),
+        (lambda: encoder.get_intermediate_layers(pixels), "ends at block 2 of 3: load it with layer=-1"),
+        (lambda: whole.get_intermediate_layers(pixels, norm=True), "load it with norm=True"),
+        (lambda: whole.get_intermediate_layers(pixels, [3]), "block 3: this encoder has 3 blocks"),
+        (lambda: whole.get_intermediate_layers(pixels, 4), "4 blocks: this encoder has 3 blocks"),
+        (lambda: whole.get_intermediate_layers(pixels, 0), "n is 0, which is no block"),
+        (lambda: whole.get_intermediate_layers(pixels, -1), "n is -1, which is no block"),
+        (lambda: whole.get_intermediate_layers(pixels, return_class_token=True), "no class token"),
     ):
         with pytest.raises(UserError, match=message):
             call()

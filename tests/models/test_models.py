@@ -201,3 +201,14 @@ def test_contradictory_image_options(changes, message):
 def test_contradictory_text_options(changes, message):
     with pytest.raises(UserError, match=message):
         TextTower(replace(TEXT, **changes), 32)
+
+
+def test_what_blocks_add_to_stays_float32_under_autocast():
+    """As in transformers and timm: rounded to bfloat16 at every block, the sum would lose what small updates add."""
+    torch.manual_seed(0)
+    tower = ImageTower(ImageTowerConfig(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, mlp_dim=32), 16)
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tower.embed(pixels).dtype == torch.float32
+        assert tower.transformer(tower.embed(pixels)).dtype == torch.float32
+    assert tower.to(torch.bfloat16).embed(pixels.bfloat16()).dtype == torch.bfloat16
