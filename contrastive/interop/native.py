@@ -22,7 +22,7 @@ from contrastive.data.tokenizer import Tokenizer, load_tokenizer
 from contrastive.errors import UserError
 from contrastive.interop.bundle import NOT_LOADED, Bundle
 from contrastive.interop.manifest import problem
-from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ModelConfig
+from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ImageTowerConfig, ModelConfig
 
 FORMAT = "contrastive-1"
 CLASSIFIER_FORMAT = "contrastive-classifier-1"
@@ -37,6 +37,7 @@ def save_model(
     ema: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a model into an existing folder, so that `load` finds it."""
+    _check_size(weights, config.image)
     _save_weights(folder, weights, ema)
     description = {"format": FORMAT, "model": asdict(config), "preprocess": asdict(preprocess)}
     (folder / "config.json").write_text(json.dumps(description, indent=1))
@@ -52,6 +53,7 @@ def save_classifier(
     ema: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a classifier into an existing folder, so that `load` finds it."""
+    _check_size(weights, config.image)
     _save_weights(folder, weights, ema)
     description = {
         "format": CLASSIFIER_FORMAT,
@@ -60,6 +62,17 @@ def save_classifier(
         "class_names": class_names,
     }
     (folder / "config.json").write_text(json.dumps(description, indent=1))
+
+
+def _check_size(weights: Mapping[str, torch.Tensor], image: ImageTowerConfig) -> None:
+    """Raise UserError where `set_input_size` has changed a tower and the config of its model does not know."""
+    positions = weights.get("image_tower.position_embedding")
+    expected = image.num_patches + image.class_token
+    if positions is not None and len(positions) != expected:
+        raise UserError(
+            f"the image tower has {len(positions)} positions, its config of {image.image_size} pixels asks for "
+            f"{expected}: after set_input_size save it with image=model.image_tower.config"
+        )
 
 
 def _save_weights(folder: Path, weights: Mapping[str, torch.Tensor], ema: Mapping[str, torch.Tensor] | None) -> None:
@@ -73,7 +86,7 @@ def is_native(folder: Path) -> bool:
     """Whether `folder` is a model folder of ours."""
     try:
         return json.loads((folder / "config.json").read_text()).get("format") in (FORMAT, CLASSIFIER_FORMAT)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         return False
 
 
@@ -143,13 +156,16 @@ def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
 def native_folder(path: Path) -> Path | None:
     """Return the model folder that `path` is or holds as a run: its final model, else its newest whole checkpoint.
 
-    None where `path` is neither.
+    None where `path` is neither: a folder with a config of its own is a model of another library, whatever else lies in
+    it.
 
     Raises:
         UserError: a run whose checkpoints are all damaged.
     """
     if is_native(path):
         return path
+    if (path / "config.json").exists() or (path / "open_clip_config.json").exists():
+        return None
     if (path / "final" / "config.json").exists():
         return path / "final"
     if not (path / "checkpoints").is_dir():
