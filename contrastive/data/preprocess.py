@@ -62,6 +62,9 @@ class PreprocessConfig:
             raise UserError(f"unknown interpolation '{self.interpolation}'; use 'bicubic' or 'bilinear'")
         if self.resize not in ("squash", "crop"):
             raise UserError(f"unknown resize '{self.resize}'; use 'squash' or 'crop'")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3:
+                raise UserError(f"preprocess {name} {values} has to be three numbers, of red, green and blue")
         if min(self.std) <= 0:
             raise UserError(f"preprocess std {self.std} has to be positive in each channel")
 

@@ -125,13 +125,7 @@ class TransformersTokenizer(Tokenizer):
     """
 
     def __init__(self, folder: Path, context_length: int, add_eos: bool = True):
-        from transformers import AutoTokenizer
-
-        try:
-            core = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # a damaged folder fails in as many ways as it has files
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"cannot read a tokenizer from folder '{folder}': {reason}") from error
+        core, ids = _read_core(folder)
         for name in ("pad", "eos"):
             if getattr(core, f"{name}_token_id") is None:
                 raise UserError(
@@ -140,7 +134,6 @@ class TransformersTokenizer(Tokenizer):
                 )
         core.padding_side = core.truncation_side = "right"
         vocab_size = max(core.get_vocab().values()) + 1
-        ids = core("a")["input_ids"]
         bos_id = core.bos_token_id if ids[0] == core.bos_token_id else None
         super().__init__("transformers", vocab_size, context_length, core.pad_token_id, core.eos_token_id, bos_id)
         self.core = core
@@ -165,6 +158,24 @@ class TransformersTokenizer(Tokenizer):
 
     def _save(self, folder):
         self.core.save_pretrained(str(folder))
+
+
+def _read_core(folder: Path):
+    """A tokenizer of transformers, and its ids of a text of one letter."""
+    from transformers import AutoTokenizer
+
+    try:
+        core = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        ids = core("a")["input_ids"]
+    except Exception as error:  # a damaged folder fails in as many ways as it has files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot read a tokenizer from folder '{folder}': {reason}") from error
+    if not ids:
+        raise UserError(
+            f"the tokenizer in '{folder}' has no ids for the text 'a': its vocabulary lacks letters and an unk_token; "
+            "copy the whole folder again"
+        )
+    return core, ids
 
 
 def clip_tokenizer(context_length: int = CLIP_CONTEXT_LENGTH) -> Tokenizer:

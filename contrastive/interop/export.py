@@ -16,7 +16,7 @@ from contrastive.errors import UserError, did_you_mean
 from contrastive.interop.bundle import Bundle
 from contrastive.interop.hub import PREFIX, push
 from contrastive.interop.loading import load
-from contrastive.interop.manifest import appear_at_once
+from contrastive.interop.manifest import write_new_folder
 from contrastive.interop.model_card import model_card
 from contrastive.interop.parity import Check, Probe, compare
 from contrastive.interop.run_record import public_name
@@ -60,8 +60,8 @@ def export(
             that is not installed, or a failed check; nothing is written then.
     """
     writing, out = _format(to), Path(out).expanduser()
-    check_out(out)
-    bundle = _as_loaded(source if isinstance(source, Bundle) else load(source))
+    place = check_out(out)
+    bundle = _with_name(_as_loaded(source if isinstance(source, Bundle) else load(source)))
     exported = []
 
     def fill(temporary: Path) -> None:
@@ -71,8 +71,8 @@ def export(
         checks = _check(bundle, writing, temporary, notes, to)
         # How it is loaded has its own place on the card, with code.
         of_card = [note for note in notes if not note.startswith(LOADING)]
-        for place, called in ((out, out.name), (bundle.path, public_name(str(bundle.path)))):
-            of_card = [note.replace(str(place), called) for note in of_card]
+        for lies, called in ((out, out.name), (bundle.path, public_name(str(bundle.path)))):
+            of_card = [note.replace(str(lies), called) for note in of_card]
         card = temporary / "README.md"
         card.write_text(model_card(bundle, to, temporary, name or out.name, checks, of_card), encoding="utf-8")
         for file in temporary.rglob("*"):
@@ -80,7 +80,7 @@ def export(
                 file.chmod(card.stat().st_mode)
         exported.append(Exported(out, checks, notes))
 
-    appear_at_once(out, fill, replace=False)
+    write_new_folder(place, fill)
     return exported[0]
 
 
@@ -102,19 +102,38 @@ def push_export(folder: Path, to: str, repo: str, private: bool = False) -> str:
         return push(Path(place), folder, repo, private)
 
 
-def check_out(out: Path) -> None:
-    """Raise UserError unless the folder `out` can be made, or is there and empty."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+def check_out(out: Path) -> Path:
+    """Return the folder that `out` stands for, links followed.
+
+    Raises:
+        UserError: it can neither be made nor is it there and empty, or `out` ends in no name of its own, as '.' does.
+    """
+    out = out.expanduser()
+    if out.name in ("", ".."):
+        raise UserError(f"'{out}' is no name of a folder to be made: name one, as {out / 'exported'}")
+    try:
+        place = out.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        raise UserError(f"cannot write to {out}: its links lead nowhere; name another folder") from None
+    if (place.exists() and not place.is_dir()) or (place.is_dir() and any(place.iterdir())):
         raise UserError(f"{out} exists and is not empty; nothing is overwritten: name another folder")
-    nearest = next(place for place in (out.absolute().parent, *out.absolute().parents) if place.exists())
+    if place == Path.cwd():  # it would be renamed away from under the user
+        raise UserError(f"{out} is the folder that you are in: name another")
+    nearest = next(parent for parent in place.parents if parent.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise UserError(f"cannot write to {out}; name another folder")
+    return place
 
 
 def _format(to: str):
     if to not in FORMATS:
         raise UserError(f"unknown format '{to}'.{did_you_mean(to, FORMATS)} Known: {', '.join(FORMATS)}")
     return importlib.import_module(f"contrastive.interop.formats.{to}.writing")
+
+
+def _with_name(bundle: Bundle) -> Bundle:
+    """The bundle with a path that ends in a name: '.' says nothing to a reader of the card."""
+    return replace(bundle, path=bundle.path.resolve()) if bundle.path.name in ("", "..") else bundle
 
 
 def _as_loaded(bundle: Bundle) -> Bundle:

@@ -1,5 +1,7 @@
 """Models from the Hugging Face hub and to it. Nothing is read but JSON, safetensors and vocabularies."""
 
+import errno
+import fnmatch
 import functools
 import re
 from pathlib import Path
@@ -8,9 +10,30 @@ from contrastive.errors import UserError
 from contrastive.log import say
 
 PREFIX = "hf-hub:"
-# What could run code when read (pickles, Python) never reaches the disk.
-READ = ["*.json", "*.safetensors", "*.txt", "*.model"]
-NESTED_WEIGHTS = "*/*.safetensors"  # of other models in the same repository
+# What a model folder of a library that we read needs, or one of ours. What could run code when read (pickles, Python),
+# checkpoints, data and the weights of other models never reach the disk.
+WEIGHTS = [
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "ema.safetensors",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+]
+TOKENIZER = ["tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"]
+READ = [
+    "config.json",
+    "manifest.json",
+    "open_clip_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.safetensors.index.json",
+    *WEIGHTS,
+    *TOKENIZER,
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    *[f"tokenizer/*.{suffix}" for suffix in ("json", "txt", "model")],
+]
 # Many repositories of open_clip hold the weights a second time for transformers; open_clip's are read first.
 OPEN_CLIP = {"open_clip_config.json", "open_clip_model.safetensors"}
 SECOND_WEIGHTS = "model*.safetensors"
@@ -94,8 +117,15 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def _check_repo(repo: str, where: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"{where}: a repository of the hub is ORG/NAME, as {PREFIX}ORG/NAME@REVISION")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{where}: the hub has no such names: {_first_line(error)}") from None
 
 
 def _download(name: str, repo: str, revision: str) -> Path:
@@ -104,12 +134,11 @@ def _download(name: str, repo: str, revision: str) -> Path:
 
     try:
         files = {file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()}
-        weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
-        if not weights:
+        if not any(fnmatch.fnmatch(file, pattern) for file in files for pattern in WEIGHTS):
             pickles = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
             only = f", only a pickle ({pickles[0]}), which can run any code when read" if pickles else ""
-            raise UserError(f"{name} has no safetensors{only}: ask its owner for model.safetensors")
-        ignored = [NESTED_WEIGHTS, *([SECOND_WEIGHTS] if files >= OPEN_CLIP else [])]
+            raise UserError(f"{name} has no model.safetensors{only}: ask its owner for that file")
+        ignored = [SECOND_WEIGHTS] if files >= OPEN_CLIP else []
         return Path(snapshot_download(repo, revision=revision, allow_patterns=READ, ignore_patterns=ignored))
     except UserError:
         raise
@@ -125,7 +154,15 @@ def _download(name: str, repo: str, revision: str) -> Path:
         folder = _cached(repo, revision)
         if folder is None:
             why = _first_line(error)
-            raise UserError(f"{name}: the hub cannot be reached, and the cache does not have it ({why})") from None
+            if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+                raise UserError(
+                    f"{name}: cannot write to the cache ({why}): make room or mend its rights, or set HF_HOME to "
+                    "another folder"
+                ) from None
+            raise UserError(
+                f"{name}: the hub cannot be reached, and the cache does not have it ({why}): fetch it where there is a "
+                "network (hf download), and give the folder"
+            ) from None
         return folder
 
 
@@ -133,7 +170,7 @@ def _cached(repo: str, revision: str) -> Path | None:
     """The folder in the cache, where it is whole."""
     from huggingface_hub import snapshot_download
 
-    for ignored in ([NESTED_WEIGHTS], [NESTED_WEIGHTS, SECOND_WEIGHTS]):
+    for ignored in ([], [SECOND_WEIGHTS]):
         kept = {"allow_patterns": READ, "ignore_patterns": ignored, "local_files_only": True}
         try:
             folder = Path(snapshot_download(repo, revision=revision, **kept))

@@ -1,15 +1,17 @@
 """`contrastive.load`: a model out of any folder that we can read."""
 
 import importlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from contrastive.errors import UserError
+from contrastive.errors import UserError, did_you_mean
 from contrastive.interop.bundle import Bundle
 from contrastive.interop.hub import fetch, is_hub_name
 from contrastive.interop.native import load_native, native_folder
+from contrastive.models import list_models
 
 # Each package has reading.py: `recognises(folder) -> bool`, `load(folder, with_tokenizer) -> Bundle`. They are asked
 # in this order: a folder can hold the files of several libraries, and then the first says the most about the model.
@@ -43,8 +45,20 @@ def read(path: str | Path, with_tokenizer: bool = True) -> Bundle:
         return replace(read_folder(folder, with_tokenizer), path=Path(pinned))
     folder = Path(path).expanduser()
     if not folder.exists():
-        raise UserError(f"no model at {path}: no such file or folder")
+        raise UserError(f"no model at {path}: no such file or folder{_what_is_meant(path, folder)}")
+    if folder.is_file():
+        raise UserError(f"no model at {path}: that is a file; give its folder, {folder.parent}")
     return read_folder(folder, with_tokenizer)
+
+
+def _what_is_meant(path: str | Path, folder: Path) -> str:
+    """A hint at what a path that is not there was meant to be; empty without an idea."""
+    if str(path) in list_models():
+        return f". That is an architecture: contrastive.create_model('{path}') makes it, with random weights"
+    if folder.parent.is_dir():
+        hint = did_you_mean(folder.name, (other.name for other in folder.parent.iterdir()))
+        return f".{hint}" if hint else ""
+    return f". For the hub: hf-hub:{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
 
 
 def read_folder(folder: Path, with_tokenizer: bool = True) -> Bundle:

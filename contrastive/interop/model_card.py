@@ -151,7 +151,7 @@ def _training(run: RunRecord | None) -> Iterable[str]:
     option = run.option
     yield "## Data"
     images = f", {run.num_samples:,} samples" if run.num_samples else ""
-    rows = [("trained on", f"{public_name(option('data.train'))}{images}")]
+    rows = [("trained on", f"{public_name(option('data.train'))}{images}")] if option("data.train") else []
     for what, name in (("prompts of classes", "data.prompts"), ("captions in", "data.caption_templates")):
         value = option(name)
         if value and value != ["{}"]:
@@ -173,12 +173,15 @@ def _recipe(run: RunRecord) -> Iterable[tuple[str, str]]:
         if option(what):
             yield what.replace("_", " "), str(option(what))
     batch, steps = option("train.global_batch_size"), run.step
-    yield "batch", f"{batch:,}"
+    if batch:
+        yield "batch", f"{batch:,}"
     if steps:
-        seen = f"{steps:,} steps, {steps * batch:,} samples seen"
-        yield "length", seen + (f" ({steps * batch / run.num_samples:.2g} epochs)" if run.num_samples else "")
+        seen = f", {steps * batch:,} samples seen" if batch else ""
+        epochs = f" ({steps * batch / run.num_samples:.2g} epochs)" if batch and run.num_samples else ""
+        yield "length", f"{steps:,} steps{seen}{epochs}"
     kept = {name: option(f"train.{name}") for name in ("precision", "max_grad_norm", "seed", "ema_decay")}
-    yield "other", _said({name: value for name, value in kept.items() if value is not None})
+    if any(value is not None for value in kept.values()):
+        yield "other", _said(kept)
 
 
 def _results(run: RunRecord | None) -> Iterable[str]:

@@ -18,9 +18,11 @@ from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.formats.outputs import Outputs
 from contrastive.models import ImageClassifier
 
-# Two float32 implementations of one tower differ by the order of their sums: a few 1e-7 in a unit vector, up to some
-# 1e-6 over 30 blocks. A wrong activation, epsilon, layer or mask gives 1e-4 and more.
-EMBEDDING_LIMIT = 1e-5
+# Two float32 implementations of one tower differ by the order of their sums: 2e-7 in a unit vector at most over a few
+# blocks, up to some 1e-6 over 30. A wrong activation, layer or mask gives 1e-4 and more, an epsilon of 1e-5 for 1e-6
+# in a small tower no more than 8e-6. Logits and scores are sums over channels, which the larger limit is for.
+EMBEDDING_LIMIT, MOST_EMBEDDING_LIMIT = 2e-6, 1e-5
+BLOCKS_PER_LIMIT = 6
 # A float16 weight is off by up to 2^-11 = 5e-4 of itself, at random: an embedding turns by about as much, a cosine of
 # 1 - 1e-6, and more where activations are large. A float16 overflow or a wrong graph is far below this.
 HALF_COSINE_LIMIT = 0.999
@@ -29,6 +31,8 @@ FEATURE_COSINE_LIMIT = 0.9999
 # ... which an untrained tower does not at all, so that pixels are bounded too: a wrong mean, crop or interpolation is
 # off by tens of levels somewhere.
 PIXEL_LEVELS = 8.0
+# Differences of resizing are rare, 0.003 levels on the average; a mean or std that is a little off is everywhere.
+MEAN_PIXEL_LEVELS = 0.1
 
 # No stray white space and no HTML entities, which some libraries mend and others do not: the writers say so.
 TEXTS = (
@@ -48,7 +52,7 @@ class Check:
 
     what: str
     kind: str
-    """'max difference', 'cosine' (the lowest), or 'ids that differ'."""
+    """'max difference', 'mean difference', 'cosine' (the lowest), or 'ids that differ'."""
     value: float
     limit: float
 
@@ -117,7 +121,7 @@ def compare(bundle: Bundle, probe: Probe, outputs: OutputsOf, half: bool = False
         if own.shape != other.shape:
             checks.append(Check(f"{what} of shape {tuple(other.shape)}", "max difference", float("nan"), 0.0))
         elif not half:
-            limit = EMBEDDING_LIMIT * (logit_size(bundle, own) if scale is None else scale)
+            limit = MOST_EMBEDDING_LIMIT * logit_size(bundle, own) if scale is None else embedding_limit(bundle)
             checks.append(Check(what, "max difference", _distance(own, other), limit))
         elif scale is not None:
             checks.append(Check(what + suffix, "cosine", _cosine(own, other), HALF_COSINE_LIMIT))
@@ -144,6 +148,13 @@ def own_outputs(bundle: Bundle, probe: Probe) -> Outputs:
             logits = model.logit_scale.exp() * image @ text.T
             logits = logits if model.logit_bias is None else logits + model.logit_bias
     return Outputs(image, text, logits)
+
+
+def embedding_limit(bundle: Bundle) -> float:
+    """How far two computations of a unit vector may lie apart in a channel; it grows with the deeper tower's depth."""
+    towers = (getattr(bundle.model, name, None) for name in ("image_tower", "text_tower"))
+    depth = max(tower.config.depth for tower in towers if tower is not None)
+    return min(EMBEDDING_LIMIT * max(1, depth // BLOCKS_PER_LIMIT), MOST_EMBEDDING_LIMIT)
 
 
 def logit_size(bundle: Bundle, logits: torch.Tensor) -> float:
@@ -220,9 +231,11 @@ def _pixel_checks(bundle: Bundle, ours: torch.Tensor, theirs: torch.Tensor) -> l
         return [Check(f"pixels of shape {tuple(theirs.shape)}", "max difference", float("nan"), 0.0)]
     with torch.inference_mode():
         own, other = (bundle.model.encode_image(pixels) for pixels in (ours, theirs))
-    limit = PIXEL_LEVELS / 255 / min(bundle.preprocess.config.std)
+    level = 1 / 255 / min(bundle.preprocess.config.std)
+    mean = (ours.double() - theirs.double()).abs().mean().item()
     return [
-        Check("pixels", "max difference", _distance(ours, theirs), limit),
+        Check("pixels", "max difference", _distance(ours, theirs), PIXEL_LEVELS * level),
+        Check("pixels", "mean difference", mean, MEAN_PIXEL_LEVELS * level),
         Check("image embeddings of those pixels", "cosine", _cosine(own, other), FEATURE_COSINE_LIMIT),
     ]
 

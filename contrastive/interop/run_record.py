@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from contrastive.interop.native import is_native
 from contrastive.log import read_metrics
 
 # Results written so many seconds before the final weights are of an earlier checkpoint. Copying a run gives all its
@@ -57,7 +58,10 @@ class RunRecord:
 
     @classmethod
     def of(cls, model_folder: Path) -> "RunRecord | None":
-        """Read the run that a native model folder lies in; None where it lies in none."""
+        """Read the run that a native model folder lies in; None for another folder, and where it lies in none."""
+        if not is_native(model_folder):
+            return None
+        model_folder = model_folder.resolve()  # 'final' and '.' lie somewhere too
         is_checkpoint = model_folder.parent.name == "checkpoints"
         folder = model_folder.parent.parent if is_checkpoint else model_folder.parent
         try:
@@ -69,13 +73,14 @@ class RunRecord:
             return None
         states = [model_folder] if is_checkpoint else sorted(folder.glob("checkpoints/step-*"), reverse=True)
         state = next((found for found in map(_state, states) if found), {})
-        step = state.get("step") if is_checkpoint else (config.get("train") or {}).get("steps")
+        train = config["train"] if isinstance(config.get("train"), dict) else {}
+        step = state.get("step") if is_checkpoint else train.get("steps")
         found = {(result.task, result.data, result.figure): result for result in _logged(folder, step)}
         if not is_checkpoint:
             for result in (*_zero_shot(folder), *_evaluations(folder)):
                 found[result.task, result.data, result.figure] = result
-        decay = (config.get("train") or {}).get("ema_decay")
-        return cls(folder, config, step, state.get("num_samples"), decay is not None, tuple(found.values()))
+        averaged = train.get("ema_decay") is not None
+        return cls(folder, config, step, state.get("num_samples"), averaged, tuple(found.values()))
 
     def option(self, name: str):
         """An option by its dotted name; None where the run has no such option."""
@@ -124,7 +129,7 @@ def _logged(folder: Path, step: int | None) -> Iterator[Result]:
     if not (folder / "metrics.jsonl").exists():
         return
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("kind") == "eval"]
-    rows = [row for row in rows if step is None or row["step"] == step]
+    rows = [row for row in rows if step is None or row.get("step") == step]
     for key, value in rows[-1].items() if rows else ():
         task, _, rest = key.partition("/")
         data, _, figure = rest.rpartition("/")

@@ -101,3 +101,10 @@ def test_cuts_that_cannot_be(options):
 def test_bad_preprocess_options(options):
     with pytest.raises(UserError):
         PreprocessConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+@pytest.mark.parametrize("values", [(0.5,), (0.1, 0.2), (0.1, 0.2, 0.3, 0.4)])
+def test_one_number_for_each_channel(name, values):
+    with pytest.raises(UserError, match=f"preprocess {name} .* has to be three numbers"):
+        PreprocessConfig(**{name: values})

@@ -114,6 +114,36 @@ def test_figures_of_weights_that_are_gone_are_left_out(run):
     assert found == {("zero-shot", "flowers:test"), ("retrieval", "pairs.csv (500 samples)")}
 
 
+@pytest.mark.parametrize("config", ["{}", "train: 5", "loss: sigmoid\ntrain: {steps: 90}"])
+def test_options_that_a_run_does_not_name_are_left_out(run, tmp_path, config):
+    (run / "config.yaml").write_text(config)
+    export(run, "timm", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "Trained from scratch" in card and "None |" not in card and "from None" not in card and "| batch |" not in card
+    )
+    assert ("| length | 90 steps |" in card) == ("steps" in config)
+
+
+def test_a_folder_of_another_library_is_of_no_run(run, tmp_path):
+    """Wherever it lies: the options and figures of a run are of the run's own models."""
+    export(run, "transformers", run / "checkpoints" / "step-00000090")
+    assert RunRecord.of(run / "checkpoints" / "step-00000090") is None
+    export(run / "checkpoints" / "step-00000090", "timm", tmp_path / "out")
+    assert "nothing more is known here" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("inside", "source"), [("final", "."), (".", "final"), ("final", ".."), ("checkpoints", ".")])
+def test_a_source_named_from_inside_the_run(run, tmp_path, monkeypatch, inside, source):
+    if inside == "checkpoints":
+        inside = "checkpoints/step-00000060"
+    monkeypatch.chdir(run / inside)
+    export(source, "transformers", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "cats/{00000..00031}.tar=2" in card and "the text tower" in card.lower() and "``" not in card.split("```")[0]
+    assert ("60 steps" if "checkpoints" in inside else "90 steps") in card
+
+
 def test_damaged_results_do_not_stop_an_export(run, tmp_path):
     (run / "zero_shot" / "birds" / "zero_shot.json").write_text("{torn")
     (run / "evaluation" / "retrieval" / "evaluation.json").write_text("[]")
@@ -131,9 +161,10 @@ def test_a_source_without_processor_and_tokenizer(run, tmp_path):
     assert [check.what for check in done.checks] == ["image embeddings", "text embeddings", "logits"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "This folder has no tokenizer" in card and "`whole`" in card and str(tmp_path) not in card
-    with pytest.raises(UserError, match=r"preprocessor_config.json is missing"):
-        export(tmp_path / "whole", "timm", tmp_path / "timm")
-    assert not (tmp_path / "timm").exists()
+    for to in ("timm", "open_clip"):
+        with pytest.raises(UserError, match=r"preprocessor_config.json is missing.*--to transformers and --to onnx"):
+            export(tmp_path / "whole", to, tmp_path / to)
+        assert not (tmp_path / to).exists()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_each_format(model_folder, tmp_path, to, capfd):
 
     card = (tmp_path / "out" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == to
-    assert LOADED_BY[to] in card and str(tmp_path) not in card and "≤ 1e-5" in card
+    assert LOADED_BY[to] in card and str(tmp_path) not in card and "≤ 2e-6" in card
 
 
 @pytest.mark.parametrize("to", LOADED_BY)
@@ -155,6 +155,40 @@ def test_what_is_there_stays(model_folder, tmp_path):
     assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
+def test_places_that_are_no_new_folder(model_folder, tmp_path, monkeypatch):
+    """'.' would be renamed away from under the user; links in a circle lead nowhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "me").symlink_to(tmp_path)
+    for out, message in (
+        (".", "is no name of a folder to be made"),
+        ("zz/..", "is no name of a folder to be made"),
+        ("circle", "cannot write to circle"),
+        ("me", "exists and is not empty"),
+    ):
+        assert message in refused(model_folder, "--to", "timm", out)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert "is the folder that you are in" in refused(model_folder, "--to", "timm", tmp_path / "empty")
+
+
+def test_a_link_is_followed(model_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, to in (("one", "empty"), ("two", "absent/new")):
+        (tmp_path / name).symlink_to(tmp_path / to)
+        main([str(model_folder), "--to", "timm", str(tmp_path / name)])
+        assert (tmp_path / name).is_symlink() and (tmp_path / to / "model.safetensors").exists()
+
+
+def test_siblings_of_the_folder_stay(model_folder, tmp_path):
+    """Whatever they are called."""
+    (tmp_path / ".tmp-out").mkdir()
+    (tmp_path / ".tmp-out" / "mine.txt").write_text("kept")
+    main([str(model_folder), "--to", "timm", str(tmp_path / "out")])
+    assert (tmp_path / ".tmp-out" / "mine.txt").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-out", "out"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -177,9 +211,9 @@ def test_a_kill_leaves_nothing(model_folder, tmp_path):
     command = [sys.executable, ROOT / "scripts" / "export.py", model_folder, "--to", "onnx", tmp_path / "out"]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while not any(tmp_path.glob(".tmp-out/*")) and time.monotonic() < deadline:
+    while not any(tmp_path.glob(".tmp-out-*/out/*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert any(tmp_path.glob(".tmp-out/*")), process.communicate()
+    assert any(tmp_path.glob(".tmp-out-*/out/*")), process.communicate()
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143

@@ -71,6 +71,37 @@ def test_a_model_of_ours_and_nothing_that_could_run(server, model_folder, capfd)
     assert "x/model.safetensors" not in server.fetched
 
 
+def test_only_what_a_model_needs_is_fetched(server, tmp_path):
+    export(small_bundle("siglip"), "transformers", tmp_path / "out")
+    server.add_folder("me/model", tmp_path / "out")
+    needed = {name: content for name, content in server.repos["me/model"]["main"].items() if name != "README.md"}
+    others = [
+        "checkpoints/step-1/config.json",
+        "final/config.json",
+        "logs/events.json",
+        "data/captions.txt",
+        "requirements.txt",
+        "sub/spm.model",
+        "onnx/config.json",
+        "model.fp16.safetensors",
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    ]
+    server.add("me/model", needed | dict.fromkeys(others, b"{}"))
+    contrastive.load("hf-hub:me/model")
+    assert set(server.fetched) == needed.keys()
+    server.add("me/adapter", {"config.json": b"{}", "adapter_model.safetensors": b"x"})
+    assert "has no model.safetensors" in refused("hf-hub:me/adapter")
+
+
+def test_a_cache_that_cannot_be_written(server, model_folder, tmp_path, monkeypatch):
+    server.add_folder("me/model", model_folder)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    assert "hf-hub:me/model: cannot write to the cache (" in refused("hf-hub:me/model")
+
+
 def test_a_revision_is_pinned(server, model_folder, tmp_path):
     old = server.add_folder("me/model", model_folder, "v1")
     server.repos["me/model"][old] = server.repos["me/model"]["v1"]
@@ -121,9 +152,12 @@ def test_what_cannot_be_fetched_is_told(server, model_folder):
         ("me/nothing", "no such model on the hub, or a private one"),
         ("me/model@v9", "me/model has no branch, tag or commit 'v9'"),
         ("me/gated", "access has to be asked for on its page"),
-        ("me/pickle", "has no safetensors, only a pickle (pytorch_model.bin)"),
-        ("me/empty", "has no safetensors: ask its owner"),
+        ("me/pickle", "has no model.safetensors, only a pickle (pytorch_model.bin)"),
+        ("me/empty", "has no model.safetensors: ask its owner"),
         ("model", "a repository of the hub is ORG/NAME"),
+        ("me/a--b", "hf-hub:me/a--b: the hub has no such names: Cannot have -- or .."),
+        ("me/-a", "the hub has no such names"),
+        ("me/a.git", "the hub has no such names"),
     ):
         assert message in refused(f"hf-hub:{name}"), name
     assert server.fetched == []

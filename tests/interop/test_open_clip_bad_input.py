@@ -4,7 +4,16 @@ import json
 
 import pytest
 import torch
-from open_clip_folders import SIGLIP_TEXT, TEXT, VISION, clip_config, open_clip_folder, siglip_config, write_config
+from open_clip_folders import (
+    SIGLIP_TEXT,
+    TEXT,
+    VISION,
+    clip_config,
+    largest_difference,
+    open_clip_folder,
+    siglip_config,
+    write_config,
+)
 from safetensors.torch import load_file, save_file
 
 import contrastive
@@ -83,6 +92,18 @@ def test_layer_scale_that_is_missing(tmp_path):
         ({"vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_proj": "mlp"}}, "timm_proj 'mlp'"),
         ({"vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "map"}}, "timm_pool 'map'"),
         ({"vision_cfg": {"timm_model_name": "hf-hub:a/b"}}, "timm's config.json is not in"),
+        ({"embed_dim": None}, "model_cfg.embed_dim is None; it has to be like 512"),
+        ({"init_logit_scale": "x"}, "model_cfg.init_logit_scale is 'x'; it has to be like 2.66"),
+        ({"vision_cfg": VISION | {"width": None}}, "vision_cfg.width is None; it has to be like 768"),
+        ({"vision_cfg": VISION | {"patch_size": None}}, "vision_cfg.patch_size is None"),
+        ({"vision_cfg": VISION | {"patch_size": 0}}, "vision_cfg.patch_size is 0; it has to be above 0"),
+        ({"vision_cfg": VISION | {"head_width": 0}}, "vision_cfg.head_width is 0; it has to be above 0"),
+        ({"vision_cfg": VISION | {"head_width": 48}}, "vision_cfg.head_width is 48"),
+        ({"vision_cfg": VISION | {"act_kwargs": "x"}}, "vision_cfg.act_kwargs is 'x'; it has to be an object"),
+        ({"vision_cfg": {"timm_model_name": 5}}, "vision_cfg.timm_model_name is 5; it has to be like"),
+        ({"text_cfg": TEXT | {"heads": None}}, "text_cfg.heads is None; it has to be like 8"),
+        ({"text_cfg": TEXT | {"mlp_ratio": None}}, "text_cfg.mlp_ratio is None; it has to be like 4.0"),
+        ({"text_cfg": TEXT | {"tokenizer_kwargs": "x"}}, "text_cfg.tokenizer_kwargs is 'x'; it has to be an object"),
     ],
 )
 def test_options_that_are_not_ours(options, match, tmp_path):
@@ -148,3 +169,44 @@ def test_preprocessing_that_is_not_ours(tmp_path):
     bundle = contrastive.load(tmp_path)
     with pytest.raises(UserError, match="resize_mode 'longest', which our preprocessing has not"):
         bundle.preprocess(None)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (5, "preprocess_cfg is 5; it has to be an object"),
+        ({"mean": "x"}, "preprocess_cfg.mean is 'x'; it has to be three numbers"),
+        ({"std": [0.5, 0.5]}, "preprocess_cfg.std is .*; it has to be three numbers"),
+        ({"interpolation": "nearest"}, "preprocess_cfg.interpolation is 'nearest'; use one of bicubic"),
+        ({"resize_mode": 5}, "preprocess_cfg.resize_mode is 5"),
+    ],
+)
+def test_preprocessing_of_another_kind(options, match, tmp_path):
+    open_clip_folder(tmp_path, clip_config())
+    write_config(tmp_path, clip_config(), options)
+    refused(tmp_path, f"open_clip_config.json: {match}")
+
+
+def test_ids_that_nothing_reads(tmp_path):
+    """Pooling at the last position needs neither of them."""
+    text = SIGLIP_TEXT | {"eos_id": 70, "pad_id": 60}
+    theirs = open_clip_folder(tmp_path, clip_config(text_cfg=text, quick_gelu=False))
+    bundle = contrastive.load(tmp_path)
+    assert (bundle.config.text.eos_id, bundle.config.text.pad_id) == (None, None)
+    assert largest_difference(bundle.model, theirs) <= 1e-5
+
+
+def test_a_tower_of_timm_that_is_named_elsewhere(tmp_path, capsys):
+    """A moved folder's own config.json is taken; where the place named has another one, that is told."""
+    open_clip_folder(tmp_path / "here", siglip_config(tmp_path / "here"))
+    config = tmp_path / "here" / "open_clip_config.json"
+    config.write_text(config.read_text().replace(f"{tmp_path / 'here'}", f"{tmp_path / 'there'}"))
+    contrastive.load(tmp_path / "here")
+    assert capsys.readouterr().err == ""
+    siglip_config(tmp_path / "there")
+    contrastive.load(tmp_path / "here")
+    assert capsys.readouterr().err == ""
+    siglip_config(tmp_path / "there", patch=10)
+    contrastive.load(tmp_path / "here")
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'there' / 'config.json'}, another one" in told and "here/config.json is used" in told

@@ -13,6 +13,7 @@ import contrastive
 from contrastive.data.text_cleaning import clean_text
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
+from contrastive.interop.formats.open_clip.options import TEXT as TEXT_DEFAULTS
 from contrastive.interop.formats.open_clip.tokenizer import read_tokenizer
 from contrastive.interop.formats.tokenizer_files import write_tokenizer
 
@@ -120,3 +121,15 @@ def test_the_highest_id_has_to_be_the_end_of_text(captions, tmp_path):
     write_tokenizer(tokenizer, tmp_path)
     with pytest.raises(UserError, match=f"set text_cfg.pool_type to 'eos' and eos_id to {tokenizer.eos_id}"):
         contrastive.load(tmp_path)
+
+
+@pytest.mark.parametrize("side", ["padding_side", "truncation_side"])
+def test_a_tokenizer_that_pads_or_cuts_on_the_left(side, tmp_path):
+    """As open_clip does then, and ours cannot."""
+    text = SIGLIP_TEXT | {"vocab_size": 320, "context_length": 12}
+    write_tokenizer(train_bpe(["a cat and a dog"] * 3, vocab_size=300, context_length=12), tmp_path)
+    assert read_tokenizer(TEXT_DEFAULTS | text, tmp_path)(["a cat"]).shape == (1, 12)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {side: "left"}))
+    with pytest.raises(UserError, match=f"tokenizer_config.json has {side} 'left', which open_clip follows"):
+        read_tokenizer(TEXT_DEFAULTS | text, tmp_path)(["a cat"])

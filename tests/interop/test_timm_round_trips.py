@@ -103,7 +103,6 @@ OPTIONS = {
         "no_embed_class": True,
     },
     "mean behind the norm": {"global_pool": "avg", "fc_norm": False, "act_layer": "quick_gelu"},
-    "norm behind the class token": {"fc_norm": True},
     "class token in attention pooling": {"global_pool": "map", "pool_include_prefix": True, "fc_norm": False},
     "oblong": {"img_size": (40, 24)},
     "any size": {"dynamic_img_size": True},
@@ -245,6 +244,8 @@ def refused(folder, match):
     [
         ("vit_base_patch16_224", {"reg_tokens": 2, "qk_norm": True}, "no register tokens .reg_tokens=2., no norm of q"),
         ("vit_base_patch16_224", {"global_pool": "avg"}, r"no norm behind the pooling \(fc_norm\); timm itself can"),
+        # Its class token is normed like ours, its other tokens are not.
+        ("vit_base_patch16_224", {"fc_norm": True}, r"no norm behind the pooling \(fc_norm\)"),
         ("vit_base_patch16_224", {"act_layer": "relu"}, "no activation 'ReLU'"),
         ("vit_base_patch16_224", {"in_chans": 1}, "no 1 input channels"),
         ("vit_base_patch16_224", {"global_pool": "map"}, "no such treatment of the class token"),

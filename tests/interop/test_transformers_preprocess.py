@@ -81,6 +81,10 @@ def test_the_other_cut_of_the_centre_is_seen(photographs, tmp_path):
         ({"rescale_factor": 1 / 127.5}, {"mean": (0.25,) * 3, "std": (0.25,) * 3}),
         ({"image_mean": 0.5, "image_std": 0.25}, {"std": (0.25,) * 3}),
         ({"image_processor_type": "SiglipImageProcessorFast"}, PreprocessConfig(56)),
+        ({"image_mean": 0, "image_std": 1}, {"mean": (0.0,) * 3, "std": (1.0,) * 3}),
+        ({"image_mean": [0.5], "image_std": [0.25]}, {"mean": (0.5,) * 3, "std": (0.25,) * 3}),
+        ({"do_normalize": None}, {"mean": (0.0,) * 3, "std": (1.0,) * 3}),
+        ({"do_rescale": None}, {"mean": (0.5 / 255,) * 3, "std": (0.5 / 255,) * 3}),
     ],
 )
 def test_options_of_the_processor(options, expected, tmp_path, photographs):
@@ -88,7 +92,8 @@ def test_options_of_the_processor(options, expected, tmp_path, photographs):
     found = read_preprocess(written(tmp_path, given), 56, 8).config
     for name, value in (expected if isinstance(expected, dict) else vars(expected)).items():
         assert getattr(found, name) == (pytest.approx(value) if name in ("mean", "std") else value)
-    given = {name: [value] * 3 if name in ("image_mean", "image_std") else value for name, value in given.items()}
+    wanted = {name: given[name] for name in ("image_mean", "image_std") if name in given}
+    given |= {name: 3 * (value if isinstance(value, list) else [value]) for name, value in wanted.items()}
     given["image_processor_type"] = "SiglipImageProcessor"
     theirs = their_pixels(given, "torchvision", photographs[:3])
     ours = torch.stack([Preprocess(found)(image) for image in photographs[:3]])
@@ -129,6 +134,25 @@ def test_images_that_patches_do_not_fill(tmp_path, photographs):
         ({**SQUASH, "image_processor_type": "Siglip2ImageProcessor"}, "keeps the aspect ratio.*interpolation='bilin"),
         ({"size": 56}, "image_processor_type '' is not supported"),
         ({**SQUASH, "image_std": [0.5, 0, 0.5]}, "positive in each channel"),
+        ({**SQUASH, "do_resize": None}, "do_resize false .or null. leaves images as large as they are"),
+        ({**CROP, "do_center_crop": None}, "do_center_crop False does not give images of one size"),
+        ({**SQUASH, "size": None}, "size None with"),
+        ({**CROP, "crop_size": None}, "with do_center_crop True does not give images of one size"),
+        ({**SQUASH, "resample": None}, "resample None is not supported"),
+        ({**SQUASH, "resample": [3]}, "resample .3. is not supported"),
+        ({**SQUASH, "image_mean": None}, "image_mean is None: it has to be a number, or three"),
+        ({**SQUASH, "image_std": "x"}, "image_std is 'x'"),
+        ({**SQUASH, "image_mean": [0.1, 0.2]}, "image_mean is .0.1, 0.2.: it has to be a number, or three"),
+        ({**SQUASH, "rescale_factor": None}, "rescale_factor is None: it has to be a number above 0"),
+        ({**SQUASH, "rescale_factor": 0}, "rescale_factor is 0"),
+        ({**SQUASH, "rescale_factor": "x"}, "rescale_factor is 'x'"),
+        (
+            {**SQUASH, "size": {"height": "56", "width": "56"}},
+            "size is .*'56'.*: it has to be in whole numbers of pixels",
+        ),
+        ({**CROP, "size": [56]}, "size is .56.: it has to be in whole numbers"),
+        ({**CROP, "use_square_size": True}, "use_square_size true is not supported"),
+        ({**SQUASH, "image_processor_type": 5}, "image_processor_type is 5: it has to be the name of a class"),
     ],
 )
 def test_what_cannot_be_done_exactly_is_absent_and_says_why(options, words, tmp_path):
@@ -137,6 +161,12 @@ def test_what_cannot_be_done_exactly_is_absent_and_says_why(options, words, tmp_
     with pytest.raises(UserError, match=f"preprocessor_config.json: .*{words}") as caught:
         absent(None)
     assert "\n" not in str(caught.value)
+
+
+def test_a_nested_file_of_another_type(tmp_path):
+    (tmp_path / "processor_config.json").write_text('{"image_processor": 5}')
+    with pytest.raises(UserError, match="processor_config.json: image_processor is 5: it has to be an object"):
+        read_preprocess(tmp_path, 56, 8)(None)
 
 
 def test_a_torn_file_and_none(tmp_path):

@@ -161,10 +161,12 @@ def test_a_vision_tower_without_its_head(tmp_path, capsys):
         same(model.encode_image(pixels, normalize=False), hidden.mean(1))
 
 
-def test_clip_with_the_old_eos_pools_at_the_highest_id(tmp_path):
+def test_clip_with_the_old_eos_pools_at_the_highest_id(tmp_path, capsys):
     theirs = save_theirs(tmp_path, "CLIPModel", eos_token_id=2)
     bundle = contrastive.load(tmp_path)
     assert bundle.config.text.eos_id == VOCABULARY - 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "config.json: eos_token_id 2 means the highest id" in told and f"{VOCABULARY - 1}, a guess" in told
     _, tokens = some_input(32)
     tokens[:, 6] = VOCABULARY - 1
     with torch.no_grad():

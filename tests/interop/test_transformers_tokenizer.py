@@ -156,7 +156,7 @@ def test_siglip2_lower_cases_and_is_padded_on_the_right(captions, tmp_path):
     assert torch.equal(ours("A DOG"), ours("a dog")) and ours("a dog")[0, -1] == ours.pad_id == 0
 
 
-def test_clips_own_tokenizer(captions, tmp_path):
+def test_clips_own_tokenizer(captions, tmp_path, capsys):
     from transformers import CLIPTokenizer
 
     source = tmp_path / "source"
@@ -169,6 +169,7 @@ def test_clips_own_tokenizer(captions, tmp_path):
     theirs.save_pretrained(tmp_path)
     assert highest_id(tmp_path) == 49_407
     bundle = contrastive.load(tmp_path)
+    assert "guess" not in capsys.readouterr().err  # the end of a text has the highest id
     assert bundle.config.text.eos_id == bundle.tokenizer.eos_id == bundle.tokenizer.pad_id == 49_407
     assert torch.equal(bundle.tokenizer(captions[:500]), theirs(captions[:500], **FULL)["input_ids"])
 
@@ -201,6 +202,31 @@ def test_a_tokenizer_without_a_special_token_is_absent(trained, name):
     text = TextTowerConfig(vocab_size=300, context_length=16)
     with pytest.raises(UserError, match=f"has no {name} token; name one as {name}_token in its tokenizer_config"):
         read_tokenizer(trained, text).encode  # noqa: B018
+
+
+def test_a_tokenizer_that_makes_shorter_rows_is_absent(trained):
+    """AutoProcessor pads to model_max_length, and a SigLIP text tower pools at the last position."""
+    with pytest.raises(UserError, match="model_max_length in tokenizer_config.json is 16, max_position_emb.* is 20"):
+        read_tokenizer(trained, TextTowerConfig(vocab_size=300, context_length=20))(["a"])
+
+
+def test_a_clip_tokenizer_that_lacks_its_special_tokens_is_absent(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    with pytest.raises(UserError, match="cannot read a tokenizer from folder .*endoftext") as caught:
+        read_tokenizer(tmp_path, TextTowerConfig(vocab_size=300))(["a"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_letters_is_absent(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE({"<pad>": 0, "</s>": 1, "c": 2}, [])).save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has no ids for the text 'a'"):
+        read_tokenizer(tmp_path, TextTowerConfig(vocab_size=300))(["a"])
 
 
 def test_a_damaged_tokenizer_is_absent(trained):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers_models import save_theirs
 
 from contrastive.errors import UserError
@@ -50,6 +51,19 @@ def test_a_tower_with_a_wrong_weight_is_found(walkthrough, monkeypatch):
     monkeypatch.setattr(walkthrough, "our_tower", wrong)
     with pytest.raises(AssertionError, match="layer 1 differs"):
         walkthrough.walk(walkthrough.parse([]), lambda table: None)
+
+
+def test_another_model_and_one_that_lacks_weights(walkthrough, tmp_path):
+    """The library would fill what is missing with random numbers."""
+    save_theirs(tmp_path / "clip", "CLIPModel")
+    with pytest.raises(UserError, match="holds a model of type 'clip': --model takes SiglipVisionModel or SiglipModel"):
+        walkthrough.main(["--model", str(tmp_path / "clip")])
+    save_theirs(tmp_path / "siglip", "SiglipVisionModel")
+    file = tmp_path / "siglip" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor for name, tensor in weights.items() if "fc1.bias" not in name}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="does not hold a whole SiglipVisionModel: '.*fc1.bias' is missing"):
+        walkthrough.main(["--model", str(tmp_path / "siglip")])
 
 
 def test_no_such_folder(walkthrough, tmp_path):

@@ -13,6 +13,7 @@ import contrastive
 from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent, Bundle
+from contrastive.interop.export import export
 from contrastive.interop.formats.transformers import writing
 from contrastive.interop.parity import Probe, own_outputs
 from contrastive.interop.parity import probe_image as picture
@@ -123,6 +124,27 @@ def test_a_mean_comes_back_as_a_mean(tmp_path):
     assert back.config.image.pool == "average"
     first, again = bundle.model.state_dict(), back.model.state_dict()
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["SiglipModel", "SiglipVisionModel", "CLIPModel"])
+def test_patches_that_do_not_fill_the_image(name, tmp_path):
+    """As so400m/14 at 384; CLIP with a processor that squashes."""
+    from transformers import CLIPImageProcessor, SiglipImageProcessor
+
+    save_theirs(tmp_path / "first", name, image_size=35)
+    size = {"height": 35, "width": 35}
+    if name == "CLIPModel":
+        CLIPImageProcessor(size=size, do_center_crop=False).save_pretrained(tmp_path / "first")
+    else:
+        SiglipImageProcessor(size=size).save_pretrained(tmp_path / "first")
+    bundle = contrastive.load(tmp_path / "first")
+    checks = export(bundle, "transformers", tmp_path / "out").checks
+    assert {check.what for check in checks} >= {"image embeddings", "pixels"} and all(check.passed for check in checks)
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content.get("vision_config", content)["image_size"] == 35
+    (tmp_path / "first" / "preprocessor_config.json").unlink()
+    notes = export(contrastive.load(tmp_path / "first"), "transformers", tmp_path / "without").notes
+    assert any("image_size in config.json is 32, what its patches fill" in line for line in notes)
 
 
 def test_softmax_logits_get_a_bias_of_zero(tmp_path):

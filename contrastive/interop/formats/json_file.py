@@ -18,6 +18,10 @@ def read_json(file: Path) -> dict:
         raise UserError(f"{file.parent} has no {file.name}: copy the whole folder again") from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from None
+    except RecursionError:
+        raise UserError(
+            f"{file} is nested too deeply for JSON: copy the file again from where the model came from"
+        ) from None
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}): copy the file again from where the model came from") from None
     if not isinstance(content, dict):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from contrastive.errors import UserError
+from contrastive.interop.formats.state_dicts import check_floating
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,16 @@ def to_ours(
     Keys that no entry names keep their names, so that `fill` refuses them; missing ones stay missing.
 
     Raises:
-        UserError: a stacked tensor that cannot be split, or a scale that is missing.
+        UserError: a stacked tensor that cannot be split, a scale that is missing, or a tensor of whole numbers.
     """
     rest, weights, theirs = dict(file), {}, {}
     for entry in table:
         theirs |= dict.fromkeys(entry.ours, entry.theirs)
         if entry.theirs not in file:
             continue
-        tensor = rest.pop(entry.theirs).float()
+        tensor = rest.pop(entry.theirs)
+        check_floating(entry.theirs, tensor, where)
+        tensor = tensor.float()
         if entry.scale is not None:
             rest.pop(entry.scale, None)
             tensor = _scaled(tensor, entry, file, where)

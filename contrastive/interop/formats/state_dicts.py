@@ -30,18 +30,9 @@ def read_safetensors(folder: Path, names: Iterable[str] = ("model.safetensors",)
     for name in names:
         index = folder / f"{name}.index.json"
         if (folder / name).exists():
-            files = [folder / name]
-        elif index.exists():
-            files = _shards(index)
-        else:
-            continue
-        tensors: dict[str, torch.Tensor] = {}
-        for file in files:
-            try:
-                tensors |= load_file(file)
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"cannot read the weights {file}: {error}") from None
-        return tensors
+            return _tensors(folder / name)
+        if index.exists():
+            return _sharded(index)
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise UserError(
@@ -51,16 +42,49 @@ def read_safetensors(folder: Path, names: Iterable[str] = ("model.safetensors",)
     raise UserError(f"{folder} has no weights: {' or '.join(names)} is missing")
 
 
-def _shards(index: Path) -> list[Path]:
+def check_floating(name: str, tensor: torch.Tensor, where: Path) -> None:
+    """Raise UserError where a weight is not of floating point numbers: it is a quantized one, or something else."""
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{where}: '{name}' is {kind}, not of floating point numbers: take weights that are not quantized"
+        )
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [index.parent / name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is damaged: copy it again from where the model came from") from None
-    absent = [file.name for file in files if not file.is_file()]
-    if absent:
-        raise UserError(f"{index.parent} lacks {absent[0]}, one of {len(files)} files of weights: copy it as well")
-    return files
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the weights {file}: {error}") from None
+
+
+def _sharded(index: Path) -> dict[str, torch.Tensor]:
+    """The tensors of all files that the index names, each from the file that it is said to be in."""
+    damaged = UserError(f"{index} is damaged: copy it again from where the model came from")
+    try:
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(file_of.values()))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise damaged from None
+    if not names or not all(isinstance(name, str) and name.endswith(".safetensors") for name in names):
+        raise damaged
+    for name in names:
+        if "/" in name or "\\" in name:
+            raise UserError(f"{index} names '{name}': weights have to lie beside it; mend the name or copy it again")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent} lacks {name}, one of {len(names)} files of weights: copy it as well")
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        found = _tensors(index.parent / name)
+        named = {key for key, file in file_of.items() if file == name}
+        if found.keys() != named:
+            key = min(found.keys() ^ named)
+            what = f"holds '{key}', which is not in it by" if key in found else f"has no '{key}', which is in it by"
+            raise UserError(
+                f"{index.parent / name} {what} {index.name}: copy both again from where the model came from"
+            )
+        tensors |= found
+    return tensors
 
 
 def fill(model: nn.Module, weights: Mapping[str, torch.Tensor], where: Path, theirs: Mapping[str, str]) -> None:
@@ -70,7 +94,8 @@ def fill(model: nn.Module, weights: Mapping[str, torch.Tensor], where: Path, the
         theirs: what each of our names is called in the file, for messages; our own name where it is not in here.
 
     Raises:
-        UserError: a key is missing or unknown, or a shape differs; it names the key of the file and the file.
+        UserError: a key is missing or unknown, a shape differs, or a tensor is of whole numbers or not finite; it names
+            the key of the file and the file.
     """
     own = model.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -86,5 +111,10 @@ def fill(model: nn.Module, weights: Mapping[str, torch.Tensor], where: Path, the
             raise UserError(
                 f"{where}: '{theirs.get(name, name)}' is {tuple(tensor.shape)}, its config asks for "
                 f"{tuple(own[name].shape)}"
+            )
+        check_floating(theirs.get(name, name), tensor, where)
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{where}: '{theirs.get(name, name)}' holds NaN or infinity: the model is broken, take it from before"
             )
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})

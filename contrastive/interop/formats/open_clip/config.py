@@ -30,6 +30,9 @@ def check_expressible(
 def image_options(vision: Mapping[str, Any], quick_gelu: bool, where: Path) -> tuple[ImageTowerConfig, tuple[int, int]]:
     """Return our options for a native image tower, and the (height, width) of its images."""
     side, patch, width = vision["image_size"], vision["patch_size"], vision["width"]
+    if patch is None or vision["head_width"] > width:
+        name = "patch_size" if patch is None else "head_width"
+        raise UserError(f"{where}: vision_cfg.{name} is {vision[name]!r}, which no tower of width {width} can have")
     size = (side, side) if isinstance(side, int) else tuple(side)
     config = ImageTowerConfig(
         image_size=whole_patches(size, patch)[0],
@@ -65,6 +68,10 @@ def text_options(text: Mapping[str, Any], given: Mapping[str, Any], quick_gelu: 
         eos_id = CLIP_EOS if clip else text["vocab_size"] - 1
     elif text["pool_type"] == "eos":
         eos_id = text["eos_id"]
+    elif eos_id is not None and not 0 <= eos_id < text["vocab_size"]:
+        eos_id = None  # nothing reads it
+    if pad_id is not None and not 0 <= pad_id < text["vocab_size"]:
+        pad_id = None  # as this one, whatever the pooling
     return TextTowerConfig(
         vocab_size=text["vocab_size"],
         context_length=text["context_length"],

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.errors import UserError, did_you_mean
+from contrastive.interop.formats.option_kinds import check_like, is_like
 from contrastive.models.attention import Activation
 
 # Of open_clip's CLIP, CLIPVisionCfg and CLIPTextCfg (open_clip/model.py, 3.3).
@@ -77,6 +78,27 @@ TEXT = BLOCK | {
     "hf_proj_type": "mlp",
     "hf_pooler_type": "mean_pooler",
 }
+# Of options that are null by default, or may be, what they are like otherwise.
+NULLABLE = {
+    "init_logit_scale": 2.66,
+    "init_logit_bias": -10.0,
+    "multimodal_cfg": {},
+    "ls_init_value": 0.1,
+    "act_kwargs": {},
+    "norm_kwargs": {},
+    "block_type": "custom",
+    "patch_size": 16,  # null in a ResNet
+    "timm_model_name": "vit_base_patch16_224",
+    "timm_pool": "map",
+    "timm_proj": "linear",
+    "timm_drop_path": 0.1,
+    "hf_tokenizer_name": "organisation/name",
+    "tokenizer_mode": "clips",
+    "tokenizer_kwargs": {},
+    "hf_model_name": "roberta-base",
+}
+POSITIVE = ("embed_dim", "layers", "width", "head_width", "patch_size", "image_size", "mlp_ratio")
+POSITIVE += ("context_length", "vocab_size", "heads")
 STRANGE_BLOCK = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
 
 
@@ -84,15 +106,17 @@ def completed(section: str, given: Any, defaults: Mapping[str, Any], where: Path
     """Return the options of a section with open_clip's defaults where it is silent.
 
     Raises:
-        UserError: an option that open_clip has not, or a value of another kind than the default.
+        UserError: an option that open_clip has not, or a value of another kind than the default; null is one too.
     """
     if not isinstance(given, Mapping):
         raise UserError(f"{where}: {section} has to be an object with options, not {given!r}")
     for name, value in given.items():
         if name not in defaults:
             raise UserError(f"{where}: unknown option {section}.{name}.{did_you_mean(name, defaults)}")
-        if value is not None and not _fits(name, value, defaults[name]):
-            raise UserError(f"{where}: {section}.{name} is {value!r}; it has to be like {defaults[name]!r}")
+        if not _fits(name, value, defaults[name]):
+            check_like(f"{section}.{name}", value, NULLABLE.get(name, defaults[name]), where)
+        if name in POSITIVE and any(side is not None and side <= 0 for side in _sides(value)):
+            raise UserError(f"{where}: {section}.{name} is {value!r}; it has to be above 0")
     return {**defaults, **given}
 
 
@@ -159,8 +183,10 @@ def _fits(name: str, value: Any, default: Any) -> bool:
         return all(type(side) is int for side in value) and len(value) == (4 if name == "layers" else 2)
     if name == "attentional_pool" and isinstance(value, str):
         return True
-    if default is None or isinstance(default, Mapping):  # sections are looked at one by one
+    if isinstance(default, Mapping) or (value is None and name in NULLABLE):  # sections are looked at one by one
         return True
-    if isinstance(default, float):
-        return type(value) in (int, float)
-    return type(value) is type(default)
+    return is_like(value, NULLABLE.get(name, default))
+
+
+def _sides(value: Any) -> list:
+    return value if isinstance(value, list) else [value]

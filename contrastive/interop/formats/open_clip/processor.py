@@ -1,22 +1,35 @@
 """open_clip's `preprocess_cfg` and our preprocessing."""
 
-from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, PreprocessConfig
+from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent
+from contrastive.interop.formats.option_kinds import check_like, per_channel
+from contrastive.interop.formats.timm.processor import processor_problems as corner_problems
 from contrastive.interop.formats.timm.processor import taken_size
 
 MODES = {"shortest": "crop", "squash": "squash"}
 
 
-def read_processor(cfg: Mapping, size: tuple[int, int], kept: tuple[int, int]) -> Preprocess | Absent:
+def read_processor(cfg: Any, size: tuple[int, int], kept: tuple[int, int], where: Path) -> Preprocess | Absent:
     """Return the preprocessing of open_clip's evaluation transform; what the config leaves out is CLIP's.
 
     Args:
         size: (height, width) of the image tower, which open_clip puts above the config's own.
         kept: those that its patches fill.
+        where: the file with it, for messages.
+
+    Raises:
+        UserError: preprocess_cfg or one of its options is of another kind than open_clip's.
     """
+    check_like("preprocess_cfg", cfg, {}, where)
     mode, interpolation = cfg.get("resize_mode") or "shortest", cfg.get("interpolation") or "bicubic"
+    check_like("preprocess_cfg.resize_mode", mode, "shortest", where)
+    known = ("bicubic", "bilinear", "random")
+    if interpolation not in known:
+        raise UserError(f"{where}: preprocess_cfg.interpolation is {interpolation!r}; use one of {', '.join(known)}")
     square, cut_off = size[0] == size[1], tuple(size) != tuple(kept)
     if mode not in MODES or (mode == "shortest" and (cut_off or not square)) or (cut_off and not square):
         pixels = f" to {size[0]}×{size[1]} pixels" if not square or cut_off else ""
@@ -28,8 +41,8 @@ def read_processor(cfg: Mapping, size: tuple[int, int], kept: tuple[int, int]) -
         PreprocessConfig(
             image_size=kept[0] if square else tuple(kept),
             resize=MODES[mode],
-            mean=_per_channel(cfg.get("mean") or CLIP_MEAN),
-            std=_per_channel(cfg.get("std") or CLIP_STD),
+            mean=per_channel("preprocess_cfg.mean", cfg.get("mean") or CLIP_MEAN, where),
+            std=per_channel("preprocess_cfg.std", cfg.get("std") or CLIP_STD, where),
             interpolation="bicubic" if interpolation == "random" else interpolation,  # as open_clip in evaluation
             short_side=size[0] if cut_off else None,
             cut="corner" if cut_off else "round",
@@ -39,9 +52,13 @@ def read_processor(cfg: Mapping, size: tuple[int, int], kept: tuple[int, int]) -
 
 def processor_problems(config: PreprocessConfig, patch_size: int) -> list[str]:
     """Return what open_clip's evaluation transform cannot do, with what to do instead."""
+    problems = corner_problems(config, patch_size)
     if config.short_side in (None, taken_size(config, patch_size)[0]):
-        return []
-    return [f"preprocess short_side {config.short_side} (its short side is the image size; leave short_side out)"]
+        return problems
+    return [
+        *problems,
+        f"preprocess short_side {config.short_side} (its short side is the image size; leave short_side out)",
+    ]
 
 
 def size_option(size: tuple[int, int]) -> int | list[int]:
@@ -60,7 +77,3 @@ def write_processor(config: PreprocessConfig, patch_size: int) -> dict:
         "resize_mode": next(theirs for theirs, ours in MODES.items() if ours == config.resize),
         "fill_color": 0,
     }
-
-
-def _per_channel(value: float | list[float]) -> tuple[float, float, float]:
-    return (value,) * 3 if isinstance(value, (int, float)) else tuple(value)

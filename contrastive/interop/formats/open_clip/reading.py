@@ -75,7 +75,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),
-        preprocess=read_processor(description.get("preprocess_cfg") or {}, size, kept),
+        preprocess=read_processor(description.get("preprocess_cfg") or {}, size, kept, where),
         tokenizer=_tokenizer(text, config, folder) if with_tokenizer else NOT_LOADED,
         config=config,
         path=folder,

@@ -27,7 +27,7 @@ def read_tokenizer(text: Mapping[str, Any], folder: Path) -> Tokenizer | Absent:
     strange = [f"tokenizer_kwargs.{name}" for name, value in arguments.items() if value]
     if text["tokenizer_mode"]:
         strange.append(f"tokenizer_mode '{text['tokenizer_mode']}'")
-    if clean not in CLEANINGS or (is_clip and clean == "whitespace"):
+    if clean not in tuple(CLEANINGS) or (is_clip and clean == "whitespace"):
         strange.append(f"tokenizer_kwargs.clean '{clean}'")
     if strange:
         return Absent(
@@ -40,6 +40,12 @@ def read_tokenizer(text: Mapping[str, Any], folder: Path) -> Tokenizer | Absent:
     elif any((folder / name).exists() for name in FILES):
         tokenizer = TransformersTokenizer(folder, text["context_length"], add_eos=False)
         tokenizer.clean = CLEANINGS[clean]
+        sides = [name for name in ("padding_side", "truncation_side") if _own_side(tokenizer, name) == "left"]
+        if sides:
+            return Absent(
+                f"{folder / 'tokenizer_config.json'} has {' and '.join(sides)} 'left', which open_clip follows and "
+                f"ours cannot do; take the ids of open_clip.get_tokenizer('local-dir:{folder}')"
+            )
     else:
         return Absent(
             f"{folder} lacks the files of its tokenizer '{text['hf_tokenizer_name']}' (tokenizer.json, "
@@ -51,6 +57,11 @@ def read_tokenizer(text: Mapping[str, Any], folder: Path) -> Tokenizer | Absent:
             named = f"its config names no hf_tokenizer_name, so its tokenizer is CLIP's of {CLIP_VOCABULARY:,} ids"
         return Absent(f"the model in {folder} knows {text['vocab_size']:,} ids, but {named}: give it ids of your own")
     return tokenizer
+
+
+def _own_side(tokenizer: TransformersTokenizer, name: str) -> str:
+    """The side that the folder asks for, which TransformersTokenizer overrides: of its files, else of its class."""
+    return tokenizer.core.init_kwargs.get(name) or getattr(type(tokenizer.core), name)
 
 
 def write_text_tokenizer(tokenizer: Tokenizer | Absent, folder: Path) -> tuple[dict, list[str]]:

@@ -12,8 +12,10 @@ from contrastive.errors import UserError
 from contrastive.interop.formats.json_file import read_json
 from contrastive.interop.formats.key_table import to_ours
 from contrastive.interop.formats.open_clip.keys import PROJECTION, TRUNK, trunk_projection
-from contrastive.interop.formats.timm.architecture import build_on_meta, describe, whole_patches
+from contrastive.interop.formats.timm.architecture import build_on_meta, describe
+from contrastive.interop.formats.timm.head import drop_zero_bias
 from contrastive.interop.formats.timm.keys import tower_to_ours
+from contrastive.log import warn
 from contrastive.models import ImageTowerConfig
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -37,7 +39,7 @@ def build_trunk(cfg: Mapping[str, Any], embed_dim: int, folder: Path, where: Pat
     if name.startswith(SOURCES):
         if not (folder / "config.json").exists():
             raise UserError(f"{where} names its image tower '{name}', but timm's config.json is not in {folder}")
-        read_json(folder / "config.json")  # says what is wrong with a torn file better than timm does
+        _compare_places(name, folder, where)
         name = f"local-dir:{folder}"
     arguments = {"patch_drop_rate": cfg["patch_dropout"]} if cfg["patch_dropout"] > 0 else {}
     if projection != "linear":
@@ -52,11 +54,9 @@ def build_trunk(cfg: Mapping[str, Any], embed_dim: int, folder: Path, where: Pat
 
 def describe_trunk(trunk: nn.Module, cfg: Mapping[str, Any], where: Path) -> tuple[ImageTowerConfig, tuple[int, int]]:
     """Return our options for the tower and the (height, width) of its images, which are vision_cfg's."""
-    image, _ = describe(trunk, where)
     side = cfg["image_size"]
-    size = (side, side) if isinstance(side, int) else tuple(side)
-    height = whole_patches(size, image.patch_size)[0]
-    return replace(image, image_size=height, projection=cfg["timm_proj"] != "none"), size
+    image, size = describe(trunk, where, (side, side) if isinstance(side, int) else tuple(side))
+    return replace(image, projection=cfg["timm_proj"] != "none"), size
 
 
 def trunk_to_ours(
@@ -71,16 +71,23 @@ def trunk_to_ours(
     if projection == "linear":
         weights, more = to_ours([trunk_projection()], weights, where)
         theirs |= more
-        _drop_zero_bias(weights, "visual.head.proj.bias", where)
+        drop_zero_bias(weights, "visual.head.proj.bias", where, "open_clip")
     elif projection != "none":  # timm's own head
         theirs[PROJECTION] = f"{TRUNK}head.weight"
         if f"{TRUNK}head.weight" in weights:
             weights[PROJECTION] = weights.pop(f"{TRUNK}head.weight")
-        _drop_zero_bias(weights, f"{TRUNK}head.bias", where)
+        drop_zero_bias(weights, f"{TRUNK}head.bias", where, "open_clip")
     return weights, theirs
 
 
-def _drop_zero_bias(weights: dict[str, torch.Tensor], name: str, where: Path) -> None:
-    bias = weights.pop(name, None)
-    if bias is not None and bias.any():
-        raise UserError(f"{where}: '{name}' is not zero, and our projection has no bias; open_clip can load this model")
+def _compare_places(name: str, folder: Path, where: Path) -> None:
+    """Warn where a folder that is named describes another tower than the config.json beside the weights."""
+    own, other = read_json(folder / "config.json"), Path(name.removeprefix(LOCAL)) / "config.json"
+    if not name.startswith(LOCAL) or not other.is_file():
+        return
+    try:
+        named = read_json(other)
+    except UserError:
+        return
+    if any(named.get(key) != own.get(key) for key in ("architecture", "num_classes", "model_args")):
+        warn(f"{where}: open_clip would take the image tower of {other}, another one; {folder / 'config.json'} is used")

@@ -43,7 +43,7 @@ from contrastive.interop.formats.timm.naming import timm_name, timm_problems
 from contrastive.interop.formats.timm.processor import taken_size
 from contrastive.interop.formats.timm.processor import write_processor as write_timm_processor
 from contrastive.interop.formats.timm.writing import (
-    check_size,
+    checked_preprocess,
     cropped,
     cut_notes,
     describe_for_timm,
@@ -71,11 +71,10 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     image, text = model.image_tower.config, model.config.text
     native = is_native(image, text)
     problems = text_problems(text) + ([] if native else timm_problems(image))
-    preprocess = bundle.preprocess.config
+    preprocess = checked_preprocess(bundle)
     problems += processor_problems(preprocess, image.patch_size)
     if problems:
         raise UserError(f"{bundle.path}: open_clip cannot express {'; '.join(problems)}")
-    check_size(bundle)
     tokenizer_cfg, notes = write_text_tokenizer(bundle.tokenizer, folder)
     if native:
         vision_cfg = write_native_image(image, taken_size(preprocess, image.patch_size))

@@ -40,23 +40,29 @@ def build_on_meta(name: str, where: Path, **arguments) -> nn.Module:
         raise UserError(f"{where}: timm cannot build its model: {reason}") from None
 
 
-def describe(model: nn.Module, where: Path) -> tuple[ImageTowerConfig, tuple[int, int]]:
+def describe(
+    model: nn.Module, where: Path, size: tuple[int, int] | None = None
+) -> tuple[ImageTowerConfig, tuple[int, int]]:
     """Return our options for a ViT of timm, its classifier left aside, and the (height, width) of its images in pixels.
 
     The options hold the height alone, as far as patches fill it; `set_input_size` makes a tower of oblong images.
+
+    Args:
+        size: (height, width) of the images, where it is not the model's own.
 
     Raises:
         UserError: it has parts that our tower has not; all of them are named.
     """
     _refuse(_strange_parts(model), where)
-    _refuse(_strange_options(model), where)
+    size = tuple(size or model.patch_embed.img_size)
+    _refuse(_strange_options(model, size), where)
     block, patch = model.blocks[0], model.patch_embed.patch_size[0]
     pool = model.global_pool
     if not pool:
         pool, taken = ("token", "the class token") if model.has_class_token else ("avg", "the mean of the patches")
         warn(f"{where}: the model has no pooling of its own (global_pool ''); encode_image takes {taken}")
     config = ImageTowerConfig(
-        image_size=whole_patches(model.patch_embed.img_size, patch)[0],
+        image_size=whole_patches(size, patch)[0],
         patch_size=patch,
         width=model.embed_dim,
         depth=len(model.blocks),
@@ -70,7 +76,7 @@ def describe(model: nn.Module, where: Path) -> tuple[ImageTowerConfig, tuple[int
         norm_eps=next(module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)),
         patch_dropout=getattr(model.patch_drop, "prob", 0.0),
     )
-    return config, model.patch_embed.img_size
+    return config, size
 
 
 def whole_patches(size: tuple[int, int], patch: int) -> tuple[int, int]:
@@ -104,7 +110,7 @@ def _strange_parts(model: nn.Module) -> list[str]:
     return problems
 
 
-def _strange_options(model: nn.Module) -> list[str]:
+def _strange_options(model: nn.Module, size: tuple[int, int]) -> list[str]:
     block, pool = model.blocks[0], model.global_pool
     patch = model.patch_embed.patch_size
     fc_norm = not isinstance(model.fc_norm, nn.Identity)
@@ -118,9 +124,12 @@ def _strange_options(model: nn.Module) -> list[str]:
         "norm of queries and keys (qk_norm)": not isinstance(block.attn.q_norm, nn.Identity),
         "norm inside attention (scale_attn_norm)": not isinstance(block.attn.norm, nn.Identity),
         "norm inside the MLP (scale_mlp_norm)": not isinstance(block.mlp.norm, nn.Identity),
+        f"padding of images that patches do not fill (dynamic_img_pad, {size[0]}×{size[1]} pixels)": (
+            model.patch_embed.dynamic_img_pad and any(side % patch[0] for side in size)
+        ),
         f"activation '{type(block.mlp.act).__name__}'": _activation(block.mlp.act) is None,
         f"pooling global_pool='{pool}'": pool not in (*POOLS, ""),
-        "norm behind the pooling (fc_norm)": fc_norm and pool != "token",
+        "norm behind the pooling (fc_norm)": fc_norm,  # its tokens have no norm, those of our towers have
         "model without a final norm (final_norm=False)": isinstance(model.norm, nn.Identity) and not fc_norm,
         f"such treatment of the class token in pooling (pool_include_prefix={model.pool_include_prefix})": (
             pool in ("map", "avg") and model.num_prefix_tokens > 0 and not takes_prefix

@@ -13,15 +13,12 @@ from contrastive.models import ImageTowerConfig
 TOWER = "image_tower."
 
 
-def tower_table(
-    config: ImageTowerConfig, prefix: str = "", layer_scale: bool = False, norm: str = "norm"
-) -> list[Entry]:
+def tower_table(config: ImageTowerConfig, prefix: str = "", layer_scale: bool = False) -> list[Entry]:
     """Return the table of an image tower, without projection or classifier.
 
     Args:
         prefix: what stands before each of timm's names.
         layer_scale: whether the blocks scale what they add (`init_values`).
-        norm: timm's name of the last norm, 'norm' or 'fc_norm'.
     """
     table = [Entry(f"{prefix}pos_embed", (f"{TOWER}position_embedding",), unit_axes=1)]
     table += _layer(f"{prefix}patch_embed.proj", f"{TOWER}patch_embed", bias=config.patch_bias)
@@ -38,7 +35,7 @@ def tower_table(
         table += _layer(f"{theirs}norm2", f"{ours}norm2")
         table += _layer(f"{theirs}mlp.fc1", f"{ours}mlp.fc1")
         table += _layer(f"{theirs}mlp.fc2", f"{ours}mlp.fc2", scale=scales[1])
-    table += _layer(f"{prefix}{norm}", f"{TOWER}norm")
+    table += _layer(f"{prefix}norm", f"{TOWER}norm")
     if config.pool == "attention":
         theirs, ours = f"{prefix}attn_pool.", f"{TOWER}head."
         table.append(Entry(f"{theirs}latent", (f"{ours}probe",)))
@@ -79,11 +76,10 @@ def tower_to_ours(
         model: timm's, on the meta device; it says which of these there are.
     """
     layer_scale = not isinstance(model.blocks[0].ls1, nn.Identity)
-    norm = "norm" if isinstance(model.fc_norm, nn.Identity) else "fc_norm"
     known = {f"{prefix}{name}" for name in model.state_dict()}
-    table = [entry for entry in tower_table(config, prefix, layer_scale, norm) if entry.theirs in known]
+    table = [entry for entry in tower_table(config, prefix, layer_scale) if entry.theirs in known]
     weights, theirs = to_ours(table, file, where)
-    for entry in tower_table(config, prefix, norm=norm):
+    for entry in tower_table(config, prefix):
         if entry.theirs not in known:  # a layer without bias
             for name in entry.ours:
                 weights[name] = torch.zeros(_bias_shape(weights, name))

@@ -2,23 +2,32 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
+from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent
+from contrastive.interop.formats.option_kinds import is_like, per_channel
 
 # What timm takes where `pretrained_cfg` is silent (timm.data.constants).
 MEAN, STD, CROP_PCT = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.875
 
 
-def read_processor(cfg: Mapping, size: tuple[int, int], kept: tuple[int, int]) -> Preprocess | Absent:
+def read_processor(cfg: Mapping, size: tuple[int, int], kept: tuple[int, int], where: Path) -> Preprocess | Absent:
     """Return the preprocessing of timm's evaluation transform, as `resolve_data_config` has it.
 
     Args:
         size: (height, width) that the model takes.
         kept: those that its patches fill.
+        where: the file with it, for messages.
+
+    Raises:
+        UserError: a crop_pct, mean or std that is no number, or none above zero.
     """
     interpolation, mode = cfg.get("interpolation") or "bicubic", cfg.get("crop_mode") or "center"
     crop_pct = cfg.get("crop_pct") or CROP_PCT
+    if not is_like(crop_pct, CROP_PCT) or crop_pct <= 0:
+        raise UserError(f"{where}: pretrained_cfg.crop_pct is {crop_pct!r}; it has to be a number above 0")
     square, cut_off = size[0] == size[1], tuple(size) != tuple(kept)
     problem = None
     if interpolation not in ("bicubic", "bilinear"):
@@ -29,9 +38,11 @@ def read_processor(cfg: Mapping, size: tuple[int, int], kept: tuple[int, int]) -
         problem = f"crop_mode '{mode}' with crop_pct {crop_pct} to {size[0]}×{size[1]} pixels"
     elif cut_off and (mode == "center" or crop_pct != 1 or not square):
         problem = f"crop_mode '{mode}' to {size[0]} pixels, which patches do not fill,"
+    elif crop_pct > 1:
+        problem = f"crop_pct {crop_pct} (a frame around the image)"
     if problem is not None:
         return Absent(
-            f"the model's pretrained_cfg asks for {problem} which our preprocessing has not; prepare images with "
+            f"pretrained_cfg in {where} asks for {problem} which our preprocessing has not; prepare images with "
             "timm.data.create_transform and give the model pixels"
         )
     scaled = math.floor(size[0] / crop_pct)
@@ -39,8 +50,8 @@ def read_processor(cfg: Mapping, size: tuple[int, int], kept: tuple[int, int]) -
         PreprocessConfig(
             image_size=kept[0] if square else tuple(kept),
             resize="squash" if mode == "squash" else "crop",
-            mean=tuple(cfg.get("mean") or MEAN),
-            std=tuple(cfg.get("std") or STD),
+            mean=per_channel("pretrained_cfg.mean", cfg.get("mean") or MEAN, where),
+            std=per_channel("pretrained_cfg.std", cfg.get("std") or STD, where),
             interpolation=interpolation,
             short_side=scaled if scaled != kept[0] and square else None,
             cut="corner" if cut_off else "round",
@@ -63,7 +74,8 @@ def taken_size(config: PreprocessConfig, patch_size: int) -> tuple[int, int]:
 
 def processor_problems(config: PreprocessConfig, patch_size: int) -> list[str]:
     """Return what timm's and open_clip's evaluation transforms cannot do, with what to do instead."""
-    if config.cut == "corner" and taken_size(config, patch_size) == config.size and config.short_side:
+    cuts = config.resize == "crop" or config.short_side not in (None, config.size[0])
+    if config.cut == "corner" and cuts and taken_size(config, patch_size) == config.size:
         return ["preprocess cut 'corner' (they cut the centre)"]
     return []
 

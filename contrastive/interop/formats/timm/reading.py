@@ -5,7 +5,7 @@ timm itself is imported: what a name such as 'vit_small_patch16_224' stands for 
 A model whose head is a classifier becomes an ImageClassifier, another an ImageModel (see head.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from contrastive.interop.bundle import Bundle
 from contrastive.interop.formats.json_file import read_json
 from contrastive.interop.formats.state_dicts import fill, read_safetensors
 from contrastive.interop.formats.timm.architecture import build_on_meta, describe, whole_patches
-from contrastive.interop.formats.timm.head import PROJECTION, head_kind
+from contrastive.interop.formats.timm.head import PROJECTION, drop_zero_bias, head_kind
 from contrastive.interop.formats.timm.keys import tower_to_ours
 from contrastive.interop.formats.timm.processor import read_processor
 from contrastive.models import ClassifierConfig, ImageClassifier, ImageModel, ImageModelConfig
@@ -57,14 +57,14 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     skeleton = build_on_meta(f"local-dir:{folder}", file)
     image, size = describe(skeleton, file)
     weights, theirs = tower_to_ours(read_safetensors(folder), skeleton, image, folder)
-    kind, names = head_kind(description, skeleton.num_classes, weights), None
+    names = _label_names(skeleton.pretrained_cfg.get("label_names"), skeleton.num_classes, file)
+    kind = head_kind(description, skeleton.num_classes, names, weights, file)
     if kind == "classifier":
-        names = _label_names(skeleton.pretrained_cfg.get("label_names"), skeleton.num_classes, file)
         model = ImageClassifier(ClassifierConfig(image, num_classes=skeleton.num_classes))
     elif kind == "projection":
         weights[PROJECTION] = weights.pop("head.weight", torch.empty(0))
         theirs[PROJECTION] = "head.weight"
-        weights.pop("head.bias", None)
+        drop_zero_bias(weights, "head.bias", folder, "timm")
         model = ImageModel(ImageModelConfig(skeleton.num_classes, replace(image, projection=True)))
     else:
         model = ImageModel(ImageModelConfig(image.width, image))
@@ -73,11 +73,11 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),
-        preprocess=read_processor(skeleton.pretrained_cfg, size, kept),
+        preprocess=read_processor(skeleton.pretrained_cfg, size, kept, file),
         tokenizer=None,
         config=model.config,
         path=folder,
-        class_names=names,
+        class_names=names if kind == "classifier" else None,
     )
 
 
@@ -89,12 +89,14 @@ def _has_telling_keys(file: Path) -> bool:
         return False
 
 
-def _label_names(names: Sequence[str] | Mapping[str, str] | None, num_classes: int, where: Path) -> tuple | None:
+def _label_names(names: object, num_classes: int, where: Path) -> tuple | None:
     """The names in the order of the scores; None where there are none, or a mapping leaves some scores unnamed."""
     if not names:
         return None
     if isinstance(names, Mapping):
         names = [names.get(str(label)) for label in range(num_classes)]
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names if name is not None):
+        raise UserError(f"{where}: label_names {names!r} has to be a list of texts, or an object of them by label")
     if len(names) != num_classes:
         raise UserError(f"{where}: {len(names)} label_names for {num_classes} classes; give one for each, or none")
     return None if None in names else tuple(names)

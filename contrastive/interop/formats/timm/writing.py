@@ -35,8 +35,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     bundle.check_image_tower("timm holds image towers")
     model = bundle.model
     tower = model.image_tower
-    check_size(bundle)
-    preprocess, patch_size = bundle.preprocess.config, tower.config.patch_size
+    preprocess, patch_size = checked_preprocess(bundle), tower.config.patch_size
     problems = timm_problems(tower.config) + processor_problems(preprocess, patch_size)
     if isinstance(model, ImageClassifier):
         problems += _classifier_problems(model)
@@ -83,14 +82,24 @@ def tower_state(tower: ImageTower) -> dict[str, torch.Tensor]:
     return {f"image_tower.{name}": tensor.detach().cpu().float() for name, tensor in state.items()}
 
 
-def check_size(bundle: Bundle) -> None:
-    """Raise UserError where the preprocessing makes images of another size than the tower's positions are for."""
-    made, taken = bundle.preprocess.config.size, bundle.model.image_tower.input_size
+def checked_preprocess(bundle: Bundle) -> PreprocessConfig:
+    """Return how images become pixels.
+
+    Raises:
+        UserError: there is no preprocessing, which timm and open_clip cannot do without, or it makes images of another
+            size than the tower's positions are for.
+    """
+    try:
+        preprocess = bundle.preprocess.config
+    except UserError as error:  # of an Absent, which says what is missing
+        raise UserError(f"{error}; --to transformers and --to onnx write the model without") from None
+    made, taken = preprocess.size, bundle.model.image_tower.input_size
     if tuple(made) != tuple(taken):
         raise UserError(
             f"the preprocessing makes {made[0]}×{made[1]} pixels, the image tower has positions for "
             f"{taken[0]}×{taken[1]}: call model.image_tower.set_input_size or give the bundle another preprocess"
         )
+    return preprocess
 
 
 def outputs(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from contrastive.errors import UserError
 from contrastive.interop.formats.json_file import read_json
+from contrastive.interop.formats.transformers.options import check_options, is_count
 from contrastive.models import (
     ImageModelConfig,
     ImageTowerConfig,
@@ -83,12 +84,12 @@ def describe(folder: Path) -> Description:
     """Read config.json.
 
     Raises:
-        UserError: it is damaged, or its architecture is none that we know.
+        UserError: it is damaged, or its architecture is none that we know, or an option is of a wrong type.
     """
     file = folder / "config.json"
     content = read_json(file)
-    named = content.get("architectures") or []
-    model_type = content.get("model_type")
+    named, model_type = content.get("architectures") or [], content.get("model_type")
+    _check_head(content, named, model_type, file)
     known = [CLASSES[name] for name in named if name in CLASSES]
     if (named and not known) or (not named and model_type not in MODEL_TYPES):
         what = f"architecture {named[0]}" if named else f"model_type '{model_type}'"
@@ -97,20 +98,39 @@ def describe(folder: Path) -> Description:
     whole = part == "both" or model_type in WHOLE
     sections = {}
     for section, defaults in (("vision", IMAGE_DEFAULTS[family]), ("text", TEXT_DEFAULTS[family])):
-        given = content.get(f"{section}_config") or {} if whole else content
-        old = content.get(f"{section}_config_dict") if family == "clip" else None
+        given = _section(content, f"{section}_config", file) or {} if whole else content
+        old = _section(content, f"{section}_config_dict", file) if family == "clip" else None
         given = given if old is None else old  # the library lets it win whole, its own defaults included
         sections[section] = {**defaults, **given}
     projected = any(name.endswith(PROJECTED) for name in named) if named else None
-    return Description(
-        file,
-        family,
-        part,
-        sections["vision"],
-        sections["text"],
-        content.get("projection_dim", PROJECTION_DIM),
-        projected,
-    )
+    dim = content.get("projection_dim", PROJECTION_DIM)
+    if part == "both" and family == "clip" and not is_count(dim):
+        raise UserError(f"{file}: projection_dim is {dim!r}: it has to be a whole number above 0")
+    found = Description(file, family, part, sections["vision"], sections["text"], dim, projected)
+    if part != "text":
+        check_options(found.image, _where(found, "vision"), is_image=True)
+    if part != "image":
+        check_options(found.text, _where(found, "text"), is_image=False)
+    return found
+
+
+def _check_head(content: dict, named: object, model_type: object, file: Path) -> None:
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError(f"{file}: architectures is {named!r}: it has to be a list of names of classes")
+    if not isinstance(model_type, str | None):
+        raise UserError(f"{file}: model_type is {model_type!r}: it has to be a name")
+    if content.get("quantization_config") is not None:
+        raise UserError(
+            f"{file} has a quantization_config: such weights mean nothing without the library that made them; take the "
+            "model as it was before"
+        )
+
+
+def _section(content: dict, name: str, file: Path) -> dict | None:
+    section = content.get(name)
+    if not isinstance(section, dict | None):
+        raise UserError(f"{file}: {name} is {section!r}: it has to be an object of options")
+    return section
 
 
 def our_config(
@@ -160,10 +180,12 @@ def native_size(description: Description) -> int:
 def image_side(description: Description, name: str) -> int:
     """An option of the image tower that is a number of pixels, or two of them for a square."""
     value = description.image[name]
-    sides = set(value) if isinstance(value, list) else {value}
-    if len(sides) != 1 or not isinstance(side := sides.pop(), int):
-        raise UserError(f"{_where(description, 'vision')}{name} is {value}: only squares can be read")
-    return side
+    sides = value if isinstance(value, list) and value else [value]
+    if not is_count(sides[0]) or any(side != sides[0] for side in sides):
+        raise UserError(
+            f"{_where(description, 'vision')}{name} is {value!r}: only squares can be read, of a whole number of pixels"
+        )
+    return sides[0]
 
 
 def lacks_head(description: Description) -> bool:
@@ -215,7 +237,7 @@ def pooled_id(description: Description, highest: int | None) -> int | None:
     eos, vocab_size = description.text["eos_token_id"], description.text["vocab_size"]
     if eos == LEGACY_EOS:
         return vocab_size - 1 if highest is None else min(highest, vocab_size - 1)
-    if not isinstance(eos, int) or not 0 <= eos < vocab_size:
+    if not isinstance(eos, int) or isinstance(eos, bool) or not 0 <= eos < vocab_size:
         raise UserError(
             f"{_where(description, 'text')}eos_token_id is {eos}, which is no id of a vocabulary of {vocab_size}: set "
             "it to the id of the tokenizer's end-of-text token"

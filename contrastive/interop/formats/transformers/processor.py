@@ -6,6 +6,7 @@ from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent
 from contrastive.interop.formats.json_file import read_json, write_json
+from contrastive.interop.formats.transformers.options import is_count, is_number
 
 FILE, NESTED_FILE = "preprocessor_config.json", "processor_config.json"
 SQUASH, CROP, NAFLEX = "SiglipImageProcessor", "CLIPImageProcessor", "Siglip2ImageProcessor"
@@ -64,12 +65,14 @@ def read_preprocess(folder: Path, image_size: int, patch_size: int) -> Preproces
 def _config(options: dict, image_size: int, patch_size: int) -> PreprocessConfig:
     """UserError says, without the file, what we do not do."""
     options = _filled(options, image_size)
-    size, crop_size = _size(options["size"], "short side"), _size(options["crop_size"], "square")
+    size, crop_size = _size(options, "size", "short side"), _size(options, "crop_size", "square")
     resample = options["resample"]
-    if resample not in RESAMPLE:
-        raise UserError(f"resample {resample} is not supported, only 2 (bilinear) and 3 (bicubic)")
+    if not isinstance(resample, int) or resample not in RESAMPLE:
+        raise UserError(f"resample {resample!r} is not supported, only 2 (bilinear) and 3 (bicubic)")
     if not options["do_resize"]:
-        raise UserError("do_resize false leaves images as large as they are: resize them yourself")
+        raise UserError("do_resize false (or null) leaves images as large as they are: resize them yourself")
+    if options.get("use_square_size"):
+        raise UserError("use_square_size true is not supported: name height and width in size")
     short, cropped = size.get("shortest_edge"), bool(options["do_center_crop"])
     kept = crop_size if cropped else size
     if set(size) not in ({"shortest_edge"}, {"height", "width"}) or set(kept) != {"height", "width"}:
@@ -103,8 +106,12 @@ def _config(options: dict, image_size: int, patch_size: int) -> PreprocessConfig
 
 
 def _filled(options: dict, image_size: int) -> dict:
-    """The options with the defaults of their class."""
+    """The options with the defaults of their class; null stays, which the library takes for off, or fails at."""
+    if not isinstance(options, dict):
+        raise UserError(f"image_processor is {options!r}: it has to be an object of options")
     named = options.get("image_processor_type") or options.get("feature_extractor_type") or ""
+    if not isinstance(named, str):
+        raise UserError(f"image_processor_type is {named!r}: it has to be the name of a class")
     kind = OLD_NAMES.get(named, named.removesuffix("Fast").removesuffix("Pil"))
     if kind == NAFLEX:
         raise UserError(
@@ -114,30 +121,46 @@ def _filled(options: dict, image_size: int) -> dict:
         )
     if kind not in DEFAULTS:
         raise UserError(f"image_processor_type '{named}' is not supported; known: {', '.join(DEFAULTS)}")
-    given = {name: value for name, value in options.items() if value is not None}
-    return {**DEFAULTS[kind], **given}
+    return {**DEFAULTS[kind], **options}
 
 
-def _size(size: int | list | dict | None, number_means: str) -> dict:
+def _size(options: dict, name: str, number_means: str) -> dict:
     """A size by the names of its sides; in old files it is a number, of the short side or of a square."""
+    size = options[name]
     if isinstance(size, dict):
-        return {name: value for name, value in size.items() if value is not None}
-    if isinstance(size, list):
-        return dict(zip(("height", "width"), size, strict=True))
-    if size is None:
-        return {}
-    return {"shortest_edge": size} if number_means == "short side" else {"height": size, "width": size}
+        sides = {side: value for side, value in size.items() if value is not None}
+    elif isinstance(size, list) and len(size) == 2:
+        sides = {"height": size[0], "width": size[1]}
+    elif size is None:
+        sides = {}
+    else:
+        sides = {"shortest_edge": size} if number_means == "short side" else {"height": size, "width": size}
+    if not all(map(is_count, sides.values())):
+        raise UserError(f"{name} is {size!r}: it has to be in whole numbers of pixels")
+    return sides
 
 
 def _normalisation(options: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std where white is 1, whatever factor the library multiplies pixels with."""
-    factor = 255 * options["rescale_factor"] if options["do_rescale"] else 255.0
+    factor = 255.0
+    if options["do_rescale"]:
+        rescale = options["rescale_factor"]
+        if not is_number(rescale) or rescale <= 0:
+            raise UserError(f"rescale_factor is {rescale!r}: it has to be a number above 0")
+        factor *= rescale
     factor = 1.0 if abs(factor - 1) < 1e-9 else factor
-    mean, std = options["image_mean"], options["image_std"]
-    if not options["do_normalize"]:
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    mean, std = ((values,) * 3 if isinstance(values, float) else values for values in (mean, std))
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if options["do_normalize"]:
+        mean, std = _channels(options, "image_mean"), _channels(options, "image_std")
     return tuple(value / factor for value in mean), tuple(value / factor for value in std)
+
+
+def _channels(options: dict, name: str) -> tuple[float, ...]:
+    """One number of each channel; a single one is meant for all three."""
+    values = options[name] if isinstance(options[name], list | tuple) else [options[name]]
+    if not all(map(is_number, values)) or len(values) not in (1, 3):
+        raise UserError(f"{name} is {options[name]!r}: it has to be a number, or three of them")
+    return tuple(float(value) for value in values) * (3 // len(values))
 
 
 def taken_size(preprocess: PreprocessConfig | None, image_size: int, patch_size: int) -> int:

@@ -9,6 +9,7 @@ from contrastive.interop.formats.key_table import to_ours
 from contrastive.interop.formats.state_dicts import fill, read_safetensors
 from contrastive.interop.formats.transformers.config import (
     LEGACY_EOS,
+    Description,
     describe,
     image_side,
     lacks_head,
@@ -19,7 +20,7 @@ from contrastive.interop.formats.transformers.config import (
 from contrastive.interop.formats.transformers.equivalents import is_mean_head, without_head
 from contrastive.interop.formats.transformers.keys import key_table, plain
 from contrastive.interop.formats.transformers.processor import read_preprocess
-from contrastive.interop.formats.transformers.tokenizer import highest_id, read_tokenizer
+from contrastive.interop.formats.transformers.tokenizer import end_of_text_id, highest_id, read_tokenizer
 from contrastive.log import warn
 from contrastive.models import DualEncoder, ImageModel, ImageModelConfig, ModelConfig, TextModel, TextModelConfig
 
@@ -33,7 +34,7 @@ def recognises(folder: Path) -> bool:
         return False
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return True  # `load` says what is wrong with it
     return isinstance(content, dict) and ("model_type" in content or "architectures" in content)
 
@@ -54,8 +55,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     mean_head = has_image and (without_pooling or is_mean_head(weights))
     if mean_head:
         weights = without_head(weights)
-    highest = highest_id(folder) if has_text and description.text.get("eos_token_id") == LEGACY_EOS else None
-    config = our_config(description, mean_head, pooled_id(description, highest))
+    config = our_config(description, mean_head, _eos_id(description, folder))
     model = _model(config)
     family = "clip" if description.family == "clip" else "siglip"
     ours, theirs = to_ours(key_table(model.state_dict(), family), weights, folder / WEIGHTS)
@@ -68,6 +68,21 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     if has_text:
         tokenizer = read_tokenizer(folder, config.text) if with_tokenizer else NOT_LOADED
     return Bundle(model.eval(), preprocess, tokenizer, config, folder)
+
+
+def _eos_id(description: Description, folder: Path) -> int | None:
+    """What the text tower pools at; where that is a guess it is said."""
+    if description.family != "clip" or description.text["eos_token_id"] != LEGACY_EOS:
+        return pooled_id(description, None)
+    highest = highest_id(folder)
+    eos_id = pooled_id(description, highest)
+    if eos_id is not None and not end_of_text_id(folder) == highest == eos_id:
+        warn(
+            f"{description.file}: eos_token_id {LEGACY_EOS} means the highest id of each text to the library; here it "
+            f"is always {eos_id}, a guess, as no tokenizer here has its end-of-text token as its highest id: set "
+            "eos_token_id to that token's id"
+        )
+    return eos_id
 
 
 def _model(config: ModelConfig | ImageModelConfig | TextModelConfig) -> DualEncoder | ImageModel | TextModel:

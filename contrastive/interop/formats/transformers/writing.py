@@ -13,6 +13,7 @@ from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.formats.json_file import read_json, write_json
 from contrastive.interop.formats.key_table import to_theirs
 from contrastive.interop.formats.outputs import Outputs
+from contrastive.interop.formats.timm.writing import cropped, padded
 from contrastive.interop.formats.tokenizer_files import write_tokenizer
 from contrastive.interop.formats.transformers import processor
 from contrastive.interop.formats.transformers.architecture import Parts, fitting_family, their_config
@@ -51,7 +52,10 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
             their_class = PROCESSORS[family] if parts.part == "both" else None
             notes += processor.write_preprocess(preprocess, parts.image.image_size, patch_size, their_class, folder)
         else:
-            notes.append(f"{bundle.path} has no preprocessing, so {processor.FILE} was left out")
+            notes.append(
+                f"{bundle.path} has no preprocessing, so {processor.FILE} was left out; image_size in config.json is "
+                f"{size}, what its patches fill"
+            )
     if parts.text is not None:
         if tokenizer is not None:
             notes += write_tokenizer(tokenizer, folder)
@@ -148,18 +152,23 @@ def outputs(
     """
     import transformers
 
-    name = read_json(folder / "config.json")["architectures"][0]
+    content = read_json(folder / "config.json")
+    name = content["architectures"][0]
     with _quiet():
         options = {"local_files_only": True, "output_loading_info": True}
         model, loaded = getattr(transformers, name).from_pretrained(str(folder), **options)
         wrong = [f"{kind} {key}" for kind, keys in loaded.items() for key in keys]
         if wrong:
             raise UserError(f"transformers' {name} does not take the weights in {folder}: {wrong[0]}")
-        made = _processed(folder, images, texts)
+        made, ids = _processed(folder, images, texts)
         model.eval()
+        full = pixels
+        if pixels is not None:
+            side = content.get("vision_config", content)["image_size"]
+            full, made = padded(pixels, (side, side)), None if made is None else cropped(list(made), pixels)
         with torch.inference_mode():
-            image, text, logits = _embeddings(model, name, pixels, tokens)
-    return Outputs(image, text, logits, *made)
+            image, text, logits = _embeddings(model, name, full, tokens)
+    return Outputs(image, text, logits, made, ids)
 
 
 @contextmanager
