@@ -46,7 +46,8 @@ def read(path: str | Path, with_tokenizer: bool = True) -> Bundle:
     folder = Path(path).expanduser()
     if not folder.exists():
         raise UserError(f"no model at {path}: no such file or folder{_what_is_meant(path, folder)}")
-    if folder.is_file():
+    lone_weights = folder.suffix == ".safetensors" and not any(folder.parent.glob("*config.json"))
+    if folder.is_file() and not lone_weights:  # timm's reader says what a file of weights alone lacks
         raise UserError(f"no model at {path}: that is a file; give its folder, {folder.parent}")
     return read_folder(folder, with_tokenizer)
 
