@@ -20,7 +20,7 @@ from rich.console import Console
 import contrastive.interop
 from contrastive.command_line import Parser
 from contrastive.errors import UserError
-from contrastive.interop.export import FORMATS, LOADING, check_out, push_export
+from contrastive.interop.export import FORMATS, check_out, push_export
 from contrastive.interop.hub import check_push
 from contrastive.interop.parity import parity_table
 from contrastive.log import console, run_script
@@ -59,8 +59,7 @@ def print_result(done, to: str) -> None:
     output = Console(highlight=False, soft_wrap=True)
     output.print(parity_table(done.checks))
     for note in done.notes:
-        if not note.startswith(LOADING):  # the card says that with code
-            output.print(f"note: {note}", markup=False)
+        output.print(f"note: {note}", markup=False)
     output.print(f"wrote {done.folder} for {to}: {len(files)} files, {size:,.1f} MB; README.md is its model card")
 
 

@@ -22,8 +22,6 @@ from contrastive.interop.parity import Check, Probe, compare
 from contrastive.interop.run_record import public_name
 
 FORMATS = ("transformers", "open_clip", "timm", "onnx")
-LOADING = ("load it:", "and its tokenizer:", "or:")
-"""How notes of the writers begin that say how the folder is loaded."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,7 @@ def export(
         notes = writing.write(bundle, temporary, out)
         on_step(f"checking with {to}")
         checks = _check(bundle, writing, temporary, notes, to)
-        # How it is loaded has its own place on the card, with code.
-        of_card = [note for note in notes if not note.startswith(LOADING)]
+        of_card = notes
         for lies, called in ((out, out.name), (bundle.path, public_name(str(bundle.path)))):
             of_card = [note.replace(str(lies), called) for note in of_card]
         card = temporary / "README.md"
@@ -156,8 +153,7 @@ def _check(bundle: Bundle, writing, folder: Path, notes: list[str], to: str) -> 
     if failed:
         found, limit = failed[0].written
         more = f" and {len(failed) - 1} more checks failed" if len(failed) > 1 else ""
-        told = [note for note in notes if not note.startswith(LOADING)]
-        about = f"; of this format: {'; '.join(told)}" if told else ""
+        about = f"; of this format: {'; '.join(notes)}" if notes else ""
         raise UserError(
             f"nothing was written: read back by {to}, the {failed[0].what} are not the model's "
             f"({failed[0].kind} {found}, needed {limit}){more}{about}"

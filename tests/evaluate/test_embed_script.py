@@ -6,12 +6,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from colour_model import ColourSource
 from PIL import Image
 from small_model import save_small_model, script_caller
 
 import contrastive
 from contrastive.data.sources import open_source
 from contrastive.evaluate.embedding_set import load_embeddings
+from contrastive.evaluate.embedding_writer import has_captions
 from contrastive.evaluate.embeddings import embed_images
 
 
@@ -95,3 +97,9 @@ def test_bad_input_is_one_line_and_writes_nothing(embed, model_folder, tmp_path,
     assert done.stderr.startswith("embed.py: error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
     assert sorted(model_folder.rglob("*")) == before and not (tmp_path / "out").exists()
+
+
+def test_prompts_of_class_names_are_no_captions():
+    assert not has_captions(open_source("digits:test"))
+    assert has_captions(open_source("scenes:val"))
+    assert has_captions(ColourSource(["red"])) and not has_captions(ColourSource(["red"], texts=[(" ",)]))

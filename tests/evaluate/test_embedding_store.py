@@ -18,7 +18,7 @@ from contrastive.errors import UserError
 from contrastive.evaluate import embedding_files, embedding_writer
 from contrastive.evaluate.embedding_set import load_embeddings
 from contrastive.evaluate.embedding_store import StoreOptions, claim_store, store_config
-from contrastive.evaluate.embedding_writer import fill_store, has_captions
+from contrastive.evaluate.embedding_writer import fill_store
 from contrastive.evaluate.embeddings import embed_images, embed_texts
 from contrastive.evaluate.model_key import model_key
 
@@ -305,17 +305,6 @@ def test_bad_folders_and_requests_are_one_line(tmp_path, bundle):
             call()
         assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.rglob("*.parquet")) == []
-
-
-def test_prompts_of_class_names_are_no_captions():
-    from contrastive.data.sources import open_source
-
-    assert not has_captions(open_source("digits:test"))
-    assert has_captions(open_source("scenes:val")) and has_captions(source_of())
-    assert not has_captions(source_of(texts=[(" ",)] * 11))
-
-
-# Several ranks
 
 
 def _fill_on_rank(rank, world_size, port, folder, out):

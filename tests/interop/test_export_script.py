@@ -16,22 +16,13 @@ from small_bundles import small_bundle
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.interop import export, save_model
+from contrastive.interop import export
 from contrastive.interop.formats.open_clip import writing as open_clip_writing
 from contrastive.interop.formats.transformers import writing
-from contrastive.interop.manifest import write_folder
 from contrastive.interop.parity import Check, parity_table
 from scripts.export import main
 
 LOADED_BY = {"transformers": "AutoModel", "open_clip": "create_model_and_transforms", "timm": "create_model"}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder, bundle = tmp_path_factory.mktemp("run") / "final", small_bundle("siglip")
-    weights, preprocess = bundle.model.state_dict(), bundle.preprocess.config
-    write_folder(folder, lambda to: save_model(to, weights, bundle.config, preprocess, bundle.tokenizer))
-    return folder
 
 
 def refused(*arguments):

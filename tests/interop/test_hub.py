@@ -10,18 +10,9 @@ from small_bundles import small_bundle
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.interop import export, hub, save_model
-from contrastive.interop.manifest import write_folder
+from contrastive.interop import export, hub
 from scripts import evaluate, zero_shot
 from scripts.export import main as export_script
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder, bundle = tmp_path_factory.mktemp("run") / "final", small_bundle("siglip")
-    weights, preprocess = bundle.model.state_dict(), bundle.preprocess.config
-    write_folder(folder, lambda to: save_model(to, weights, bundle.config, preprocess, bundle.tokenizer))
-    return folder
 
 
 @pytest.fixture(autouse=True)

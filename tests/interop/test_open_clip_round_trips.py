@@ -178,8 +178,7 @@ def siglip_bundle(image=40, patch=8, width=24, heads=3, text=(), **options):
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}-{size[1]}")
 def test_ours_to_theirs_and_back(make, size, tmp_path):
     bundle = make(*size)
-    notes = written(bundle, tmp_path / "out")
-    assert any("create_model_and_transforms" in note for note in notes)
+    written(bundle, tmp_path / "out")
     photographs = pictures(3)
     texts = [*CAPTIONS[:3], "Don't_do IT: 5 &amp; 7", "x " * 200]
     pixels = torch.stack([bundle.preprocess(image) for image in photographs])

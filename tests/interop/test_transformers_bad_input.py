@@ -1,34 +1,13 @@
 """Folders of transformers whose files hold what no model has: one line each, that names the file and the key."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers_models import edit_json, save_theirs
+from transformers_models import edit_json, refused
 
 import contrastive
-from contrastive.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("originals")
-    for name in ("SiglipModel", "CLIPModel", "Siglip2VisionModel", "CLIPVisionModelWithProjection"):
-        save_theirs(folder / name, name)
-    return folder
-
-
-@pytest.fixture
-def copied(originals, tmp_path):
-    return lambda name: shutil.copytree(originals / name, tmp_path / name)
-
-
-def refused(folder, words):
-    with pytest.raises(UserError, match=words) as caught:
-        contrastive.load(folder)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """Models of transformers in our towers: the same numbers, and one clear line for what cannot be read."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers_models import EOS, LENGTH, SHAPES, VOCABULARY, edit_json, patches, save_theirs, some_input
+from transformers_models import EOS, LENGTH, SHAPES, VOCABULARY, edit_json, patches, refused, save_theirs, some_input
 
 import contrastive
 from contrastive.errors import UserError
@@ -192,25 +191,6 @@ def test_positions_of_another_size_differ_a_little_from_theirs(tmp_path):
             found = tower.embed_patches(pixels) - expected
             differences[size] = (found.norm() / (expected - without).norm()).item()
     assert differences[56] == 0 and differences[72] < 0.1 and differences[40] < 0.5, differences
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("originals")
-    for name in ("SiglipModel", "CLIPModel", "Siglip2VisionModel"):
-        save_theirs(folder / name, name)
-    return folder
-
-
-@pytest.fixture
-def copied(originals, tmp_path):
-    return lambda name: shutil.copytree(originals / name, tmp_path / name)
-
-
-def refused(folder, words):
-    with pytest.raises(UserError, match=words) as caught:
-        contrastive.load(folder)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

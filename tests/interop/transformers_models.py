@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
+
+import contrastive
+from contrastive.errors import UserError
 
 VOCABULARY, LENGTH, EOS = 60, 10, 41
 VISION_KEYS = ("image_size", "patch_size", "num_patches", "vision_use_head", "projection_dim")
@@ -68,3 +72,10 @@ def edit_json(file: Path, **values) -> None:
     """Set top-level values of a JSON file; None removes one."""
     content = json.loads(file.read_text()) | values
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def refused(folder: Path, words: str) -> None:
+    """Assert that the folder does not load, and that one line with these words says why."""
+    with pytest.raises(UserError, match=words) as caught:
+        contrastive.load(folder)
+    assert "\n" not in str(caught.value)

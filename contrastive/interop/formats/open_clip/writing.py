@@ -91,8 +91,6 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     write_json({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, folder / CONFIG)
     save_file(_weights(model, native), folder / WEIGHTS[0])
     return [
-        f"load it: open_clip.create_model_and_transforms('{LOCAL}{place}')",
-        f"and its tokenizer: open_clip.get_tokenizer('{LOCAL}{place}')",
         *notes,
         *([SINCOS_NOTE] if image.position == "sincos" else []),
         *cut_notes(preprocess),

@@ -57,7 +57,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     if bundle.class_names is not None:
         description["label_names"] = list(bundle.class_names)
     write_json(description, folder / "config.json")
-    return _notes(bundle, name, arguments | {"num_classes": num_classes}, place)
+    return _notes(bundle)
 
 
 def describe_for_timm(name: str, arguments: dict, num_classes: int, processor: dict) -> dict:
@@ -142,12 +142,8 @@ def _classifier_problems(model: ImageClassifier) -> list[str]:
     return problems
 
 
-def _notes(bundle: Bundle, name: str, arguments: dict, place: Path) -> list[str]:
-    written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    notes = [
-        f"load it: timm.create_model('local-dir:{place}', pretrained=True)",
-        f"or: timm.create_model('{name}', checkpoint_path='{place / WEIGHTS}', {written})",
-    ]
+def _notes(bundle: Bundle) -> list[str]:
+    notes = []
     if isinstance(bundle.model, DualEncoder):
         notes.append("timm has no text towers: this is the image tower alone")
     if not isinstance(bundle.model, ImageClassifier) and bundle.model.image_tower.projection is not None:
