@@ -26,7 +26,7 @@ from rich.table import Table
 
 from contrastive.command_line import Parser
 from contrastive.errors import UserError
-from contrastive.interop.formats.json_file import read_json
+from contrastive.files import read_json
 from contrastive.log import run_script
 from contrastive.models import ImageTower, ImageTowerConfig
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from contrastive.errors import UserError, did_you_mean
+from contrastive.files import write_new_folder
 from contrastive.interop.bundle import Bundle
 from contrastive.interop.hub import PREFIX, push
 from contrastive.interop.loading import load
-from contrastive.interop.manifest import write_new_folder
 from contrastive.interop.model_card import model_card
 from contrastive.interop.parity import Check, Probe, compare
 from contrastive.interop.run_record import public_name

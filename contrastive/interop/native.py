@@ -20,8 +20,8 @@ from contrastive.config import from_dict
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer
 from contrastive.errors import UserError
+from contrastive.files import problem
 from contrastive.interop.bundle import NOT_LOADED, Bundle
-from contrastive.interop.manifest import problem
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ImageTowerConfig, ModelConfig
 
 FORMAT = "contrastive-1"

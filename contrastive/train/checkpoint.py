@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.interop.manifest import write_folder
+from contrastive.files import write_folder
 from contrastive.interop.native import load_weights, newest_whole
 from contrastive.log import warn
 from contrastive.optim import ExponentialMovingAverage

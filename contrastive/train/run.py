@@ -16,7 +16,7 @@ from contrastive.distributed.collectives import gather_objects
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.evaluate.report import write_report
-from contrastive.interop.manifest import write_folder
+from contrastive.files import write_folder
 from contrastive.log import MetricsLog, console, is_main_process, read_metrics, say, warn
 from contrastive.optim import ExponentialMovingAverage
 from contrastive.train.bad_samples import BadSamples, merged

@@ -13,7 +13,7 @@ from PIL import Image
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.record import Record
 from contrastive.data.tokenizer import train_bpe
-from contrastive.interop.manifest import write_folder
+from contrastive.files import write_folder
 from contrastive.interop.native import save_model
 from contrastive.models import DualEncoder, ModelConfig
 

@@ -11,7 +11,7 @@ import torch
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.sources.scenes import PAIRS
 from contrastive.data.tokenizer import train_bpe
-from contrastive.interop.manifest import write_folder
+from contrastive.files import write_folder
 from contrastive.interop.native import save_model
 from contrastive.models import DualEncoder, ModelConfig
 

@@ -4,8 +4,8 @@ import pytest
 from small_bundles import small_bundle
 from transformers_models import save_theirs
 
+from contrastive.files import write_folder
 from contrastive.interop import save_model
-from contrastive.interop.manifest import write_folder
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ import yaml
 from small_bundles import small_bundle
 
 from contrastive.errors import UserError
+from contrastive.files import write_folder
 from contrastive.interop import save_model
 from contrastive.interop.export import export
-from contrastive.interop.manifest import write_folder
 from contrastive.interop.run_record import STALE_SECONDS, RunRecord, public_name
 
 CONFIG = {

@@ -11,7 +11,7 @@ import contrastive
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
-from contrastive.interop.manifest import problem, write_folder
+from contrastive.files import problem, write_folder
 from contrastive.interop.native import save_model
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig, ExponentialMovingAverage, MuonConfig

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from contrastive.data.tokenizer import TransformersTokenizer
+from contrastive.files import write_json
 from contrastive.interop.bundle import Absent, Bundle
-from contrastive.interop.formats.json_file import write_json
 from contrastive.interop.formats.onnx import example
 from contrastive.interop.formats.onnx.graphs import (
     PIXELS,
@@ -54,7 +54,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
             text = bundle.config.text
             tokens = torch.full((2, text.context_length), text.eos_id or 0)
             write_graph(TextGraph(bundle.model, dtype), TOKENS, tokens, folder / f"text_tower{suffix}.onnx")
-    write_json(describe(bundle), folder / "config.json")
+    write_json(folder / "config.json", describe(bundle))
     if isinstance(bundle.tokenizer, Absent):
         notes.append("no tokenizer.json: the source has no tokenizer, so texts have to come as ids")
     elif bundle.tokenizer is not None:

@@ -11,8 +11,8 @@ import torch
 
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
+from contrastive.files import read_json
 from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle
-from contrastive.interop.formats.json_file import read_json
 from contrastive.interop.formats.key_table import to_ours
 from contrastive.interop.formats.open_clip import options
 from contrastive.interop.formats.open_clip.config import (

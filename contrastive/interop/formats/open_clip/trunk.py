@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.interop.formats.json_file import read_json
+from contrastive.files import read_json
 from contrastive.interop.formats.key_table import to_ours
 from contrastive.interop.formats.open_clip.keys import PROJECTION, TRUNK, trunk_projection
 from contrastive.interop.formats.timm.architecture import build_on_meta, describe

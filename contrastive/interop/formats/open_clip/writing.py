@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from contrastive.errors import UserError
+from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Bundle
-from contrastive.interop.formats.json_file import read_json, write_json
 from contrastive.interop.formats.key_table import to_theirs
 from contrastive.interop.formats.open_clip.config import (
     is_native,
@@ -88,7 +88,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
         "text_cfg": write_text(text) | tokenizer_cfg,
     }
     preprocess_cfg = write_processor(preprocess, image.patch_size)
-    write_json({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, folder / CONFIG)
+    write_json(folder / CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
     save_file(_weights(model, native), folder / WEIGHTS[0])
     return [
         *notes,
@@ -114,7 +114,7 @@ def retarget(folder: Path, source: str | Path) -> bool:
     model_cfg = {**description["model_cfg"], "vision_cfg": vision, "text_cfg": text}
     changed = model_cfg != description["model_cfg"]
     if changed:
-        write_json({**description, "model_cfg": model_cfg}, folder / CONFIG)
+        write_json(folder / CONFIG, {**description, "model_cfg": model_cfg})
     return changed
 
 
@@ -125,7 +125,7 @@ def _write_trunk(bundle: Bundle, folder: Path, place: Path) -> tuple[dict, list[
     name, arguments = timm_name(image, size)
     if arguments:  # no name of the registry alone
         processor = write_timm_processor(preprocess, image.patch_size)
-        write_json(describe_for_timm(name, arguments, 0, processor), folder / "config.json")
+        write_json(folder / "config.json", describe_for_timm(name, arguments, 0, processor))
         name = f"{LOCAL}{place.resolve()}"
         notes.append(
             f"timm has no name for this image tower: its config.json is looked for in {place}. After moving the "

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from contrastive.errors import UserError
+from contrastive.files import read_json
 from contrastive.interop.bundle import Bundle
-from contrastive.interop.formats.json_file import read_json
 from contrastive.interop.formats.state_dicts import fill, read_safetensors
 from contrastive.interop.formats.timm.architecture import build_on_meta, describe, whole_patches
 from contrastive.interop.formats.timm.head import PROJECTION, drop_zero_bias, head_kind

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.errors import UserError
+from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Bundle
-from contrastive.interop.formats.json_file import read_json, write_json
 from contrastive.interop.formats.outputs import Outputs
 from contrastive.interop.formats.timm.head import KEY
 from contrastive.interop.formats.timm.keys import tower_to_theirs
@@ -56,7 +56,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     description[KEY] = kind
     if bundle.class_names is not None:
         description["label_names"] = list(bundle.class_names)
-    write_json(description, folder / "config.json")
+    write_json(folder / "config.json", description)
     return _notes(bundle)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contrastive.errors import UserError
-from contrastive.interop.formats.json_file import read_json
+from contrastive.files import read_json
 from contrastive.interop.formats.transformers.options import check_options, is_count
 from contrastive.models import (
     ImageModelConfig,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, Preprocess, PreprocessConfig
 from contrastive.errors import UserError
+from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent
-from contrastive.interop.formats.json_file import read_json, write_json
 from contrastive.interop.formats.transformers.options import is_count, is_number
 
 FILE, NESTED_FILE = "preprocessor_config.json", "processor_config.json"
@@ -213,7 +213,7 @@ def write_preprocess(
         "image_mean": list(config.mean),
         "image_std": list(config.std),
     }
-    write_json(options, folder / FILE)
+    write_json(folder / FILE, options)
     odd = config.resize == "crop" or (scaled - image_size) % 2
     if cropped and config.cut == "round" and odd:
         return [

@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from contrastive.errors import UserError
+from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent, Bundle
-from contrastive.interop.formats.json_file import read_json, write_json
 from contrastive.interop.formats.key_table import to_theirs
 from contrastive.interop.formats.outputs import Outputs
 from contrastive.interop.formats.timm.writing import cropped, padded
@@ -61,7 +61,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
             notes += write_tokenizer(tokenizer, folder)
         else:
             notes.append(f"{bundle.path} has no tokenizer, so its files were left out")
-    write_json(their_config(parts, family, size, tokenizer), folder / "config.json")
+    write_json(folder / "config.json", their_config(parts, family, size, tokenizer))
     save_file(_weights(bundle, parts, family), folder / "model.safetensors", metadata={"format": "pt"})
     return notes + _advice(bundle, parts, family)
 

@@ -1,0 +1,200 @@
+"""Files and folders that are whole or absent: written aside, flushed, renamed; claimed before work begins.
+
+torch, safetensors and DCP all load a file with a flipped bit without a word; only a hash finds it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from contrastive.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all; `content` may be a function that writes to the open binary file.
+
+    Text is UTF-8; what cannot be encoded (lone surrogates of a file's name) is written as \\udcff.
+    """
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
+    # The process's own name: several may write one cache at a time, and all write the same.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content) if isinstance(content, bytes) else content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all, so that people can read it too."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file that came with a folder.
+
+    Raises:
+        UserError: no such file, not JSON (torn or not text), or something else than an object.
+    """
+    again = "copy the file again from where the model came from"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}: copy the whole folder again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply for JSON: {again}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): {again}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object: {again}")
+    return content
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make `folder` appear at once, complete, with a manifest of sha256 sums.
+
+    `fill` writes the files into a temporary sibling. What was there under the same name is replaced. When
+    `fill` or the disk fails, nothing under the final name has changed and the temporary folder is removed. It is
+    always called .tmp-NAME, so that what a kill leaves behind is found.
+    """
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        write_json(
+            temporary / MANIFEST, {"sha256": {str(path.relative_to(temporary)): _sha256(path) for path in files}}
+        )
+        _sync_all(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        _rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_new_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """As `write_folder`, without a manifest, in a place of the user's.
+
+    What is there stays as it is (OSError), if it is not empty; no sibling is touched, whatever it is called.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+    try:
+        temporary = aside / folder.name  # with the permissions of a new folder, which mkdtemp's has not
+        temporary.mkdir()
+        fill(temporary)
+        _sync_all(temporary)
+        _rename(temporary, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def problem(folder: Path) -> str | None:
+    """Return what is wrong with a folder that `write_folder` made, or None when every file is as written."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
+    except FileNotFoundError:
+        return "no manifest"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "the manifest is damaged"
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        try:
+            if _sha256(path) != expected:
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def claim_folder(folder: Path, record: str, of: str, mend: str) -> dict[str, Any] | None:
+    """Check, before any work is done, that a command may write to `folder`; return what `record` in it says.
+
+    A folder is free where it is not there yet or empty (files that a kill left half-written aside, and locks, do not
+    count), and may be taken again where an earlier call of the same command left its record, a JSON object. What the
+    record has to say is for the caller to compare.
+
+    Args:
+        record: the name of that file. of: what writes such folders, for messages: 'an inspection'.
+        mend: what to do about it: 'give another --out'.
+
+    Raises:
+        UserError: it is a file, cannot be written, or holds something else.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if nearest == folder and not folder.is_dir():
+        raise UserError(f"{folder} is a file; {mend}")
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"cannot write to {folder}; {mend}")
+    path = folder / record
+    if path.exists():
+        try:
+            return read_json(path)
+        except UserError:
+            raise UserError(f"{path} is not of {of}; {mend}") from None
+    if folder.is_dir() and any(not _is_left_over(entry) for entry in folder.iterdir()):
+        raise UserError(f"{folder} holds files that are not of {of}; {mend}")
+    return None
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file `path` for as long as the context lasts. UserError `busy` where another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(busy) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_left_over(path: Path) -> bool:
+    return path.name.endswith(".partial") or path.name in ("lock", ".lock")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_all(folder: Path) -> None:
+    for path in [*sorted(folder.rglob("*")), folder]:
+        _sync(path)
+
+
+def _rename(folder: Path, to: Path) -> None:
+    os.rename(folder, to)
+    _sync(to.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
