@@ -4,10 +4,7 @@ tyro parses the flags and writes the help. This front rewrites YAML files as fla
 lets `--loss NAME` choose which options a slot has, and turns every mistake into one line.
 """
 
-import contextlib
 import dataclasses
-import io
-import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from contrastive.errors import UserError, did_you_mean
-from contrastive.option_types import accepts, type_name
+from contrastive.option_types import accepts, run_tyro, type_name
 from contrastive.registry import Registry
 
 T = TypeVar("T")
@@ -64,11 +61,17 @@ def parse(
     description: str,
     either: tuple[tuple[str, ...], ...] = (),
     also: tuple[str, ...] = (),
+    written: bool = False,
 ) -> T:
     """Fill the dataclass `cls`: defaults, then each of `files` in turn, then the flags `args`.
 
     Of the options in one group of `either`, the one given last is kept: a flag for one outdoes another in a file.
     `also` names further flags of the script, which an unknown one may have been meant to be.
+
+    Options that have been renamed are told by their new names. A class says which: RENAMED, a class attribute, maps
+    an old dotted name, relative to the class, to the new one, or to None where there is none any more. With `written`,
+    the files were written by the program itself, perhaps by an older version of it: what they say under old names
+    is taken as said under the new ones, which count for more where both are there.
 
     A section chosen by name (`loss`, `optimizer`, `model`) takes the flag's choice, else the last file's. What
     a file says about a component that was not chosen is left aside. `--help` prints and exits with status 0.
@@ -76,7 +79,8 @@ def parse(
     Raises:
         UserError: an unknown key or flag (with a suggestion), a value of the wrong type, an unreadable file.
     """
-    layers = [_Layer(path, _read(path)) for path in files]
+    renamed = _renamed(cls)
+    layers = [_Layer(path, _with_new_names(path, _read(path), renamed, written)) for path in files]
     rest, named = _take(
         args, {name: f"a name: one of {', '.join(choice.names)}" for name, choice in _choices(cls).items()}
     )
@@ -94,11 +98,11 @@ def parse(
     ]
     for arg in rest:
         if arg.startswith("--"):
-            _check_known(arg, known, (*_choices(cls), *also))
+            _check_known(arg, known, (*_choices(cls), *also), renamed)
     words = {"known": known, "prog": prog, "description": _describe(description, cls), "given": args}
     if flags and {"-h", "--help"} & {*rest}:  # the defaults that it tells are then those of the files
-        return _run_tyro(chosen, rest, default=_run_tyro(chosen, flags, **words), **words)
-    return _run_tyro(chosen, flags + rest, **words)
+        return run_tyro(chosen, rest, default=run_tyro(chosen, flags, **words), **words)
+    return run_tyro(chosen, flags + rest, **words)
 
 
 def _keep_one(group: tuple[str, ...], layers: list[_Layer], args: list[str]) -> None:
@@ -258,8 +262,35 @@ def _flat_types(cls: type, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_known(flag: str, known: dict[str, Any], also: tuple[str, ...]) -> None:
+def _renamed(cls: type, prefix: str = "") -> dict[str, str | None]:
+    """Old dotted option names to the new ones, of the class and all within it; None: there is no such option now."""
+    own = getattr(cls, "RENAMED", {})
+    renamed = {prefix + old: new and prefix + new for old, new in own.items()}
+    for name, annotation in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(annotation):
+            renamed |= _renamed(annotation, f"{prefix}{name}.")
+    return renamed
+
+
+def _with_new_names(path: Path, values: dict[str, Any], renamed: dict[str, str | None], written: bool) -> dict:
+    """Return a file's values by the names of today; UserError for an old name, unless the program wrote the file."""
+    old_names = [name for name in values if name in renamed]
+    if old_names and not written:
+        raise UserError(f"{path}: {_old_name(old_names[0], renamed[old_names[0]])}")
+    moved = {renamed[name]: values[name] for name in old_names if renamed[name] is not None}
+    return moved | {name: value for name, value in values.items() if name not in renamed}
+
+
+def _old_name(name: str, new: str | None, dashes: str = "") -> str:
+    return (
+        f"{dashes}{name} is no option any more; leave it out" if new is None else f"{dashes}{name} is {dashes}{new} now"
+    )
+
+
+def _check_known(flag: str, known: dict[str, Any], also: tuple[str, ...], renamed: dict[str, str | None]) -> None:
     name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+    if name in renamed:
+        raise UserError(_old_name(name, renamed[name], "--"))
     section, _, option = name.rpartition(".")
     positive = f"{section}.{option.removeprefix('no_')}".lstrip(".")  # --evaluate.no_progress
     if name not in known and known.get(positive) is not bool and name != "help":
@@ -282,55 +313,3 @@ def _describe(description: str, cls: type) -> str:
     lines = [f"--{name} {{{','.join(c.names)}}}" for name, c in _choices(cls).items() if c.is_slot]
     lines += [f"--{name} NAME" for name, c in _choices(cls).items() if not c.is_slot]
     return "\n\n".join([description, *(["Chosen by name: " + "  ".join(lines)] if lines else [])])
-
-
-def _run_tyro(
-    cls: type[T],
-    args: list[str],
-    *,
-    known: dict[str, Any],
-    prog: str,
-    description: str,
-    given: list[str],
-    default: T | None = None,
-) -> T:
-    import tyro
-
-    errors = io.StringIO()
-    start = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(cls, args=args, prog=prog, description=description, use_underscores=True, **start)
-    except SystemExit as stop:
-        if stop.code == 0:  # --help
-            raise
-        message = _first_message(errors.getvalue())
-    stray = message.removeprefix("Unrecognized options: ").split(", ")[0]
-    if stray in given:
-        message = _one_too_many(given, given.index(stray), known) or message
-    flag = re.match(r"Error parsing --(\S+): .*'(.*)'", message)
-    if flag and flag[1] in known:  # tyro's words are about its parser
-        message = f"--{flag[1]} is '{flag[2]}', expected {type_name(known[flag[1]])}"
-    raise UserError(f"{message}. See --help")
-
-
-def _one_too_many(args: list[str], place: int, known: dict[str, Any]) -> str | None:
-    """What to say of the value at `place`, which nothing takes, where it may stem from a pattern without quotes."""
-    flag = next((arg for arg in reversed(args[:place]) if arg.startswith("--")), "").partition("=")[0]
-    if place == 0 or (flag and known.get(flag.removeprefix("--")) is not str):
-        return None
-    taken = f"{flag or 'this'} takes one value, not also '{args[place]}'"
-    return f"{taken}; quote a pattern, or the shell expands it: {flag} 'shards/*.tar'".replace(":  ", ": ")
-
-
-def _first_message(box: str) -> str:
-    """tyro draws an error as a box with a rule under the message; keep the message, as one line."""
-    lines = []
-    for line in box.splitlines()[1:]:
-        text = line.strip("│╭╮╰╯ ")
-        rule = set(text) <= {"─", "-"}  # hyphens where the output is not UTF-8, and then one above the message too
-        if (rule and lines) or text.startswith("Got errors"):
-            break
-        if not rule:
-            lines.append(text)
-    return " ".join(lines).rstrip(" .")

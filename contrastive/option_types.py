@@ -1,9 +1,15 @@
-"""The types of options: what fits one, and what it is called."""
+"""The types of options: what fits one, what it is called, and tyro, which reads flags by them."""
 
+import contextlib
+import io
 import re
 import types
 import typing
-from typing import Any
+from typing import Any, TypeVar
+
+from contrastive.errors import UserError
+
+T = TypeVar("T")
 
 
 def accepts(annotation: Any, value: Any) -> bool:
@@ -36,3 +42,61 @@ def type_name(annotation: Any) -> str:
     if origin is tuple:
         return f"a list of {type_name(inner[0])}" if inner[-1] is Ellipsis else f"{len(inner)} values"
     return "none" if annotation is types.NoneType else annotation.__name__
+
+
+def run_tyro(
+    cls: type[T],
+    args: list[str],
+    *,
+    known: dict[str, Any],
+    prog: str,
+    description: str,
+    given: list[str],
+    default: T | None = None,
+) -> T:
+    """Fill the dataclass `cls` from flags with tyro; what it says of a mistake becomes one line of a UserError.
+
+    Args:
+        known: dotted option name to its type. given: the flags as the user wrote them.
+        default: where values start that no flag gives; None: the defaults of `cls`.
+    """
+    import tyro
+
+    errors = io.StringIO()
+    start = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(cls, args=args, prog=prog, description=description, use_underscores=True, **start)
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+        message = _first_message(errors.getvalue())
+    stray = message.removeprefix("Unrecognized options: ").split(", ")[0]
+    if stray in given:
+        message = _one_too_many(given, given.index(stray), known) or message
+    flag = re.match(r"Error parsing --(\S+): .*'(.*)'", message)
+    if flag and flag[1] in known:  # tyro's words are about its parser
+        message = f"--{flag[1]} is '{flag[2]}', expected {type_name(known[flag[1]])}"
+    raise UserError(f"{message}. See --help")
+
+
+def _one_too_many(args: list[str], place: int, known: dict[str, Any]) -> str | None:
+    """What to say of the value at `place`, which nothing takes, where it may stem from a pattern without quotes."""
+    flag = next((arg for arg in reversed(args[:place]) if arg.startswith("--")), "").partition("=")[0]
+    if place == 0 or (flag and known.get(flag.removeprefix("--")) is not str):
+        return None
+    taken = f"{flag or 'this'} takes one value, not also '{args[place]}'"
+    return f"{taken}; quote a pattern, or the shell expands it: {flag} 'shards/*.tar'".replace(":  ", ": ")
+
+
+def _first_message(box: str) -> str:
+    """tyro draws an error as a box with a rule under the message; keep the message, as one line."""
+    lines = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("│╭╮╰╯ ")
+        rule = set(text) <= {"─", "-"}  # hyphens where the output is not UTF-8, and then one above the message too
+        if (rule and lines) or text.startswith("Got errors"):
+            break
+        if not rule:
+            lines.append(text)
+    return " ".join(lines).rstrip(" .")

@@ -266,6 +266,58 @@ def test_a_pattern_that_the_shell_expanded_is_told_without_a_flag_too():
         parse(Options, ["0.tar", "1.tar", "2.tar"], [], prog="t", description="")
 
 
+@dataclass(frozen=True)
+class Garden:
+    RENAMED = {"size": "plot.rooms", "fence": None}
+
+    plot: House = field(default_factory=House)
+    beds: int = 2
+    """How many."""
+
+
+@dataclass(frozen=True)
+class Estate:
+    RENAMED = {"beds": "garden.beds"}
+
+    garden: Garden = field(default_factory=Garden)
+
+
+def estate(*args, files=(), written=False):
+    return parse(Estate, list(args), list(files), prog="t", description="", written=written)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("garden: {size: 3}", "{path}: garden.size is garden.plot.rooms now"),
+        ("beds: 3", "{path}: beds is garden.beds now"),
+        ("garden: {fence: true}", "{path}: garden.fence is no option any more; leave it out"),
+    ],
+)
+def test_old_names_are_told_by_the_new_ones(file, text, line):
+    with pytest.raises(UserError) as error:
+        estate(files=[file(text)])
+    assert str(error.value) == line.format(path=file(text))
+
+
+def test_old_flags_are_told_by_the_new_ones():
+    for flag, line in [
+        ("--garden.size", "--garden.size is --garden.plot.rooms now"),
+        ("--beds=3", "--beds is --garden.beds now"),
+        ("--garden.fence", "--garden.fence is no option any more; leave it out"),
+    ]:
+        with pytest.raises(UserError) as error:
+            estate(flag)
+        assert str(error.value) == line
+
+
+def test_old_names_count_in_files_that_the_program_wrote(file):
+    old = "beds: 5\ngarden: {fence: true}"
+    assert estate(files=[file(old)], written=True).garden == Garden(beds=5)
+    assert estate("--garden.beds", "6", files=[file(old)], written=True).garden.beds == 6
+    assert estate(files=[file("beds: 5\ngarden: {beds: 4}")], written=True).garden.beds == 4
+
+
 def test_take_option():
     assert take_option(["--a", "1", "--config", "x.yaml"], "config") == (["--a", "1"], "x.yaml")
     assert take_option(["--config=x.yaml"], "config") == ([], "x.yaml")

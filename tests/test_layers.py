@@ -15,8 +15,8 @@ LAYERS = [
     {"visualize"},
     {"data", "losses", "models", "optim"},
     {"distributed"},
-    {"command_line", "config", "files", "log", "page", "registry"},
-    {"errors", "option_types"},
+    {"command_line", "config", "files", "log", "option_types", "page", "registry"},
+    {"errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

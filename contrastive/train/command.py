@@ -51,7 +51,7 @@ def command(
     if config.resume and saved.exists():  # the run's own options, with what the flags say now
         # A preset's name given again would undo what the first command changed of the preset.
         args, _ = take_option(args, "model")
-        config = replace(parse(cls, args, [saved], **options), run_folder=config.run_folder)
+        config = replace(parse(cls, args, [saved], written=True, **options), run_folder=config.run_folder)
     if not train(config):
         sys.exit(130)  # stopped on request, after saving
 
