@@ -60,7 +60,7 @@ def sampled_captions(source: Source) -> Iterator[str]:
 
     Of shards that lie far away they come in a few runs: each shard that is touched is fetched whole.
     """
-    run = TOKENIZER_SAMPLES // 8 if getattr(source, "remote", False) else 1
+    run = TOKENIZER_SAMPLES // 8 if source.remote else 1
     for first in range(0, len(source), run * math.ceil(len(source) / TOKENIZER_SAMPLES)):
         for index in range(first, min(first + run, len(source))):
             try:

@@ -21,7 +21,6 @@ from contrastive.data.loader import train_loader
 from contrastive.data.order_choice import order_for
 from contrastive.data.pairs import PairDataset
 from contrastive.data.record import BadSample, Record, Source
-from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.data.tokenizer import Tokenizer
 
 BINS = 24
@@ -66,7 +65,7 @@ def chosen_indices(source: Source, samples: int | None, seed: int) -> np.ndarray
     if samples is None or samples >= size:
         return np.arange(size)
     rng = np.random.default_rng(seed)
-    if getattr(source, "remote", False):
+    if source.remote:
         length = math.ceil(samples / REMOTE_BLOCKS)
         starts = rng.choice(max(1, size // length), min(REMOTE_BLOCKS, max(1, size // length)), replace=False)
         return np.sort((starts[:, None] * length + np.arange(length)).ravel())[:samples]
@@ -158,7 +157,7 @@ def summary(source: Source, found: Measured, tokenizer: Tokenizer, inspected: in
         "context_length": tokenizer.context_length,
         "truncated_captions": {"count": long_texts, "share": long_texts / max(1, len(found.tokens))},
         # Captions made from class names repeat by design.
-        "duplicate_captions": None if isinstance(source, ClassPrompts) else _duplicates(found.caption_keys),
+        "duplicate_captions": None if source.prompted else _duplicates(found.caption_keys),
         "duplicate_images": _duplicates({digest.hex(): keys for digest, keys in found.image_keys.items()}),
     }
     if source.class_names or found.labels:

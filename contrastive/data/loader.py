@@ -67,7 +67,7 @@ class _Steps:
         self.global_batch_size = dataset.order.global_batch_size
         self.local_batch_size = self.global_batch_size // world_size
         self.steps = range(start_step, start_step + num_steps)
-        self.far = getattr(self.source, "remote", False) and hasattr(self.order, "shards_ahead")
+        self.far = self.source.remote and hasattr(self.order, "shards_ahead")
 
     def __len__(self) -> int:
         return len(self.steps)

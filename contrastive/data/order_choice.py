@@ -4,7 +4,6 @@ from contrastive.data.mixture import MixtureOrder
 from contrastive.data.order import DrawnOrder, Order, SampleOrder
 from contrastive.data.record import Source
 from contrastive.data.sharded_order import WINDOW, ShardedOrder, default_lanes, pseudo_shards
-from contrastive.data.sources.mixture import Mixture
 from contrastive.errors import UserError
 
 SHUFFLED_WHOLE = 4_000_000  # samples of local data up to which the shuffled list of them all is kept in memory
@@ -34,12 +33,12 @@ def order_for(
     if replacement and (window is not None or lanes is not None):
         raise UserError("data.window and data.lanes mean nothing with data.replacement; leave them out")
     options = {"window": window, "lanes": lanes, "replacement": replacement}
-    if isinstance(source, Mixture):
+    if len(source.parts) > 1:
         return _mixed(source, global_batch_size, seed, options)
     return _plain(source, global_batch_size, seed, **options)
 
 
-def _mixed(source: Mixture, global_batch_size: int, seed: int, options: dict) -> MixtureOrder:
+def _mixed(source: Source, global_batch_size: int, seed: int, options: dict) -> MixtureOrder:
     parts = []
     for number, (part, weight) in enumerate(zip(source.parts, source.weights, strict=True)):
         share = global_batch_size * weight / sum(source.weights)
@@ -68,19 +67,18 @@ def _part_batch(share: float, lanes: int | None) -> int:
 def _plain(
     source: Source, global_batch_size: int, seed: int, window: int | None, lanes: int | None, replacement: bool
 ) -> SampleOrder:
-    size, remote = len(source), getattr(source, "remote", False)
+    size = len(source)
     if replacement:
-        if remote:
+        if source.remote:
             raise UserError(
                 f"data.replacement would fetch a shard of '{source.name}' for nearly every sample; leave it out, "
                 "or copy the shards here first"
             )
         return DrawnOrder(size, global_batch_size, seed)
-    whole = size <= SHUFFLED_WHOLE and not remote if window is None else window >= size
+    whole = size <= SHUFFLED_WHOLE and not source.remote if window is None else window >= size
     if whole and lanes in (None, 1):
         return Order(size, global_batch_size, seed)
-    sizes = getattr(source, "shard_sizes", None)
-    sizes = pseudo_shards(size) if sizes is None else sizes
+    sizes = pseudo_shards(size) if source.shard_sizes is None else source.shard_sizes
     if window is None:
         window = size if whole else WINDOW
     return ShardedOrder(size, global_batch_size, seed, sizes, window, lanes)

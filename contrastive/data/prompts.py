@@ -57,9 +57,8 @@ def default_templates(source: Source, class_names: Sequence[str] | None = None) 
     `class_names` are those it is scored with, its own when None. Classes that are those of no set (see `class_sets`)
     get the prompts for photographs.
     """
-    own = getattr(source, "templates", None)
-    if own:
-        return tuple(own)
+    if source.templates:
+        return source.templates
     scheme = source.name.partition(":")[0]
     if scheme in ("digits", "scenes"):
         return load_templates(scheme)

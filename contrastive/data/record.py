@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
+
+    from contrastive.data.sources.shard_cache import Wanted
 
 
 class BadSample(Exception):
@@ -56,28 +59,111 @@ def check_index(source: Source, index: int) -> int:
     return index
 
 
-class Source(Protocol):
+class Source:
     """A map-style set of samples. Picklable and safe to fork: loader workers call it.
 
+    A source of one's own derives from this class and sets `name` and `fingerprint`, defines `__len__` and
+    `__getitem__`, and `captions` or `label` or both. Everything else has a default that is right for data that lie
+    here as single samples. Nothing in the code asks whether a source has a member: it has them all.
+
     name: the string that named it, for messages.
-    class_names: names of the classes where the source is labelled, else None.
     fingerprint: short hex that changes when the data changes; a resumed run compares it.
+    class_names: names of the classes where the source is labelled, else None.
+    captioned, labelled: whether any sample has captions, or a label, of its own; None: not known without a look.
+    templates: the prompts that suit its classes, each with '{}' for the name; None: whatever suits their names.
+    prompted: whether the captions are those templates filled with class names, and so say no more than the labels.
+    heldout_labels: the classes that training never sees, where they are told apart.
+    shard_sizes: samples of each shard, int (n,), in the order of the samples, for data that are read fastest shard by
+        shard; None: any order is as fast. A shard may have none.
+    remote: whether shards have to be fetched before they can be read.
+    weights: of its `parts`, whole numbers above 0.
     """
 
     name: str
-    class_names: tuple[str, ...] | None
     fingerprint: str
+    class_names: tuple[str, ...] | None = None
+    captioned: bool | None = None
+    labelled: bool | None = None
+    templates: tuple[str, ...] | None = None
+    prompted: bool = False
+    heldout_labels: frozenset[int] = frozenset()
+    shard_sizes: np.ndarray | None = None
+    remote: bool = False
+    weights: tuple[int, ...] = (1,)
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def __getitem__(self, index: int) -> Record:
         """Return sample `index`. Raises BadSample where this one sample cannot be read."""
-        ...
+        raise NotImplementedError
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of sample `index` without reading its image. Raises BadSample."""
-        ...
+        check_index(self, index)
+        return ()
 
     def label(self, index: int) -> int | None:
         """Return the class index of sample `index` without reading its image. Raises BadSample."""
-        ...
+        check_index(self, index)
+        return None
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """The sources that this one mixes by `weights`, laid end to end: itself alone unless it is a Mixture."""
+        return (self,)
+
+    @property
+    def stored(self) -> Source:
+        """The same samples with the captions that are stored: itself unless it is `prompted`."""
+        return self
+
+    def wanted(self, shards: Sequence[Any]) -> list[Wanted]:
+        """Return the files of these shards that have to be fetched, as the cache of shards knows them.
+
+        shards: as the source's order numbers them (see `SampleOrder.shards_ahead`), the first needed first.
+        """
+        return []
+
+    def prefetch(self, shards: Sequence[Any]) -> None:
+        """Have what is `wanted` of these shards fetched in the background; those needed first come first.
+
+        A later call replaces what has not begun. Local shards are left to the operating system.
+        """
+        from contrastive.data.sources.shard_cache import prefetch
+
+        prefetch(self.wanted(shards))
+
+
+class Wrapped(Source):
+    """A source seen through another: every member is that of `source`, and a subclass alters what it is there for.
+
+    Only `parts` and `stored` are its own: they are whole sources, which a wrapper has to wrap in its turn.
+    """
+
+    def __init__(self, source: Source):
+        if len(source.parts) > 1:
+            raise ValueError(f"{source.name}: wrap each part of a mixture by itself, or the weights are lost")
+        self.source = source
+        self.name, self.fingerprint, self.class_names = source.name, source.fingerprint, source.class_names
+        self.captioned, self.labelled = source.captioned, source.labelled
+        self.templates, self.prompted, self.heldout_labels = source.templates, source.prompted, source.heldout_labels
+        self.shard_sizes, self.remote, self.weights = source.shard_sizes, source.remote, source.weights
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[index]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(index)
+
+    def label(self, index: int) -> int | None:
+        return self.source.label(index)
+
+    def wanted(self, shards: Sequence[Any]) -> list[Wanted]:
+        return self.source.wanted(shards)
+
+    def prefetch(self, shards: Sequence[Any]) -> None:
+        self.source.prefetch(shards)

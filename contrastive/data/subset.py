@@ -4,12 +4,12 @@ import hashlib
 
 import numpy as np
 
-from contrastive.data.record import BadSample, Record, Source, check_index
+from contrastive.data.record import BadSample, Record, Source, Wrapped, check_index
 from contrastive.data.sources.mixture import Mixture
 from contrastive.errors import UserError
 
 
-class LabelledSubset:
+class LabelledSubset(Wrapped):
     """A fixed random share of each class of `source`, at least one sample of each.
 
     Args:
@@ -24,10 +24,14 @@ class LabelledSubset:
     def __init__(self, source: Source, share: float):
         if not 0 < share <= 1:
             raise UserError(f"data.share is {share}; it must be above 0 and at most 1")
-        self.source = source
+        super().__init__(source)
+        self.share = share
         self.name = f"{source.name} ({100 * share:g} %)"
-        self.class_names = source.class_names
         self._indices = _pick(source, share)
+        if source.shard_sizes is not None:
+            # The shards keep their numbers, by which the order asks for them, with fewer samples in each or none.
+            ends = np.searchsorted(self._indices, np.cumsum(source.shard_sizes))
+            self.shard_sizes = np.diff(ends, prepend=0)
         identity = source.fingerprint.encode() + self._indices.tobytes()
         self.fingerprint = hashlib.blake2b(identity, digest_size=8).hexdigest()
 
@@ -43,13 +47,17 @@ class LabelledSubset:
     def label(self, index: int) -> int | None:
         return self.source.label(self._place(index))
 
+    @property
+    def stored(self) -> Source:
+        return LabelledSubset(self.source.stored, self.share) if self.prompted else self
+
     def _place(self, index: int) -> int:
         return int(self._indices[check_index(self, index)])
 
 
 def labelled_share(source: Source, share: float) -> Source:
     """Return the share of a source as above; of a mixture, that of each part, so that the weights stay."""
-    if isinstance(source, Mixture):
+    if len(source.parts) > 1:
         parts = [LabelledSubset(part, share) for part in source.parts]
         return Mixture(f"{source.name} ({100 * share:g} %)", parts, source.weights)
     return LabelledSubset(source, share)

@@ -18,8 +18,6 @@ from contrastive.data.record import BadSample, Source
 from contrastive.data.shard_folder import REPORT, ShardFolder, Tally, describe, write_json
 from contrastive.data.shard_sample import PackOptions, class_labels, pack
 from contrastive.data.sources import open_source
-from contrastive.data.sources.class_prompts import ClassPrompts
-from contrastive.data.sources.mixture import Mixture
 from contrastive.distributed.process import end_with_parent
 from contrastive.errors import UserError
 from contrastive.log import console, say
@@ -71,11 +69,11 @@ def write_shards(
         UserError: the folder is not ours or was begun otherwise, no sample can be used, or a worker died.
     """
     options = options or PackOptions()
-    if isinstance(source, Mixture):
+    if len(source.parts) > 1:
         raise UserError(f"{source.name}: write shards of each part by itself; the weights are for training")
     if samples_per_shard < 1 or (workers is not None and workers < 1):
         raise UserError("samples_per_shard and workers have to be 1 or more")
-    source = source.source if isinstance(source, ClassPrompts) else source
+    source = source.stored
     num_shards = -(-len(source) // samples_per_shard)
     output = ShardFolder(folder, num_shards)
     plan = {

@@ -115,7 +115,7 @@ def load_embeddings(
     found = read_store(store, parts)
     if source is None:
         return found
-    return replace(found, name=source.name, templates=getattr(source, "templates", None))  # they may be newer
+    return replace(found, name=source.name, templates=source.templates)  # they may be newer
 
 
 def read_store(store: EmbeddingStore, parts: tuple[Part, ...] = ("images",)) -> EmbeddingSet:

@@ -19,7 +19,6 @@ from typing import Literal
 
 import numpy as np
 
-from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.distributed import collectives
 from contrastive.errors import UserError
 from contrastive.evaluate.embedding_files import FileType, features_path, read_head, write_json
@@ -122,7 +121,7 @@ class EmbeddingStore:
                 )
             if said["preprocess"] != _plain(bundle.preprocess.config):
                 raise UserError(f"{self.folder} holds embeddings of this model with other preprocessing; embed again")
-        if source is not None and self.config["data"]["fingerprint"] != _fingerprint(source):
+        if source is not None and self.config["data"]["fingerprint"] != source.stored.fingerprint:
             said = self.config["data"]["name"]
             raise UserError(f"{self.folder} holds embeddings of other data ({said}), not of {source.name} as it is now")
 
@@ -131,7 +130,7 @@ def store_config(bundle, source, options: StoreOptions, key_of_model: str | None
     """Return what identifies a store of the embeddings of `source` by `bundle`, its 'key' included."""
     model = {"key": key_of_model or model_key(bundle), "preprocess": _plain(bundle.preprocess.config)}
     made = {name: getattr(options, name) for name in ("space", "dtype", "precision", "limit")}
-    identity = [FORMAT, model, _fingerprint(source), made]
+    identity = [FORMAT, model, source.stored.fingerprint, made]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return {
         "format": FORMAT,
@@ -139,11 +138,11 @@ def store_config(bundle, source, options: StoreOptions, key_of_model: str | None
         "model": {"path": str(getattr(bundle, "path", "")), **model},
         "data": {
             "name": source.name,
-            "fingerprint": _fingerprint(source),
+            "fingerprint": source.stored.fingerprint,
             "num_samples": len(source),
             "class_names": _listed(source.class_names),
-            "heldout_labels": sorted(getattr(source, "heldout_labels", None) or ()),
-            "templates": _listed(getattr(source, "templates", None)),
+            "heldout_labels": sorted(source.heldout_labels),
+            "templates": _listed(source.templates),
         },
         "options": {**asdict(options), "normalized": options.space == "projected"},
     }
@@ -203,11 +202,6 @@ def _check_free(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}; choose another folder")
     if folder.exists() and any(not path.name.endswith(".partial") for path in folder.iterdir()):
         raise UserError(f"{folder} holds something else than embeddings; choose another folder")
-
-
-def _fingerprint(source) -> str:
-    """Of images, labels and captions; prompts made of class names are no captions."""
-    return (source.source if isinstance(source, ClassPrompts) else source).fingerprint
 
 
 def _plain(options) -> dict:

@@ -9,7 +9,6 @@ from rich.progress import track
 
 from contrastive.data.captions import caption_fault
 from contrastive.data.record import BadSample
-from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.distributed import collectives
 from contrastive.errors import UserError
 from contrastive.evaluate.embedding_files import write_shard
@@ -23,7 +22,7 @@ PROBED = 100
 
 def has_captions(source) -> bool:
     """Whether samples have captions of their own; prompts made of class names are none."""
-    if isinstance(source, ClassPrompts):
+    if source.prompted:
         return False
     for index in range(0, len(source), max(1, len(source) // PROBED)):
         try:

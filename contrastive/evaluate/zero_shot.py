@@ -207,7 +207,7 @@ def _by_class(source, names: Sequence[str], confusion: torch.Tensor) -> dict:
 
 def _heldout_metrics(source, correct: list[int], counts: list[int]) -> dict[str, float]:
     """Accuracy over the images of trained and of never trained classes, for sources that tell them apart."""
-    heldout = getattr(source, "heldout_labels", None) or frozenset()
+    heldout = source.heldout_labels
     metrics = {}
     for name, chosen in (
         ("seen_acc1", [label for label in range(len(counts)) if label not in heldout]),

@@ -1,12 +1,13 @@
 """The options of a pretraining run, and how those left open follow from its data."""
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Literal
 
 from contrastive.config import preset, slot
 from contrastive.data.record import Source
 from contrastive.data.settings import DataConfig
-from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.losses import LOSSES, LossConfig
@@ -78,7 +79,7 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
     length = resolve_run(config, source)
     loss = config.loss
     if loss.duplicates == "auto":
-        named = any(part.class_names for part in getattr(source, "parts", (source,)))
+        named = any(part.class_names for part in source.parts)
         loss = replace(loss, duplicates="positive" if named else "negative")
     scale, bias = loss.initial_logits(num_distinct(loss, source, config.train.global_batch_size))
     model = replace(
@@ -90,13 +91,27 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
     return replace(config, model=model, loss=loss, **length)
 
 
-def num_distinct(loss: LossConfig, source: Source, global_batch_size: int) -> int:
+def num_distinct(loss: LossConfig, source: Source, global_batch_size: int) -> int | float:
     """Return how many captions of a batch differ in the eyes of the loss, as far as that is known beforehand.
 
-    Of class prompts, where equal ones are matches, no more than there are classes.
+    It is 1 / p, at most the batch, where p is the probability that a text of a batch matches an image of it, either
+    drawn at random. Of C classes prompted alike, where equal ones are matches, it is C.
     """
-    prompts = isinstance(source, ClassPrompts) and loss.duplicates == "positive"
-    return min(global_batch_size, len(source.class_names)) if prompts else global_batch_size
+    if loss.duplicates != "positive":
+        return global_batch_size
+    # Two draws agree on class c with probability q_c ** 2. Other captions count as all different: a match is then the
+    # image's own text, one of the batch. In fractions, so that C classes give C and not nearly C.
+    share_of_class, share_of_captions = Counter(), Fraction(0)
+    for part, weight in zip(source.parts, source.weights, strict=True):
+        share = Fraction(weight, sum(source.weights))
+        if part.prompted:
+            for name in part.class_names:  # one name in two parts is one class, as Record.caption_group has it
+                share_of_class[name] += share / len(part.class_names)
+        else:
+            share_of_captions += share
+    matching = sum(q**2 for q in share_of_class.values()) + share_of_captions / global_batch_size
+    distinct = min(Fraction(global_batch_size), 1 / matching)
+    return int(distinct) if distinct.denominator == 1 else float(distinct)
 
 
 def _fit_text(model: ModelConfig, tokenizer: Tokenizer):

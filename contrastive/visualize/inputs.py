@@ -114,7 +114,7 @@ def _read_file(path: Path, preprocess: Preprocess) -> _Image:
 def _read_source(source: Source, preprocess: Preprocess, limit: int) -> tuple[list[_Image], list[str]]:
     class_texts = []
     if source.class_names and len(source.class_names) <= MAX_CLASS_TEXTS:
-        template = getattr(source, "templates", None) or default_templates(source)
+        template = default_templates(source)
         class_texts = [fill(template[:1], name)[0] for name in source.class_names]
     images = []
     for index in evenly_spread(len(source), limit):

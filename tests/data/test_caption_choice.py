@@ -12,7 +12,7 @@ from contrastive.data.augment import AugmentConfig
 from contrastive.data.captions import caption_id, drawn_order
 from contrastive.data.order import Order
 from contrastive.data.pairs import PairDataset
-from contrastive.data.record import BadSample, Record
+from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.settings import DataConfig
 from contrastive.data.sources import open_source
 from contrastive.data.sources.class_prompts import ClassPrompts
@@ -83,17 +83,17 @@ def jpeg():
     return file.getvalue()
 
 
-class Memory:
-    name, class_names, fingerprint = "memory", None, "0"
+class Memory(Source):
+    name, fingerprint = "memory", "0"
 
     def __init__(self, captions, weights=None):
-        self.words, self.weights = tuple(captions), weights
+        self.words, self.caption_weights = tuple(captions), weights
 
     def __len__(self):
         return 64
 
     def __getitem__(self, index):
-        return Record(f"key{index}", jpeg(), self.words, None, self.weights)
+        return Record(f"key{index}", jpeg(), self.words, None, self.caption_weights)
 
 
 def texts(source, tokenizer, templates=("{}",)):
@@ -227,7 +227,7 @@ def test_prompts_take_the_place_of_captions_and_their_weights():
         class_names = ("cat", "dog")
 
         def __getitem__(self, index):
-            return Record("key", b"", self.words, 1, self.weights)
+            return Record("key", b"", self.words, 1, self.caption_weights)
 
     sample = ClassPrompts(Labelled(["a", "b", "c"], (1.0, 2.0, 3.0)), ("a {}", "one {}"))[0]
     assert drawn_order(sample, 0.9) == ("one dog", "a dog")

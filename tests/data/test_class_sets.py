@@ -85,7 +85,7 @@ def test_imagenet_is_open_clips():
 
 def test_a_source_gets_the_templates_of_its_classes():
     def found(names, name="x"):
-        return default_templates(SimpleNamespace(name=name, class_names=tuple(names)))
+        return default_templates(SimpleNamespace(name=name, class_names=tuple(names), templates=None))
 
     assert found(["SeaLake", "River", *class_set("eurosat").own_names[:8]]) == load_templates("satellite")
     assert found(f"{number:05d}" for number in range(43)) == load_templates("signs")
@@ -95,7 +95,7 @@ def test_a_source_gets_the_templates_of_its_classes():
     assert found(["positive", "negative"]) == load_templates("photo")
     assert found(f"n{number:08d}" for number in range(1000)) == load_templates("imagenet")
     assert found(load_class_names("imagenet")) == load_templates("imagenet")
-    nameless = SimpleNamespace(name="x", class_names=None)
+    nameless = SimpleNamespace(name="x", class_names=None, templates=None)
     assert default_templates(nameless, load_class_names("dtd")) == load_templates("textures")
     assert default_templates(nameless) == load_templates("photo")
 

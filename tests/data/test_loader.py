@@ -17,7 +17,7 @@ from contrastive.data.order import Order
 from contrastive.data.order_choice import order_for
 from contrastive.data.pairs import PairDataset, caption_id
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
-from contrastive.data.record import BadSample, Record
+from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sharded_order import ShardedOrder
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import train_bpe
@@ -34,10 +34,10 @@ def jpeg(index):
     return file.getvalue()
 
 
-class Memory:
+class Memory(Source):
     """A source in memory; `images` and `captions` replace those of single samples."""
 
-    name, class_names, fingerprint = "memory", None, "0"
+    name, fingerprint = "memory", "0"
 
     def __init__(self, count=40, images=None, captions=None):
         self.count, self.images, self.words = count, images or {}, captions or {}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from contrastive.data import sharded_order
 from contrastive.data.order import DrawnOrder, Order, check_cursor, shuffled
 from contrastive.data.order_choice import order_for
+from contrastive.data.record import Source
 from contrastive.data.sharded_order import ShardedOrder, default_lanes, pseudo_shards
 from contrastive.errors import UserError
 
@@ -236,7 +237,7 @@ def test_pseudo_shards():
     assert [pseudo_shards(n).tolist() for n in (1, 10_000, 25_000)] == [[1], [10_000], [10_000, 10_000, 5_000]]
 
 
-class Sized:
+class Sized(Source):
     name = "sized"
 
     def __init__(self, size, **extra):

@@ -55,7 +55,7 @@ def test_unknown_set_gets_a_suggestion():
 
 def test_default_templates_fit_the_source():
     def named(name, classes, **more):
-        return SimpleNamespace(name=name, class_names=classes, **more)
+        return SimpleNamespace(name=name, class_names=classes, **{"templates": None, **more})
 
     cifar = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     assert default_templates(named("digits:test", ("zero",))) == load_templates("digits")

@@ -3,10 +3,10 @@
 import pytest
 
 from contrastive.data.captions import sampled_captions
-from contrastive.data.record import BadSample
+from contrastive.data.record import BadSample, Source
 
 
-class Counting:
+class Counting(Source):
     def __init__(self, count, remote):
         self.count, self.remote = count, remote
 

@@ -11,7 +11,7 @@ from colour_model import COLOURS, bundle
 from PIL import Image
 
 from contrastive.data.preprocess import PreprocessConfig
-from contrastive.data.record import Record
+from contrastive.data.record import Record, Source
 from contrastive.data.tokenizer import train_bpe
 from contrastive.files import write_folder
 from contrastive.interop.native import save_model
@@ -40,7 +40,7 @@ def picture(colour, kind="PNG"):
     return data.getvalue()
 
 
-class Labelled:
+class Labelled(Source):
     """A torchvision dataset as one of our sources."""
 
     name, fingerprint = "torchvision", "0"

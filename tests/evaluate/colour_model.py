@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
-from contrastive.data.record import BadSample, Record
+from contrastive.data.record import BadSample, Record, Source
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -51,7 +51,7 @@ def bundle(collapsed: bool = False):
     return SimpleNamespace(model=ColourModel(collapsed), tokenizer=tokenizer, preprocess=preprocess)
 
 
-class ColourSource:
+class ColourSource(Source):
     """Plain pictures.
 
     Args:

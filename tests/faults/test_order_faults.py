@@ -15,7 +15,7 @@ from contrastive.data.loader import train_loader
 from contrastive.data.order import check_cursor
 from contrastive.data.order_choice import order_for
 from contrastive.data.pairs import PairDataset
-from contrastive.data.record import BadSample, Record
+from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sharded_order import ShardedOrder
 from contrastive.data.sources.mixture import Mixture
 from contrastive.data.tokenizer import train_bpe
@@ -24,10 +24,8 @@ from contrastive.errors import UserError
 BATCH = 24
 
 
-class Numbers:
+class Numbers(Source):
     """A source in memory whose every seventh sample cannot be read."""
-
-    class_names = None
 
     def __init__(self, name, count):
         self.name, self.count, self.fingerprint = name, count, f"{name} {count}"

@@ -1,6 +1,5 @@
 """How long a run is, said in steps, epochs or samples."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -69,11 +68,3 @@ def test_equal_captions_of_a_labelled_part_are_positives(spec, duplicates, token
     assert resolve(config, open_source(spec), tokenizer).loss.duplicates == duplicates
     asked = replace(config, loss=SoftmaxLossConfig(duplicates="negative"))
     assert resolve(asked, open_source(spec), tokenizer).loss.duplicates == "negative"
-
-
-def test_the_first_bias_knows_how_many_classes_there_are(tokenizer):
-    """Among prompts of ten classes, equal ones matches, one pair in ten matches, not one in 256."""
-    named, config = open_source("digits"), PretrainConfig(train=TrainConfig(steps=1, global_batch_size=256))
-    assert resolve(config, named, tokenizer).model.init_logit_bias == pytest.approx(-math.log(9))
-    apart = replace(config, loss=replace(config.loss, duplicates="negative"))
-    assert resolve(apart, named, tokenizer).model.init_logit_bias == pytest.approx(-math.log(255))

@@ -4,10 +4,10 @@ import hashlib
 
 import numpy as np
 
-from contrastive.data.record import Record, check_index
+from contrastive.data.record import Record, Source, check_index
 
 
-class ArrayImages:
+class ArrayImages(Source):
     """Images in one array, shared with forked workers.
 
     Args:
@@ -34,10 +34,6 @@ class ArrayImages:
         if image.ndim == 2:
             image = np.repeat(image[:, :, None], 3, axis=2)
         return Record(key=f"{self.name}:{index}", image=image, label=label)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        check_index(self, index)
-        return ()
 
     def label(self, index: int) -> int:
         return int(self._labels[check_index(self, index)])

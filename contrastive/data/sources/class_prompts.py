@@ -4,10 +4,10 @@ import hashlib
 from dataclasses import replace
 
 from contrastive.data.prompts import fill
-from contrastive.data.record import BadSample, Record, Source
+from contrastive.data.record import BadSample, Record, Source, Wrapped
 
 
-class ClassPrompts:
+class ClassPrompts(Wrapped):
     """A labelled source whose captions are every template filled with the sample's class name.
 
     Args:
@@ -18,26 +18,15 @@ class ClassPrompts:
     """
 
     def __init__(self, source: Source, templates: tuple[str, ...]):
-        self.source = source
-        self.templates = templates
-        self.name = source.name
-        self.class_names = source.class_names
-        # What the order and the downloads know of shards holds for their samples under any caption.
-        self.shard_sizes = getattr(source, "shard_sizes", None)
-        self.remote = getattr(source, "remote", False)
-        self.prefetch = getattr(source, "prefetch", None)
-        self.wanted = getattr(source, "wanted", None)
+        super().__init__(source)
+        self.templates, self.prompted, self.captioned = templates, True, True
         self._filled = tuple(fill(templates, name) for name in source.class_names)
         identity = "\n".join((source.fingerprint, *templates))
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
     @property
-    def heldout_labels(self) -> frozenset[int] | None:
-        """The classes that training never sees, where the labelled source tells them apart."""
-        return getattr(self.source, "heldout_labels", None)
-
-    def __len__(self) -> int:
-        return len(self.source)
+    def stored(self) -> Source:
+        return self.source.stored
 
     def __getitem__(self, index: int) -> Record:
         record = self.source[index]
@@ -47,9 +36,6 @@ class ClassPrompts:
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions(self.source.label(index))
-
-    def label(self, index: int) -> int | None:
-        return self.source.label(index)
 
     def _captions(self, label: int | None, key: str = "") -> tuple[str, ...]:
         if label is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from contrastive.data.record import Record, check_index
+from contrastive.data.record import Record, Source, check_index
 from contrastive.data.sources.cells import Cells, caption_texts, image_bytes, read_cell
 
 
@@ -20,7 +20,7 @@ class TablePart:
     num_rows: int
 
 
-class ColumnSource:
+class ColumnSource(Source):
     """Rows of an image column with captions, labels or both.
 
     Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from contrastive.data.record import Record, check_index
+from contrastive.data.record import Record, Source, check_index
 from contrastive.errors import UserError, did_you_mean
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -14,7 +14,7 @@ SPLITS = ("train", "test", "all")
 _TEST_EVERY = 5  # of each digit, in the order of the file
 
 
-class Digits:
+class Digits(Source):
     """Labelled scans, uint8 (8, 8, 3) grey.
 
     Args:
@@ -43,10 +43,6 @@ class Digits:
         index = check_index(self, index)
         image = np.repeat(self._scans[index][:, :, None], 3, axis=2)
         return Record(key=f"digits-{self._rows[index]:04d}", image=image, label=self.label(index))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        check_index(self, index)
-        return ()
 
     def label(self, index: int) -> int:
         return int(self._labels[check_index(self, index)])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from contrastive.data.record import BadSample, Record, check_index
+from contrastive.data.record import BadSample, Record, Source, check_index
 from contrastive.data.sources.image_file import IMAGE_SUFFIXES, read_image_file
 from contrastive.data.sources.packed_bytes import PackedBytes
 from contrastive.errors import UserError
@@ -15,7 +15,7 @@ MAX_TEXT_BYTES = 2**20
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "dev"}
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """Either ROOT/class_name/*.jpg (at any depth below the class folder), or images each with a .txt beside.
 
     One .txt beside an image is enough to make it a captioned folder; images without one have no caption.

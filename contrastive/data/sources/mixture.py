@@ -13,14 +13,14 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from contrastive.data.record import BadSample, Record, Source, check_index
-from contrastive.data.sources.shard_cache import prefetch
+from contrastive.data.sources.shard_cache import Wanted
 from contrastive.errors import UserError
 
 _WEIGHT = re.compile(r"(.+)=([-+.\d]*)")
 _MAX_SUM = 1_000_000  # positions of a block, which are shuffled at once
 
 
-class Mixture:
+class Mixture(Source):
     """Parts laid end to end, to be visited in proportion to their weights (see MixtureOrder).
 
     Class names are those of the parts where all have the same; else it has no labels. Keys begin with the name
@@ -35,7 +35,7 @@ class Mixture:
     """
 
     def __init__(self, name: str, parts: Sequence[Source], weights: Sequence[int]):
-        self.name, self.parts, self.weights = name, tuple(parts), tuple(weights)
+        self.name, self._parts, self.weights = name, tuple(parts), tuple(weights)
         names = [part.name for part in parts]
         twice = next((part for place, part in enumerate(names) if part in names[:place]), None)
         if twice is not None:
@@ -44,8 +44,12 @@ class Mixture:
         self.class_names = class_names.pop() if len(class_names) == 1 else None
         identity = "\n".join(part.fingerprint for part in parts)
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
-        self.remote = any(getattr(part, "remote", False) for part in parts)
+        self.remote = any(part.remote for part in parts)
         self._ends = np.cumsum([len(part) for part in parts])
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return self._parts
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -67,21 +71,14 @@ class Mixture:
         with _faults_of(part):
             return part.label(row) if self.class_names else None
 
-    def prefetch(self, shards: Sequence[tuple[int, int]]) -> None:
-        """Have remote shards, pairs of the part's number and the shard's in it, fetched in the background."""
-        prefetch(
-            [
-                wanted
-                for number, shard in shards
-                if getattr(self.parts[number], "remote", False)
-                for wanted in self.parts[number].wanted([shard])
-            ]
-        )
+    def wanted(self, shards: Sequence[tuple[int, int]]) -> list[Wanted]:
+        """As Source's, of pairs: the part's number and the shard's in it."""
+        return [file for number, shard in shards for file in self._parts[number].wanted([shard])]
 
     def _locate(self, index: int) -> tuple[Source, int]:
         index = check_index(self, index)
         number = int(np.searchsorted(self._ends, index, side="right"))
-        part = self.parts[number]
+        part = self._parts[number]
         return part, index - int(self._ends[number]) + len(part)
 
 

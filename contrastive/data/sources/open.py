@@ -127,10 +127,9 @@ def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
 def _as_pairs(source: Source, templates: tuple[str, ...] | None) -> Source:
     if not len(source):
         raise UserError(f"{source.name} is empty")
-    captioned = getattr(source, "captioned", None)
+    captioned, labelled = source.captioned, source.labelled
     if captioned is None:
         captioned = _some(source, source.captions)
-    labelled = getattr(source, "labelled", None)
     if labelled is None:
         labelled = _some(source, lambda index: source.label(index) is not None)
     if not captioned and not labelled:

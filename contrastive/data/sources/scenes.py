@@ -7,7 +7,7 @@ in training, so that `heldout` measures whether a model composes what it learnt.
 import hashlib
 import operator
 
-from contrastive.data.record import Record
+from contrastive.data.record import Record, Source
 from contrastive.data.sources.scene_captions import word_scene
 from contrastive.data.sources.scene_layout import COLOURS, SHAPES, Draws, Scene, draw_any, draw_single
 from contrastive.data.sources.scene_render import render
@@ -37,7 +37,7 @@ _VERSION = "scenes-2"  # raise it with any change to what a scene shows or says:
 _MIN_IMAGE_SIZE = 16
 
 
-class Scenes:
+class Scenes(Source):
     """Captioned pictures of coloured shapes.
 
     Splits: `train` and `val` have one or two things in a scene, of the 56 training pairs, and no labels.

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from contrastive.data.record import BadSample, Record, check_index
+from contrastive.data.record import BadSample, Record, Source, check_index
 from contrastive.data.sources.class_names import class_names_beside
 from contrastive.data.sources.columns import weighted_names
 from contrastive.data.sources.image_file import MAX_IMAGE_BYTES
 from contrastive.data.sources.manifest import Entry, total
 from contrastive.data.sources.paths import is_remote, short_names
-from contrastive.data.sources.shard_cache import Wanted, prefetch
+from contrastive.data.sources.shard_cache import Wanted
 from contrastive.data.sources.shard_index import CAPTION_FIELDS
 from contrastive.data.sources.shard_reader import Sample
 from contrastive.errors import UserError
@@ -22,7 +22,7 @@ from contrastive.errors import UserError
 Captions = tuple[tuple[str, ...], tuple[float, ...] | None]
 
 
-class Shards:
+class Shards(Source):
     """The samples of a list of indexed shards, in their order. Nothing of a shard is read before it is touched.
 
     Captions come from KEY.json ({"captions": [...], "weights": [...]} or {"caption": ...}), else from KEY.txt;
@@ -83,16 +83,8 @@ class Shards:
         sample = self._sample(index)
         return self._label(sample, sample.json())
 
-    def prefetch(self, shard_numbers: Sequence[int]) -> None:
-        """Have remote shards, numbered in source order, fetched in the background; those needed first come first.
-
-        A later call replaces what has not begun. Local shards are left to the operating system.
-        """
-        prefetch(self.wanted(shard_numbers))
-
-    def wanted(self, shard_numbers: Sequence[int]) -> list[Wanted]:
-        """Return the remote ones of these shards as the cache knows them."""
-        entries = (self._entries[number] for number in shard_numbers)
+    def wanted(self, shards: Sequence[int]) -> list[Wanted]:
+        entries = (self._entries[number] for number in shards)
         return [(e.location, e.summary.size, e.summary.sha256) for e in entries if is_remote(e.location)]
 
     def _sample(self, index: int) -> Sample:

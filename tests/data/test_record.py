@@ -1,0 +1,153 @@
+"""What every source has, and that whatever wraps a source lets all of it through."""
+
+import importlib
+import pkgutil
+
+import numpy as np
+import pytest
+
+import contrastive
+from contrastive.data.record import Record, Source, Wrapped
+from contrastive.data.sources.class_prompts import ClassPrompts
+from contrastive.data.sources.mixture import Mixture
+from contrastive.data.subset import LabelledSubset
+
+MEMBERS = sorted(
+    {name for name in (*vars(Source), *Source.__annotations__) if not name.startswith("_")} | {"__len__", "__getitem__"}
+)
+SOURCES_OF_THEIR_OWN = {"parts", "stored"}
+
+# How each wrapper is made, and what it alters of the source that it wraps.
+WRAPPERS = {
+    ClassPrompts: (
+        lambda source: ClassPrompts(source, ("a {}",)),
+        {"__getitem__", "captions", "captioned", "templates", "prompted", "fingerprint"},
+    ),
+    LabelledSubset: (
+        lambda source: LabelledSubset(source, 0.5),
+        {"name", "fingerprint", "shard_sizes", "__len__", "__getitem__", "captions", "label"},
+    ),
+}
+
+
+class Plain(Source):
+    """Has what a source must have, and nothing else."""
+
+    name, fingerprint = "plain", "0"
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return Record(str(index), b"")
+
+
+class Full(Source):
+    """Has something of its own for every member."""
+
+    name, fingerprint, class_names = "full", "f", ("cat", "dog")
+    captioned, labelled, prompted, remote = False, True, False, True
+    templates, heldout_labels, weights = ("the {}",), frozenset({1}), (1,)
+    shard_sizes = np.array([3, 0, 5])
+
+    def __init__(self):
+        self.asked = []
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return Record(str(index), b"", self.captions(index), self.label(index))
+
+    def captions(self, index):
+        return (f"text {index}",)
+
+    def label(self, index):
+        return index % 2
+
+    def wanted(self, shards):
+        return [(f"{shard}.tar", 7, None) for shard in shards]
+
+    def prefetch(self, shards):
+        self.asked.append(shards)
+
+
+def seen(source, full, member):
+    """What a member of a source gives."""
+    if member == "__len__":
+        return len(source)
+    if member == "__getitem__":
+        return [source[index] for index in range(len(source))]
+    if member in ("captions", "label"):
+        return [getattr(source, member)(index) for index in range(len(source))]
+    if member == "wanted":
+        return source.wanted([2, 0])
+    if member == "prefetch":
+        full.asked.clear()
+        source.prefetch([2, 0])
+        return list(full.asked)
+    value = getattr(source, member)
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def wrappers():
+    """All subclasses of Wrapped in the package, as only the import of every module of the data brings them."""
+    data = importlib.import_module("contrastive.data")
+    for module in pkgutil.walk_packages(data.__path__, "contrastive.data."):
+        importlib.import_module(module.name)
+    found, waiting = [], [Wrapped]
+    while waiting:
+        new = [kind for kind in waiting.pop().__subclasses__() if kind.__module__.startswith(contrastive.__name__)]
+        found += new
+        waiting += new
+    return found
+
+
+def test_every_wrapper_is_known_here():
+    assert set(wrappers()) == WRAPPERS.keys(), "say in WRAPPERS how it is made and what it alters"
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("kind", [Wrapped, *WRAPPERS], ids=lambda kind: kind.__name__)
+def test_every_member_comes_through_a_wrapper(kind, member):
+    make, altered = WRAPPERS.get(kind, (kind, set()))
+    full = Full()
+    wrapper = make(full)
+    if member in SOURCES_OF_THEIR_OWN:
+        assert (getattr(Full(), member) != wrapper) and getattr(wrapper, member)
+    elif member in altered:
+        assert seen(wrapper, full, member) != seen(full, full, member)
+    else:
+        assert seen(wrapper, full, member) == seen(full, full, member)
+    if member not in SOURCES_OF_THEIR_OWN | {"weights", "prompted"}:
+        assert seen(full, full, member) != seen(Plain(), full, member), "Full has to have something of its own"
+
+
+def test_a_wrapper_is_one_part_and_keeps_what_is_stored():
+    full = Full()
+    for make, _ in WRAPPERS.values():
+        wrapper = make(full)
+        assert wrapper.parts == (wrapper,) and wrapper.weights == (1,)
+    prompts = ClassPrompts(full, ("a {}",))
+    assert prompts.stored is full and full.stored is full
+    share = LabelledSubset(full, 0.5)
+    assert share.stored is share
+    stored = LabelledSubset(prompts, 0.5).stored
+    assert stored.fingerprint == share.fingerprint and stored[1] == share[1]
+
+
+def test_a_mixture_is_wrapped_by_its_parts():
+    mixture = Mixture("mix", [Plain(), Full()], (1, 2))
+    assert [part.name for part in mixture.parts] == ["plain", "full"] and mixture.stored is mixture
+    with pytest.raises(ValueError, match="mix: wrap each part"):
+        Wrapped(mixture)
+
+
+def test_a_source_with_the_least_has_all_the_rest():
+    plain = Plain()
+    for member in MEMBERS:
+        assert hasattr(plain, member)
+    assert plain.parts == (plain,) and plain.captions(1) == () and plain.label(1) is None and plain.wanted([0]) == []
+    for ask in (plain.captions, plain.label):
+        with pytest.raises(IndexError, match="plain: index 4"):
+            ask(4)
