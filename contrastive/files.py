@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -128,7 +128,9 @@ def problem(folder: Path) -> str | None:
     return None
 
 
-def claim_folder(folder: Path, record: str, of: str, mend: str) -> dict[str, Any] | None:
+def claim_folder(
+    folder: Path, record: str, of: str, mend: str, only: Sequence[str] | None = None
+) -> dict[str, Any] | None:
     """Check, before any work is done, that a command may write to `folder`; return what `record` in it says.
 
     A folder is free where it is not there yet or empty (files that a kill left half-written aside, and locks, do not
@@ -138,24 +140,33 @@ def claim_folder(folder: Path, record: str, of: str, mend: str) -> dict[str, Any
     Args:
         record: the name of that file. of: what writes such folders, for messages: 'an inspection'.
         mend: what to do about it: 'give another --out'.
+        only: names of the files that may not be there without the record; every file where None.
 
     Raises:
         UserError: it is a file, cannot be written, or holds something else.
     """
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if nearest == folder and not folder.is_dir():
-        raise UserError(f"{folder} is a file; {mend}")
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"cannot write to {folder}; {mend}")
+    check_writable(folder, mend)
     path = folder / record
     if path.exists():
         try:
             return read_json(path)
         except UserError:
             raise UserError(f"{path} is not of {of}; {mend}") from None
-    if folder.is_dir() and any(not _is_left_over(entry) for entry in folder.iterdir()):
+    if only is not None:
+        for taken in (folder / name for name in only if (folder / name).exists()):
+            raise UserError(f"{taken} is there without {record}; {mend}")
+    elif folder.is_dir() and any(not _is_left_over(entry) for entry in folder.iterdir()):
         raise UserError(f"{folder} holds files that are not of {of}; {mend}")
     return None
+
+
+def check_writable(folder: Path, mend: str) -> None:
+    """Raise UserError where `folder` cannot be written to, or made; `mend` says what to do about it."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if nearest == folder and not folder.is_dir():
+        raise UserError(f"cannot write to {folder}: {folder.name} is a file; {mend}")
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"cannot write to {folder}; {mend}")
 
 
 @contextmanager

@@ -80,6 +80,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         claim_folder(tmp_path, **CLAIM)
 
 
+def test_only_files_that_go_with_the_record_count(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    assert claim_folder(tmp_path, **CLAIM, only=("table.md",)) is None
+    (tmp_path / "table.md").touch()
+    with pytest.raises(UserError, match=r"table.md is there without record.json; give another --out"):
+        claim_folder(tmp_path, **CLAIM, only=("table.md",))
+
+
 def test_a_lock_that_another_holds_is_said_at_once(tmp_path):
     with locked(tmp_path / "lock", "busy"), pytest.raises(UserError, match="busy"), locked(tmp_path / "lock", "busy"):
         pass
