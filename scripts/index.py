@@ -22,10 +22,10 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from contrastive.config import parse
-from contrastive.data.sources.index_builder import index_shards
-from contrastive.data.sources.manifest import Entry, is_index, known_shards, read_index, total
+from contrastive.data.shards.indexing import index_shards
+from contrastive.data.shards.shard_manifest import Entry, is_index, known_shards, read_index, total
+from contrastive.data.shards.verify_index import verify_shards
 from contrastive.data.sources.paths import expand_paths, expand_urls, is_remote
-from contrastive.data.sources.verify_index import verify_shards
 from contrastive.errors import UserError
 from contrastive.log import run_script
 

@@ -13,9 +13,9 @@ import pytest
 from shard_writing import pairs, write_tar
 from web_server import WebServer
 
+from contrastive.data.shards.shard_cache import copy_path
+from contrastive.data.shards.shard_manifest import INDEX_FOLDER, read_index
 from contrastive.data.sources import open_source
-from contrastive.data.sources.manifest import INDEX_FOLDER, read_index
-from contrastive.data.sources.shard_cache import copy_path
 from contrastive.errors import UserError
 from scripts.index import main
 

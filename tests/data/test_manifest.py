@@ -9,10 +9,11 @@ import pytest
 from filelock import FileLock
 from shard_writing import pairs, write_tar
 
-from contrastive.data.sources import index_builder, open_source, shard_index
-from contrastive.data.sources.index_builder import index_shards
-from contrastive.data.sources.manifest import INDEX_FOLDER, IndexFolder, read_index
-from contrastive.data.sources.stored_index import load_index
+from contrastive.data.shards import indexing, shard_index
+from contrastive.data.shards.indexing import index_shards
+from contrastive.data.shards.shard_manifest import INDEX_FOLDER, IndexFolder, read_index
+from contrastive.data.shards.stored_index import load_index
+from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 
 
@@ -36,9 +37,9 @@ def shards(tmp_path):
 @pytest.fixture
 def walked(monkeypatch):
     """The shards whose headers are walked, in this process."""
-    seen, walk = [], index_builder.index_shard
+    seen, walk = [], indexing.index_shard
     monkeypatch.setattr(
-        index_builder, "index_shard", lambda path, digest: seen.append(os.path.basename(path)) or walk(path, digest)
+        indexing, "index_shard", lambda path, digest: seen.append(os.path.basename(path)) or walk(path, digest)
     )
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
     return seen
@@ -75,7 +76,7 @@ def test_a_changed_shard_is_indexed_anew_and_changes_the_fingerprint(shards, wal
 
 
 def test_an_interrupted_build_goes_on(shards, walked, monkeypatch):
-    walk = index_builder.index_shard
+    walk = indexing.index_shard
 
     def stopped(path, digest):
         if path.endswith("3.tar"):
@@ -83,8 +84,8 @@ def test_an_interrupted_build_goes_on(shards, walked, monkeypatch):
         return walk(path, digest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(index_builder, "index_shard", stopped)
-        patched.setattr(index_builder._Plan, "_write", lambda plan: None)  # as a kill would
+        patched.setattr(indexing, "index_shard", stopped)
+        patched.setattr(indexing._Plan, "_write", lambda plan: None)  # as a kill would
         with pytest.raises(KeyboardInterrupt):
             open_source(f"{shards}/*.tar")
     assert not (shards / INDEX_FOLDER / "manifest.json").exists()

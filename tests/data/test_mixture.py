@@ -13,7 +13,8 @@ from contrastive.data.order import DrawnOrder, Order, check_cursor
 from contrastive.data.order_choice import order_for
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sharded_order import ShardedOrder
-from contrastive.data.sources import open_source, shard_cache
+from contrastive.data.shards import shard_cache
+from contrastive.data.sources import open_source
 from contrastive.data.sources.mixture import Mixture, split_mixture
 from contrastive.errors import UserError
 

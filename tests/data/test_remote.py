@@ -13,10 +13,11 @@ from shard_writing import pairs, write_tar
 from torch.utils.data import DataLoader
 from web_server import WebServer
 
-from contrastive.data.sources import open_source, remote, shard_cache
-from contrastive.data.sources.index_builder import index_shards
-from contrastive.data.sources.shard_cache import copy_path, open_copy
-from contrastive.data.sources.shard_reader import _open_remote
+from contrastive.data.shards import remote, shard_cache
+from contrastive.data.shards.indexing import index_shards
+from contrastive.data.shards.shard_cache import copy_path, open_copy
+from contrastive.data.shards.shard_reader import _open_remote
+from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 
 SIZE = 10_000_000

@@ -5,8 +5,8 @@ import os
 import pytest
 from shard_writing import damaged, whole_shard, write_tar
 
+from contrastive.data.shards.shard_reader import _open_local
 from contrastive.data.sources import open_source
-from contrastive.data.sources.shard_reader import _open_local
 from contrastive.errors import UserError
 
 

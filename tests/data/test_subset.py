@@ -6,7 +6,8 @@ import pytest
 from contrastive.data.order_choice import order_for
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sharded_order import ShardedOrder
-from contrastive.data.sources import open_source, shard_cache
+from contrastive.data.shards import shard_cache
+from contrastive.data.sources import open_source
 from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.data.sources.mixture import Mixture
 from contrastive.data.subset import LabelledSubset, labelled_share

@@ -21,9 +21,9 @@ from shard_writing import write_tar
 
 from contrastive.data.captions import MAX_CAPTION_CHARS
 from contrastive.data.decode import decode
-from contrastive.data.shard_sample import PackOptions
+from contrastive.data.shards.shard_sample import PackOptions
+from contrastive.data.shards.shard_writing import write_shards
 from contrastive.data.sources import open_source
-from contrastive.data.write_shards import write_shards
 from contrastive.errors import UserError
 
 

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from contrastive.data.record import BadSample, Record, Source, check_index
-from contrastive.data.sources.shard_cache import Wanted
+from contrastive.data.shards.shard_cache import Wanted
 from contrastive.errors import UserError
 
 _WEIGHT = re.compile(r"(.+)=([-+.\d]*)")

@@ -7,6 +7,9 @@ import numpy as np
 
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import BadSample, Source
+from contrastive.data.shards.indexing import local_shards, remote_shards
+from contrastive.data.shards.shard_manifest import is_index, read_index
+from contrastive.data.shards.shard_source import Shards
 from contrastive.data.sources.cifar_batches import is_cifar_folder, open_cifar
 from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.data.sources.columns import Columns
@@ -15,11 +18,8 @@ from contrastive.data.sources.downloads import DOWNLOADS, open_download
 from contrastive.data.sources.folder import ImageFolder
 from contrastive.data.sources.hugging_face import is_saved_dataset, open_hub, open_saved
 from contrastive.data.sources.idx import is_idx_folder, open_idx
-from contrastive.data.sources.index_builder import local_shards, remote_shards
-from contrastive.data.sources.manifest import is_index, read_index
 from contrastive.data.sources.mixture import Mixture, split_mixture
 from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote
-from contrastive.data.sources.shards import Shards
 from contrastive.data.sources.table import open_table
 from contrastive.errors import UserError, did_you_mean
 from contrastive.registry import Registry

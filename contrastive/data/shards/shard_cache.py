@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from filelock import FileLock, Timeout
 
-from contrastive.data.sources.manifest import cache_folder
-from contrastive.data.sources.remote import download
+from contrastive.data.shards.remote import download
+from contrastive.data.shards.shard_manifest import cache_folder
 from contrastive.errors import UserError
 from contrastive.log import warn
 

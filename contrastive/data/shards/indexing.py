@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
+from contrastive.data.shards.parallel_work import WorkProgress, in_parallel
+from contrastive.data.shards.remote import download
+from contrastive.data.shards.shard_cache import copy_path, open_copy
+from contrastive.data.shards.shard_index import ShardIndex, ShardSummary, index_shard
+from contrastive.data.shards.shard_manifest import Entry, IndexFolder, by_folder, index_folders, known_shards
+from contrastive.data.shards.stored_index import load_summary, save_index
 from contrastive.data.sources.class_names import CLASS_FILES
-from contrastive.data.sources.manifest import Entry, IndexFolder, by_folder, index_folders, known_shards
-from contrastive.data.sources.parallel_work import WorkProgress, in_parallel
 from contrastive.data.sources.paths import folder_and_name, is_remote
-from contrastive.data.sources.remote import download
-from contrastive.data.sources.shard_cache import copy_path, open_copy
-from contrastive.data.sources.shard_index import ShardIndex, ShardSummary, index_shard
-from contrastive.data.sources.stored_index import load_summary, save_index
 from contrastive.errors import UserError
 from contrastive.log import say, warn
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+from contrastive.data.shards.shard_index import ShardSummary
+from contrastive.data.shards.stored_index import summary_from, write_whole
 from contrastive.data.sources.paths import folder_and_name, is_remote
-from contrastive.data.sources.shard_index import ShardSummary
-from contrastive.data.sources.stored_index import summary_from, write_whole
 from contrastive.errors import UserError
 
 INDEX_FOLDER, MANIFEST = ".contrastive-index", "manifest.json"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from contrastive.data.shards.packed_bytes import PackedBytes
+from contrastive.data.shards.tar_members import BLOCK, Member, iter_members
 from contrastive.data.sources.image_file import IMAGE_SUFFIXES
-from contrastive.data.sources.packed_bytes import PackedBytes
-from contrastive.data.sources.tar_members import BLOCK, Member, iter_members
 from contrastive.errors import UserError
 
 ROLES = ("image", "txt", "json", "cls")

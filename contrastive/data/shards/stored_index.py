@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from contrastive.data.sources.packed_bytes import PackedBytes
-from contrastive.data.sources.shard_index import ShardIndex, ShardSummary
+from contrastive.data.shards.packed_bytes import PackedBytes
+from contrastive.data.shards.shard_index import ShardIndex, ShardSummary
 from contrastive.errors import UserError
 
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from contrastive.data.record import BadSample, Source
-from contrastive.data.shard_folder import REPORT, ShardFolder, Tally, describe, write_json
-from contrastive.data.shard_sample import PackOptions, class_labels, pack
+from contrastive.data.shards.shard_folder import REPORT, ShardFolder, Tally, describe, write_json
+from contrastive.data.shards.shard_sample import PackOptions, class_labels, pack
 from contrastive.data.sources import open_source
 from contrastive.distributed.process import end_with_parent
 from contrastive.errors import UserError

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from contrastive.data.record import BadSample, Record, Source, check_index
+from contrastive.data.shards.shard_cache import Wanted
+from contrastive.data.shards.shard_index import CAPTION_FIELDS
+from contrastive.data.shards.shard_manifest import Entry, total
+from contrastive.data.shards.shard_reader import Sample
 from contrastive.data.sources.class_names import class_names_beside
 from contrastive.data.sources.columns import weighted_names
 from contrastive.data.sources.image_file import MAX_IMAGE_BYTES
-from contrastive.data.sources.manifest import Entry, total
 from contrastive.data.sources.paths import is_remote, short_names
-from contrastive.data.sources.shard_cache import Wanted
-from contrastive.data.sources.shard_index import CAPTION_FIELDS
-from contrastive.data.sources.shard_reader import Sample
 from contrastive.errors import UserError
 
 Captions = tuple[tuple[str, ...], tuple[float, ...] | None]

@@ -5,11 +5,11 @@ import os
 from functools import lru_cache
 
 from contrastive.data.record import BadSample
-from contrastive.data.sources.manifest import Entry
+from contrastive.data.shards.shard_cache import open_copy
+from contrastive.data.shards.shard_index import MAX_TEXT_BYTES, REFUSALS, ShardIndex
+from contrastive.data.shards.shard_manifest import Entry
+from contrastive.data.shards.stored_index import load_index
 from contrastive.data.sources.paths import is_remote
-from contrastive.data.sources.shard_cache import open_copy
-from contrastive.data.sources.shard_index import MAX_TEXT_BYTES, REFUSALS, ShardIndex
-from contrastive.data.sources.stored_index import load_index
 from contrastive.errors import UserError
 
 _MAX_OPEN, _MAX_OPEN_COPIES = 128, 8

@@ -5,10 +5,10 @@ import os
 import shlex
 from collections.abc import Sequence
 
-from contrastive.data.sources.manifest import Entry
-from contrastive.data.sources.parallel_work import WorkProgress, in_parallel
+from contrastive.data.shards.parallel_work import WorkProgress, in_parallel
+from contrastive.data.shards.shard_cache import copy_path, open_copy
+from contrastive.data.shards.shard_manifest import Entry
 from contrastive.data.sources.paths import is_remote
-from contrastive.data.sources.shard_cache import copy_path, open_copy
 from contrastive.errors import UserError
 
 

@@ -1,0 +1,1 @@
+"""WebDataset shards: indexing, reading from here and from afar, writing."""
