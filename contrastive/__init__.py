@@ -13,19 +13,22 @@ _HOMES = {
     "ImageEncoder": "contrastive.models.image_encoder",
     "create_model": "contrastive.models",
     "list_models": "contrastive.models",
-    "load": "contrastive.interop",
+    "load": "contrastive.interop.loading",
     "load_image_encoder": "contrastive.interop.encoder",
     "losses": None,
     "models": None,
 }
 
-__all__ = ["ImageEncoder", "create_model", "list_models", "load", "load_image_encoder", "losses", "models"]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'contrastive' has no attribute '{name}'")
-    home = _HOMES[name]
-    return (
-        importlib.import_module(f"contrastive.{name}") if home is None else getattr(importlib.import_module(home), name)
-    )
+    if _HOMES[name] is None:
+        return importlib.import_module(f"contrastive.{name}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-import contrastive.interop
 from contrastive.command_line import Parser
 from contrastive.errors import UserError
-from contrastive.interop.export import FORMATS, check_out, push_export
+from contrastive.interop.export import FORMATS, check_out, export, push_export
 from contrastive.interop.hub import check_push
 from contrastive.interop.parity import parity_table
 from contrastive.log import console, run_script
@@ -46,7 +45,7 @@ def main(arguments: list[str]) -> None:
     if options.push:
         check_push(options.push)
     with console.status("loading") as status:
-        done = contrastive.interop.export(options.run, options.to, options.out, options.push, status.update)
+        done = export(options.run, options.to, options.out, options.push, status.update)
     print_result(done, options.to)
     if options.push:
         print(f"pushed: {push_export(done.folder, options.to, options.push, options.private)}")

@@ -6,8 +6,7 @@ import tempfile
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
-from contrastive.interop.bundle import Absent
-from contrastive.interop.weights_key import weights_key
+from contrastive.interop.bundle import Absent, weights_key
 
 
 def model_key(bundle) -> str:

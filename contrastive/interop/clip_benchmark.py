@@ -23,10 +23,9 @@ import warnings
 from pathlib import Path
 
 from contrastive.errors import UserError
-from contrastive.interop.bundle import Bundle
+from contrastive.interop.bundle import Bundle, weights_key
 from contrastive.interop.clip_benchmark_mends import mended_cli
 from contrastive.interop.loading import load
-from contrastive.interop.weights_key import weights_key
 from contrastive.log import run_script
 
 PROG = "contrastive-clip-benchmark"

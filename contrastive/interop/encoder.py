@@ -1,14 +1,21 @@
-"""`contrastive.load_image_encoder`: the image tower of any model that we can read, for VLM builders."""
+"""`contrastive.load_image_encoder`: the image tower of any model that we can read, pixels as VLM code asks for them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import torch
+from PIL import Image
 
+from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.errors import UserError
-from contrastive.interop.image_processor import ImageProcessor
+from contrastive.interop.bundle import Absent
 from contrastive.interop.loading import read
 from contrastive.models.image_encoder import ImageEncoder
+
+Picture = Image.Image | np.ndarray | bytes | str | Path
 
 
 def load_image_encoder(
@@ -54,3 +61,99 @@ def load_image_encoder(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return encoder.eval().to(device, dtype)
+
+
+class PixelBatch(dict):
+    """What `return_tensors="pt"` gives: {'pixel_values': (B, 3, H, W)}, by attribute too, as transformers' batches."""
+
+    @property
+    def pixel_values(self) -> torch.Tensor:
+        """(B, 3, H, W) float32."""
+        return self["pixel_values"]
+
+    def to(self, *args, **kwargs) -> "PixelBatch":
+        """The same on another device or in another dtype, as `Tensor.to` takes them."""
+        return PixelBatch(pixel_values=self.pixel_values.to(*args, **kwargs))
+
+
+class ImageProcessor:
+    """Exactly the pixels of `contrastive.load(PATH).preprocess`, under several names.
+
+    processor(image)                                  # (3, H, W) float32; of a list (B, 3, H, W)
+    processor(images, return_tensors="pt")["pixel_values"]               # (B, 3, H, W), as LLaVA calls it
+    processor.preprocess(image, return_tensors="pt")["pixel_values"][0]  # (3, H, W)
+
+    An image is a PIL image, a file's path or its bytes, or an array (H, W, 3) uint8. `size` and `crop_size` cannot be
+    written to, for that would change nothing: `encoder.set_input_size` changes both tower and pixels.
+    """
+
+    def __init__(self, preprocess: Preprocess | Absent, original: Preprocess | Absent | None = None):
+        self._preprocess = preprocess
+        self._original = preprocess if original is None else original  # sizes are made from it, not one from another
+
+    def __call__(self, images: Picture | list[Picture], return_tensors: str | None = None) -> torch.Tensor | PixelBatch:
+        """Preprocess one image or several; see the class. An image that cannot be read raises BadSample."""
+        if return_tensors not in (None, "pt"):
+            raise UserError(f"return_tensors is {return_tensors!r}; 'pt' is what there is")
+        several = isinstance(images, (list, tuple))
+        if not several and return_tensors is None:
+            return self._pixels(images)
+        if several and not images:
+            raise UserError("no images: the list is empty")
+        pixels = torch.stack([self._pixels(image) for image in (images if several else [images])])
+        return pixels if return_tensors is None else PixelBatch(pixel_values=pixels)
+
+    preprocess = __call__
+
+    def _pixels(self, image: Picture) -> torch.Tensor:
+        if isinstance(image, (str, Path)):
+            image = Path(image).read_bytes()
+        if not isinstance(image, (Image.Image, np.ndarray, bytes)):
+            kind = type(image).__name__
+            raise UserError(f"a {kind} is not an image: give a PIL image, a path, a file's bytes or an array (H, W, 3)")
+        return self._preprocess(image)
+
+    def with_size(self, size: tuple[int, int]) -> "ImageProcessor":
+        """The same for another (height, width) in pixels. Where it cannot be made, use says so."""
+        if isinstance(self._original, Absent):
+            return self
+        config, (height, width) = self._original.config, size
+        if size == config.size:
+            return ImageProcessor(self._original)
+        short = None
+        if config.short_side is not None and config.cut != "corner":  # a corner was cut to whole patches: now it is
+            short = round(config.short_side * height / config.size[0])
+        try:
+            changed = replace(config, image_size=height if height == width else size, short_side=short)
+        except UserError as error:
+            message = f"this model's preprocessing cannot make {height}×{width}: {error}"
+            return ImageProcessor(Absent(f"{message}; make the pixels yourself"), self._original)
+        return ImageProcessor(Preprocess(changed), self._original)
+
+    @property
+    def config(self) -> PreprocessConfig:
+        """All options."""
+        return self._preprocess.config
+
+    @property
+    def image_mean(self) -> tuple[float, float, float]:
+        """Mean of each channel, where white is 1."""
+        return self.config.mean
+
+    @property
+    def image_std(self) -> tuple[float, float, float]:
+        """What divides each channel."""
+        return self.config.std
+
+    @property
+    def crop_size(self) -> Mapping[str, int]:
+        """height and width of what comes out."""
+        height, width = self.config.size
+        return MappingProxyType({"height": height, "width": width})
+
+    @property
+    def size(self) -> Mapping[str, int]:
+        """As `crop_size`; of squares also shortest_edge, which LLaVA reads: what the image is scaled to."""
+        height, width = self.config.size
+        square = {"shortest_edge": self.config.short_side or height} if height == width else {}
+        return MappingProxyType({"height": height, "width": width, **square})

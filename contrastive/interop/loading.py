@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from contrastive.errors import UserError, did_you_mean
-from contrastive.interop.bundle import Bundle
+from contrastive.interop.bundle import Bundle, load_native, native_folder
 from contrastive.interop.hub import fetch, is_hub_name
-from contrastive.interop.native import load_native, native_folder
 from contrastive.models import list_models
 
 # Each package has reading.py: `recognises(folder) -> bool`, `load(folder, with_tokenizer) -> Bundle`. They are asked

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from contrastive.interop.native import is_native
+from contrastive.interop.bundle import is_native
 from contrastive.log import read_metrics
 
 # Results written so many seconds before the final weights are of an earlier checkpoint. Copying a run gives all its

@@ -1,6 +1,6 @@
 """Checkpoints: everything a run needs to continue exactly, in a folder that is whole or absent.
 
-    model.safetensors, config.json, ...          a model folder, as interop.native writes it
+    model.safetensors, config.json, ...          a model folder, as interop.bundle writes it
     ema.safetensors                              averaged weights, where the run keeps them
     optimizer.safetensors                        NUMBER/PARAMETER/STATE for each optimizer in turn
     state.json                                   the data cursor, step included
@@ -21,7 +21,7 @@ from torch import nn
 
 from contrastive.errors import UserError
 from contrastive.files import write_folder
-from contrastive.interop.native import load_weights, newest_whole
+from contrastive.interop.bundle import load_weights, newest_whole
 from contrastive.log import warn
 from contrastive.optim import ExponentialMovingAverage
 

@@ -15,7 +15,7 @@ from contrastive.data.record import Source
 from contrastive.data.samples import LabelledDataset
 from contrastive.distributed.runtime import Runtime
 from contrastive.evaluate.classification import classification
-from contrastive.interop.native import save_classifier
+from contrastive.interop.bundle import save_classifier
 from contrastive.models import ImageClassifier
 from contrastive.train.classifier_settings import SupervisedConfig
 from contrastive.train.mixing import Mixing

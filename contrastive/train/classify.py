@@ -14,9 +14,8 @@ from contrastive.errors import UserError
 from contrastive.evaluate.classification import check_same_classes
 from contrastive.evaluate.embeddings import pick_indices
 from contrastive.evaluate.zero_shot import zero_shot_classifier
-from contrastive.interop.bundle import Absent, Bundle
+from contrastive.interop.bundle import Absent, Bundle, weights_key
 from contrastive.interop.loading import load
-from contrastive.interop.weights_key import weights_key
 from contrastive.log import say
 from contrastive.models import ClassifierConfig, ImageClassifier
 from contrastive.train.classification_task import ClassificationTask

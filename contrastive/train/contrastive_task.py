@@ -14,7 +14,7 @@ from contrastive.data.record import Source
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.distributed.runtime import Runtime
 from contrastive.evaluate.examples import collect_examples
-from contrastive.interop.native import save_model
+from contrastive.interop.bundle import save_model
 from contrastive.models import DualEncoder
 from contrastive.train.evaluation import evaluate
 from contrastive.train.settings import PretrainConfig, num_distinct

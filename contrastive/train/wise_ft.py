@@ -10,8 +10,7 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.evaluate.classification import classification
 from contrastive.evaluate.zero_shot import zero_shot
 from contrastive.files import write_folder
-from contrastive.interop.bundle import Bundle
-from contrastive.interop.native import save_model
+from contrastive.interop.bundle import Bundle, save_model
 from contrastive.log import say
 from contrastive.models import ImageClassifier
 from contrastive.train.classification_task import ClassificationTask

@@ -15,7 +15,7 @@ from torch import nn
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.interop.weights_key import weights_key
+from contrastive.interop.bundle import weights_key
 
 IGNORED = -100  # the label that transformers' loss leaves out
 MAX_TOKENS = 40  # of a caption, its end included

@@ -14,7 +14,7 @@ from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.record import Record, Source
 from contrastive.data.tokenizer import train_bpe
 from contrastive.files import write_folder
-from contrastive.interop.native import save_model
+from contrastive.interop.bundle import save_model
 from contrastive.models import DualEncoder, ModelConfig
 
 

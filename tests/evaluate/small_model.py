@@ -12,7 +12,7 @@ from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.sources.scenes import PAIRS
 from contrastive.data.tokenizer import train_bpe
 from contrastive.files import write_folder
-from contrastive.interop.native import save_model
+from contrastive.interop.bundle import save_model
 from contrastive.models import DualEncoder, ModelConfig
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

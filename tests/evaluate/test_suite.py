@@ -21,7 +21,7 @@ from contrastive.evaluate.retrieval import retrieval
 from contrastive.evaluate.subject import Subject
 from contrastive.evaluate.suite import Suite, read_suite, run_suite, task_from
 from contrastive.evaluate.zero_shot import zero_shot
-from contrastive.interop import Bundle
+from contrastive.interop.bundle import Bundle
 from contrastive.models import ClassifierConfig, ImageClassifier
 
 NAMES = list(COLOURS)

@@ -5,7 +5,7 @@ from small_bundles import small_bundle
 from transformers_models import save_theirs
 
 from contrastive.files import write_folder
-from contrastive.interop import save_model
+from contrastive.interop.bundle import save_model
 
 
 @pytest.fixture(scope="session")

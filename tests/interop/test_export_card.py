@@ -10,7 +10,7 @@ from small_bundles import small_bundle
 
 from contrastive.errors import UserError
 from contrastive.files import write_folder
-from contrastive.interop import save_model
+from contrastive.interop.bundle import save_model
 from contrastive.interop.export import export
 from contrastive.interop.run_record import STALE_SECONDS, RunRecord, public_name
 

@@ -16,7 +16,7 @@ from small_bundles import small_bundle
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.interop import export
+from contrastive.interop.export import export
 from contrastive.interop.formats.open_clip import writing as open_clip_writing
 from contrastive.interop.formats.transformers import writing
 from contrastive.interop.parity import Check, parity_table

@@ -10,7 +10,8 @@ from small_bundles import small_bundle
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.interop import export, hub
+from contrastive.interop import hub
+from contrastive.interop.export import export
 from scripts import evaluate, zero_shot
 from scripts.export import main as export_script
 

@@ -18,9 +18,8 @@ from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 from contrastive.files import write_folder
-from contrastive.interop.bundle import Absent
-from contrastive.interop.image_processor import ImageProcessor
-from contrastive.interop.native import save_classifier, save_model
+from contrastive.interop.bundle import Absent, save_classifier, save_model
+from contrastive.interop.encoder import ImageProcessor
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ImageTowerConfig, ModelConfig
 from contrastive.models import TextTowerConfig as Text
 

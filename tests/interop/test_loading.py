@@ -1,4 +1,7 @@
-"""What `contrastive.load` says about a path that is not a model: what may have been meant."""
+"""What `contrastive.load` imports, and what it says about a path that is not a model: what may have been meant."""
+
+import subprocess
+import sys
 
 import pytest
 
@@ -23,3 +26,18 @@ def test_a_path_without_a_model(path, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         contrastive.load(path)
+
+
+def test_our_own_folder_needs_no_other_library(model_folder):
+    """Neither the readers of others' formats nor what an export needs is imported for it."""
+    code = (
+        "import sys, contrastive; bundle = contrastive.load(sys.argv[1]);"
+        "names = [name for name in sys.modules if name.startswith('contrastive.interop.')]; print(*sorted(names))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, model_folder], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [f"contrastive.interop.{name}" for name in ("bundle", "hub", "loading")]
+
+
+def test_public_names_are_listed():
+    names = {"ImageEncoder", "create_model", "list_models", "load", "load_image_encoder", "losses", "models"}
+    assert names <= set(dir(contrastive)) and all(hasattr(contrastive, name) for name in names)

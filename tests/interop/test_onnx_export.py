@@ -15,7 +15,8 @@ from small_bundles import small_bundle
 import contrastive
 from contrastive.data.preprocess import Preprocess
 from contrastive.errors import UserError
-from contrastive.interop import Absent, export
+from contrastive.interop.bundle import Absent
+from contrastive.interop.export import export
 from contrastive.interop.formats.onnx import example, writing
 from contrastive.interop.formats.onnx.graphs import ImageGraph, TextGraph, write_graph
 from contrastive.interop.parity import probe_image as picture

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.interop import Absent
+from contrastive.interop.bundle import Absent
 
 FILE = "open_clip_model.safetensors"
 

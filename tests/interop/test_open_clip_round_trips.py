@@ -27,7 +27,7 @@ import contrastive
 from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, PreprocessConfig
 from contrastive.data.tokenizer import clip_tokenizer, train_bpe
 from contrastive.errors import UserError
-from contrastive.interop import Absent, Bundle
+from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.formats.open_clip import writing
 from contrastive.interop.formats.timm.naming import timm_name
 from contrastive.models import (

@@ -9,7 +9,7 @@ from small_bundles import CAPTIONS
 import contrastive
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.tokenizer import train_bpe
-from contrastive.interop import export
+from contrastive.interop.export import export
 from contrastive.interop.formats.tokenizer_files import write_tokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -18,7 +18,7 @@ import contrastive
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.tokenizer import clip_tokenizer
 from contrastive.errors import UserError
-from contrastive.interop import Bundle
+from contrastive.interop.bundle import Bundle
 from contrastive.interop.formats.timm import writing
 from contrastive.models import (
     ClassifierConfig,

@@ -12,7 +12,7 @@ from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 from contrastive.files import problem, write_folder
-from contrastive.interop.native import save_model
+from contrastive.interop.bundle import save_model
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig, ExponentialMovingAverage, MuonConfig
 from contrastive.train.checkpoint import find_checkpoint, load_checkpoint, read_cursor, save_checkpoint

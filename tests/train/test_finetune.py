@@ -15,7 +15,7 @@ from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 from contrastive.evaluate.zero_shot import zero_shot
 from contrastive.files import write_folder
-from contrastive.interop.native import save_model
+from contrastive.interop.bundle import save_model
 from contrastive.log import read_metrics
 from contrastive.losses import LOSSES
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig

@@ -12,7 +12,7 @@ from towers import KINDS
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.tokenizer import train_bpe
 from contrastive.files import write_folder
-from contrastive.interop.native import save_classifier, save_model
+from contrastive.interop.bundle import save_classifier, save_model
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ModelConfig
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "visualize.py"
