@@ -24,9 +24,8 @@ import contrastive
 from contrastive.command_line import Parser, at_least
 from contrastive.distributed.runtime import prepare_process
 from contrastive.errors import UserError
-from contrastive.evaluate.comparison import ModelEntry
+from contrastive.evaluate.comparison import ModelEntry, print_comparison
 from contrastive.evaluate.comparison_output import claim_output, write_output
-from contrastive.evaluate.comparison_table import print_comparison
 from contrastive.evaluate.ranks import joined_ranks, launched
 from contrastive.evaluate.subject import Subject
 from contrastive.evaluate.suite import Suite, embed_suite, read_suite, run_suite, task_from

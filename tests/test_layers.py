@@ -15,7 +15,7 @@ LAYERS = [
     {"visualize"},
     {"data", "losses", "models", "optim"},
     {"distributed"},
-    {"command_line", "config", "files", "log", "option_types", "page", "registry"},
+    {"command_line", "config", "files", "log", "option_types", "page", "registry", "results"},
     {"errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,15 +1,19 @@
-"""Many models on many tasks: the results, and the same table of them for the terminal, Markdown and the page."""
+"""Many models on many tasks: the results, and their table on the terminal and in Markdown."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 
-from contrastive.evaluate.bootstrap import LEVEL, RESAMPLES
-from contrastive.evaluate.outcome import Figure, Outcome
-from contrastive.evaluate.report_figures import Score
-from contrastive.evaluate.tasks import TASKS, Task
+from rich import box
+from rich.console import Console, Group
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
-FORMAT = "contrastive-evaluation-1"
+from contrastive.evaluate.outcome import LEVEL, RESAMPLES, Figure, Outcome
+from contrastive.evaluate.tasks import TASKS, EvaluationTask
+from contrastive.results import EVALUATION_FORMAT, figure_title, figure_written
+
 NOTE = (
     f"[low, high]: {LEVEL} % bootstrap interval over the test samples, {RESAMPLES:,} resamples; it says nothing of "
     "other training seeds. Chance: what guessing scores."
@@ -27,59 +31,44 @@ class ModelEntry:
 
 
 @dataclass(frozen=True)
-class Result:
+class TaskResult:
     """One model on one task: an outcome, or the message of what failed."""
 
     model: str
     task: int
+    """Its place in the suite."""
     outcome: Outcome | None
     error: str | None
     seconds: float
 
-
-@dataclass(frozen=True)
-class TaskEntry:
-    """A task as it is told of."""
-
-    task: str
-    title: str
-    data: str
-    features: str
-    options: dict
-
-    @property
-    def subtitle(self) -> str:
-        """The data, and the features where they are not the usual ones."""
-        before = ", before the projection" if self.features.startswith("before") else ""
-        return f"{self.data}{before}"
+    def to_json(self) -> dict:
+        told = {"model": self.model, "task": self.task, "seconds": round(self.seconds, 3)}
+        if self.outcome is None:
+            return {**told, "error": self.error}
+        figures = {}
+        for name, figure in self.outcome.figures.items():
+            low, high = figure.interval or (None, None)
+            figures[name] = {"value": figure.value, "low": low, "high": high, "chance": figure.chance}
+        return {**told, "headline": list(self.outcome.headline), "figures": figures, "details": self.outcome.details}
 
 
 @dataclass(frozen=True)
 class Row:
     """A figure of a task, for all models."""
 
-    task: TaskEntry
+    task: EvaluationTask
     name: str
+    """Of the figure; empty for a task that failed on every model."""
     chance: float | None
     cells: tuple[Figure | str, ...]
     """In the order of the models: a figure, or 'failed', or '' where the model has no such figure."""
 
     @property
-    def is_percent(self) -> bool:
-        return not self.name.endswith("median_rank")
-
-    @property
     def label(self) -> str:
-        """In words: 'acc@1', '5-shot acc@1', 'image → text R@10'."""
-        head, _, tail = self.name.partition("_")
-        if head.startswith("shot") and head[4:].isdigit():
-            return f"{head[4:]}-shot {_words(tail)}"
-        if head.startswith("k") and head[1:].isdigit():
-            return f"k={head[1:]} {_words(tail)}"
-        return _words(self.name)
+        return figure_title(self.name)
 
     def written(self, value: float) -> str:
-        return f"{value:.1f} %" if self.is_percent else f"{value:,.1f}"
+        return figure_written(self.name, value)
 
 
 @dataclass(frozen=True)
@@ -87,32 +76,11 @@ class Comparison:
     """Everything that an evaluation found."""
 
     suite: str
-    date: str
-    limit: int | None
-    models: list[ModelEntry]
-    tasks: list[TaskEntry]
-    results: list[Result]
-
-    @classmethod
-    def of(
-        cls,
-        suite: str,
-        tasks: Sequence[Task],
-        models: list[ModelEntry],
-        results: list[Result],
-        limit: int | None,
-    ) -> "Comparison":
-        entries = [
-            TaskEntry(
-                TASKS.name_of(type(task)),
-                task.title,
-                task.data_title,
-                task.features_title,
-                {field.name: getattr(task, field.name) for field in fields(task)},
-            )
-            for task in tasks
-        ]
-        return cls(suite, datetime.now(UTC).isoformat(timespec="seconds"), limit, models, entries, results)
+    tasks: Sequence[EvaluationTask]
+    models: Sequence[ModelEntry]
+    results: Sequence[TaskResult]
+    limit: int | None = None
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
     def failures(self) -> list[str]:
@@ -143,40 +111,129 @@ class Comparison:
         return rows
 
     def to_json(self) -> dict:
-        """What evaluation.json holds."""
+        """What evaluation.json holds; contrastive/results.py reads it."""
         return {
-            "format": FORMAT,
+            "format": EVALUATION_FORMAT,
             "suite": self.suite,
             "date": self.date,
             "limit": self.limit,
             "interval": {"level": LEVEL, "resamples": RESAMPLES, "over": "test samples"},
             "models": [asdict(model) for model in self.models],
-            "tasks": [asdict(task) for task in self.tasks],
-            "results": [_result_json(result) for result in self.results],
+            "tasks": [_task_json(task) for task in self.tasks],
+            "results": [result.to_json() for result in self.results],
         }
 
 
-def _cell(result: Result, name: str) -> Figure | str:
-    if result.outcome is None:
-        return "failed"
-    return result.outcome.figures.get(name, "")
+def _cell(result: TaskResult, name: str) -> Figure | str:
+    return "failed" if result.outcome is None else result.outcome.figures.get(name, "")
 
 
-def _result_json(result: Result) -> dict:
-    told = {"model": result.model, "task": result.task, "seconds": round(result.seconds, 3)}
-    if result.outcome is None:
-        return {**told, "error": result.error}
-    figures = {
-        name: {
-            "value": figure.value,
-            "low": figure.interval and figure.interval[0],
-            "high": figure.interval and figure.interval[1],
-            "chance": figure.chance,
-        }
-        for name, figure in result.outcome.figures.items()
+def _task_json(task: EvaluationTask) -> dict:
+    return {
+        "task": TASKS.name_of(type(task)),
+        "title": task.title,
+        "data": task.data_title,
+        "features": task.features_title,
+        "options": {option.name: getattr(task, option.name) for option in fields(task)},
     }
-    return {**told, "headline": list(result.outcome.headline), "figures": figures, "details": result.outcome.details}
 
 
-def _words(name: str) -> str:
-    return Score(f"task/{name}").name.replace("mean per class", "mean per-class")
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print the headline figures: models side by side where they fit, else below each other."""
+    console = console or Console(highlight=False)
+    table: Table | Group = _side_by_side(comparison)
+    unbound = console.options.update(max_width=100_000)
+    if Measurement.get(console, unbound, table).minimum > console.width:
+        table = _below_each_other(comparison)
+    console.print(table)
+    for line in comparison.failures:
+        console.print(Text(f"failed: {line}", style="red"), soft_wrap=True)
+    console.print(Text(f"{NOTE}{_limited(comparison)}", style="dim"))
+
+
+def _side_by_side(comparison: Comparison) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("task", overflow="fold", min_width=20)
+    table.add_column("figure", no_wrap=True)
+    table.add_column("chance", justify="right", no_wrap=True)
+    for model in comparison.models:
+        table.add_column(Text(model.name), justify="right", overflow="fold", min_width=12)
+    for row, task in _with_tasks(comparison.rows()):
+        cells = [_two_lines(row, cell) for cell in row.cells]
+        table.add_row(task, row.label, _chance(row), *cells)
+    return table
+
+
+def _below_each_other(comparison: Comparison) -> Group:
+    parts: list[Text | Table] = []
+    for row in comparison.rows():
+        parts.append(Text.assemble("\n", (row.task.title, "bold"), f" on {row.task.subtitle}"))
+        parts.append(Text(f"{row.label}, chance {_chance(row)}" if row.label else "", style="dim"))
+        table = Table.grid(padding=(0, 2))
+        table.add_column(overflow="fold")
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(no_wrap=True)
+        for model, cell in zip(comparison.models, row.cells, strict=True):
+            table.add_row(Text(f"  {model.name}"), *map(Text, _written(row, cell)))
+        parts.append(table)
+    return Group(*parts, Text())
+
+
+def _with_tasks(rows: Iterable[Row]) -> Iterable[tuple[Row, Text]]:
+    """Each row with what its first column says: the task in the first of its rows, nothing in the others."""
+    last = None
+    for row in rows:
+        told = (
+            Text()
+            if row.task is last
+            else Text.assemble(row.task.title, ("\n" + row.task.subtitle.replace(", ", "\n"), "dim"))
+        )
+        last = row.task
+        yield row, told
+
+
+def _two_lines(row: Row, cell: Figure | str) -> Text:
+    value, interval = _written(row, cell)
+    return Text.assemble(value, (f"\n{interval}", "dim")) if interval else Text(value)
+
+
+def _written(row: Row, cell: Figure | str) -> tuple[str, str]:
+    """A cell's value and its interval."""
+    if isinstance(cell, str):
+        return cell, ""
+    low_high = "" if cell.interval is None else "[{:.1f}, {:.1f}]".format(*cell.interval)
+    return row.written(cell.value), low_high
+
+
+def _chance(row: Row) -> str:
+    return "–" if row.chance is None else row.written(row.chance)
+
+
+def markdown(comparison: Comparison) -> str:
+    """Return evaluation.md: the headline figures, every model a column."""
+    names = [_escaped(model.name) for model in comparison.models]
+    head = ["task", "data", "features", "figure", "chance", *names]
+    lines = [f"# {_escaped(comparison.suite)}", "", _row(head), _row(["---"] * 4 + ["--:"] * (1 + len(names)))]
+    for row in comparison.rows():
+        cells = [" ".join(_written(row, cell)).strip() for cell in row.cells]
+        told = (row.task.title, row.task.data_title, row.task.features_title, row.label, _chance(row))
+        lines.append(_row([*map(_escaped, told), *cells]))
+    lines += ["", f"{NOTE}{_limited(comparison)} {comparison.date}"]
+    if comparison.failures:
+        lines += ["", *(f"- failed: {_escaped(line)}" for line in comparison.failures)]
+    return "\n".join(lines) + "\n"
+
+
+def _limited(comparison: Comparison) -> str:
+    return "" if comparison.limit is None else f" At most {comparison.limit:,} images of each data set."
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    for character in "\\|*_`<[":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("\n", " ")

@@ -1,17 +1,46 @@
-"""The folder of an evaluation: evaluation.json, evaluation.md and evaluation.html."""
+"""The folder of an evaluation: evaluation.json, evaluation.md, and evaluation.html with a bar for each figure."""
 
-import json
-import os
 from collections.abc import Sequence
+from html import escape
+from itertools import groupby
 from pathlib import Path
 
 from contrastive.errors import UserError
-from contrastive.evaluate.comparison import FORMAT, Comparison, ModelEntry
-from contrastive.evaluate.comparison_page import comparison_page
-from contrastive.evaluate.comparison_table import markdown
-from contrastive.evaluate.embedding_files import write_json, write_text
+from contrastive.evaluate.comparison import NOTE, Comparison, ModelEntry, Row, markdown
+from contrastive.evaluate.outcome import Figure
+from contrastive.evaluate.tasks import EvaluationTask
+from contrastive.files import claim_folder, write_json, write_whole
+from contrastive.page import html_page
+from contrastive.results import EVALUATION_FILE, EVALUATION_FORMAT, is_rank
 
-JSON, MARKDOWN, PAGE = "evaluation.json", "evaluation.md", "evaluation.html"
+MARKDOWN, PAGE = "evaluation.md", "evaluation.html"
+NUM_COLOURS = 6
+
+_STYLE = """
+.task { padding: 16px 20px 18px; margin: 12px 0; }
+.task h3 { font-size: 15px; margin: 0; }
+.task h3 span { font-weight: 400; color: var(--soft); }
+.figure { margin-top: 14px; }
+.figure h4 { font-size: 13px; font-weight: 500; color: var(--soft); margin: 0 0 4px; }
+.bar { display: grid; grid-template-columns: minmax(60px, 200px) 1fr 150px; gap: 14px; align-items: center;
+  padding: 3px 0; }
+.bar .name { overflow-wrap: anywhere; font-size: 13.5px; }
+.bar .value { white-space: nowrap; font-size: 13.5px; }
+.bar .value small { color: var(--soft); font-size: 12px; }
+.track { position: relative; height: 16px; background: var(--page); border-radius: 4px; }
+.track i { position: absolute; left: 0; top: 0; bottom: 0; border-radius: 4px; opacity: 0.85; }
+.track b { position: absolute; top: 50%; height: 2px; margin-top: -1px; background: var(--ink); }
+.track b::before, .track b::after { content: ""; position: absolute; top: -3px; height: 8px; width: 2px;
+  background: var(--ink); }
+.track b::before { left: 0; } .track b::after { right: 0; }
+.track u { position: absolute; top: -3px; bottom: -3px; border-left: 2px dashed var(--soft); }
+.failed { color: var(--c2); font-size: 13.5px; overflow-wrap: anywhere; margin: 8px 0 0; }
+.list .n, .list .n small { white-space: nowrap; }
+.key { display: inline-block; vertical-align: middle; margin: 0 4px 0 2px; }
+.key.whisker { width: 22px; height: 2px; background: var(--ink); }
+.key.chance { height: 14px; border-left: 2px dashed var(--soft); }
+@media (max-width: 760px) { .bar { grid-template-columns: 1fr; gap: 2px; } }
+"""
 
 
 def claim_output(folder: Path, models: Sequence[ModelEntry]) -> None:
@@ -20,29 +49,105 @@ def claim_output(folder: Path, models: Sequence[ModelEntry]) -> None:
     Raises:
         UserError: it cannot be written, or holds something else than an earlier evaluation of the same models.
     """
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"cannot write to {folder}; choose another --out DIR")
-    earlier = folder / JSON
-    if not earlier.exists():
-        taken = [name for name in (MARKDOWN, PAGE) if (folder / name).exists()]
-        if taken:
-            raise UserError(f"{folder / taken[0]} is there without {JSON}; choose another --out DIR")
+    choose = "choose another --out DIR"
+    earlier = claim_folder(folder, EVALUATION_FILE, "an evaluation of ours", choose, only=(MARKDOWN, PAGE))
+    if earlier is None:
         return
-    try:
-        content = json.loads(earlier.read_text(encoding="utf-8"))
-        ours, paths = content["format"] == FORMAT, [model["path"] for model in content["models"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        ours, paths = False, []
-    if not ours:
-        raise UserError(f"{earlier} is no evaluation of ours; choose another --out DIR")
+    path = folder / EVALUATION_FILE
+    if earlier.get("format") != EVALUATION_FORMAT:
+        raise UserError(f"{path} is no evaluation of ours; {choose}")
+    paths = [model["path"] for model in earlier["models"]]
     if sorted(paths) != sorted(model.path for model in models):
-        raise UserError(f"{earlier} is the evaluation of {', '.join(paths)}; choose another --out DIR")
+        raise UserError(f"{path} is the evaluation of {', '.join(paths)}; {choose}")
 
 
 def write_output(folder: Path, comparison: Comparison) -> None:
     """Write the three files, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / JSON, comparison.to_json())
-    write_text(folder / MARKDOWN, markdown(comparison))
-    write_text(folder / PAGE, comparison_page(comparison))
+    write_json(folder / EVALUATION_FILE, comparison.to_json())
+    write_whole(folder / MARKDOWN, markdown(comparison))
+    write_whole(folder / PAGE, comparison_page(comparison))
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """Return evaluation.html: a card for each task with its headline figures as bars, then a table of all figures."""
+    models = ", ".join(model.name for model in comparison.models)
+    limited = "" if comparison.limit is None else f" · at most {comparison.limit:,} images of each data set"
+    # The rows of a task stand together.
+    by_task = groupby(comparison.rows(), key=lambda row: row.task)
+    cards = "\n".join(_card(comparison, task, list(rows)) for task, rows in by_task)
+    key = (
+        '<p><span class="key whisker"></span> 95 % interval over the test samples '
+        '<span class="key chance"></span> chance</p>'
+    )
+    body = f"{key}\n{cards}\n{_all_figures(comparison)}\n{_models(comparison)}\n<footer>{escape(NOTE)}</footer>"
+    remark = f"{models} · {comparison.date}{limited}"
+    return html_page(f"Evaluation: {comparison.suite}", remark, body, style=_STYLE)
+
+
+def _card(comparison: Comparison, task: EvaluationTask, rows: list[Row]) -> str:
+    head = f"{escape(task.title)} <span>{escape(task.data_title)} · {escape(task.features_title)}</span>"
+    failed = [
+        result for result in comparison.results if result.error is not None and comparison.tasks[result.task] is task
+    ]
+    lines = "".join(f'<p class="failed">{escape(f"{result.model}: {result.error}")}</p>' for result in failed)
+    figures = "".join(_figure(comparison, row) for row in rows if any(isinstance(cell, Figure) for cell in row.cells))
+    return f'<section class="card task"><h3>{head}</h3>{figures}{lines}</section>'
+
+
+def _figure(comparison: Comparison, row: Row) -> str:
+    chance = "" if row.chance is None else f", chance {row.written(row.chance)}"
+    bars = [
+        _bar(row, model.name, cell, place)
+        for place, (model, cell) in enumerate(zip(comparison.models, row.cells, strict=True))
+        if isinstance(cell, Figure)
+    ]
+    return f'<div class="figure"><h4>{escape(row.label)}{chance}</h4>{"".join(bars)}</div>'
+
+
+def _bar(row: Row, name: str, figure: Figure, place: int) -> str:
+    interval = "" if figure.interval is None else "[{:.1f}, {:.1f}]".format(*figure.interval)
+    track = ""
+    if not is_rank(row.name):
+        low, high = figure.interval or (figure.value, figure.value)
+        whisker = f'<b style="left:{low:.2f}%;width:{high - low:.2f}%"></b>' if figure.interval else ""
+        chance = "" if figure.chance is None else f'<u style="left:{figure.chance:.2f}%"></u>'
+        colour = f"var(--c{place % NUM_COLOURS + 1})"
+        fill = f'<i style="width:{figure.value:.2f}%;background:{colour}"></i>'
+        track = f'<div class="track">{fill}{chance}{whisker}</div>'
+    return (
+        f'<div class="bar"><span class="name">{escape(name)}</span>{track or "<span></span>"}'
+        f'<span class="value">{escape(row.written(figure.value))} <small>{interval}</small></span></div>'
+    )
+
+
+def _all_figures(comparison: Comparison) -> str:
+    head = "".join(f'<th class="n">{escape(model.name)}</th>' for model in comparison.models)
+    lines = []
+    for row in comparison.rows(headline=False):
+        told = (f"{row.task.title}, {row.task.data_title}", row.task.features_title, row.label)
+        cells = "".join(f'<td class="n">{_cell(row, cell)}</td>' for cell in row.cells)
+        chance = "" if row.chance is None else row.written(row.chance)
+        lines.append(
+            f'<tr>{"".join(f"<td>{escape(text)}</td>" for text in told)}<td class="n">{chance}</td>{cells}</tr>'
+        )
+    titles = '<tr><th>task</th><th>features</th><th>figure</th><th class="n">chance</th>'
+    table = f'<table class="list">{titles}{head}</tr>{"".join(lines)}</table>'
+    return f'<h2>All figures</h2><div class="card scroll">{table}</div>'
+
+
+def _cell(row: Row, cell: Figure | str) -> str:
+    if isinstance(cell, str):
+        return escape(cell)
+    interval = "" if cell.interval is None else "<br><small>[{:.1f}, {:.1f}]</small>".format(*cell.interval)
+    return f"{escape(row.written(cell.value))}{interval}"
+
+
+def _models(comparison: Comparison) -> str:
+    lines = "".join(
+        f"<tr><td>{escape(model.name)}</td><td>{escape(model.path)}</td>"
+        f"<td><code>{escape((model.key or 'not loaded')[:16])}</code></td></tr>"
+        for model in comparison.models
+    )
+    head = "<tr><th>name</th><th>folder</th><th>key</th></tr>"
+    return f'<h2>Models</h2><div class="card scroll"><table class="list">{head}{lines}</table></div>'

@@ -10,11 +10,11 @@ from contrastive.evaluate.embedding_set import EmbeddingSet
 from contrastive.evaluate.embeddings import Space
 from contrastive.evaluate.outcome import Outcome, classification_outcome, per_class_counts
 from contrastive.evaluate.subject import Subject
-from contrastive.evaluate.tasks import TASKS, Need, Task
+from contrastive.evaluate.tasks import TASKS, EvaluationTask, Need
 
 
 @dataclass(frozen=True)
-class _Probe(Task):
+class _Probe(EvaluationTask):
     """Fit on `train`, scored on `test`."""
 
     train: str
@@ -153,7 +153,7 @@ class FewShot(_Probe):
 
 @TASKS.register("head")
 @dataclass(frozen=True)
-class Head(_Probe):
+class HeadTask(_Probe):
     """A classifier of scikit-learn, by its name in heads.py."""
 
     head: str = "linear"

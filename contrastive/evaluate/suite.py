@@ -13,9 +13,9 @@ import yaml
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.evaluate import probe_tasks  # noqa: F401 - registers its tasks
-from contrastive.evaluate.comparison import Comparison, ModelEntry, Result
+from contrastive.evaluate.comparison import Comparison, ModelEntry, TaskResult
 from contrastive.evaluate.subject import Subject
-from contrastive.evaluate.tasks import TASKS, Task
+from contrastive.evaluate.tasks import TASKS, EvaluationTask
 from contrastive.log import console, say
 from contrastive.option_types import accepts, type_name
 
@@ -25,7 +25,7 @@ class Suite:
     """Tasks under a name."""
 
     name: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[EvaluationTask, ...]
 
 
 def read_suite(path: Path) -> Suite:
@@ -56,7 +56,7 @@ def read_suite(path: Path) -> Suite:
     return Suite(path.stem, tuple(tasks))
 
 
-def task_from(values: object, where: str) -> Task:
+def task_from(values: object, where: str) -> EvaluationTask:
     """Build a task from {'task': NAME, key: value}; `where` begins each message.
 
     Raises:
@@ -73,7 +73,7 @@ def task_from(values: object, where: str) -> Task:
     return task
 
 
-def _arguments(kind: type[Task], values: dict) -> dict:
+def _arguments(kind: type[EvaluationTask], values: dict) -> dict:
     types = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     arguments = {}
@@ -91,7 +91,7 @@ def _arguments(kind: type[Task], values: dict) -> dict:
     return arguments
 
 
-def embed_suite(models: Sequence[Callable[[], Subject]], tasks: Sequence[Task]) -> None:
+def embed_suite(models: Sequence[Callable[[], Subject]], tasks: Sequence[EvaluationTask]) -> None:
     """Embed what the tasks need, all ranks together: call it on all of them before the first one alone evaluates.
 
     What cannot be embedded is left for `run_suite` to tell.
@@ -131,7 +131,7 @@ def run_suite(
             begun = time.monotonic()
             outcome, error = (None, failure) if subject is None else _attempt(lambda t=task, s=subject: t.run(s))
             seconds = time.monotonic() - begun
-            results.append(Result(entry.name, number, outcome, error, seconds))
+            results.append(TaskResult(entry.name, number, outcome, error, seconds))
             what = f"{entry.name}: {task.title} on {task.data_title}"
             if not error:
                 say(f"{what}: {seconds:.1f} s")
@@ -142,7 +142,7 @@ def run_suite(
         del subject  # before the next one is loaded
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return Comparison.of(suite.name, suite.tasks, list(entries), results, limit)
+    return Comparison(suite.name, suite.tasks, entries, results, limit)
 
 
 def _attempt(call: Callable):

@@ -15,16 +15,22 @@ import torch
 from contrastive.data.class_sets import load_class_names
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.errors import UserError
-from contrastive.evaluate.bootstrap import clustered_interval, median_interval, share_interval
 from contrastive.evaluate.embedding_set import TextEmbeddings
 from contrastive.evaluate.embeddings import Space, check_text_tower
-from contrastive.evaluate.outcome import Figure, Outcome, classification_outcome
+from contrastive.evaluate.outcome import (
+    Figure,
+    Outcome,
+    classification_outcome,
+    clustered_interval,
+    median_interval,
+    share_interval,
+)
 from contrastive.evaluate.retrieval import RECALL_AT, chance_recall, rank_metrics, retrieval_ranks
 from contrastive.evaluate.subject import Subject
 from contrastive.evaluate.zero_shot import checked_class_names, score_zero_shot
 from contrastive.registry import Registry
 
-TASKS: Registry[type["Task"]] = Registry("task")
+TASKS: Registry[type["EvaluationTask"]] = Registry("task")
 FEATURES = {"projected": "after the projection", "pooled": "before the projection"}
 
 
@@ -36,7 +42,7 @@ class Need(NamedTuple):
     texts: bool = False
 
 
-class Task(ABC):
+class EvaluationTask(ABC):
     """What the tasks share."""
 
     title: str
@@ -57,6 +63,11 @@ class Task(ABC):
         """The features in tables."""
         return FEATURES[self.features]
 
+    @property
+    def subtitle(self) -> str:
+        """The data, and the features where they are not the usual ones."""
+        return f"{self.data_title}, before the projection" if self.features == "pooled" else self.data_title
+
     def check(self) -> None:  # noqa: B027 - most tasks have nothing to check
         """Raise UserError for options that cannot work, before any model is loaded."""
 
@@ -71,7 +82,7 @@ class Task(ABC):
 
 @TASKS.register("zero_shot")
 @dataclass(frozen=True)
-class ZeroShot(Task):
+class ZeroShot(EvaluationTask):
     """Labelled images by their nearest class text."""
 
     title = "zero-shot"
@@ -120,7 +131,7 @@ class ZeroShot(Task):
 
 @TASKS.register("retrieval")
 @dataclass(frozen=True)
-class Retrieval(Task):
+class Retrieval(EvaluationTask):
     """Captions by image, and images by caption."""
 
     title = "retrieval"
@@ -180,7 +191,7 @@ def _retrieval_interval(
 
 @TASKS.register("compositional")
 @dataclass(frozen=True)
-class Compositional(Task):
+class Compositional(EvaluationTask):
     """The right of two captions that differ in one word or their order: SugarCrepe's and Winoground's layouts."""
 
     title = "compositional"
@@ -212,7 +223,7 @@ class Compositional(Task):
 
 @TASKS.register("classification")
 @dataclass(frozen=True)
-class Classification(Task):
+class Classification(EvaluationTask):
     """Labelled images by a classifier's own head."""
 
     title = "classification"

@@ -188,7 +188,7 @@ def _results(run: RunRecord | None) -> Iterable[str]:
     if run is None or not run.results:
         return
     yield "## Results"
-    rows = [(result.task, result.data, result.label, *result.written) for result in run.results]
+    rows = [(result.task, result.data, *result.written) for result in run.results]
     yield _table(("task", "data", "figure", "value", "95 % interval", "chance"), rows)
 
 

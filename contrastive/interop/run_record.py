@@ -3,44 +3,25 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from contrastive.interop.bundle import is_native
 from contrastive.log import read_metrics
+from contrastive.results import (
+    EVALUATION_FILE,
+    ZERO_SHOT_FILE,
+    RecordedFigure,
+    figures_of_evaluation,
+    figures_of_row,
+    figures_of_zero_shot,
+)
 
 # Results written so many seconds before the final weights are of an earlier checkpoint. Copying a run gives all its
 # files about the same time, and then nothing is held to be stale.
 STALE_SECONDS = 60
-_FIGURE_ENDS = re.compile(r"(acc\d+|recall|_r\d+|median_rank)$")
-
-
-@dataclass(frozen=True)
-class Result:
-    """One figure on one data set."""
-
-    task: str
-    data: str
-    figure: str
-    value: float
-    interval: tuple[float, float] | None = None
-    chance: float | None = None
-
-    @property
-    def label(self) -> str:
-        """'acc@1', 'image → text R@10'."""
-        text = re.sub(r"_r(\d+)$", r" R@\1", self.figure)
-        text = re.sub(r"acc(\d+)$", r"acc@\1", text).replace("_to_", " → ")
-        return text.replace("per_class", "per-class").replace("heldout", "held-out").replace("_", " ")
-
-    @property
-    def written(self) -> tuple[str, str, str]:
-        """Value, interval and chance as text."""
-        unit = "" if self.figure.endswith("rank") else " %"
-        interval = "" if self.interval is None else f"{self.interval[0]:.1f} to {self.interval[1]:.1f}"
-        return f"{self.value:.1f}{unit}", interval, "" if self.chance is None else f"{self.chance:.1f}{unit}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +35,7 @@ class RunRecord:
     num_samples: int | None
     averaged: bool
     """Whether the weights are the moving average."""
-    results: tuple[Result, ...]
+    results: tuple[RecordedFigure, ...]
 
     @classmethod
     def of(cls, model_folder: Path) -> "RunRecord | None":
@@ -75,10 +56,8 @@ class RunRecord:
         state = next((found for found in map(_state, states) if found), {})
         train = config["train"] if isinstance(config.get("train"), dict) else {}
         step = state.get("step") if is_checkpoint else train.get("steps")
-        found = {(result.task, result.data, result.figure): result for result in _logged(folder, step)}
-        if not is_checkpoint:
-            for result in (*_zero_shot(folder), *_evaluations(folder)):
-                found[result.task, result.data, result.figure] = result
+        results = _logged(folder, step) if is_checkpoint else [*_logged(folder, step), *_evaluated(folder)]
+        found = {(result.task, result.data, result.name): result for result in results}  # the last of each counts
         averaged = train.get("ema_decay") is not None
         return cls(folder, config, step, state.get("num_samples"), averaged, tuple(found.values()))
 
@@ -124,17 +103,27 @@ def _state(checkpoint: Path) -> dict:
         return {}
 
 
-def _logged(folder: Path, step: int | None) -> Iterator[Result]:
+def _logged(folder: Path, step: int | None) -> list[RecordedFigure]:
     """The last evaluation that the run itself made of these weights."""
     if not (folder / "metrics.jsonl").exists():
-        return
+        return []
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("kind") == "eval"]
     rows = [row for row in rows if step is None or row.get("step") == step]
-    for key, value in rows[-1].items() if rows else ():
-        task, _, rest = key.partition("/")
-        data, _, figure = rest.rpartition("/")
-        if _FIGURE_ENDS.search(figure) and isinstance(value, (int, float)):
-            yield Result(task.replace("_", "-"), public_name(data), figure, value)
+    return [_public(figure) for row in rows[-1:] for figure in figures_of_row(row)]
+
+
+def _evaluated(folder: Path) -> Iterator[RecordedFigure]:
+    """What evaluations of the final weights found."""
+    for found in _results_of_final(folder, f"zero_shot/*/{ZERO_SHOT_FILE}"):
+        yield from map(_public, figures_of_zero_shot(found))
+    for found in _results_of_final(folder, f"evaluation/*/{EVALUATION_FILE}"):
+        of = f" ({found['limit']:,} samples)" if found.get("limit") else ""
+        yield from (_public(figure, of) for figure in figures_of_evaluation(found))
+
+
+def _public(figure: RecordedFigure, of: str = "") -> RecordedFigure:
+    """The figure, its data named without a place and with what part of them it is of."""
+    return replace(figure, data=public_name(figure.data) + of)
 
 
 def _results_of_final(folder: Path, pattern: str) -> Iterator[dict]:
@@ -147,26 +136,3 @@ def _results_of_final(folder: Path, pattern: str) -> Iterator[dict]:
             continue
         if file.stat().st_mtime >= weights - STALE_SECONDS and isinstance(found, dict):
             yield found
-
-
-def _zero_shot(folder: Path) -> Iterator[Result]:
-    for found in _results_of_final(folder, "zero_shot/*/zero_shot.json"):
-        for figure in ("acc1", "acc5", "mean_per_class_recall", "seen_acc1", "heldout_acc1"):
-            if isinstance(found.get(figure), (int, float)):
-                chance = found.get("chance") if figure in ("acc1", "mean_per_class_recall") else None
-                yield Result("zero-shot", public_name(found.get("data", "")), figure, found[figure], chance=chance)
-
-
-def _evaluations(folder: Path) -> Iterator[Result]:
-    for found in _results_of_final(folder, "evaluation/*/evaluation.json"):
-        if len(found.get("models", ())) != 1:
-            continue
-        of = f" ({found['limit']:,} samples)" if found.get("limit") else ""
-        for result in found.get("results", ()):
-            task = found["tasks"][result["task"]]
-            for name in result.get("headline", ()):
-                figure = result["figures"][name]
-                interval = None if figure["low"] is None else (figure["low"], figure["high"])
-                data = public_name(task["data"]) + of
-                kind = task["task"].replace("_", "-")
-                yield Result(kind, data, name, figure["value"], interval, figure["chance"])

@@ -10,10 +10,8 @@ from rich.console import Console
 from test_report import Page
 
 from contrastive.errors import UserError
-from contrastive.evaluate.comparison import Comparison, ModelEntry, Result
-from contrastive.evaluate.comparison_output import claim_output, write_output
-from contrastive.evaluate.comparison_page import comparison_page
-from contrastive.evaluate.comparison_table import markdown, print_comparison
+from contrastive.evaluate.comparison import Comparison, ModelEntry, TaskResult, markdown, print_comparison
+from contrastive.evaluate.comparison_output import claim_output, comparison_page, write_output
 from contrastive.evaluate.outcome import Figure, Outcome
 from contrastive.evaluate.suite import task_from
 
@@ -57,9 +55,9 @@ def made(names=("sigmoid", "softmax"), failing=()):
         for task, outcome in enumerate(outcomes(-1.5 * place)):
             failed = (name, task) in failing
             error = f"{name} cannot" if failed else None
-            results.append(Result(name, task, None if failed else outcome, error, 1.25))
+            results.append(TaskResult(name, task, None if failed else outcome, error, 1.25))
     entries = [ModelEntry(name, f"runs/{name}", "0" * 64) for name in names]
-    return Comparison.of("small", TASKS, entries, results, None)
+    return Comparison("small", TASKS, entries, results)
 
 
 def printed(comparison, width):
