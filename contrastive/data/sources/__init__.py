@@ -6,9 +6,9 @@ __all__ = ["SOURCES", "open_source"]
 
 
 def __getattr__(name: str) -> Any:
-    # When first asked for: what only one source needs (paths, class names) would bring all of them otherwise.
+    """Import `open` when one of its names is first asked for: a single source is imported without the others."""
     if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    from contrastive.data.sources import open
+    from contrastive.data.sources import open as opening
 
-    return getattr(open, name)
+    return getattr(opening, name)

@@ -6,16 +6,12 @@ import os
 import re
 from pathlib import Path
 
-from contrastive.data.sources.cifar_batches import is_cifar_folder
-from contrastive.data.sources.downloads import DOWNLOADS
-from contrastive.data.sources.hugging_face import is_saved_dataset
-from contrastive.data.sources.idx import is_idx_folder
 from contrastive.data.sources.mixture import split_mixture
 
 HELD_OUT = ("test", "val", "valid", "validation", "dev")
 """Names of held-out splits, the preferred one first."""
 
-_WITH_TEST = ("digits", "scenes", *DOWNLOADS)
+_WITH_TEST = ("digits", "scenes", "mnist", "fashion_mnist", "cifar10", "cifar100")
 _TRAIN = re.compile(r"train(?![a-z])")  # 'train-00000', but not 'training'
 
 
@@ -51,6 +47,10 @@ def held_out_spec(spec: str) -> str | None:
 
 
 def _of_folder(folder: str, inside: str, split: str) -> str | None:
+    from contrastive.data.sources.cifar_batches import is_cifar_folder
+    from contrastive.data.sources.hugging_face import is_saved_dataset
+    from contrastive.data.sources.idx import is_idx_folder
+
     if split != "train":
         return None
     if is_saved_dataset(inside):

@@ -1,5 +1,7 @@
 """Several sources as one, each with a weight: 'a/{00..09}.tar=2,b.csv=1'."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 import os
@@ -9,12 +11,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from contrastive.data.record import BadSample, Record, Source, check_index
-from contrastive.data.shards.shard_cache import Wanted
 from contrastive.errors import UserError
+
+if TYPE_CHECKING:
+    from contrastive.data.shards.shard_cache import Wanted
 
 _WEIGHT = re.compile(r"(.+)=([-+.\d]*)")
 _MAX_SUM = 1_000_000  # positions of a block, which are shuffled at once

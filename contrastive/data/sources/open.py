@@ -2,27 +2,20 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import BadSample, Source
-from contrastive.data.shards.indexing import local_shards, remote_shards
-from contrastive.data.shards.shard_manifest import is_index, read_index
-from contrastive.data.shards.shard_source import Shards
-from contrastive.data.sources.cifar_batches import is_cifar_folder, open_cifar
 from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.data.sources.columns import Columns
-from contrastive.data.sources.digits import Digits
-from contrastive.data.sources.downloads import DOWNLOADS, open_download
-from contrastive.data.sources.folder import ImageFolder
-from contrastive.data.sources.hugging_face import is_saved_dataset, open_hub, open_saved
-from contrastive.data.sources.idx import is_idx_folder, open_idx
 from contrastive.data.sources.mixture import Mixture, split_mixture
 from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote
-from contrastive.data.sources.table import open_table
 from contrastive.errors import UserError, did_you_mean
 from contrastive.registry import Registry
+
+# Each kind of source is imported where it is opened: a run on rendered scenes loads no reader of tables.
 
 # A scheme, the part of a specification before ':', to the function that opens the part after it. Another
 # package adds one with `@SOURCES.register("name")`.
@@ -77,7 +70,11 @@ def _open(spec: str, columns: Columns) -> Source:
         return SOURCES.get(scheme)(argument, columns)
     if "://" in spec or scheme == "pipe":
         return _open_remote(spec, columns)
+    from contrastive.data.shards.shard_manifest import is_index, read_index
+
     if is_index(spec):
+        from contrastive.data.shards.shard_source import Shards
+
         return Shards(spec, read_index(spec), columns.caption)
     folder, _, split = os.path.expanduser(spec).rpartition(":")
     if os.path.isdir(folder) and not os.path.exists(os.path.expanduser(spec)):
@@ -92,6 +89,9 @@ def _open(spec: str, columns: Columns) -> Source:
 
 
 def _open_remote(spec: str, columns: Columns) -> Source:
+    from contrastive.data.shards.indexing import remote_shards
+    from contrastive.data.shards.shard_source import Shards
+
     if not is_remote(spec):
         known = ", ".join(f"{scheme}://" for scheme in REMOTE)
         raise UserError(f"'{spec}': not read; use local files, or shards under {known}")
@@ -102,6 +102,11 @@ def _open_remote(spec: str, columns: Columns) -> Source:
 
 
 def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) -> Source:
+    from contrastive.data.sources.cifar_batches import is_cifar_folder, open_cifar
+    from contrastive.data.sources.folder import ImageFolder
+    from contrastive.data.sources.hugging_face import is_saved_dataset, open_saved
+    from contrastive.data.sources.idx import is_idx_folder, open_idx
+
     if is_saved_dataset(folder):
         return open_saved(spec, folder, split, columns)
     if is_idx_folder(folder):
@@ -118,8 +123,13 @@ def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
     if len(suffixes) > 1:
         raise UserError(f"{spec} matches files of several kinds ({', '.join(suffixes)}); name one kind")
     if suffixes[0] == ".tar":
+        from contrastive.data.shards.indexing import local_shards
+        from contrastive.data.shards.shard_source import Shards
+
         return Shards(spec, local_shards(paths), columns.caption)
     if suffixes[0] in _TABLES:
+        from contrastive.data.sources.table import open_table
+
         return open_table(spec, paths, columns)
     raise UserError(f"{spec}: files of kind '{suffixes[0]}' are not read; use .tar, {', '.join(_TABLES)} or a folder")
 
@@ -162,13 +172,23 @@ def _open_scenes(argument: str, columns: Columns) -> Source:
 
 @SOURCES.register("digits")
 def _open_digits(argument: str, columns: Columns) -> Source:
+    from contrastive.data.sources.digits import Digits
+
     return Digits(argument or "train")
 
 
-for _dataset in DOWNLOADS:
-    SOURCES.register(_dataset)(lambda argument, columns, dataset=_dataset: open_download(dataset, argument))
+def _open_download(dataset: str, argument: str, columns: Columns) -> Source:
+    from contrastive.data.sources.downloads import open_download
+
+    return open_download(dataset, argument)
+
+
+for _dataset in ("mnist", "fashion_mnist", "cifar10", "cifar100"):
+    SOURCES.register(_dataset)(partial(_open_download, _dataset))
 
 
 @SOURCES.register("hf")
 def _open_hf(argument: str, columns: Columns) -> Source:
+    from contrastive.data.sources.hugging_face import open_hub
+
     return open_hub(argument, columns)
