@@ -1,18 +1,17 @@
 """report.html of a training run: one page, nothing fetched, that shows what the run did."""
 
-import base64
 import dataclasses
-import io
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+from PIL import Image
 
-from contrastive.evaluate.report_figures import (
+from contrastive.evaluate.report_charts import (
+    CHART_SCRIPT,
+    CHART_STYLE,
     best,
     column,
     headlines,
@@ -21,11 +20,49 @@ from contrastive.evaluate.report_figures import (
     scores_of,
     training_charts,
 )
-from contrastive.evaluate.report_style import CSS, SCRIPT
+from contrastive.files import write_whole
+from contrastive.page import data_uri, html_page
 
 MAX_WRITTEN_PAIRS = 20
 THUMBNAIL = 128
 SMALL = 64
+
+_STYLE = """
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 24px; }
+.tile { padding: 12px 16px 14px; font-size: 14px; line-height: 1.35; }
+.tile span { display: block; color: var(--soft); font-size: 13px; margin-top: 2px; }
+.tile b { display: block; font-size: 26px; font-weight: 620; letter-spacing: -0.02em; line-height: 1.3; }
+.matrix { display: grid; grid-template-columns: minmax(0, auto) minmax(240px, 1fr); gap: 28px; padding: 18px 20px;
+  align-items: start; }
+.matrix th { font-weight: 500; font-size: 12px; color: var(--soft); padding: 0 0 4px; }
+.matrix td { padding: 0; width: 34px; min-width: 30px; height: 30px; text-align: center; font-size: 11px;
+  border: 1px solid var(--card); border-radius: 5px;
+  background: color-mix(in oklab, var(--heat) calc(var(--v) * 1%), var(--page)); }
+.matrix td.strong { color: var(--on-strong); }
+.matrix td.top { color: var(--card); }
+.matrix td.own { outline: 2px solid var(--ink); outline-offset: -2px; font-weight: 700; }
+.matrix td.head { background: none; border: 0; padding-right: 6px; width: auto; }
+.matrix .head img { width: 30px; height: 30px; border-radius: 4px; object-fit: cover; }
+.matrix ol { margin: 0; padding-left: 26px; font-size: 13.5px; }
+.matrix li { padding: 2px 0; overflow-wrap: anywhere; }
+.matrix li::marker { color: var(--soft); }
+.map { padding: 18px 20px 4px; }
+.heatmap { width: min(100%, 560px); }
+.row { display: grid; grid-template-columns: minmax(150px, 270px) 1fr; gap: 20px; padding: 14px 20px;
+  border-top: 1px solid var(--rule); align-items: center; }
+.row:first-child { border-top: 0; }
+.row .caption { overflow-wrap: anywhere; }
+.row .caption small { display: block; }
+.shots { display: flex; flex-wrap: wrap; gap: 10px; }
+.shots figure { margin: 0; width: 96px; font-size: 12px; color: var(--soft); text-align: center; }
+.shots img { width: 96px; height: 96px; object-fit: cover; border-radius: 7px; margin-bottom: 3px; }
+.shots .own { color: var(--right); font-weight: 650; }
+.shots .own img { outline: 3px solid var(--right); outline-offset: -1px; }
+.shots .gap { width: auto; align-self: center; padding-bottom: 18px; font-size: 18px; }
+summary { cursor: pointer; padding: 12px 16px; font-weight: 500; }
+details[open] summary { border-bottom: 1px solid var(--rule); }
+@media (max-width: 760px) { .matrix, .row { grid-template-columns: 1fr; } }
+"""
 
 
 def write_report(
@@ -68,18 +105,9 @@ def write_report(
     ]
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     steps = f"{train[-1]['step']:,} steps" if train else "no step logged"
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style></head>\n<body><main>\n"
-        f"<header><h1>{escape(title)}</h1><p>{steps} · {date}</p></header>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n</main>\n<script>{SCRIPT}</script>\n</body></html>\n"
-    )
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    body = "\n".join(section for section in sections if section)
+    page = html_page(title, f"{steps} · {date}", body, style=CHART_STYLE + _STYLE, script=CHART_SCRIPT)
+    write_whole(Path(path), page)
 
 
 def _section(title: str, remark: str, body: str, content=True) -> str:
@@ -166,7 +194,7 @@ def _heatmap(scores: np.ndarray) -> str:
     low, high = np.nanmin(scores), np.nanmax(scores)
     shade = np.nan_to_num((scores - low) / max(high - low, 1e-9))
     pixels = (255 * colormaps["viridis"](shade)[..., :3]).astype(np.uint8)
-    picture = f'<img class="small heatmap" src="{_data_uri(pixels, "PNG")}" alt="similarity matrix">'
+    picture = f'<img class="small heatmap" src="{data_uri(Image.fromarray(pixels))}" alt="similarity matrix">'
     return f'<div class="card map">{picture}<p>{low:.2f} (dark) to {high:.2f} (bright)</p></div>'
 
 
@@ -232,19 +260,9 @@ def _flattened(value, name: str = ""):
 
 
 def _thumbnail(image: np.ndarray, alt: str) -> str:
-    # Small pictures keep their pixels when the page enlarges them.
-    if max(image.shape[:2]) <= SMALL:
-        return f'<img class="small" src="{_data_uri(image, "PNG")}" alt="{escape(alt)}">'
-    return f'<img src="{_data_uri(image, "JPEG")}" alt="{escape(alt)}">'
-
-
-def _data_uri(image: np.ndarray, kind: Literal["PNG", "JPEG"]) -> str:
-    """(H, W, 3) uint8 as a data: URI; a JPEG has 128 pixels a side at most."""
-    from PIL import Image
-
+    """An <img> of (H, W, 3) uint8, at most 128 pixels a side."""
     picture = Image.fromarray(np.ascontiguousarray(image))
-    data = io.BytesIO()
-    if kind == "JPEG":
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    picture.save(data, kind, quality=85)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
+    if max(picture.size) <= SMALL:  # keeps its pixels when the page enlarges it
+        return f'<img class="small" src="{data_uri(picture)}" alt="{escape(alt)}">'
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return f'<img src="{data_uri(picture, "JPEG")}" alt="{escape(alt)}">'

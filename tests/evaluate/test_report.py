@@ -8,9 +8,9 @@ import pytest
 import torch
 from colour_model import COLOURS, ColourSource, bundle
 
-from contrastive.evaluate.curves import line_chart, short
 from contrastive.evaluate.examples import collect_examples
 from contrastive.evaluate.report import write_report
+from contrastive.evaluate.report_charts import line_chart, short
 
 EVIL = "</style><script>alert(\"x\")</script> & 'quoted'"
 
