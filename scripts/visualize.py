@@ -19,10 +19,9 @@ from contrastive.command_line import Parser, at_least, chosen_device
 from contrastive.interop.bundle import Absent
 from contrastive.log import console, run_script, say
 from contrastive.visualize.drawing import shortened
-from contrastive.visualize.inputs import read_inputs
-from contrastive.visualize.page import claim, write_page
+from contrastive.visualize.pictured_model import PicturedModel, read_inputs
 from contrastive.visualize.pictures import PICTURES, Picture
-from contrastive.visualize.subject import Subject
+from contrastive.visualize.pictures_page import claim, write_page
 
 TITLE_CHARACTERS = 30  # of the model's name, in the pictures' titles
 
@@ -58,7 +57,7 @@ def visualize(options: argparse.Namespace) -> None:
         tokenizer(options.text)  # one that the folder lacks says so now, not after the first pictures
     elif isinstance(tokenizer, Absent):
         tokenizer = None
-    subject = Subject(
+    pictured = PicturedModel(
         name=shortened([str(options.model)], TITLE_CHARACTERS)[0],
         model=bundle.model,
         preprocess=bundle.preprocess,
@@ -67,18 +66,18 @@ def visualize(options: argparse.Namespace) -> None:
         layer=options.layer,
         query=options.query and tuple(options.query),
     )
-    subject.check()
+    pictured.check()
     hidden = not console.is_terminal
     makers = track(PICTURES, "drawing", console=console, disable=hidden, transient=True)
-    made = [make(subject) for make in makers]
+    made = [make(pictured) for make in makers]
     pictures = [one for one in made if isinstance(one, Picture)]
     left_out = [one for one in made if not isinstance(one, Picture)]
     for one in left_out:
         say(f"left out: {one.title.lower()}: {one.reason}")
-    number = len(subject.inputs.images)
+    number = len(pictured.inputs.images)
     remark = f"{number} image{'s' * (number > 1)} from {', '.join(options.images)}, as the model sees them."
-    if subject.num_shown < number:
-        remark += f" Patch by patch, the first {subject.num_shown}."
+    if pictured.num_shown < number:
+        remark += f" Patch by patch, the first {pictured.num_shown}."
     page = write_page(out, str(options.model), remark, pictures, left_out)
     say(f"{len(pictures)} pictures; look at {page}")
 

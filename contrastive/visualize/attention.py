@@ -1,11 +1,51 @@
-"""Attention weights of an image tower, read from its own projections. B batch, H heads, M queries, N tokens."""
+"""What an image tower attends to, by its own projections. B batch, H heads, M queries, N tokens, P patches, D width."""
+
+from dataclasses import dataclass
 
 import torch
 
 from contrastive.errors import UserError
 from contrastive.models.attention import Attention
 from contrastive.models.image_tower import ImageTower
-from contrastive.visualize.trace import Trace
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What went through a tower."""
+
+    inputs: tuple[torch.Tensor, ...]
+    """Of each block, what enters it: (B, N, D)."""
+    tokens: torch.Tensor
+    """(B, N, D) after the last block and the final norm."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+    num_prefix: int
+    """Tokens before the patches: 1 with a class token, else 0."""
+
+    @property
+    def patch_tokens(self) -> torch.Tensor:
+        """(B, P, D): `tokens` without the class token."""
+        return self.tokens[:, self.num_prefix :]
+
+    def on_grid(self, values: torch.Tensor) -> torch.Tensor:
+        """One value a token, (..., N), to the patches' values in their places: (..., rows, columns)."""
+        return values[..., self.num_prefix :].unflatten(-1, self.grid)
+
+
+@torch.no_grad()
+def trace(tower: ImageTower, pixels: torch.Tensor) -> Trace:
+    """Send normalised pixels (B, 3, H, W) through a tower in eval mode.
+
+    `tokens` equals `tower.forward_features(pixels)`.
+    """
+    patch, depth = tower.config.patch_size, len(tower.transformer.blocks)
+    states = tower.states(pixels, range(depth + 1))
+    return Trace(
+        inputs=tuple(states[number] for number in range(depth)),
+        tokens=tower.norm(states[depth]),
+        grid=(pixels.shape[-2] // patch, pixels.shape[-1] // patch),
+        num_prefix=tower.num_prefix_tokens,
+    )
 
 
 @torch.no_grad()
@@ -28,6 +68,14 @@ def layer_index(tower: ImageTower, layer: int) -> int:
     if not -depth <= layer < depth:
         raise UserError(f"layer {layer}: the image tower has {depth} blocks; give 0 to {depth - 1}, or -{depth} to -1")
     return layer % depth
+
+
+def patch_index(grid: tuple[int, int], patch: tuple[int, int]) -> int:
+    """Return the number of the patch at (row, column) of a grid, row by row. UserError where there is no such patch."""
+    (row, column), (rows, columns) = patch, grid
+    if not (0 <= row < rows and 0 <= column < columns):
+        raise UserError(f"patch {row} {column}: the grid has rows 0 to {rows - 1} and columns 0 to {columns - 1}")
+    return row * columns + column
 
 
 def block_attention(tower: ImageTower, seen: Trace, layer: int = -1) -> torch.Tensor:
@@ -56,10 +104,7 @@ def query_attention(tower: ImageTower, seen: Trace, patch: tuple[int, int], laye
     Raises:
         UserError: no such block, or no such patch.
     """
-    (row, column), (rows, columns) = patch, seen.grid
-    if not (0 <= row < rows and 0 <= column < columns):
-        raise UserError(f"patch {row} {column}: the grid has rows 0 to {rows - 1} and columns 0 to {columns - 1}")
-    return block_attention(tower, seen, layer)[:, :, seen.num_prefix + row * columns + column]
+    return block_attention(tower, seen, layer)[:, :, seen.num_prefix + patch_index(seen.grid, patch)]
 
 
 def rollout(tower: ImageTower, seen: Trace) -> torch.Tensor:

@@ -222,10 +222,8 @@ def mosaic(tiles: torch.Tensor, columns: int, gap: int = 1) -> np.ndarray:
 
 def wrapped(text: str, width: int, lines: int) -> str:
     """Return the text in at most so many lines of `width` characters; what does not fit becomes '…'."""
-    parts = textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False) or [""]
-    if len(parts) > lines:
-        parts = [*parts[: lines - 1], parts[lines - 1][: width - 1].rstrip() + "…"]
-    return "\n".join(parts)
+    text = " ".join(text.split())
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder="…", break_on_hyphens=False))
 
 
 def balanced(panels: int, most: int) -> tuple[int, int]:

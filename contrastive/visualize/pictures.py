@@ -6,14 +6,28 @@ from dataclasses import dataclass
 import torch
 
 from contrastive.models.dual_encoder import unit_length
-from contrastive.visualize.draw_embeddings import draw_embeddings, draw_match
-from contrastive.visualize.draw_maps import draw_beside, draw_maps
-from contrastive.visualize.draw_weights import draw_components, draw_filters, draw_positions
+from contrastive.visualize.draw_pictures import (
+    draw_beside,
+    draw_components,
+    draw_embeddings,
+    draw_filters,
+    draw_maps,
+    draw_match,
+    draw_positions,
+)
 from contrastive.visualize.drawing import Heat, png
-from contrastive.visualize.embeddings import effective_rank, match_probabilities, mean_cosine
-from contrastive.visualize.patches import above_mean, pca_colours, text_similarity
-from contrastive.visualize.subject import Subject
-from contrastive.visualize.weights import filter_components, position_similarity, strongest_filters
+from contrastive.visualize.pictured_model import PicturedModel
+from contrastive.visualize.representations import (
+    above_mean,
+    effective_rank,
+    filter_components,
+    match_probabilities,
+    mean_cosine,
+    pca_colours,
+    position_similarity,
+    strongest_filters,
+    text_similarity,
+)
 
 MAX_DATA_TEXTS = 6
 """Texts out of the data in the heat maps; those asked for are all shown."""
@@ -48,16 +62,16 @@ class LeftOut:
     reason: str
 
 
-def attention_heads(subject: Subject) -> Picture:
-    config = subject.tower.config
-    if subject.layer is None and config.pool == "attention":
+def attention_heads(pictured: PicturedModel) -> Picture:
+    config = pictured.tower.config
+    if pictured.layer is None and config.pool == "attention":
         title, what = "What the pooling probe attends to", "the learned probe of the attention pooling attends to"
     elif config.pool == "class":
-        title, what = f"What the class token attends to in {_block(subject)}", "the class token attends to"
+        title, what = f"What the class token attends to in {_block(pictured)}", "the class token attends to"
     else:
-        title = f"What the patches attend to on average in {_block(subject)}"
+        title = f"What the patches attend to on average in {_block(pictured)}"
         what = "all patches attend to on average (no token of a block stands for the image in this tower)"
-    figure = _head_maps(subject, subject.reading, f"{title}, {subject.name}")
+    figure = _head_maps(pictured, pictured.reading, f"{title}, {pictured.name}")
     return Picture(
         name="attention",
         title=title,
@@ -66,14 +80,14 @@ def attention_heads(subject: Subject) -> Picture:
         "say that a head looks at places or at nothing, not at content.",
         source="weights: Vaswani et al. 2017, equation 1",
         png=png(figure),
-        alt=f"{title}: heat maps over {_images(subject)}.",
+        alt=f"{title}: heat maps over {_images(pictured)}.",
     )
 
 
-def attention_query(subject: Subject) -> Picture:
-    row, column = subject.patch
-    title = f"What one patch attends to in {_block(subject)}"
-    figure = _head_maps(subject, subject.queried, f"{title}, {subject.name}", subject.patch)
+def attention_query(pictured: PicturedModel) -> Picture:
+    row, column = pictured.patch
+    title = f"What one patch attends to in {_block(pictured)}"
+    figure = _head_maps(pictured, pictured.queried, f"{title}, {pictured.name}", pictured.patch)
     return Picture(
         name="attention_query",
         title=title,
@@ -83,16 +97,16 @@ def attention_query(subject: Subject) -> Picture:
         source="weights: Vaswani et al. 2017, equation 1; places to store: Darcet et al. 2024, 'Vision Transformers "
         "Need Registers'",
         png=png(figure),
-        alt=f"{title}: heat maps over {_images(subject)}.",
+        alt=f"{title}: heat maps over {_images(pictured)}.",
     )
 
 
-def attention_rollout(subject: Subject) -> Picture:
-    maps, images, names = subject.rolled, *_shown(subject)
+def attention_rollout(pictured: PicturedModel) -> Picture:
+    maps = pictured.rolled
     heat = Heat(maps, cut=ATTENTION_CUT)
-    title = f"Attention rollout over all {len(subject.tower.transformer.blocks)} blocks"
-    over = [heat.over(image, values) for image, values in zip(images, maps, strict=True)]
-    figure = draw_beside(images, names, over, title=f"{title}, {subject.name}", heat=heat, unit=UNIFORM)
+    title = f"Attention rollout over all {len(pictured.tower.transformer.blocks)} blocks"
+    over = [heat.over(image, values) for image, values in zip(pictured.shown[0], maps, strict=True)]
+    figure = draw_beside(*pictured.shown, over, title=f"{title}, {pictured.name}", heat=heat, unit=UNIFORM)
     return Picture(
         name="attention_rollout",
         title=title,
@@ -102,43 +116,46 @@ def attention_rollout(subject: Subject) -> Picture:
         source="Abnar & Zuidema 2020, 'Quantifying Attention Flow in Transformers'",
         found=f"Between {maps.min():.2f} and {maps.max():.2f} times uniform attention.",
         png=png(figure),
-        alt=f"{title}: heat maps beside {_images(subject)}.",
+        alt=f"{title}: heat maps beside {_images(pictured)}.",
     )
 
 
-def text_patches(subject: Subject) -> Picture | LeftOut:
+def text_patches(pictured: PicturedModel) -> Picture | LeftOut:
     title = "Which patches look like a text"
-    if missing := _no_texts(subject):
+    if missing := _no_texts(pictured):
         return LeftOut(title, missing)
-    maps, texts = _text_maps(subject)
-    images, names = _shown(subject)
+    maps, texts = _text_maps(pictured)
     figure = draw_maps(
-        images, names, maps, texts, Heat(maps), title=f"{title}, {subject.name}", unit="cosine of patch and text"
+        *pictured.shown,
+        maps,
+        texts,
+        Heat(maps),
+        title=f"{title}, {pictured.name}",
+        unit="cosine of patch and text",
     )
     counts = "Bright patches count for the image only where the pooling reads them: see the attention."
-    if subject.tower.config.pool == "average":
+    if pictured.tower.config.pool == "average":
         counts = "The image's embedding is the patches' mean: brighter all over means a text that fits it better."
     return Picture(
         name="text_patches",
         title=title,
         reading="Cosines of each patch, brought alone into the space of the embeddings, with the text. "
         f"{counts} Where all the texts look alike, their differences tell more.",
-        source=f"cosine of a single pooled token ({subject.tower.config.pool})",
+        source=f"cosine of a single pooled token ({pictured.tower.config.pool})",
         png=png(figure),
-        alt=f"{title}: heat maps over {_images(subject)} for the texts: {'; '.join(texts)}.",
+        alt=f"{title}: heat maps over {_images(pictured)} for the texts: {'; '.join(texts)}.",
     )
 
 
-def text_patches_difference(subject: Subject) -> Picture | LeftOut:
+def text_patches_difference(pictured: PicturedModel) -> Picture | LeftOut:
     title = "Which patches look more like a text than like the others"
-    if missing := _no_texts(subject, least=2):
+    if missing := _no_texts(pictured, least=2):
         return LeftOut(title, missing)
-    maps, texts = _text_maps(subject)
+    maps, texts = _text_maps(pictured)
     maps = above_mean(maps)
-    images, names = _shown(subject)
     heat = Heat(maps, centre=True)
     unit = "cosine of patch and text, minus the patch's mean over the texts"
-    figure = draw_maps(images, names, maps, texts, heat, title=f"{title}, {subject.name}", unit=unit)
+    figure = draw_maps(*pictured.shown, maps, texts, heat, title=f"{title}, {pictured.name}", unit=unit)
     return Picture(
         name="text_patches_difference",
         title=title,
@@ -146,20 +163,19 @@ def text_patches_difference(subject: Subject) -> Picture | LeftOut:
         "compared with the texts; what all the texts have in common is taken off. Red on the thing that a text names "
         "means that the tower knows where it is, which training never asked for; red all over the image, that each "
         "patch carries what the whole image shows. With other texts the colours change.",
-        source=f"cosine of a single pooled token ({subject.tower.config.pool}), minus each patch's mean over the "
+        source=f"cosine of a single pooled token ({pictured.tower.config.pool}), minus each patch's mean over the "
         "texts; cf. Zhou et al. 2022, 'Extract Free Dense Labels from CLIP'",
         png=png(figure),
-        alt=f"{title}: heat maps over {_images(subject)} for the texts: {'; '.join(texts)}.",
+        alt=f"{title}: heat maps over {_images(pictured)} for the texts: {'; '.join(texts)}.",
     )
 
 
-def patch_colours(subject: Subject) -> Picture:
-    colours = pca_colours(subject.patch_tokens)
-    images, names = _shown(subject)
-    pictures = [one.unflatten(0, subject.grid).cpu().numpy() for one in colours.rgb]
+def patch_colours(pictured: PicturedModel) -> Picture:
+    colours = pca_colours(pictured.patch_tokens)
+    pictures = [one.unflatten(0, pictured.grid).cpu().numpy() for one in colours.rgb]
     title = "Patch tokens as colours"
     shares = [f"{100 * share:.0f} %" for share in colours.explained.tolist()]
-    figure = draw_beside(images, names, pictures, title=f"{title} (PCA), {subject.name}")
+    figure = draw_beside(*pictured.shown, pictures, title=f"{title} (PCA), {pictured.name}")
     return Picture(
         name="patch_colours",
         title=title,
@@ -170,16 +186,16 @@ def patch_colours(subject: Subject) -> Picture:
         source="Oquab et al. 2023, 'DINOv2', figure 1 (here without the second PCA on the foreground)",
         found=f"Red, green and blue hold {', '.join(shares[:2])} and {shares[2]} of the variance.",
         png=png(figure),
-        alt=f"{title}: colour grids beside {_images(subject)}.",
+        alt=f"{title}: colour grids beside {_images(pictured)}.",
     )
 
 
-def image_text(subject: Subject) -> Picture | LeftOut:
+def image_text(pictured: PicturedModel) -> Picture | LeftOut:
     title = "Images against texts"
-    if missing := _no_texts(subject):
+    if missing := _no_texts(pictured):
         return LeftOut(title, missing)
-    model, inputs = subject.model, subject.inputs
-    cosines = (subject.image_features @ subject.text_features.T).cpu()
+    model, inputs = pictured.model, pictured.inputs
+    cosines = (pictured.image_features @ pictured.text_features.T).cpu()
     scale, bias = model.logit_scale.detach().exp().cpu(), model.logit_bias
     probabilities = match_probabilities(cosines, scale, None if bias is None else bias.detach().cpu())
     if bias is None:
@@ -192,7 +208,7 @@ def image_text(subject: Subject) -> Picture | LeftOut:
         cosines,
         probabilities,
         inputs.own,
-        title=f"{title}, {subject.name}",
+        title=f"{title}, {pictured.name}",
         probability_title=f"probability ({short})",
     )
     pairs = [(number, text) for number, text in enumerate(inputs.own) if text is not None]
@@ -205,18 +221,18 @@ def image_text(subject: Subject) -> Picture | LeftOut:
         source="Radford et al. 2021, figure 3; Zhai et al. 2023, equation 1",
         found=f"Of {len(pairs)} images, {right} are nearest to their own text." if pairs else "",
         png=png(figure),
-        alt=f"{title}: cosines and probabilities of {_images(subject, every=True)} with the texts: "
+        alt=f"{title}: cosines and probabilities of {_images(pictured, every=True)} with the texts: "
         f"{'; '.join(inputs.texts)}.",
     )
 
 
 @torch.no_grad()
-def embeddings(subject: Subject) -> Picture | LeftOut:
+def embeddings(pictured: PicturedModel) -> Picture | LeftOut:
     title = "Embeddings of an untrained tower and of this one"
-    if len(subject.inputs.images) < 2:
+    if len(pictured.inputs.images) < 2:
         return LeftOut(title, "one image has nothing to be compared with; give two or more")
-    untrained = unit_length(torch.cat([subject.untrained(batch) for batch in subject.pixels.split(8)])).cpu()
-    trained = subject.image_features.cpu()
+    untrained = unit_length(torch.cat([pictured.untrained(batch) for batch in pictured.pixels.split(8)])).cpu()
+    trained = pictured.image_features.cpu()
     found = [f"effective rank {effective_rank(x):.1f}, mean cosine {mean_cosine(x):.2f}" for x in (untrained, trained)]
     return Picture(
         name="embeddings",
@@ -226,14 +242,14 @@ def embeddings(subject: Subject) -> Picture | LeftOut:
         "than bright from dark; a trained one whose cosines are still near 1 has collapsed, or these images are alike.",
         source="the same options, freshly drawn weights; effective rank: Roy & Vetterli 2007",
         found=f"Untrained: {found[0]}. This model: {found[1]}. The rank can be {min(trained.shape)} at most.",
-        png=png(draw_embeddings(untrained, trained, title=f"{title}, {subject.name}")),
-        alt=f"{title}: heat maps of the values and of the cosines of {_images(subject, every=True)}.",
+        png=png(draw_embeddings(untrained, trained, title=f"{title}, {pictured.name}")),
+        alt=f"{title}: heat maps of the values and of the cosines of {_images(pictured, every=True)}.",
     )
 
 
-def positions(subject: Subject) -> Picture:
-    similarity = position_similarity(subject.tower).cpu()
-    kind = subject.tower.config.position
+def positions(pictured: PicturedModel) -> Picture:
+    similarity = position_similarity(pictured.tower).cpu()
+    kind = pictured.tower.config.position
     title = f"Position embeddings against each other ({'learned' if kind == 'learned' else 'fixed sin-cos'})"
     return Picture(
         name="positions",
@@ -242,14 +258,14 @@ def positions(subject: Subject) -> Picture:
         "spots that wander with the position, with arms along row and column, mean that the tower has learned the "
         "grid; maps of noise, that it has not needed it or was not trained for long.",
         source="Dosovitskiy et al. 2021, figure 7 (centre)",
-        png=png(draw_positions(similarity, title=f"Position embeddings, {subject.name}")),
+        png=png(draw_positions(similarity, title=f"Position embeddings, {pictured.name}")),
         alt=f"{title}: a grid of heat maps, one for each position.",
     )
 
 
-def components(subject: Subject) -> Picture:
-    found = filter_components(subject.tower)
-    shares, fresh = found.explained, filter_components(subject.untrained).explained
+def components(pictured: PicturedModel) -> Picture:
+    found = filter_components(pictured.tower)
+    shares, fresh = found.explained, filter_components(pictured.untrained).explained
     title = "Principal components of the patch filters"
     return Picture(
         name="filter_components",
@@ -260,14 +276,14 @@ def components(subject: Subject) -> Picture:
         source="Dosovitskiy et al. 2021, figure 7 (left)",
         found=f"The first holds {100 * shares[0]:.0f} % of the variance, the first ten {100 * shares[:10].sum():.0f} %"
         f"; of an untrained tower {100 * fresh[0]:.0f} % and {100 * fresh[:10].sum():.0f} %.",
-        png=png(draw_components(found, title=f"{title}, {subject.name}")),
+        png=png(draw_components(found, title=f"{title}, {pictured.name}")),
         alt=f"{title}: a grid of small colour pictures.",
     )
 
 
-def filters(subject: Subject) -> Picture:
-    strongest = strongest_filters(subject.tower, MAX_FILTERS)
-    count, total = len(strongest), subject.tower.config.width
+def filters(pictured: PicturedModel) -> Picture:
+    strongest = strongest_filters(pictured.tower, MAX_FILTERS)
+    count, total = len(strongest), pictured.tower.config.width
     title = f"Patch filters, {'all' if count == total else f'the {count} strongest of'} {total}"
     return Picture(
         name="filters",
@@ -275,12 +291,12 @@ def filters(subject: Subject) -> Picture:
         reading="The filters as they are, largest norm first, in one scale where grey is zero. Plain grey ones are "
         "not used.",
         source="the patch embedding's weights",
-        png=png(draw_filters(strongest, title=f"{title}, {subject.name}")),
+        png=png(draw_filters(strongest, title=f"{title}, {pictured.name}")),
         alt=f"{title}: a grid of small colour pictures.",
     )
 
 
-PICTURES: tuple[Callable[[Subject], Picture | LeftOut], ...] = (
+PICTURES: tuple[Callable[[PicturedModel], Picture | LeftOut], ...] = (
     attention_heads,
     attention_query,
     attention_rollout,
@@ -296,45 +312,40 @@ PICTURES: tuple[Callable[[Subject], Picture | LeftOut], ...] = (
 """In the order of the page."""
 
 
-def _head_maps(subject: Subject, maps: torch.Tensor, title: str, marked: tuple[int, int] | None = None):
-    images, names = _shown(subject)
+def _head_maps(pictured: PicturedModel, maps: torch.Tensor, title: str, marked: tuple[int, int] | None = None):
     maps = torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1)
     labels = ["mean", *(f"head {number}" for number in range(1, maps.shape[1]))]
     peaked = bool(maps.flatten().quantile(1 - ATTENTION_CUT) > PEAKED)
     heat = Heat(maps, low=0.0, cut=ATTENTION_CUT, root=peaked)
     unit = f"{UNIFORM} (square-root scale)" if peaked else UNIFORM
-    return draw_maps(images, names, maps, labels, heat, title=title, unit=unit, marked=marked)
+    return draw_maps(*pictured.shown, maps, labels, heat, title=title, unit=unit, marked=marked)
 
 
-def _text_maps(subject: Subject) -> tuple[torch.Tensor, tuple[str, ...]]:
+def _text_maps(pictured: PicturedModel) -> tuple[torch.Tensor, tuple[str, ...]]:
     """(S, T, rows, columns) cosines of the images and texts that are shown, and these texts."""
-    inputs, chosen = subject.inputs, list(range(len(subject.inputs.texts)))
+    inputs, chosen = pictured.inputs, list(range(len(pictured.inputs.texts)))
     if inputs.texts_of_data:  # those of the images that are shown come first
-        own = [text for text in inputs.own[: subject.num_shown] if text is not None]
+        own = [text for text in inputs.own[: pictured.num_shown] if text is not None]
         chosen = sorted(list(dict.fromkeys([*own, *chosen]))[:MAX_DATA_TEXTS])
-    maps = text_similarity(subject.patches, subject.text_features[chosen])
-    return maps.unflatten(-1, subject.grid).cpu(), tuple(inputs.texts[text] for text in chosen)
+    maps = text_similarity(pictured.patches, pictured.text_features[chosen])
+    return maps.unflatten(-1, pictured.grid).cpu(), tuple(inputs.texts[text] for text in chosen)
 
 
-def _no_texts(subject: Subject, least: int = 1) -> str | None:
+def _no_texts(pictured: PicturedModel, least: int = 1) -> str | None:
     """Why there is no picture with texts, if so."""
-    if subject.tokenizer is None:
+    if pictured.tokenizer is None:
         return "the model has no text tower, or its folder no tokenizer"
-    if not subject.inputs.texts:
+    if not pictured.inputs.texts:
         return "these images have no texts; give some, as --text 'a red circle' --text 'a blue star'"
-    if len(subject.inputs.texts) < least:
+    if len(pictured.inputs.texts) < least:
         return "one text has no others to differ from; give --text twice or more"
     return None
 
 
-def _shown(subject: Subject) -> tuple[torch.Tensor, tuple[str, ...]]:
-    return subject.inputs.images[: subject.num_shown], subject.inputs.names[: subject.num_shown]
+def _block(pictured: PicturedModel) -> str:
+    return f"block {pictured.block + 1} of {len(pictured.tower.transformer.blocks)}"
 
 
-def _block(subject: Subject) -> str:
-    return f"block {subject.block + 1} of {len(subject.tower.transformer.blocks)}"
-
-
-def _images(subject: Subject, every: bool = False) -> str:
-    names = subject.inputs.names if every else _shown(subject)[1]
+def _images(pictured: PicturedModel, every: bool = False) -> str:
+    names = pictured.inputs.names if every else pictured.shown[1]
     return f"{len(names)} image{'s' * (len(names) > 1)} ({', '.join(names)})"

@@ -12,8 +12,8 @@ from contrastive.visualize.attention import (
     reading_attention,
     rollout,
     rollout_reading,
+    trace,
 )
-from contrastive.visualize.trace import trace
 
 EXACT = {"rtol": 0, "atol": 1e-5}
 

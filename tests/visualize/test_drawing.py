@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 from towers import noise
 
-from contrastive.visualize.draw_maps import draw_beside, draw_maps
-from contrastive.visualize.draw_weights import draw_positions
+from contrastive.visualize.draw_pictures import draw_beside, draw_maps, draw_positions
 from contrastive.visualize.drawing import DPI, Heat, Sheet, balanced, mosaic, png, wrapped
 
 

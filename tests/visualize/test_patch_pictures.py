@@ -5,16 +5,22 @@ import torch
 import torch.nn.functional as F
 from towers import KINDS, every_kind, noise, small_tower
 
-from contrastive.visualize.embeddings import effective_rank, match_probabilities, mean_cosine, random_tower
-from contrastive.visualize.patches import (
+from contrastive.visualize.attention import trace
+from contrastive.visualize.representations import (
     above_mean,
+    effective_rank,
+    evenly_spread,
+    filter_components,
+    match_probabilities,
+    mean_cosine,
     patch_embeddings,
     pca_colours,
+    position_similarity,
     principal_components,
+    random_tower,
+    strongest_filters,
     text_similarity,
 )
-from contrastive.visualize.trace import trace
-from contrastive.visualize.weights import evenly_spread, filter_components, position_similarity, strongest_filters
 
 EXACT = {"rtol": 0, "atol": 1e-5}
 

@@ -13,7 +13,7 @@ from PIL import Image
 import contrastive
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.interop.bundle import Absent
-from contrastive.visualize.inputs import read_inputs
+from contrastive.visualize.pictured_model import read_inputs
 
 WITHOUT_TEXT = {
     "attention",

@@ -1,11 +1,13 @@
-"""Which images and texts the pictures are made of."""
+"""What is pictured: a model with the images and texts given to it. Each thing is computed once, when asked for."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from contrastive.data.captions import caption_fault
 from contrastive.data.preprocess import Preprocess
@@ -13,10 +15,23 @@ from contrastive.data.prompts import default_templates, fill
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sources import open_source
 from contrastive.data.sources.image_file import IMAGE_SUFFIXES, read_image_file
+from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.log import warn
-from contrastive.visualize.weights import evenly_spread
+from contrastive.models.image_tower import ImageTower
+from contrastive.visualize.attention import (
+    Trace,
+    layer_index,
+    patch_index,
+    query_attention,
+    reading_attention,
+    rollout_reading,
+    trace,
+)
+from contrastive.visualize.representations import evenly_spread, patch_embeddings, random_tower
 
+MAX_SHOWN = 12
+"""Images that are looked into patch by patch; whole embeddings are of all."""
 MAX_CLASS_TEXTS = 12
 """A data set of more classes than that gives the captions of its images as texts, not its class names."""
 
@@ -35,6 +50,115 @@ class Inputs:
     """Of each image the number of the text that belongs to it, where the data says so."""
     texts_of_data: bool
     """Whether the texts are those of the data."""
+
+
+@dataclass(frozen=True)
+class PicturedModel:
+    """A model in eval mode, and what it is shown. B images, S of them shown, T texts, H heads, P patches."""
+
+    name: str
+    """Of the model, for titles."""
+    model: nn.Module
+    """DualEncoder, ImageClassifier or ImageModel."""
+    preprocess: Preprocess
+    tokenizer: Tokenizer | None
+    """None for a model without a text tower, or without its tokenizer."""
+    inputs: Inputs
+    layer: int | None = None
+    """The block whose attention is shown; None: the last, or SigLIP's attention head where there is one."""
+    query: tuple[int, int] | None = None
+    """(row, column) of the patch whose attention is shown; None: the middle one."""
+
+    def check(self) -> None:
+        """Raise UserError for a layer or a patch that the tower has not, before anything is computed."""
+        layer_index(self.tower, self.block)
+        patch_index(self.grid, self.patch)
+
+    @property
+    def tower(self) -> ImageTower:
+        return self.model.image_tower
+
+    @property
+    def block(self) -> int:
+        """The block that is looked into, from 0."""
+        return layer_index(self.tower, -1 if self.layer is None else self.layer)
+
+    @property
+    def num_shown(self) -> int:
+        """S: the first images, MAX_SHOWN at most."""
+        return min(len(self.inputs.images), MAX_SHOWN)
+
+    @property
+    def shown(self) -> tuple[torch.Tensor, tuple[str, ...]]:
+        """(S, 3, H, W) uint8, and their names."""
+        return self.inputs.images[: self.num_shown], self.inputs.names[: self.num_shown]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.inputs.images.shape[-2:]
+        return height // self.tower.config.patch_size, width // self.tower.config.patch_size
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """(row, column) of the patch whose attention is shown."""
+        return self.query or (self.grid[0] // 2, self.grid[1] // 2)
+
+    @cached_property
+    def pixels(self) -> torch.Tensor:
+        """(B, 3, H, W) normalised, on the model's device."""
+        return self.preprocess.normalize(self.inputs.images.to(self.tower.patch_embed.weight.device))
+
+    @cached_property
+    def reading(self) -> torch.Tensor:
+        """(S, H, rows, columns): see `reading_attention`, times the number of tokens: uniform attention has 1."""
+        return self._maps(lambda seen: reading_attention(self.tower, seen, self.layer))
+
+    @cached_property
+    def queried(self) -> torch.Tensor:
+        """(S, H, rows, columns): see `query_attention`, times the number of tokens."""
+        return self._maps(lambda seen: query_attention(self.tower, seen, self.patch, self.block))
+
+    @cached_property
+    def rolled(self) -> torch.Tensor:
+        """(S, rows, columns): see `rollout_reading`, times the number of tokens."""
+        return self._maps(lambda seen: rollout_reading(self.tower, seen))
+
+    @cached_property
+    def patch_tokens(self) -> torch.Tensor:
+        """(S, P, D) after the final norm."""
+        return torch.cat([seen.patch_tokens for seen in self._traces])
+
+    @cached_property
+    @torch.no_grad()
+    def patches(self) -> torch.Tensor:
+        """(S, P, E): see `patch_embeddings`."""
+        return torch.cat([patch_embeddings(self.tower, seen.patch_tokens) for seen in self._traces])
+
+    @cached_property
+    @torch.no_grad()
+    def image_features(self) -> torch.Tensor:
+        """(B, E), unit length."""
+        return torch.cat([self.model.encode_image(batch) for batch in self.pixels.split(8)])
+
+    @cached_property
+    @torch.no_grad()
+    def text_features(self) -> torch.Tensor:
+        """(T, E), unit length."""
+        return self.model.encode_text(self.tokenizer(list(self.inputs.texts)).to(self.pixels.device))
+
+    @cached_property
+    def untrained(self) -> ImageTower:
+        """See `random_tower`."""
+        return random_tower(self.tower, getattr(self.model.config, "init", "siglip"))
+
+    @cached_property
+    def _traces(self) -> tuple[Trace, ...]:
+        """Of each image that is shown, by itself: the weights of all heads of a large grid fill the memory."""
+        return tuple(trace(self.tower, pixels[None]) for pixels in self.pixels[: self.num_shown])
+
+    def _maps(self, of: Callable[[Trace], torch.Tensor]) -> torch.Tensor:
+        return torch.cat([seen.on_grid(of(seen)) * seen.tokens.shape[1] for seen in self._traces]).cpu()
 
 
 @dataclass(frozen=True)

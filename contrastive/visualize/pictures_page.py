@@ -1,0 +1,77 @@
+"""The folder that pictures are written to: PNG files and a page that needs no other file."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from contrastive.errors import UserError
+from contrastive.files import claim_folder, write_json, write_whole
+from contrastive.page import data_uri, html_page
+from contrastive.visualize.pictures import LeftOut, Picture
+
+PAGE, RECORD, FORMAT = "index.html", "pictures.json", "contrastive-pictures-1"
+
+_STYLE = """
+p.found { color: var(--ink); }
+nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 16px; font-size: 14px; }
+figure { margin: 12px 0 0; padding: 14px; background: #ffffff; overflow-x: auto; }
+figure img { height: auto; }
+small { display: block; margin-top: 6px; }
+li { color: var(--soft); }
+@media (max-width: 760px) { figure img { max-width: none; } }
+"""
+
+
+def claim(folder: Path) -> list[str]:
+    """Return the names of the pictures that an earlier call left in a folder; files without its record are refused.
+
+    Raises:
+        UserError: it is a file, cannot be written, or holds files and none of them is this command's record.
+    """
+    record = claim_folder(folder, RECORD, "an earlier visualize.py", "give another --out")
+    if record is None:
+        return []
+    names = record.get("files")
+    if record.get("format") != FORMAT or not isinstance(names, list):
+        raise UserError(f"{folder / RECORD} is not of an earlier visualize.py; give another --out")
+    # A record that someone wrote by hand may name anything: nothing outside the folder is ours.
+    return [name for name in names if str(name).endswith(".png") and Path(name).name == name]
+
+
+def write_page(folder: Path, title: str, remark: str, pictures: Sequence[Picture], left_out: Sequence[LeftOut]) -> Path:
+    """Write a PNG for each picture, index.html and pictures.json; return the page.
+
+    Pictures of an earlier call that are not made again are removed, other files are left alone.
+
+    Raises:
+        UserError: as `claim`.
+    """
+    earlier = claim(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in earlier:
+        (folder / name).unlink(missing_ok=True)
+    record = {
+        "format": FORMAT,
+        "files": [f"{picture.name}.png" for picture in pictures],
+        "model": title,
+        "found": {picture.name: picture.found for picture in pictures if picture.found},
+        "left_out": {picture.title: picture.reason for picture in left_out},
+    }
+    write_json(folder / RECORD, record)
+    for picture in pictures:
+        write_whole(folder / f"{picture.name}.png", picture.png)
+    links = "".join(f'<a href="#{picture.name}">{escape(picture.title)}</a>' for picture in pictures)
+    missing = "".join(f"<li>{escape(picture.title)}: {escape(picture.reason)}</li>" for picture in left_out)
+    body = f"<nav>{links}</nav>\n" + "\n".join(map(_section, pictures))
+    body += f"\n<h2>Left out</h2>\n<ul>{missing}</ul>" if missing else ""
+    write_whole(folder / PAGE, html_page(title, remark, body, style=_STYLE))
+    return folder / PAGE
+
+
+def _section(picture: Picture) -> str:
+    found = f'<p class="found">{escape(picture.found)}</p>' if picture.found else ""
+    return (
+        f'<section id="{picture.name}"><h2>{escape(picture.title)}</h2>\n<p>{escape(picture.reading)}</p>{found}\n'
+        f'<figure class="card"><img alt="{escape(picture.alt)}" src="{data_uri(picture.png)}"></figure>\n'
+        f"<small>Source: {escape(picture.source)}.</small></section>"
+    )
