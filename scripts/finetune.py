@@ -16,8 +16,8 @@ DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "finetune.yaml"
 
 def main(args: list[str]) -> None:
     prepare_process()
-    from contrastive.train import FinetuneConfig, finetune
-    from contrastive.train.command import SUPERVISED_FLAGS, command, data_name
+    from contrastive.train.finetune import FinetuneConfig, finetune
+    from contrastive.train.run import command
 
     if args and not args[0].startswith("-"):
         args = ["--init", *args]
@@ -28,8 +28,6 @@ def main(args: list[str]) -> None:
         prog="finetune.py MODEL",
         description="Fine-tune the image tower of MODEL, a run, checkpoint or model folder.",
         default_file=DEFAULTS,
-        name=lambda config: data_name(config.data.train),
-        short=SUPERVISED_FLAGS,
     )
 
 

@@ -15,8 +15,8 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
 def main(args: list[str]) -> None:
     prepare_process()
-    from contrastive.train import PretrainConfig, pretrain
-    from contrastive.train.command import command
+    from contrastive.train.pretrain import PretrainConfig, pretrain
+    from contrastive.train.run import command
 
     command(
         PretrainConfig,
@@ -25,7 +25,6 @@ def main(args: list[str]) -> None:
         prog="pretrain.py",
         description="Pretrain a dual encoder.",
         default_file=QUICKSTART,
-        name=lambda config: config.loss_name,
     )
 
 

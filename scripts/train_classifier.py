@@ -14,8 +14,8 @@ DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "classifier.yaml"
 
 def main(args: list[str]) -> None:
     prepare_process()
-    from contrastive.train import TrainClassifierConfig, train_classifier
-    from contrastive.train.command import SUPERVISED_FLAGS, command, data_name
+    from contrastive.train.classify import TrainClassifierConfig, train_classifier
+    from contrastive.train.run import command
 
     command(
         TrainClassifierConfig,
@@ -24,8 +24,6 @@ def main(args: list[str]) -> None:
         prog="train_classifier.py",
         description="Train a ViT classifier from scratch.",
         default_file=DEFAULTS,
-        name=lambda config: data_name(config.data.train),
-        short=SUPERVISED_FLAGS,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-IMPORTED = ["contrastive.train", "contrastive.evaluate.report", "hypothesis", "pytest", "torch._dynamo"]
+IMPORTED = ["contrastive.train.pretrain", "contrastive.evaluate.report", "hypothesis", "pytest", "torch._dynamo"]
 
 
 def run_on_ranks(number, function, *args, seconds=120):

@@ -8,9 +8,10 @@ import torch
 
 from contrastive.config import parse
 from contrastive.models import DualEncoder, ImageClassifier, ImageTowerConfig
-from contrastive.train import FinetuneConfig, PretrainConfig, TrainClassifierConfig
-from contrastive.train.classifier_settings import check_supervised, check_wise_ft
-from contrastive.train.settings import check
+from contrastive.train.classification_task import check_supervised
+from contrastive.train.classify import TrainClassifierConfig
+from contrastive.train.contrastive_task import PretrainConfig, check
+from contrastive.train.finetune import FinetuneConfig, check_wise_ft
 
 ALL = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 CLASSIFIERS = [path for path in ALL if path.stem.startswith("classifier")]

@@ -1,15 +1,4 @@
-"""Training: pretraining on pairs, classifiers from scratch, fine-tuning; one loop, checkpoints, the run folder."""
+"""Training: pretraining on pairs, classifiers from scratch, fine-tuning; one loop, checkpoints, the run folder.
 
-from contrastive.train.classifier_settings import FinetuneConfig, TrainClassifierConfig
-from contrastive.train.classify import finetune, train_classifier
-from contrastive.train.pretrain import pretrain
-from contrastive.train.settings import PretrainConfig
-
-__all__ = [
-    "FinetuneConfig",
-    "PretrainConfig",
-    "TrainClassifierConfig",
-    "finetune",
-    "pretrain",
-    "train_classifier",
-]
+Imported from where they are: contrastive.train.pretrain, contrastive.train.classify, contrastive.train.finetune.
+"""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,17 +14,52 @@ from contrastive.data.order import SampleOrder
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
 from contrastive.data.samples import LabelledDataset
+from contrastive.data.settings import LabelledDataConfig
 from contrastive.distributed.runtime import Runtime
-from contrastive.evaluate.classification import classification
+from contrastive.errors import UserError
 from contrastive.interop.bundle import save_classifier
-from contrastive.models import ImageClassifier
-from contrastive.train.classifier_settings import SupervisedConfig
-from contrastive.train.mixing import Mixing
-from contrastive.train.step import seed_step
-from contrastive.train.task import Task, millions
+from contrastive.models import ImageClassifier, ImageTowerConfig
+from contrastive.train.options import RunConfig, check_run, check_shares
+from contrastive.train.task import TrainingTask, millions, seed_step
 
 
-class ClassificationTask(Task):
+@dataclass(frozen=True)
+class SupervisedConfig(RunConfig):
+    """What both kinds of supervised runs can be told."""
+
+    SHORT_FLAGS = {
+        "data": "data.train",
+        "epochs": "train.epochs",
+        "batch_size": "train.global_batch_size",
+        "lr": "optimizer.lr",
+    }
+
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution; 0: no mixup."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's; with mixup too, one of them is drawn for each batch."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes."""
+
+    def short_name(self) -> str:
+        """The last part of the data's path, anything unusual as '-'."""
+        last = self.data.train.rstrip("/").rpartition("/")[2]
+        return "".join(c if c.isalnum() else "-" for c in last).strip("-") or "data"
+
+
+def check_supervised(config: SupervisedConfig, image: ImageTowerConfig) -> None:
+    """Raise UserError for options that no data can make right."""
+    check_shares({"label_smoothing": config.label_smoothing})
+    for name, value in (("mixup", config.mixup), ("cutmix", config.cutmix)):
+        if not value >= 0:
+            raise UserError(f"{name} is {value}; it must be 0 (off) or above")
+    if (config.mixup or config.cutmix) and config.train.global_batch_size < 2:
+        raise UserError("mixup and cutmix mix the images of a batch: train.global_batch_size must be above 1")
+    check_run(config, image)
+
+
+class ClassificationTask(TrainingTask):
     """An image classifier that learns from the labels of `source`.
 
     Args:
@@ -70,12 +106,12 @@ class ClassificationTask(Task):
         return {"accuracy": self._accuracy}
 
     def evaluate(self, runtime: Runtime) -> dict[str, float]:
-        figures = {}
-        options = self.config.evaluation
+        from contrastive.evaluate.classification import classification
+
+        figures, options = {}, self.config.evaluation
+        how = {"device": runtime.device, "batch_size": options.batch_size, "limit": options.limit}
         for source in self.held_out:
-            result = classification(
-                self, source, device=runtime.device, batch_size=options.batch_size, limit=options.limit
-            )
+            result = classification(self, source, **how)
             figures |= {
                 f"classification/{source.name}/{name}": result[name]
                 for name in ("acc1", "acc5", "mean_per_class_recall")
@@ -100,3 +136,27 @@ class ClassificationTask(Task):
             ),
             ("head", f"{self.model.config.num_classes} classes on {self.model.config.embed_dim} channels"),
         ]
+
+
+class Mixing(nn.Module):
+    """Mix each batch with a permutation of itself; of the two methods given, one is drawn for each batch.
+
+    Args:
+        mixup, cutmix: the alpha of the Beta distribution that shares are drawn from; 0 leaves the method out.
+
+    Draws come from torch's global generator.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, num_classes: int):
+        super().__init__()
+        from torchvision.transforms import v2  # takes longer to import than all that lies here
+
+        methods = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
+        methods += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
+        self.methods = methods
+
+    def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, H, W) and (B,) int64 to mixed pixels and, where anything mixes, probabilities (B, C)."""
+        if not self.methods:
+            return pixels, labels
+        return self.methods[int(torch.rand(()) * len(self.methods))](pixels, labels)

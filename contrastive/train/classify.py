@@ -1,11 +1,14 @@
-"""Supervised runs: train a ViT classifier from scratch, or fine-tune a pretrained image tower."""
+"""A ViT classifier from scratch: its options, its data, the table of its parts."""
 
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
+from rich import box
+from rich.table import Table
 
-from contrastive.data.prompts import default_templates, load_templates
+from contrastive.config import preset
+from contrastive.data.decode import decode
 from contrastive.data.record import BadSample, Source
 from contrastive.data.sources import open_source
 from contrastive.data.sources.held_out import held_out_spec
@@ -13,29 +16,29 @@ from contrastive.data.subset import labelled_share
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import check_same_classes
 from contrastive.evaluate.embeddings import pick_indices
-from contrastive.evaluate.zero_shot import zero_shot_classifier
-from contrastive.interop.bundle import Absent, Bundle, weights_key
-from contrastive.interop.loading import load
-from contrastive.log import say
-from contrastive.models import ClassifierConfig, ImageClassifier
-from contrastive.train.classification_task import ClassificationTask
-from contrastive.train.classifier_settings import (
-    FinetuneConfig,
-    SupervisedConfig,
-    TrainClassifierConfig,
-    check_supervised,
-    check_wise_ft,
-    fit_image,
-    num_classes,
-)
-from contrastive.train.options import check_shares, resolve_run
-from contrastive.train.parameters import show_parameters
+from contrastive.log import console, is_main_process
+from contrastive.models import ClassifierConfig, ImageClassifier, ImageTowerConfig, classifier_config, list_classifiers
+from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
+from contrastive.train.options import check_above_zero, resolve_run
 from contrastive.train.run import open_run, run
-from contrastive.train.wise_ft import WiseFT
 
-PROBED = 100  # held-out samples looked at for labels
+SMALL = 64  # pixels: images up to this size are taken as they are
+PATCHES_PER_SIDE = 8  # of those
+IMAGES_MEASURED = 16  # for their size
+SAMPLES_ASKED = 100  # held-out ones, for labels
 
 C = TypeVar("C", bound=SupervisedConfig)
+
+
+@dataclass(frozen=True)
+class TrainClassifierConfig(SupervisedConfig):
+    """Everything a classifier trained from scratch can be told."""
+
+    model: ClassifierConfig = preset(classifier_config, tuple(list_classifiers()), lambda: classifier_config("tiny"))
+    image_size: int | None = None
+    """Pixels a side; none: that of images of at most 64 pixels, else model.image.image_size."""
+    patch_size: int | None = None
+    """Pixels of a patch's side; none: an eighth of such small images, else model.image.patch_size."""
 
 
 def train_classifier(config: TrainClassifierConfig) -> bool:
@@ -48,8 +51,8 @@ def train_classifier(config: TrainClassifierConfig) -> bool:
         UserError: anything in the options, the data or the run folder that cannot work, before training.
     """
     check_supervised(config, config.model.image)
-    folder, checkpoint = open_run(config)
-    source, held_out, config = _open_data(config)
+    checkpoint = open_run(config)
+    source, held_out, config = open_data(config)
     model_config = fit_image(config, source)
     model_config = replace(model_config, num_classes=num_classes(source, config.model.num_classes))
     image = model_config.image
@@ -58,56 +61,10 @@ def train_classifier(config: TrainClassifierConfig) -> bool:
     torch.manual_seed(config.train.seed)
     model = ImageClassifier(model_config)
     show_parameters(model)
-    return run(config, config.data, folder, checkpoint, source, ClassificationTask(config, model, source, held_out))
+    return run(config, ClassificationTask(config, model, source, held_out), checkpoint)
 
 
-def finetune(config: FinetuneConfig) -> bool:
-    """Fine-tune the image tower of `config.init` on labelled data; otherwise as `train_classifier`.
-
-    Where the head starts from prompts, the run ends with WiSE-FT's curve: `wise_ft.json`, `wise_ft.png`, and the
-    dual encoder with the tuned image tower in `encoder/`.
-    """
-    if not config.init:
-        raise UserError("no model to fine-tune: finetune.py MODEL --data SPEC")
-    bundle = load(config.init)
-    bundle.check_image_tower("there is nothing to fine-tune")
-    check_supervised(config, bundle.config.image)
-    check_shares({"dropout": config.dropout})
-    check_wise_ft(config.wise_ft)
-    folder, checkpoint = open_run(config)
-    key = weights_key(bundle.model)
-    if checkpoint is not None and config.init_key not in (None, key):
-        raise UserError(
-            f"{bundle.path} is not the model that {folder.path} started from: its weights have changed; put the old "
-            "ones back, or start again with another --run_folder"
-        )
-    config = replace(config, init_key=key)
-    source, held_out, config = _open_data(config)
-    data = config.data.seen_as(bundle.preprocess.config)
-    config = replace(config, data=data, head=_kind_of_head(config, bundle, source), **resolve_run(config, source))
-    torch.manual_seed(config.train.seed)
-    model = _classifier_from(bundle, config, source)
-    if config.tune == "head":
-        model.image_tower.requires_grad_(False).eval()
-    if config.head == "zero_shot":
-        others = [open_source(spec) for spec in config.wise_ft.eval]
-        for other in others:
-            _check_named(other, "wise_ft.eval")
-        task = WiseFT(config, model, source, held_out, bundle, others)
-    else:
-        wise_ft = config.wise_ft
-        for name, value, unused in (("save", wise_ft.save, 1), ("eval", " ".join(wise_ft.eval), "")):
-            if value != unused:
-                raise UserError(
-                    f"wise_ft.{name} is {value}, which needs a head that starts from prompts; this one starts from "
-                    "zeros: leave it out"
-                )
-        task = ClassificationTask(config, model, source, held_out)
-    say(f"starting from {bundle.path}; the head starts from {'prompts' if config.head == 'zero_shot' else 'zeros'}")
-    return run(config, config.data, folder, checkpoint, source, task)
-
-
-def _open_data(config: C) -> tuple[Source, list[Source], C]:
+def open_data(config: C) -> tuple[Source, list[Source], C]:
     """Open training and held-out data; the options come back with the held-out data that was found."""
     data = config.data
     source = open_source(data.train, image_column=data.image_column)
@@ -125,7 +82,7 @@ def _open_data(config: C) -> tuple[Source, list[Source], C]:
 
 def _labelled(source: Source) -> bool:
     """Whether one of some samples, spread over the source, has a label."""
-    for index in pick_indices(len(source), PROBED).tolist():
+    for index in pick_indices(len(source), SAMPLES_ASKED).tolist():
         try:
             if source.label(index) is not None:
                 return True
@@ -134,34 +91,93 @@ def _labelled(source: Source) -> bool:
     return False
 
 
-def _kind_of_head(config: FinetuneConfig, bundle: Bundle, source: Source) -> str:
-    has_text = bundle.tokenizer is not None and not isinstance(bundle.tokenizer, Absent)
-    possible = has_text and source.class_names is not None
-    if config.head == "auto":
-        return "zero_shot" if possible else "zeros"
-    if config.head == "zero_shot":
-        bundle.check_text_tower("--head zero_shot needs one; use --head zeros")
-        _check_named(source, "--head zero_shot")
-    return config.head
+def num_classes(source: Source, asked: int | None) -> int:
+    """Return how many classes there are.
+
+    Raises:
+        UserError: neither the data nor the options say so, or they differ.
+    """
+    names = source.class_names
+    if names is None:
+        if asked is None:
+            raise UserError(
+                f"{source.name} has no class names: put a classnames.txt beside the data (from scratch, "
+                "--model.num_classes will do)"
+            )
+        if asked < 2:
+            raise UserError(f"model.num_classes is {asked}; a classifier needs two at least")
+        return asked
+    if asked not in (None, len(names)):
+        raise UserError(f"model.num_classes is {asked}, but {source.name} has {len(names)} classes; leave it out")
+    if len(names) < 2:
+        raise UserError(f"{source.name} has one class only; a classifier needs two")
+    return len(names)
 
 
-def _check_named(source: Source, needs: str) -> None:
-    if source.class_names is None:
-        raise UserError(f"{needs} needs class names, which {source.name} has not: put a classnames.txt beside the data")
+def fit_image(config: TrainClassifierConfig, source: Source) -> ClassifierConfig:
+    """Return the model with the image and patch size that were asked for, or that fit small images.
+
+    Raises:
+        UserError: a size that is not above 0, or not a multiple of the patch size.
+    """
+    check_above_zero({"image_size": config.image_size, "patch_size": config.patch_size})
+    image = config.model.image
+    sizes: dict[str, Any] = {}
+    untouched = image.image_size == ImageTowerConfig.image_size
+    side = _longest_side(source) if untouched and config.image_size is None else None
+    if side is not None and side <= SMALL:
+        patch = config.patch_size or max(1, round(side / PATCHES_PER_SIDE))
+        sizes = {"image_size": -(-side // patch) * patch, "patch_size": patch}
+    else:
+        given = {"image_size": config.image_size, "patch_size": config.patch_size}
+        sizes = {name: value for name, value in given.items() if value is not None}
+    image = replace(image, **sizes)
+    image.check()
+    return replace(config.model, image=image)
 
 
-def _classifier_from(bundle: Bundle, config: FinetuneConfig, source: Source) -> ImageClassifier:
-    """Return a classifier with the bundle's image tower and a head made from prompts or of zeros."""
-    from_prompts = config.head == "zero_shot"
-    image = replace(bundle.config.image, dropout=config.dropout, patch_dropout=0.0)
-    classes = num_classes(source, None)
-    model = ImageClassifier(ClassifierConfig(image, bundle.model.config.embed_dim, classes, unit_features=from_prompts))
-    model.image_tower.load_state_dict(bundle.model.image_tower.state_dict())
-    if from_prompts:
-        templates = default_templates(source) if config.templates == "auto" else load_templates(config.templates)
-        names = source.class_names
-        rows = zero_shot_classifier(bundle.model, bundle.tokenizer, names, templates, device="cpu")
-        with torch.no_grad():
-            # The scale makes cosines the logits that training saw; a bias would be the same for all classes.
-            model.head.weight.copy_(rows * bundle.model.logit_scale.exp())
-    return model
+def _longest_side(source: Source) -> int | None:
+    """Return the longest side of the first images, or None where none can be read."""
+    sides = []
+    for index in range(min(IMAGES_MEASURED, len(source))):
+        try:
+            sides.append(max(decode(source[index].image).shape[1:]))
+        except BadSample:
+            continue
+    return max(sides, default=None)
+
+
+def parameter_rows(model: ImageClassifier) -> list[tuple[str, str, int]]:
+    """Return (part, shape of what it gives for one image, parameters); the last row is the sum."""
+    image, tower = model.config.image, model.image_tower
+    tokens = image.num_patches + image.class_token
+    tokens_shape = f"{tokens} x {image.width}"
+    parts = [
+        ("patch embedding", f"{image.num_patches} x {image.width}", tower.patch_embed),
+        *((f"block {n}", tokens_shape, block) for n, block in enumerate(tower.transformer.blocks, start=1)),
+        ("final norm", tokens_shape, tower.norm),
+        ("head", str(model.config.num_classes), model.head),
+    ]
+    rows = [(name, shape, sum(p.numel() for p in module.parameters())) for name, shape, module in parts]
+    total = sum(p.numel() for p in model.parameters())
+    # What lies between patches and blocks: class token, positions, a norm there; and a pooling head.
+    rows.insert(1, ("class token, positions and pooling", tokens_shape, total - sum(count for *_, count in rows)))
+    return [*rows, ("all", "", total)]
+
+
+def show_parameters(model: ImageClassifier) -> None:
+    """Print the table, blocks of one size as one line."""
+    if not is_main_process():
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("part")
+    table.add_column("gives, for one image")
+    table.add_column("parameters", justify="right")
+    rows = parameter_rows(model)
+    blocks = [row for row in rows if row[0].startswith("block ")]
+    for name, shape, count in rows:
+        if name == "block 1":
+            table.add_row(f"{len(blocks)} blocks", shape, f"{len(blocks)} x {count:,}")
+        elif not name.startswith("block "):
+            table.add_row(name, shape, f"{count:,}")
+    console.print(table)

@@ -1,32 +1,146 @@
-"""Pretraining as a task: pairs in, one contrastive loss over the global batch."""
+"""Pretraining as a task: its options, its loss over the global batch of pairs, a step's gradient."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
+from contrastive.config import preset, slot
 from contrastive.data.order import SampleOrder
 from contrastive.data.pairs import PairDataset
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
+from contrastive.data.settings import DataConfig
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.distributed.runtime import Runtime
-from contrastive.evaluate.examples import collect_examples
+from contrastive.errors import UserError
 from contrastive.interop.bundle import save_model
-from contrastive.models import DualEncoder
-from contrastive.train.evaluation import evaluate
-from contrastive.train.settings import PretrainConfig, num_distinct
-from contrastive.train.step import forward_backward
-from contrastive.train.task import Task, millions
+from contrastive.losses import LOSSES, LossConfig
+from contrastive.models import DualEncoder, Features, ModelConfig, list_models, model_config
+from contrastive.train.options import RunConfig, check_above_zero, check_run, check_shares, resolve_run
+from contrastive.train.task import TrainingTask, millions, seed_step
 
 
-class ContrastiveTask(Task):
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Everything a pretraining run can be told."""
+
+    loss: LossConfig = slot(LOSSES, "sigmoid")
+    model: ModelConfig = preset(model_config, tuple(list_models()), ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    init: str | None = None
+    """Start from this model's weights, with its architecture, tokenizer and preprocessing: a run or model folder."""
+    init_image: str | None = None
+    """Start the image tower from this model or classifier; the text tower starts at random."""
+    lock: Literal["none", "image"] = "none"
+    """image: train the text tower alone (LiT, Zhai et al. 2022), against the image tower of init_image or init."""
+
+    @property
+    def loss_name(self) -> str:
+        return LOSSES.name_of(type(self.loss))
+
+    def short_name(self) -> str:
+        return self.loss_name
+
+
+def check(config: PretrainConfig) -> None:
+    """Raise UserError for options that no data can make right."""
+    text = config.model.text
+    check_above_zero(
+        {
+            **{f"model.text.{n}": getattr(text, n) for n in ("context_length", "width", "num_heads", "mlp_dim")},
+            "model.embed_dim": config.model.embed_dim,
+            "model.init_logit_scale": config.model.init_logit_scale,
+            "loss.init_scale": config.loss.initial_logits(2)[0],
+            "loss.max_logit_scale": config.loss.max_logit_scale,
+        }
+    )
+    check_shares({"model.text.dropout": text.dropout})
+    if config.model.init_logit_bias is not None and config.loss.initial_logits(2)[1] is None:
+        raise UserError("model.init_logit_bias is for losses with a bias (sigmoid); leave it out")
+    if config.init and config.init_image:
+        raise UserError("give --init or --init_image, not both: --init starts both towers")
+    if config.lock == "image" and not (config.init or config.init_image):
+        raise UserError(
+            "--lock image keeps the image tower as it is: say whose with --init_image MODEL or --init MODEL"
+        )
+    check_run(config, config.model.image)
+
+
+def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> PretrainConfig:
+    """Fill in what follows from the data and the tokenizer.
+
+    Raises:
+        UserError: the tokenizer does not fit the model, or there are fewer samples than one batch.
+    """
+    length = resolve_run(config, source)
+    loss = config.loss
+    if loss.duplicates == "auto":
+        named = any(part.class_names for part in source.parts)
+        loss = replace(loss, duplicates="positive" if named else "negative")
+    scale, bias = loss.initial_logits(num_distinct(loss, source, config.train.global_batch_size))
+    model = replace(
+        config.model,
+        text=_fit_text(config.model, tokenizer),
+        init_logit_scale=scale if config.model.init_logit_scale is None else config.model.init_logit_scale,
+        init_logit_bias=bias if config.model.init_logit_bias is None else config.model.init_logit_bias,
+    )
+    return replace(config, model=model, loss=loss, **length)
+
+
+def num_distinct(loss: LossConfig, source: Source, global_batch_size: int) -> int | float:
+    """Return how many captions of a batch differ in the eyes of the loss, as far as that is known beforehand.
+
+    It is 1 / p, at most the batch, where p is the probability that a text of a batch matches an image of it, either
+    drawn at random. Of C classes prompted alike, where equal ones are matches, it is C.
+    """
+    if loss.duplicates != "positive":
+        return global_batch_size
+    # Two draws agree on class c with probability q_c ** 2. Other captions count as all different: a match is then the
+    # image's own text, one of the batch. In fractions, so that C classes give C and not nearly C.
+    share_of_class, share_of_captions = Counter(), Fraction(0)
+    for part, weight in zip(source.parts, source.weights, strict=True):
+        share = Fraction(weight, sum(source.weights))
+        if part.prompted:
+            for name in part.class_names:  # one name in two parts is one class, as Record.caption_group has it
+                share_of_class[name] += share / len(part.class_names)
+        else:
+            share_of_captions += share
+    matching = sum(q**2 for q in share_of_class.values()) + share_of_captions / global_batch_size
+    distinct = min(Fraction(global_batch_size), 1 / matching)
+    return int(distinct) if distinct.denominator == 1 else float(distinct)
+
+
+def _fit_text(model: ModelConfig, tokenizer: Tokenizer):
+    text = model.text
+    if text.vocab_size is not None and text.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.text.vocab_size {text.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            "leave it out, or use the model's own tokenizer (--data.tokenizer)"
+        )
+    for name in ("eos_id", "pad_id"):
+        ours, theirs = getattr(text, name), getattr(tokenizer, name)
+        if ours is not None and ours != theirs:
+            raise UserError(
+                f"model.text.{name} is {ours}, but the tokenizer's is {theirs}; set --model.text.{name} {theirs}, "
+                "or use the model's own tokenizer (--data.tokenizer)"
+            )
+    vocab_size = tokenizer.vocab_size if text.vocab_size is None else text.vocab_size
+    return replace(text, vocab_size=vocab_size, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+
+
+class ContrastiveTask(TrainingTask):
     """A dual encoder that learns from the pairs of `source`.
 
     Args:
-        config: resolved, see `settings.resolve`.
+        config: resolved, see `resolve`.
         held_out: evaluated; labelled ones zero-shot, captioned ones by retrieval.
     """
 
@@ -78,7 +192,24 @@ class ContrastiveTask(Task):
         }
 
     def evaluate(self, runtime: Runtime) -> dict[str, float]:
-        return evaluate(self, self.held_out, self.config.evaluation, runtime)
+        """`zero_shot/SOURCE/acc1`, ... of labelled held-out sources; of others `retrieval/SOURCE/image_to_text_r1`, ...
+
+        In float32, as the weights are: what zero_shot.py will say of the final model.
+        """
+        from contrastive.evaluate.retrieval import retrieval
+        from contrastive.evaluate.zero_shot import zero_shot
+
+        figures, options = {}, self.config.evaluation
+        how = {"device": runtime.device, "batch_size": options.batch_size, "limit": options.limit}
+        for source in self.held_out:
+            score, kind = (retrieval, "retrieval") if source.class_names is None else (zero_shot, "zero_shot")
+            result = score(self, source, **how)
+            figures |= {
+                f"{kind}/{source.name}/{name}": value
+                for name, value in result.items()
+                if isinstance(value, float) and name != "chance"
+            }
+        return figures
 
     def save(
         self, folder: Path, weights: Mapping[str, torch.Tensor], ema: Mapping[str, torch.Tensor] | None = None
@@ -102,5 +233,67 @@ class ContrastiveTask(Task):
         ]
 
     def report(self, device: torch.device) -> dict:
+        from contrastive.evaluate.examples import collect_examples
+
         shown = self.held_out[-1] if self.held_out else self.source
         return collect_examples(self.model, shown, self.preprocess, self.tokenizer, device)
+
+
+def forward_backward(
+    model: nn.Module,
+    loss: nn.Module,
+    pixels: torch.Tensor,
+    tokens: torch.Tensor,
+    caption_ids: torch.Tensor,
+    *,
+    accumulate: int,
+    seed: tuple[int, int],
+    runtime: Runtime,
+) -> torch.Tensor:
+    """Add the gradient of the loss over the global batch; return this rank's loss, a detached scalar.
+
+    Args:
+        model: the wrapped dual encoder. pixels: (b, 3, H, W) normalised. tokens: (b, L). caption_ids: (b,).
+        accumulate: number of micro-batches that the local batch b is embedded in; must divide b.
+        seed: (run seed, step), for dropout.
+    """
+    if accumulate > 1:
+        return _accumulated(model, loss, pixels, tokens, caption_ids, accumulate, seed, runtime)
+    seed_step(*seed, runtime.rank)
+    value = loss(*model(pixels, tokens), caption_ids=caption_ids)
+    value.backward()
+    return value.detach()
+
+
+def _accumulated(model, loss, pixels, tokens, caption_ids, accumulate, seed, runtime) -> torch.Tensor:
+    """The same loss and gradient with the activations of one micro-batch at a time.
+
+    A contrastive loss is not a sum over micro-batches: all are embedded first without a graph, the loss of
+    the whole batch gives each feature its gradient, and each micro-batch is embedded again, with the same
+    random numbers, to carry it into the towers (Gao et al. 2021, "GradCache").
+    """
+    parts = list(zip(pixels.chunk(accumulate), tokens.chunk(accumulate), strict=True))
+
+    def embed(part: int) -> Features:
+        seed_step(*seed, runtime.rank, part)
+        return model(*parts[part])
+
+    with torch.no_grad():
+        cached = [embed(part) for part in range(accumulate)]
+    image, text = (torch.cat([part[i] for part in cached]).requires_grad_() for i in (0, 1))
+    logits = [None if scalar is None else scalar.detach().clone().requires_grad_() for scalar in cached[0][2:]]
+    value = loss(image, text, *logits, caption_ids=caption_ids)
+    value.backward()
+
+    image_grads, text_grads = image.grad.chunk(accumulate), text.grad.chunk(accumulate)
+    for part in range(accumulate):
+        is_last = part == accumulate - 1
+        with nullcontext() if is_last else runtime.without_gradient_sync(model):
+            features = embed(part)
+            # Its gradient is the loss's: features times the gradients they were given.
+            surrogate = (features.image * image_grads[part]).sum() + (features.text * text_grads[part]).sum()
+            for scalar, leaf in zip(features[2:], logits, strict=True):
+                if scalar is not None:  # in shares, because under DDP every pass must reach every parameter
+                    surrogate = surrogate + scalar * leaf.grad / accumulate
+            surrogate.backward()
+    return value.detach()

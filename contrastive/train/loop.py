@@ -1,13 +1,17 @@
 """The training loop: data in, one loss over the global batch, an update, now and then a look and a save."""
 
 import math
-from dataclasses import dataclass
+import signal
+from collections import Counter, deque
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from contrastive.data.order import SampleOrder
+from contrastive.data.loader import train_loader
+from contrastive.data.order import SampleOrder, check_cursor
 from contrastive.distributed.collectives import all_reduce_sum, gather_objects
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
@@ -15,102 +19,116 @@ from contrastive.log import MetricsLog, say, warn
 from contrastive.losses import NonFiniteFeatures
 from contrastive.optim import ExponentialMovingAverage
 from contrastive.optim.base import set_learning_rates
-from contrastive.train.bad_samples import BadSamples
-from contrastive.train.checkpoint import save_checkpoint
-from contrastive.train.interrupt import StopRequest
-from contrastive.train.options import RunConfig
+from contrastive.train.checkpoint import load_checkpoint, read_cursor, save_checkpoint
+from contrastive.train.options import RunConfig, num_workers
 from contrastive.train.progress import Advice, ProgressBar, StepTimer
-from contrastive.train.run_folder import RunFolder
-from contrastive.train.task import Task
+from contrastive.train.task import TrainingTask
+
+MAX_KEYS = 20  # of the bad samples of each reason: enough to find what is wrong with the data
 
 
-@dataclass
 class Trainer:
-    """A run in progress: its parts, and the step it stands at."""
+    """A run in progress: its parts, and the step it stands at.
 
-    config: RunConfig
-    runtime: Runtime
-    folder: RunFolder
-    task: Task
-    wrapped: nn.Module
-    """The model as the runtime wraps it; `task.model` is the same weights bare."""
-    optimizers: list[torch.optim.Optimizer]
-    ema: ExponentialMovingAverage | None
-    order: SampleOrder
-    fingerprint: str
-    bad_samples: BadSamples
-    """What the loaders passed over."""
-    timeout: float
-    """Seconds that ranks wait for each other."""
-    step: int = 0
-    """Steps done."""
-    _skipped_in_a_row: int = 0
+    Args:
+        order: of the task's training data.
+        folder: the run's, for checkpoints/ and metrics.jsonl.
+        checkpoint: where the run goes on from; None: at the start.
+    """
 
-    def fit(self, loader: DataLoader, metrics: MetricsLog | None) -> bool:
+    def __init__(
+        self,
+        config: RunConfig,
+        task: TrainingTask,
+        order: SampleOrder,
+        runtime: Runtime,
+        folder: Path,
+        checkpoint: Path | None,
+    ):
+        self.config, self.task, self.order, self.runtime, self.folder = config, task, order, runtime, folder
+        self.model = task.model.to(runtime.device)
+        self.optimizers = config.optimizer.build(self.model)
+        decay = config.train.ema_decay
+        self.ema = None if decay is None else ExponentialMovingAverage(self.model, decay)
+        self.bad_samples = BadSamples(config.data.max_bad_share, config.data.bad_window)
+        self.step = 0  # steps done
+        self.metrics: MetricsLog | None = None  # on the first rank, while it trains
+        self._skipped_in_a_row = 0
+        if checkpoint is not None:
+            cursor = read_cursor(checkpoint)
+            self.step = cursor["step"]
+            check_cursor(cursor, self._cursor())
+            load_checkpoint(checkpoint, self.model, self.optimizers, self.ema)
+            say(f"resuming {folder} from {checkpoint.name}")
+
+    def fit(self) -> bool:
         """Train until the last step or a request to stop; return whether the last step was reached.
 
-        Args:
-            loader: this rank's batches from `step` on.
-            metrics: where rows go; None on all ranks but the first.
-
         Raises:
-            UserError: the loss is not finite for several steps, or a checkpoint cannot be written.
+            UserError: the loss is not finite for several steps, too many samples are bad, or a checkpoint cannot be
+                written.
         """
+        wrapped, loader = self.runtime.wrap(self.model), self._loader()
+        if self.runtime.is_main:
+            self.metrics = MetricsLog(self.folder / "metrics.jsonl", self.step)
+        try:
+            return self._fit(wrapped, loader)
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _fit(self, wrapped: nn.Module, loader: DataLoader) -> bool:
         config, total = self.config, self.config.train.steps
         timer = StepTimer(config.train.global_batch_size)
         advice = Advice(self.task.chance_loss, self.task.advice, total)
         with StopRequest() as stop, ProgressBar(self.step, total) as bar:
             if self.step == 0:
                 self._save()  # so that --resume works from the first step on
-            elif not gather_objects(metrics is not None and metrics.has("eval", self.step))[0]:
-                self._evaluate_if_due(metrics)  # a kill came between the save and the evaluation
+            elif not gather_objects(self.metrics is not None and self.metrics.has("eval", self.step))[0]:
+                self._evaluate_if_due()  # a kill came between the save and the evaluation
             for batch in loader:
                 timer.data_arrived()
-                row, stopping = self._one_step(batch, stop, metrics)
+                row, stopping = self._one_step(wrapped, batch, stop)
                 timer.step_done()
                 if self.step % config.train.log_every == 0 or self.step == total:
                     row |= {"samples_per_second": timer.samples_per_second, "data_wait": timer.data_wait}
-                    self._log("train", row, metrics)
+                    self._log("train", row)
                     bar.show(row)
                     advice.consider(row)
                 if self.step % config.checkpoint.every == 0 or self.step == total or stopping:
-                    self._count_bad_samples(metrics)
+                    self._log_bad_samples()
                     self._save()
                 if stopping and self.step < total:
                     say(f"stopped at step {self.step} and saved; continue with --resume")
                     return False
-                self._evaluate_if_due(metrics)
+                self._evaluate_if_due()
                 timer.pause_over()
         return True
 
-    def _one_step(self, batch: dict, stop: StopRequest, metrics: MetricsLog | None) -> tuple[dict, bool]:
+    def _one_step(self, wrapped: nn.Module, batch: dict, stop: "StopRequest") -> tuple[dict, bool]:
         """Do one optimizer step; return its row for the log and whether any rank was asked to stop."""
-        config = self.config
+        config, runtime = self.config, self.runtime
         factor = config.schedule.factor(self.step, config.train.steps)
         set_learning_rates(self.optimizers, factor)
         self.bad_samples.note(batch["bad"])
-        replaced = int(batch["replaced"].sum())
-        self.runtime.meet(self.step, self.timeout)
+        # A rank that never comes is named here, instead of being waited for in silence inside the loss.
+        runtime.meet(self.step, config.data.timeout)
         try:
-            loss = self.task.forward_backward(self.wrapped, batch, self.step, self.runtime)
+            loss = self.task.forward_backward(wrapped, batch, self.step, runtime)
         except NonFiniteFeatures as error:  # raised on all ranks alike, which skip this step
             warn(f"step {self.step + 1}: {error}")
-            loss = torch.tensor(math.nan, device=self.runtime.device)
-        norm = nn.utils.clip_grad_norm_(self.task.model.parameters(), config.train.max_grad_norm)
+            loss = torch.tensor(math.nan, device=runtime.device)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm).item()
         # One small sum tells every rank the same: the global loss, whether anyone was asked to stop, bad samples.
-        shared = all_reduce_sum(torch.stack([loss.double(), *loss.new_tensor([stop.as_number(), replaced]).double()]))
-        loss_sum, requests, replaced = shared.tolist()
-        mean_loss = loss_sum / self.runtime.world_size
-        self._update(mean_loss, norm.item())
+        own = [loss.double(), *loss.new_tensor([stop.as_number(), int(batch["replaced"].sum())]).double()]
+        loss_sum, requests, replaced = all_reduce_sum(torch.stack(own)).tolist()
+        mean_loss = loss_sum / runtime.world_size
+        self._update(mean_loss, norm)
         self.step += 1
-        self._stop_if_too_many_are_bad(int(replaced), metrics)
-        return {
-            "step": self.step,
-            "loss": mean_loss,
-            "grad_norm": norm.item(),
-            "lr": config.optimizer.lr * factor,
-            **self.task.figures(),
-        }, requests > 0
+        if self.bad_samples.too_many(config.train.global_batch_size, int(replaced)):  # on all ranks alike
+            raise self.bad_samples.error(self.step, self._log_bad_samples())
+        row = {"step": self.step, "loss": mean_loss, "grad_norm": norm, "lr": config.optimizer.lr * factor}
+        return row | self.task.figures(), requests > 0
 
     @torch.no_grad()
     def _update(self, loss: float, grad_norm: float) -> None:
@@ -121,7 +139,7 @@ class Trainer:
                 optimizer.step()
             self.task.after_update()
             if self.ema is not None:
-                self.ema.update(self.task.model, self.step)
+                self.ema.update(self.model, self.step)
         else:
             self._skipped_in_a_row += 1
             warn(f"step {self.step + 1} skipped: loss {loss}, gradient norm {grad_norm}")
@@ -133,16 +151,16 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def _evaluate_if_due(self, metrics: MetricsLog | None) -> None:
+    def _evaluate_if_due(self) -> None:
         if self.step % self.config.evaluation.every and self.step != self.config.train.steps:
             return
         if self.ema is not None:
-            self.ema.swap(self.task.model)
+            self.ema.swap(self.model)
         figures = self.task.evaluate(self.runtime)
         if self.ema is not None:
-            self.ema.swap(self.task.model)
+            self.ema.swap(self.model)
         if figures:
-            self._log("eval", {"step": self.step, **figures}, metrics)
+            self._log("eval", {"step": self.step, **figures})
             by_source: dict[str, list[str]] = {}
             for key, value in figures.items():
                 source, _, name = key.partition("/")[2].rpartition("/")
@@ -153,33 +171,146 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint from the first rank; the others wait, so that none runs ahead of a failure."""
-        model = self.task.model
         if self.runtime.is_main:
             save_checkpoint(
-                self.folder.checkpoints,
-                model=model,
+                self.folder / "checkpoints",
+                model=self.model,
                 optimizers=self.optimizers,
                 ema=self.ema,
-                cursor=self.order.cursor(self.step, self.fingerprint),
+                cursor=self._cursor(),
                 keep=self.config.checkpoint.keep,
-                save_model=lambda folder, average: self.task.save(folder, model.state_dict(), average),
+                save_model=lambda folder, average: self.task.save(folder, self.model.state_dict(), average),
             )
         self.runtime.barrier()
 
-    def _count_bad_samples(self, metrics: MetricsLog | None) -> dict:
-        """Log and return what all ranks passed over since the last time."""
-        taken = self.bad_samples.take()
-        if taken["counts"] and metrics is not None:
-            metrics.write({"kind": "bad_samples", "step": self.step, **taken})
-        return taken
+    def _cursor(self) -> dict:
+        return self.order.cursor(self.step, self.task.source.fingerprint)
 
-    def _stop_if_too_many_are_bad(self, bad: int, metrics: MetricsLog | None) -> None:
-        """Raise UserError, on all ranks at the same step."""
-        if self.bad_samples.too_many(self.config.train.global_batch_size, bad):
-            raise self.bad_samples.error(self.step, self._count_bad_samples(metrics))
+    def _loader(self) -> DataLoader:
+        """This rank's batches from the present step on."""
+        config, runtime = self.config, self.runtime
+        on_gpu = runtime.device.type == "cuda"
+        return train_loader(
+            self.task.dataset(self.order),
+            global_batch_size=config.train.global_batch_size,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            start_step=self.step,
+            num_steps=max(0, config.train.steps - self.step),
+            num_workers=num_workers(config.data, on_gpu),
+            timeout=config.data.timeout,
+            pin_memory=on_gpu,
+        )
 
-    def _log(self, kind: str, row: dict, metrics: MetricsLog | None) -> None:
-        if metrics is not None:
-            metrics.write({"kind": kind, **row})
+    def _log(self, kind: str, row: dict) -> None:
+        if self.metrics is not None:
+            self.metrics.write({"kind": kind, **row})
         numbers = {f"{kind}/{k}": v for k, v in row.items() if isinstance(v, float)}
         self.runtime.track(numbers, self.step)
+
+    def _log_bad_samples(self) -> dict:
+        """Log and return what all ranks passed over since the last time."""
+        taken = self.bad_samples.take()
+        if taken["counts"] and self.metrics is not None:
+            self.metrics.write({"kind": "bad_samples", "step": self.step, **taken})
+        return taken
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGUSR1 or Ctrl-C, so that the run can save first; a second Ctrl-C interrupts at once.
+
+    Any one rank's request stops all of them at the same step: the loop sums `as_number` over ranks.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def as_number(self) -> float:
+        return float(self.received is not None)
+
+    def _note(self, number, frame) -> None:
+        if self.received == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+class BadSamples:
+    """What a run's loaders passed over and replaced.
+
+    Args:
+        max_share: how many of the last `window` samples of all ranks may be bad, as a share.
+    """
+
+    def __init__(self, max_share: float, window: int):
+        self.max_share, self.window = max_share, window
+        self._counts: Counter[str] = Counter()  # of this rank, since they were last taken
+        self._keys: dict[str, list[str]] = {}
+        self._steps: deque[tuple[int, int]] = deque()  # samples and bad ones of all ranks, step by step
+        self._samples = self._bad = 0
+
+    def note(self, faults: Iterable[tuple[str, str]]) -> None:
+        """Count (reason, key) of this rank's batch."""
+        for reason, key in faults:
+            self._counts[reason] += 1
+            keys = self._keys.setdefault(reason, [])
+            if len(keys) < MAX_KEYS:
+                keys.append(key)
+
+    def too_many(self, samples: int, bad: int) -> bool:
+        """Add a step's samples and bad ones, of all ranks; return whether more than the allowed share is bad.
+
+        At the start, when fewer than `window` have been seen, the number allowed is that of a whole window, so
+        that one bad sample among the first hundred stops nothing.
+        """
+        self._steps.append((samples, bad))
+        self._samples, self._bad = self._samples + samples, self._bad + bad
+        while self._samples - self._steps[0][0] >= self.window:
+            old_samples, old_bad = self._steps.popleft()
+            self._samples, self._bad = self._samples - old_samples, self._bad - old_bad
+        return self._bad > self.max_share * max(self.window, self._samples)
+
+    def take(self) -> dict:
+        """Return {'counts': by reason, 'keys': the first of each} of all ranks since the last call; all must call.
+
+        Counted from there anew, so that a resumed run counts nothing twice.
+        """
+        ranks = gather_objects((self._counts, self._keys))
+        self._counts, self._keys = Counter(), {}
+        total = sum((counts for counts, _ in ranks), Counter())
+        keys = {reason: [key for _, keys in ranks for key in keys.get(reason, [])][:MAX_KEYS] for reason in total}
+        return {"counts": dict(total), "keys": keys}
+
+    def error(self, step: int, taken: dict) -> UserError:
+        """Return what to stop with."""
+        reasons = sorted(taken["counts"].items(), key=lambda item: -item[1])
+        listed = "; ".join(
+            f"{count} {reason} ({', '.join(taken['keys'][reason][:3])}, ...)" for reason, count in reasons
+        )
+        of = max(self.window, self._samples)
+        return UserError(
+            f"stopped at step {step}: {self._bad} of the last {self._samples} samples could not be used, more than "
+            f"{self.max_share:.2%} of {of}: {listed}. Repair the data (metrics.jsonl names more of them), "
+            "or allow more with --data.max_bad_share"
+        )
+
+
+def merged(rows: Iterable[dict]) -> dict:
+    """Return counts and keys of all 'bad_samples' rows of metrics.jsonl together, as `BadSamples.take` has them."""
+    counts: Counter[str] = Counter()
+    keys: dict[str, list[str]] = {}
+    for row in rows:
+        # Rows of runs begun before keys were kept hold the counts by themselves.
+        counts.update(row.get("counts") or {name: n for name, n in row.items() if name not in ("kind", "step")})
+        for reason, names in row.get("keys", {}).items():
+            keys[reason] = (keys.get(reason, []) + names)[:MAX_KEYS]
+    return {"counts": dict(counts), "keys": keys}

@@ -70,7 +70,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every kind of run can be told; each kind adds its `model` and `data`."""
+    """What every kind of run can be told; each kind adds its `model`, and has `data` of its own."""
+
+    SHORT_FLAGS = {}  # flags that stand for longer ones: 'lr' for 'optimizer.lr'
 
     run_folder: str = ""
     """Run folder; one that fits by default."""
@@ -83,11 +85,16 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trackers: tuple[str, ...] = ()
     """Also log to these: tensorboard, wandb, trackio, or another that Accelerate knows."""
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+
+    def short_name(self) -> str:
+        """What the run is called, after its configuration file, when no folder is named."""
+        raise NotImplementedError
 
 
-def check_run(config: RunConfig, data: ImageDataConfig, image: ImageTowerConfig) -> None:
+def check_run(config: RunConfig, image: ImageTowerConfig) -> None:
     """Raise UserError for options that no data can make right."""
-    train = config.train
+    train, data = config.train, config.data
     check_above_zero(
         {
             **_named("model.image", image, ("image_size", "patch_size", "width", "num_heads", "mlp_dim")),

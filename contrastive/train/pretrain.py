@@ -12,12 +12,10 @@ from contrastive.data.record import Source
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from contrastive.interop.bundle import Bundle
-from contrastive.interop.loading import load
 from contrastive.log import say
 from contrastive.models import DualEncoder, ImageTowerConfig, TextTowerConfig
-from contrastive.train.contrastive_task import ContrastiveTask
+from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig, check, resolve
 from contrastive.train.run import open_run, run
-from contrastive.train.settings import PretrainConfig, check, resolve
 
 CLIP_VOCABULARY = 49_408
 
@@ -34,9 +32,11 @@ def pretrain(config: PretrainConfig) -> bool:
         UserError: anything in the options, the data or the run folder that cannot work, before training.
     """
     check(config)
-    folder, checkpoint = open_run(config)
+    checkpoint = open_run(config)
     start = None
     if config.init or config.init_image:
+        from contrastive.interop.loading import load
+
         # A resumed run has these parts itself; the flags of its first command do not change them when given again.
         start = load(checkpoint or config.init or config.init_image)
         config = _with_parts_of(start, config)
@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig) -> bool:
     if start is not None and checkpoint is None:
         say(f"starting from {start.path}: its {'image tower' if config.init is None else 'towers'} and preprocessing")
         copy_weights(start.model, task.model, image_only=config.init is None)
-    return run(config, config.data, folder, checkpoint, source, task)
+    return run(config, task, checkpoint)
 
 
 def _with_parts_of(start: Bundle, config: PretrainConfig) -> PretrainConfig:

@@ -1,52 +1,101 @@
-"""From a task to a finished run: processes, lock, optimizers, the loop, the final model and the report."""
+"""A run from the shell to the final model: options, run folder, processes, the loop, the report.
 
+The run folder is the interface between a run and everything that reads it:
+
+    config.yaml  metrics.jsonl  checkpoints/step-NNNNNNNN/  final/  report.html
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import yaml
 from rich.table import Table
 
-from contrastive.config import flatten, to_dict
-from contrastive.data.loader import train_loader
-from contrastive.data.order import SampleOrder, check_cursor
+from contrastive.config import flatten, parse, rename_flags, take_option, to_dict
 from contrastive.data.order_choice import order_for
-from contrastive.data.record import Source
-from contrastive.data.settings import ImageDataConfig
 from contrastive.distributed.collectives import gather_objects
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
-from contrastive.evaluate.report import write_report
-from contrastive.files import write_folder
-from contrastive.log import MetricsLog, console, is_main_process, read_metrics, say, warn
-from contrastive.optim import ExponentialMovingAverage
-from contrastive.train.bad_samples import BadSamples, merged
-from contrastive.train.checkpoint import find_checkpoint, load_checkpoint, read_cursor
-from contrastive.train.loop import Trainer
-from contrastive.train.options import RunConfig, check_division, num_workers
-from contrastive.train.run_folder import RunFolder
-from contrastive.train.task import Task
+from contrastive.files import locked, write_folder, write_whole
+from contrastive.log import console, is_main_process, read_metrics, say, warn
+from contrastive.train.checkpoint import find_checkpoint
+from contrastive.train.loop import Trainer, merged
+from contrastive.train.options import LENGTHS, RunConfig, check_division
+from contrastive.train.task import TrainingTask
+
+C = TypeVar("C", bound=RunConfig)
+
+LOCK = ".lock"
 
 
-def open_run(config: RunConfig) -> tuple[RunFolder, Path | None]:
-    """Return the run's folder, and with --resume the checkpoint to go on from.
+def command(
+    cls: type[C],
+    train: Callable[[C], bool],
+    args: list[str],
+    *,
+    prog: str,
+    description: str,
+    default_file: Path,
+) -> None:
+    """Run `train` with the options that `args` and the configuration file give; exit with 130 when it was stopped.
+
+    Args:
+        default_file: the configuration where --config names none.
+    """
+    short = cls.SHORT_FLAGS
+    args, chosen = take_option(rename_flags(args, short), "config")
+    config_file = Path(chosen) if chosen else default_file
+    description = f"{description} --config FILE.yaml (default {default_file.name})"
+    if short:
+        description += "; short for longer flags: " + ", ".join(f"--{flag}" for flag in short)
+    options = {"prog": prog, "description": description, "either": (tuple(f"train.{n}" for n in LENGTHS),)}
+    options["also"] = ("config", *short)
+    config = parse(cls, args, [config_file], **options)
+    config = replace(config, run_folder=config.run_folder or f"runs/{config_file.stem}-{config.short_name()}")
+    saved = Path(config.run_folder) / "config.yaml"
+    if config.resume and saved.exists():  # the run's own options, with what the flags say now
+        # A preset's name given again would undo what the first command changed of the preset.
+        args, _ = take_option(args, "model")
+        config = replace(parse(cls, args, [saved], written=True, **options), run_folder=config.run_folder)
+    if not train(config):
+        sys.exit(130)  # stopped on request, after saving
+
+
+def open_run(config: RunConfig) -> Path | None:
+    """Check the run's folder, and return with --resume the checkpoint to go on from.
 
     Raises:
         UserError: the folder holds a run and should not, or the other way round, or no whole checkpoint.
     """
-    folder = RunFolder(Path(config.run_folder), config.resume)
+    folder = Path(config.run_folder)
     if is_main_process():
-        folder.check()
-    return folder, find_checkpoint(folder.checkpoints) if config.resume else None
+        check_folder(folder, config.resume)
+    return find_checkpoint(folder / "checkpoints") if config.resume else None
 
 
-def run(
-    config: RunConfig, data: ImageDataConfig, folder: RunFolder, checkpoint: Path | None, source: Source, task: Task
-) -> bool:
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raise UserError if the folder holds a run and should not, or with `resume` the other way round."""
+    if resume and not (folder / "config.yaml").exists():
+        raise UserError(f"nothing to resume in {folder}: it has no config.yaml; drop --resume to start a run")
+    if resume or not folder.exists():
+        return
+    # A start that failed leaves its lock file, and nothing else.
+    if not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir()):
+        raise UserError(f"{folder} exists; continue it with --resume, or name another folder with --run_folder")
+
+
+def run(config: RunConfig, task: TrainingTask, checkpoint: Path | None) -> bool:
     """Train a task, under `accelerate launch` or alone.
 
     Args:
-        config: resolved. data: its options of the data.
-        folder, checkpoint: from `open_run`.
+        config: resolved.
+        checkpoint: from `open_run`.
 
     Returns:
         Whether the run reached its last step; False when a signal stopped it after saving.
@@ -54,131 +103,72 @@ def run(
     Raises:
         UserError: what cannot work with these processes, or what happens on the way.
     """
-    order = order_for(
-        source,
-        config.train.global_batch_size,
-        config.train.seed,
-        window=data.window,
-        lanes=data.lanes,
-        replacement=data.replacement,
-    )
-    runtime = Runtime(config.train.precision, config.trackers, folder.path)
-    try:
-        check_division(config.train, runtime.world_size)
+    train, data, folder = config.train, config.data, Path(config.run_folder)
+    options = {"window": data.window, "lanes": data.lanes, "replacement": data.replacement}
+    order = order_for(task.source, train.global_batch_size, train.seed, **options)
+    runtime = Runtime(train.precision, config.trackers, folder)
+    check_division(train, runtime.world_size)
+    busy = f"another process is training in {folder}; wait for it or use another --run_folder"
+    with locked(folder / LOCK, busy) if runtime.is_main else nullcontext():
         if runtime.is_main:
-            folder.lock()
+            check_folder(folder, config.resume)  # again: now nobody else can begin in it
+            for left_over in (folder / "checkpoints").glob(".tmp-*"):  # of a save that a kill cut short
+                shutil.rmtree(left_over, ignore_errors=True)
         seen = gather_objects(checkpoint and checkpoint.name)
         if len(set(seen)) > 1:
-            raise UserError(f"ranks see different checkpoints in {folder.checkpoints}: {', '.join(map(str, seen))}")
-        trainer = _trainer(config, data, runtime, folder, source, order, task, checkpoint)
+            raise UserError(f"ranks see different checkpoints in {folder}/checkpoints: {', '.join(map(str, seen))}")
+        trainer = Trainer(config, task, order, runtime, folder, checkpoint)
         if runtime.is_main:
-            folder.write_config(to_dict(replace(config, resume=False)))
-            _show(trainer, source)
-        runtime.start_trackers(folder.path.name, flatten(to_dict(config)))
-        finished = _train(trainer, data)
+            own = yaml.safe_dump(to_dict(replace(config, resume=False)), sort_keys=False, width=110)
+            write_whole(folder / "config.yaml", own)
+            _show(config, task, runtime)
+        runtime.start_trackers(folder.name, flatten(to_dict(config)))
+        finished = trainer.fit()
         if finished:
             _finish(trainer)
         runtime.barrier()  # the others wait for the first rank's files
         runtime.close()
-    finally:
-        folder.unlock()
     return finished
 
 
-def _trainer(
-    config: RunConfig,
-    data: ImageDataConfig,
-    runtime: Runtime,
-    folder: RunFolder,
-    source: Source,
-    order: SampleOrder,
-    task: Task,
-    checkpoint: Path | None,
-) -> Trainer:
-    """Build the optimizers, and bring all to where the run stands."""
-    model = task.model.to(runtime.device)
-    optimizers = config.optimizer.build(model)
-    decay = config.train.ema_decay
-    ema = None if decay is None else ExponentialMovingAverage(model, decay)
-    step = 0
-    if checkpoint is not None:
-        cursor = read_cursor(checkpoint)
-        step = cursor["step"]
-        check_cursor(cursor, order.cursor(step, source.fingerprint))
-        load_checkpoint(checkpoint, model, optimizers, ema)
-        say(f"resuming {folder.path} from {checkpoint.name}")
-    return Trainer(
-        config=config,
-        runtime=runtime,
-        folder=folder,
-        task=task,
-        wrapped=runtime.wrap(model),
-        optimizers=optimizers,
-        ema=ema,
-        order=order,
-        fingerprint=source.fingerprint,
-        bad_samples=BadSamples(data.max_bad_share, data.bad_window),
-        timeout=data.timeout,
-        step=step,
-    )
-
-
-def _train(trainer: Trainer, data: ImageDataConfig) -> bool:
-    config, runtime = trainer.config, trainer.runtime
-    loader = train_loader(
-        trainer.task.dataset(trainer.order),
-        global_batch_size=config.train.global_batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        start_step=trainer.step,
-        num_steps=max(0, config.train.steps - trainer.step),
-        num_workers=num_workers(data, runtime.device.type == "cuda"),
-        timeout=data.timeout,
-        pin_memory=runtime.device.type == "cuda",
-    )
-    metrics = MetricsLog(trainer.folder.metrics, trainer.step) if runtime.is_main else None
-    try:
-        return trainer.fit(loader, metrics)
-    finally:
-        if metrics is not None:
-            metrics.close()
+def _show(config: RunConfig, task: TrainingTask, runtime: Runtime) -> None:
+    """Print what is about to be trained, on what, where."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("run", config.run_folder)
+    table.add_row("data", f"{task.source.name}: {len(task.source):,} samples")
+    for name, text in task.describe():
+        table.add_row(name, text)
+    table.add_row("training", f"{config.train.steps:,} steps of {config.train.global_batch_size:,} samples")
+    threads = f", {torch.get_num_threads()} threads each" if runtime.device.type == "cpu" else ""
+    table.add_row("on", f"{runtime.world_size} x {runtime.device.type}, {runtime.precision}{threads}")
+    console.print(table)
 
 
 def _finish(trainer: Trainer) -> None:
     """Write the final model, the averaged weights if there are any, and the report."""
+    # Only a run that ends needs the report, and the pictures in it.
+    from contrastive.evaluate.report import write_report
+
     task, folder = trainer.task, trainer.folder
     if trainer.ema is not None:
         trainer.ema.swap(task.model)
     task.conclude(folder, trainer.runtime)
     if not trainer.runtime.is_main:
         return
-    write_folder(folder.final, lambda temporary: task.save(temporary, task.model.state_dict()))
-    metrics = read_metrics(folder.metrics)
+    final, report = folder / "final", folder / "report.html"
+    write_folder(final, lambda temporary: task.save(temporary, task.model.state_dict()))
+    metrics = read_metrics(folder / "metrics.jsonl")
     bad_samples = merged(row for row in metrics if row["kind"] == "bad_samples")
     if bad_samples["counts"]:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(bad_samples["counts"].items()))
         warn(f"samples passed over and replaced: {counts}")
     write_report(
-        folder.report,
-        title=folder.path.name,
+        report,
+        title=folder.name,
         config=to_dict(trainer.config),
         metrics=metrics,
         bad_samples=bad_samples["counts"],
         bad_keys=bad_samples["keys"],
         **task.report(trainer.runtime.device),
     )
-    say(f"model: {folder.final}   report: {folder.report}")
-
-
-def _show(trainer: Trainer, source: Source) -> None:
-    """Print what is about to be trained, on what, where."""
-    train, runtime = trainer.config.train, trainer.runtime
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("run", str(trainer.folder.path))
-    table.add_row("data", f"{source.name}: {len(source):,} samples")
-    for name, text in trainer.task.describe():
-        table.add_row(name, text)
-    table.add_row("training", f"{train.steps:,} steps of {train.global_batch_size:,} samples")
-    threads = f", {torch.get_num_threads()} threads each" if runtime.device.type == "cpu" else ""
-    table.add_row("on", f"{runtime.world_size} x {runtime.device.type}, {runtime.precision}{threads}")
-    console.print(table)
+    say(f"model: {final}   report: {report}")

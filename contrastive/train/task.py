@@ -1,5 +1,6 @@
 """What a run learns: all that the loop leaves to the kind of run it is."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,22 +10,24 @@ from torch import nn
 
 from contrastive.data.order import SampleOrder
 from contrastive.data.preprocess import Preprocess
+from contrastive.data.record import Source
 from contrastive.data.samples import SampleDataset
 from contrastive.distributed.runtime import Runtime
-from contrastive.train.run_folder import RunFolder
 
 
-class Task(ABC):
-    """A model with its data and its loss. Subclasses: ContrastiveTask, ClassificationTask.
+class TrainingTask(ABC):
+    """A model with its data and its loss. Subclasses: ContrastiveTask, ClassificationTask."""
 
-    model: the weights, bare. preprocess: how its images are made. chance_loss: the loss of a model that tells
-    nothing apart. advice: what to look at when the loss stays there.
-    """
-
+    source: Source
+    """What it is trained on."""
     model: nn.Module
+    """The weights, not wrapped for several ranks."""
     preprocess: Preprocess
+    """How its images are made."""
     chance_loss: float
+    """The loss of a model that tells nothing apart."""
     advice: str
+    """What to look at when the loss stays there."""
 
     @abstractmethod
     def dataset(self, order: SampleOrder) -> SampleDataset:
@@ -53,8 +56,12 @@ class Task(ABC):
     def evaluate(self, runtime: Runtime) -> dict[str, float]:
         """Return figures in percent by 'KIND/SOURCE/NAME'; the same on every rank, all of which call it."""
 
-    def conclude(self, folder: RunFolder, runtime: Runtime) -> None:  # noqa: B027
-        """Do what is left after the last step, before the model is saved; called on every rank."""
+    def conclude(self, folder: Path, runtime: Runtime) -> None:  # noqa: B027
+        """Do what is left after the last step, before the model is saved; called on every rank.
+
+        Args:
+            folder: the run's.
+        """
 
     @abstractmethod
     def save(
@@ -74,3 +81,9 @@ class Task(ABC):
 def millions(module: nn.Module) -> str:
     """Return the number of parameters, as '12.3 M'."""
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+
+
+def seed_step(seed: int, step: int, rank: int, part: int = 0) -> None:
+    """Make dropout and patch dropout a function of where we are, so that no random state needs saving."""
+    place = f"{seed} {step} {rank} {part}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(place, digest_size=7).digest()))

@@ -13,8 +13,9 @@ from contrastive.data.settings import DataConfig, LabelledDataConfig
 from contrastive.errors import UserError
 from contrastive.interop.formats.transformers import writing
 from contrastive.models import ModelConfig, TextTowerConfig
-from contrastive.train import FinetuneConfig, PretrainConfig, finetune, pretrain
+from contrastive.train.finetune import FinetuneConfig, finetune
 from contrastive.train.options import CheckpointConfig, EvaluationConfig, TrainConfig
+from contrastive.train.pretrain import PretrainConfig, pretrain
 
 TEXT = TextTowerConfig(context_length=12, width=16, depth=1, num_heads=2, mlp_dim=32)
 SHORT = {

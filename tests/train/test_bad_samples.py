@@ -1,6 +1,6 @@
 """How many unusable samples stop a run, and what is written of them."""
 
-from contrastive.train.bad_samples import MAX_KEYS, BadSamples, merged
+from contrastive.train.loop import MAX_KEYS, BadSamples, merged
 
 
 def test_the_share_is_of_the_window_or_of_what_a_large_batch_makes_of_it():

@@ -11,12 +11,12 @@ import contrastive
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
-from contrastive.files import problem, write_folder
+from contrastive.files import locked, problem, write_folder
 from contrastive.interop.bundle import save_model
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig, ExponentialMovingAverage, MuonConfig
 from contrastive.train.checkpoint import find_checkpoint, load_checkpoint, read_cursor, save_checkpoint
-from contrastive.train.run_folder import RunFolder
+from contrastive.train.run import LOCK, check_folder
 
 
 @pytest.fixture(scope="module")
@@ -158,18 +158,15 @@ def test_load_refuses_what_is_not_a_whole_model(tokenizer, tmp_path):
         contrastive.load(tmp_path / "foreign")
 
 
-def test_run_folder_checks_and_lock(tmp_path):
+def test_run_folder_checks(tmp_path):
     path = tmp_path / "run"
-    first = RunFolder(path, resume=False)
-    first.check()
-    first.lock()
-    with pytest.raises(UserError, match="another process is training"):
-        RunFolder(path, resume=False).lock()
-    first.unlock()
-    RunFolder(path, resume=False).check()  # a start that failed leaves only the lock, and the next may begin
+    check_folder(path, resume=False)
+    with locked(path / LOCK, "busy"):
+        pass
+    check_folder(path, resume=False)  # a start that failed leaves only the lock, and the next may begin
     with pytest.raises(UserError, match="nothing to resume"):
-        RunFolder(path, resume=True).check()
-    first.write_config({"a": 1})
+        check_folder(path, resume=True)
+    (path / "config.yaml").write_text("a: 1")
     with pytest.raises(UserError, match="exists; continue it with --resume"):
-        RunFolder(path, resume=False).check()
-    RunFolder(path, resume=True).check()
+        check_folder(path, resume=False)
+    check_folder(path, resume=True)

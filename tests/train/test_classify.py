@@ -23,12 +23,10 @@ from contrastive.evaluate.classification import classification
 from contrastive.log import read_metrics
 from contrastive.models import ClassifierConfig, ImageClassifier, ImageTowerConfig
 from contrastive.optim import MuonConfig
-from contrastive.train import TrainClassifierConfig, train_classifier
-from contrastive.train.classifier_settings import num_classes
-from contrastive.train.command import command
-from contrastive.train.mixing import Mixing
+from contrastive.train.classification_task import Mixing
+from contrastive.train.classify import TrainClassifierConfig, num_classes, parameter_rows, train_classifier
 from contrastive.train.options import CheckpointConfig, EvaluationConfig, TrainConfig
-from contrastive.train.parameters import parameter_rows
+from contrastive.train.run import command
 
 IMAGE = ImageTowerConfig(
     width=32, depth=2, num_heads=2, mlp_dim=64, pool="class", class_token=True, activation="gelu", dropout=0.1
@@ -173,7 +171,7 @@ def test_scores_are_float32_and_evaluation_is_whatever_the_precision_of_the_run(
 def test_the_name_of_a_preset_given_again_changes_nothing_on_resume(tmp_path):
     run, file, seen = tmp_path / "run", tmp_path / "file.yaml", []
     file.write_text("model: {name: tiny, image: {dropout: 0.1}}\ntrain: {steps: 1}\n")
-    words = {"prog": "p", "description": "d", "default_file": file, "name": lambda config: "n"}
+    words = {"prog": "p", "description": "d", "default_file": file}
 
     def stopped(config):
         seen.append(config)

@@ -19,10 +19,9 @@ from contrastive.interop.bundle import save_model
 from contrastive.log import read_metrics
 from contrastive.losses import LOSSES
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
-from contrastive.train import FinetuneConfig, PretrainConfig, finetune, pretrain
-from contrastive.train.classifier_settings import WiseFTConfig
-from contrastive.train.classify import _classifier_from
+from contrastive.train.finetune import FinetuneConfig, WiseFTConfig, _classifier_from, finetune
 from contrastive.train.options import CheckpointConfig, EvaluationConfig, TrainConfig
+from contrastive.train.pretrain import PretrainConfig, pretrain
 
 IMAGE = ImageTowerConfig(
     image_size=8, patch_size=2, width=32, depth=2, num_heads=2, mlp_dim=64, pool="average", projection=True

@@ -12,7 +12,8 @@ from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.data.sources.mixture import Mixture
 from contrastive.data.tokenizer import train_bpe
 from contrastive.losses.sigmoid import SigmoidLossConfig
-from contrastive.train.settings import PretrainConfig, TrainConfig, num_distinct, resolve
+from contrastive.train.contrastive_task import PretrainConfig, num_distinct, resolve
+from contrastive.train.options import TrainConfig
 
 POSITIVE, NEGATIVE = (SigmoidLossConfig(duplicates=duplicates) for duplicates in ("positive", "negative"))
 

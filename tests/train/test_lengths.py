@@ -8,7 +8,8 @@ from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 from contrastive.losses import SoftmaxLossConfig
-from contrastive.train.settings import PretrainConfig, TrainConfig, check, resolve
+from contrastive.train.contrastive_task import PretrainConfig, check, resolve
+from contrastive.train.options import TrainConfig
 
 
 @pytest.fixture(scope="module")

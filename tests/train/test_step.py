@@ -11,7 +11,8 @@ from rank_processes import run_on_ranks
 from contrastive.distributed.runtime import Runtime
 from contrastive.losses import LOSSES, NonFiniteFeatures
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
-from contrastive.train.step import forward_backward, seed_step
+from contrastive.train.contrastive_task import forward_backward
+from contrastive.train.task import seed_step
 
 CONFIG = ModelConfig(
     embed_dim=16,

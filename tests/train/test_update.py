@@ -5,36 +5,25 @@ from dataclasses import replace
 import pytest
 import torch
 
+from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.losses import SoftmaxLossConfig
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig
-from contrastive.train.bad_samples import BadSamples
-from contrastive.train.contrastive_task import ContrastiveTask
+from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig
 from contrastive.train.loop import Trainer
-from contrastive.train.settings import PretrainConfig, TrainConfig
+from contrastive.train.options import TrainConfig
 
 
 @pytest.fixture
-def trainer():
+def trainer(tmp_path):
     image = ImageTowerConfig(image_size=16, patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
     text = TextTowerConfig(vocab_size=20, context_length=6, width=16, depth=1, num_heads=2, mlp_dim=32)
     model = ModelConfig(embed_dim=16, image=image, text=text)
-    config = PretrainConfig(train=TrainConfig(steps=10, max_skipped=3), loss=SoftmaxLossConfig(), model=model)
+    train = TrainConfig(steps=10, max_skipped=3)
+    config = PretrainConfig(train=train, loss=SoftmaxLossConfig(), model=model, optimizer=AdamWConfig())
     task = ContrastiveTask(config, None, None, [])
-    return Trainer(
-        config=config,
-        runtime=None,
-        folder=None,
-        task=task,
-        wrapped=task.model,
-        optimizers=AdamWConfig().build(task.model),
-        ema=None,
-        order=None,
-        fingerprint="",
-        bad_samples=BadSamples(0.01, 10_000),
-        timeout=1.0,
-    )
+    return Trainer(config, task, order=None, runtime=Runtime("fp32"), folder=tmp_path, checkpoint=None)
 
 
 def step(trainer, loss, grad_norm=1.0):
