@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+# What the whole and its parts may measure. Lower them when something went; a change that needs more looks first for
+# what it can take away.
+MOST_LINES_OF_A_FILE = 360
+MOST_FILES, MOST_LINES = 240, 26_800  # of the package
+MOST_FILES_TO_TRAIN, MOST_LINES_TO_TRAIN = 85, 9_000  # that `import contrastive.train.pretrain` reads
+MOST_NAMES_TWICE = 12  # file names that occur twice, which no name should
 HEAVY = {"transformers", "open_clip", "datasets", "pyarrow", "pandas", "sklearn", "matplotlib", "onnx", "webdataset"}
 
 
@@ -70,3 +77,29 @@ def test_import_is_quick_and_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_pretraining_reads_only_what_it_needs():
+    code = (
+        "import sys, contrastive.train.pretrain as _;"
+        "print(*(m.__file__ for name, m in sys.modules.items() if name.split('.')[0] == 'contrastive'), sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    files = [Path(name) for name in done.stdout.split("\n") if name]
+    assert len(files) <= MOST_FILES_TO_TRAIN and sum(map(lines, files)) <= MOST_LINES_TO_TRAIN
+
+
+def test_no_file_is_long_and_the_whole_is_small():
+    sizes = {str(path.relative_to(PACKAGE)): lines(path) for path in PACKAGE.rglob("*.py")}
+    assert not {name: size for name, size in sizes.items() if size > MOST_LINES_OF_A_FILE}
+    assert len(sizes) <= MOST_FILES and sum(sizes.values()) <= MOST_LINES
+
+
+def test_file_names_occur_once():
+    names = Counter(path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    twice = sorted(name for name, times in names.items() if times > 1)
+    assert len(twice) <= MOST_NAMES_TWICE, twice
