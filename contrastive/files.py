@@ -20,6 +20,17 @@ from contrastive.errors import UserError
 MANIFEST = "manifest.json"
 
 
+def cache_folder() -> str:
+    """Return the folder for what can be made again: $CONTRASTIVE_CACHE, else ~/.cache/contrastive."""
+    return os.path.abspath(os.path.expanduser(os.environ.get("CONTRASTIVE_CACHE") or "~/.cache/contrastive"))
+
+
+def sha256(path: str | Path) -> str:
+    """Return the sha256 of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
     """Write a file whole or not at all; `content` may be a function that writes to the open binary file.
 
@@ -80,9 +91,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     try:
         fill(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        write_json(
-            temporary / MANIFEST, {"sha256": {str(path.relative_to(temporary)): _sha256(path) for path in files}}
-        )
+        write_json(temporary / MANIFEST, {"sha256": {str(path.relative_to(temporary)): sha256(path) for path in files}})
         _sync_all(temporary)
         if folder.exists():
             shutil.rmtree(folder)
@@ -121,7 +130,7 @@ def problem(folder: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         try:
-            if _sha256(path) != expected:
+            if sha256(path) != expected:
                 return f"{name} is damaged"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
@@ -186,11 +195,6 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 def _is_left_over(path: Path) -> bool:
     return path.name.endswith(".partial") or path.name in ("lock", ".lock")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_all(folder: Path) -> None:

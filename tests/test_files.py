@@ -5,7 +5,7 @@ import stat
 import pytest
 
 from contrastive.errors import UserError
-from contrastive.files import claim_folder, locked, read_json, write_json, write_whole
+from contrastive.files import cache_folder, claim_folder, locked, read_json, sha256, write_json, write_whole
 
 CLAIM = {"record": "record.json", "of": "a test", "mend": "give another --out"}
 
@@ -93,3 +93,16 @@ def test_a_lock_that_another_holds_is_said_at_once(tmp_path):
         pass
     with locked(tmp_path / "lock", "busy"):
         pass
+
+
+def test_the_sum_of_a_file_is_that_of_its_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256(str(tmp_path / "a")) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONTRASTIVE_CACHE", str(tmp_path / "cache"))
+    assert cache_folder() == str(tmp_path / "cache")
+    monkeypatch.setenv("CONTRASTIVE_CACHE", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == str(tmp_path / ".cache" / "contrastive")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from filelock import FileLock, Timeout
 
 from contrastive.data.shards.remote import download
-from contrastive.data.shards.shard_manifest import cache_folder
 from contrastive.errors import UserError
+from contrastive.files import cache_folder
 from contrastive.log import warn
 
 FRESH_SECONDS = 60.0  # a copy younger than this may have been fetched for a reader that has yet to open it

@@ -1,6 +1,5 @@
 """Where the samples of one WebDataset shard lie: offsets and sizes, from one pass over its headers."""
 
-import hashlib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from contrastive.data.shards.packed_bytes import PackedBytes
 from contrastive.data.shards.tar_members import BLOCK, Member, iter_members
 from contrastive.data.sources.image_file import IMAGE_SUFFIXES
 from contrastive.errors import UserError
+from contrastive.files import sha256
 
 ROLES = ("image", "txt", "json", "cls")
 # Why a sample is refused; the place in the tuple is what the index stores.
@@ -93,7 +93,7 @@ def index_shard(path: str, digest: bool = False) -> tuple[ShardIndex, ShardSumma
         refusals=np.array([REFUSALS.index(group.refusal) for group in groups], dtype=np.uint8),
         keys=PackedBytes(group.key for group in groups),
     )
-    summary = ShardSummary(*before, _sha256(path) if digest else None, len(index), **_count(path, index))
+    summary = ShardSummary(*before, sha256(path) if digest else None, len(index), **_count(path, index))
     if _state(path) != before:
         raise UserError(f"{path} changed while it was read; index it when it is complete")
     return index, summary
@@ -107,11 +107,6 @@ def _state(path: str) -> tuple[int, int]:
     if state.st_size > _LARGEST * BLOCK:
         raise UserError(f"{path} is larger than a shard may be (1 TB); split it")
     return state.st_size, state.st_mtime_ns
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _count(path: str, index: ShardIndex) -> dict:

@@ -16,6 +16,7 @@ from contrastive.data.shards.shard_index import ShardSummary
 from contrastive.data.shards.stored_index import summary_from, write_whole
 from contrastive.data.sources.paths import folder_and_name, is_remote
 from contrastive.errors import UserError
+from contrastive.files import cache_folder
 
 INDEX_FOLDER, MANIFEST = ".contrastive-index", "manifest.json"
 _FORMAT, _VERSION = "contrastive shard index", 1
@@ -67,11 +68,6 @@ class IndexFolder:
 
     def location(self, name: str) -> str:
         return f"{self.shards}/{name}" if is_remote(self.shards) else os.path.join(self.shards, name)
-
-
-def cache_folder() -> str:
-    """Return the folder for what can be made again: $CONTRASTIVE_CACHE, else ~/.cache/contrastive."""
-    return os.path.abspath(os.path.expanduser(os.environ.get("CONTRASTIVE_CACHE") or "~/.cache/contrastive"))
 
 
 def index_folders(shards: str) -> tuple[IndexFolder, ...]:

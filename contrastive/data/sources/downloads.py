@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from contrastive.data.shards.shard_manifest import cache_folder
 from contrastive.data.sources.array_images import ArrayImages
 from contrastive.data.sources.cifar_batches import is_cifar_folder, open_cifar
 from contrastive.data.sources.idx import is_idx_folder, open_idx
 from contrastive.errors import UserError, did_you_mean
+from contrastive.files import cache_folder
 from contrastive.log import say
 
 SPLITS = ("train", "test")

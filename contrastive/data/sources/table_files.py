@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from contrastive.data.sources.cells import is_text_type
 from contrastive.data.sources.columns import Columns, find_columns
 from contrastive.errors import UserError
+from contrastive.files import sha256
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,7 +75,7 @@ def _read_csv(path: str, asked: Columns, delimiter: str) -> TableFile:
     unchecked = pc.CastOptions(target_type=pa.string(), allow_invalid_utf8=True)
     for name in raw:
         rows = rows.set_column(rows.column_names.index(name), name, rows.column(name).cast(options=unchecked))
-    return TableFile(path, columns, rows, pa.string(), None, _content_digest(path))
+    return TableFile(path, columns, rows, pa.string(), None, sha256(path))
 
 
 def _read_jsonl(path: str, asked: Columns) -> TableFile:
@@ -83,7 +84,7 @@ def _read_jsonl(path: str, asked: Columns) -> TableFile:
     rows = arrow_json.read_json(path, read_options=arrow_json.ReadOptions(block_size=_BLOCK_BYTES))
     columns = find_columns(rows.column_names, asked, path)
     rows = rows.select(columns.names())
-    return TableFile(path, columns, rows, rows.column(columns.image).type, None, _content_digest(path))
+    return TableFile(path, columns, rows, rows.column(columns.image).type, None, sha256(path))
 
 
 def _read_parquet(path: str, asked: Columns) -> TableFile:
@@ -114,11 +115,6 @@ def _hub_class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...] | 
         return tuple(features[label]["names"]) if features[label]["_type"] == "ClassLabel" else None
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _content_digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _footer_digest(path: str) -> str:
