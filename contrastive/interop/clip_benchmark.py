@@ -12,19 +12,33 @@ Its own flags, datasets, tasks and result files (https://github.com/LAION-AI/CLI
 - Features of a linear probe are kept only where --feature_root says so.
 
 `--model_type open_clip` gives CLIP_benchmark's own meaning of the model flags back.
+
+What of version 1.6.2 does not run with today's libraries is replaced in memory, name by name; no figure is computed
+differently:
+
+- `accuracy` calls float() on an array of one element, which NumPy refuses since 2.4 (CLIP_benchmark#147).
+- `linear_probe` insists on CUDA, though nothing in it needs it.
+- webdataset raises in a loader's worker that has no shard, as with one shard and two workers; and its pipeline holds
+  a lambda, so that workers have to be forked, which Python does not do by default since 3.14.
+- `cli` imports pycocoevalcap, which only captioning uses. (And requests, which our extra `clip-benchmark` asks for.)
+- A dataset that cannot be had ends in a traceback.
 """
 
 import argparse
 import functools
+import importlib
 import sys
 import tempfile
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
+
+import torch
 
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Bundle, weights_key
-from contrastive.interop.clip_benchmark_mends import mended_cli
 from contrastive.interop.loading import load
 from contrastive.log import run_script
 
@@ -95,11 +109,6 @@ def run(args: list[str]) -> None:
 
 def _parsed(cli: types.ModuleType, args: list[str]) -> argparse.Namespace:
     """CLIP_benchmark's own parser, which reads sys.argv, with our defaults."""
-    from clip_benchmark import models
-
-    models.TYPE2FUNC[MODEL_TYPE] = _load_for_clip_benchmark
-    if MODEL_TYPE not in models.MODEL_TYPES:
-        models.MODEL_TYPES.append(MODEL_TYPE)
     argv, own = sys.argv, cli.argparse
     sys.argv, cli.argparse = [PROG, *args], types.SimpleNamespace(ArgumentParser=_Parser)
     try:
@@ -159,3 +168,114 @@ def _load_for_clip_benchmark(model_name: str, pretrained: str, cache_dir: str | 
             raise UserError(f"{path} has no text tower; of CLIP_benchmark's tasks only linear_probe applies to it")
 
     return bundle.model.to(device), bundle.preprocess, tokenizer
+
+
+def mended_cli() -> types.ModuleType:
+    """Return `clip_benchmark.cli` with our model type, and with what today's libraries need.
+
+    Raises:
+        UserError: clip-benchmark, or something it imports, is not installed.
+    """
+    try:
+        return _import_and_mend()
+    except ModuleNotFoundError as error:
+        how = "install it with: pip install 'contrastive[clip-benchmark]'"
+        if error.name == "clip_benchmark":
+            raise UserError(f"clip-benchmark is not installed; {how}") from None
+        raise UserError(f"clip-benchmark needs {error.name}, which is not installed; {how}") from None
+
+
+@functools.cache
+def _import_and_mend() -> types.ModuleType:
+    from clip_benchmark import models
+
+    models.TYPE2FUNC[MODEL_TYPE] = _load_for_clip_benchmark
+    models.MODEL_TYPES.append(MODEL_TYPE)
+    _do_without_captioning()
+    from clip_benchmark.metrics import zeroshot_classification
+
+    zeroshot_classification.accuracy = _accuracy
+    from clip_benchmark.metrics import linear_probe  # only now: it takes `accuracy` from there
+
+    if not torch.cuda.is_available():
+        linear_probe.torch = types.SimpleNamespace(**vars(torch) | {"autocast": _autocast_on_cpu})
+        linear_probe.evaluate = _without_cuda(linear_probe.evaluate)
+    from clip_benchmark.datasets import builder
+
+    builder.build_wds_dataset = _for_any_worker(builder.build_wds_dataset)
+    from clip_benchmark import cli
+
+    cli.build_dataset = _in_one_line(cli.build_dataset)
+    return cli
+
+
+def _do_without_captioning() -> None:
+    name = "clip_benchmark.metrics.captioning"
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        reason = str(error)
+
+        def evaluate(**_):
+            raise UserError(f"--task captioning cannot run: {reason}; pip install pycocoevalcap")
+
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].evaluate = evaluate
+
+
+def _accuracy(output: torch.Tensor, target: torch.Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
+    """Top-k accuracies as shares of 1: output (N, C) scores, target (N,) classes."""
+    predicted = output.topk(max(topk), 1, True, True)[1].t()  # (k, N)
+    correct = predicted.eq(target.view(1, -1).expand_as(predicted))
+    return [correct[:k].sum().item() / len(target) for k in topk]
+
+
+class _Cpu(str):
+    """'cpu', which also passes where 'cuda' is insisted on."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return other in ("cpu", "cuda")
+
+
+def _autocast_on_cpu(device: str, enabled: bool) -> torch.autocast:
+    return torch.autocast("cpu", enabled=enabled)  # a plain 'cpu': torch asks for the kind of device, too
+
+
+def _without_cuda(evaluate: Callable) -> Callable:
+    """Let the linear probe run on the CPU: `.cuda()` moves nothing while it does."""
+
+    def on_cpu(*args, device: str, **options):
+        with (
+            patch.object(torch.Tensor, "cuda", lambda self: self),
+            patch.object(torch.nn.Module, "cuda", lambda self: self),
+        ):
+            return evaluate(*args, device=_Cpu("cpu"), **options)
+
+    return on_cpu
+
+
+def _for_any_worker(build: Callable) -> Callable:
+    """Drop the stage that takes a worker without a shard for an empty dataset, and the one that cannot be pickled."""
+    from webdataset.compat import check_empty
+
+    def build_wds_dataset(*args, **options):
+        dataset = build(*args, **options)
+        # The lambda is CLIP_benchmark's nodesplitter, which passes all shards on.
+        dropped = (check_empty.__name__, "<lambda>")
+        dataset.pipeline = [stage for stage in dataset.pipeline if getattr(stage, "__name__", "") not in dropped]
+        return dataset
+
+    return build_wds_dataset
+
+
+def _in_one_line(build: Callable) -> Callable:
+    def build_dataset(dataset_name: str, root: str = "root", **options):
+        try:
+            return build(dataset_name=dataset_name, root=root, **options)
+        except (AssertionError, ValueError, RuntimeError, OSError, ImportError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"--dataset {dataset_name} cannot be read from {root}: {reason}") from error
+
+    return build_dataset

@@ -25,7 +25,6 @@ from contrastive.evaluate.linear_probe import linear_probe
 from contrastive.evaluate.retrieval import retrieval
 from contrastive.evaluate.zero_shot import classification_metrics, zero_shot
 from contrastive.interop import clip_benchmark as adapter
-from contrastive.interop import clip_benchmark_mends as mends
 
 pytest.importorskip("clip_benchmark", reason="needs clip-benchmark")
 
@@ -106,7 +105,7 @@ def test_more_workers_than_shards(benchmark, shards):
 
 def test_workers_need_not_be_forked(shards):
     """The dataset can be pickled, as it has to be for workers that are not copies of this process."""
-    mends.mended_cli()
+    adapter.mended_cli()
     builder = importlib.import_module("clip_benchmark.datasets.builder")
     dataset = builder.build_wds_dataset("colours", bundle().preprocess, data_dir=str(shards))
     assert len(list(pickle.loads(pickle.dumps(dataset)))) == 150
@@ -140,7 +139,7 @@ def test_flickr8k_files(benchmark, tmp_path):
 def test_linear_probe_without_cuda(benchmark, shards, tmp_path, monkeypatch, val):
     """Theirs is trained by AdamW, ours by L-BFGS to the optimum: the features and the scoring are what can agree."""
     probe = importlib.import_module("clip_benchmark.metrics.linear_probe")
-    mends.mended_cli()
+    adapter.mended_cli()
     inferred, infer = [], probe.infer
     monkeypatch.setattr(probe, "infer", lambda *a: inferred.append(infer(*a)) or inferred[-1])
     given = ("--dataset", "wds/colours", "--dataset_root", shards, "--task", "linear_probe", "--batch_size", 16)

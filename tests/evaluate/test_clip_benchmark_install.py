@@ -6,7 +6,6 @@ import pytest
 
 from contrastive.errors import UserError
 from contrastive.interop import clip_benchmark as adapter
-from contrastive.interop import clip_benchmark_mends as mends
 
 pytest.importorskip("clip_benchmark", reason="needs clip-benchmark")
 
@@ -22,11 +21,11 @@ def test_what_is_not_installed_is_named(monkeypatch, missing, message):
     for name in [name for name in sys.modules if name.split(".")[0] == "clip_benchmark"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    mends._import_and_mend.cache_clear()
+    adapter._import_and_mend.cache_clear()
     with pytest.raises(UserError, match=message) as caught:
         adapter.run(["eval"])
     assert "\n" not in str(caught.value)
-    mends._import_and_mend.cache_clear()
+    adapter._import_and_mend.cache_clear()
 
 
 def test_only_captioning_needs_pycocoevalcap(monkeypatch):
@@ -35,6 +34,6 @@ def test_only_captioning_needs_pycocoevalcap(monkeypatch):
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
-    mends._do_without_captioning()
+    adapter._do_without_captioning()
     with pytest.raises(UserError, match="captioning cannot run: .*pycocoevalcap"):
         sys.modules["clip_benchmark.metrics.captioning"].evaluate(model=None)
