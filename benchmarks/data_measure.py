@@ -100,8 +100,8 @@ def pixel_differences(load: Load) -> dict[str, float]:
     from contrastive.data.augment import AugmentConfig
     from contrastive.data.decode import decode
     from contrastive.data.order_choice import order_for
-    from contrastive.data.pairs import PairDataset
     from contrastive.data.preprocess import Preprocess, PreprocessConfig
+    from contrastive.data.samples import PairDataset
     from contrastive.data.sources import open_source
     from contrastive.data.tokenizer import clip_tokenizer
 

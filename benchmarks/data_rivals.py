@@ -61,7 +61,7 @@ def _ours(load: Load) -> Iterator[torch.Tensor]:
     from contrastive.data.augment import AugmentConfig
     from contrastive.data.loader import train_loader
     from contrastive.data.order_choice import order_for
-    from contrastive.data.pairs import PairDataset
+    from contrastive.data.samples import PairDataset
     from contrastive.data.sources import open_source
     from contrastive.data.tokenizer import clip_tokenizer
 

@@ -1,16 +1,43 @@
-"""What is asked of a caption, its identity, and which of several is drawn."""
+"""Captions before they become tokens: how they are cleaned, what is asked of one, which of several is drawn."""
 
 import hashlib
+import html
 import math
+import string
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import Literal
+
+import ftfy
 
 from contrastive.data.record import BadSample, Record, Source
 
 # Real captions end far below this; longer ones are documents that cost tokenizing time and teach nothing.
 MAX_CAPTION_CHARS = 20_000
 TOKENIZER_SAMPLES = 50_000  # enough to count words; more only takes longer
+
+Cleaning = Literal["none", "whitespace", "clip", "canonicalize"]
+_NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
+
+
+def clean_text(text: str, cleaning: Cleaning) -> str:
+    """Return what is tokenized, the same in training, evaluation and use; each way does what those before it do.
+
+    'none' leaves the text as it is; 'whitespace' mends encoding slips and HTML entities and squeezes white space, as
+    open_clip does for any tokenizer; 'clip' lower-cases, as open_clip does for CLIP; 'canonicalize' takes ASCII
+    punctuation out, '_' as a space, as open_clip does for SigLIP.
+    """
+    if cleaning == "none":
+        return text
+    # Printable ASCII without an entity is left alone by ftfy and html, which take most of the time.
+    if "&" in text or not (text.isascii() and text.isprintable()):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = " ".join(text.split())
+    if cleaning == "whitespace":
+        return text
+    text = text.lower()
+    return text if cleaning == "clip" else " ".join(text.translate(_NO_PUNCTUATION).split())
 
 
 def caption_fault(text: str) -> str | None:

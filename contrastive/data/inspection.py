@@ -19,8 +19,8 @@ from contrastive.data.captions import MAX_CAPTION_CHARS, caption_fault
 from contrastive.data.decode import FORMATS, decode
 from contrastive.data.loader import train_loader
 from contrastive.data.order_choice import order_for
-from contrastive.data.pairs import PairDataset
 from contrastive.data.record import BadSample, Record, Source
+from contrastive.data.samples import PairDataset
 from contrastive.data.tokenizer import Tokenizer
 
 BINS = 24

@@ -7,15 +7,16 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from contrastive.data.decode import decode
-from contrastive.data.resize import Interpolation, resize
 from contrastive.errors import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
+Interpolation = Literal["bicubic", "bilinear"]
 Cut = Literal["round", "floor", "corner"]
 
 
@@ -105,6 +106,17 @@ class Preprocess:
 def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # kept for later calls, which may want gradients
         return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+
+
+def resize(image: torch.Tensor, height: int, width: int, interpolation: Interpolation = "bicubic") -> torch.Tensor:
+    """Resize uint8 (3, H, W) to (3, height, width).
+
+    torch's antialiased uint8 kernel follows Pillow's and is about three times as fast; on pixels that lie
+    channels-last, as decoders leave them, it needs no copy.
+    """
+    if image.shape[1:] == (height, width):
+        return image
+    return interpolate(image[None], size=(height, width), mode=interpolation, antialias=True)[0]
 
 
 def _resize_short_side(pixels: torch.Tensor, size: int, interpolation: Interpolation) -> torch.Tensor:

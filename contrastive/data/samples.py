@@ -1,15 +1,16 @@
-"""Training samples as a pure function of their position; a bad one is replaced, and told."""
+"""Training samples, pairs or labelled images, as a pure function of their position; a bad one is replaced, and told."""
 
 from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from contrastive.data.augment import AugmentConfig, augment
+from contrastive.data.captions import caption_fault, caption_id, drawn_order
 from contrastive.data.order import DRAWS, SampleOrder, philox
 from contrastive.data.record import BadSample, Record, Source
+from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 
 MAX_ATTEMPTS = 100
@@ -31,7 +32,7 @@ class SampleDataset(Dataset, ABC):
         self.image_size, self.augment, self.seed = image_size, augment, seed
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """Return the sample at `position`: what `sample` makes of it, and how it was come by.
+        """Return the sample at `position`: image uint8 (3, S, S), varied, and what `sample` adds.
 
         index: int, the place in the source. replaced: how many samples could not be used before this one.
         bad: (reason, key) of what was met and passed over.
@@ -41,13 +42,17 @@ class SampleDataset(Dataset, ABC):
         """
         index, bad = self.order.index_of(position), []
         for attempt in range(MAX_ATTEMPTS):
-            rng = np.random.Generator(philox(self.seed, position, DRAWS, attempt))
+            rng, key = np.random.Generator(philox(self.seed, position, DRAWS, attempt)), ""
             if attempt:
                 index = self.order.stand_in(position, rng.random(), attempt)
             try:
-                return {**self.sample(self.source[index], rng, bad), "index": index, "replaced": attempt, "bad": bad}
+                record = self.source[index]
+                key = record.key
+                added = self.sample(record, rng, bad)
+                image = augment(record.image, self.image_size, self.augment, rng)
+                return {"image": image, **added, "index": index, "replaced": attempt, "bad": bad}
             except BadSample as fault:
-                bad.append((fault.reason, fault.key))
+                bad.append((fault.reason, fault.key or key))
         reason, key = bad[-1]
         raise UserError(
             f"{MAX_ATTEMPTS} samples in a row could not be used, the last for {reason} ('{key}'); "
@@ -56,14 +61,7 @@ class SampleDataset(Dataset, ABC):
 
     @abstractmethod
     def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> dict[str, Any]:
-        """Return what the model needs of a record. BadSample where it cannot be used."""
-
-    def varied_image(self, record: Record, rng: np.random.Generator) -> torch.Tensor:
-        """Return a random variation of the record's image, uint8 (3, S, S). BadSample with the record's key."""
-        try:
-            return augment(record.image, self.image_size, self.augment, rng)
-        except BadSample as fault:
-            raise BadSample(fault.reason, record.key) from fault
+        """Return what the model needs of a record beside its image. BadSample where it cannot be used."""
 
 
 class LabelledDataset(SampleDataset):
@@ -86,4 +84,52 @@ class LabelledDataset(SampleDataset):
             raise BadSample("missing_label", record.key)
         if not 0 <= record.label < self.num_classes:
             raise BadSample("bad_label", record.key)
-        return {"image": self.varied_image(record, rng), "label": record.label}
+        return {"label": record.label}
+
+
+class PairDataset(SampleDataset):
+    """Image-text pairs by position: image uint8 (3, S, S), tokens int64 (context_length,) and caption_id.
+
+    caption_id is the hash of the text that is tokenized, or of the record's `caption_group`.
+
+    Args:
+        caption_templates: one is drawn and '{}' in it becomes the caption.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: SampleOrder,
+        tokenizer: Tokenizer,
+        image_size: int,
+        augment: AugmentConfig,
+        seed: int,
+        caption_templates: tuple[str, ...] = ("{}",),
+    ):
+        super().__init__(source, order, image_size, augment, seed)
+        self.tokenizer = tokenizer
+        self.caption_templates = caption_templates
+
+    def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> dict[str, Any]:
+        caption = self._draw_caption(record, rng, bad)
+        return {
+            "tokens": self.tokenizer.tokenize_clean([caption])[0],
+            "caption_id": caption_id(record.caption_group or caption),
+        }
+
+    def _draw_caption(self, record: Record, rng: np.random.Generator, bad: Faults) -> str:
+        """Draw one caption, put it in a template and clean it.
+
+        An unusable one is noted and the next one taken, so that the image is not lost with it.
+        """
+        faults = []
+        for caption in drawn_order(record, rng.random()):
+            fault = caption_fault(caption) or caption_fault(self.tokenizer.cleaned(caption))
+            if fault is None:
+                bad.extend((fault, record.key) for fault in faults[:1])
+                # Nothing is drawn where there is nothing to choose.
+                templates = self.caption_templates
+                template = templates[int(rng.random() * len(templates))] if len(templates) > 1 else templates[0]
+                return self.tokenizer.cleaned(template.replace("{}", caption))
+            faults.append(fault)
+        raise BadSample(faults[0], record.key)

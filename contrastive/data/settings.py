@@ -4,9 +4,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 from contrastive.data.augment import AugmentConfig
-from contrastive.data.preprocess import Cut, PreprocessConfig
-from contrastive.data.resize import Interpolation
-from contrastive.data.text_cleaning import Cleaning
+from contrastive.data.captions import Cleaning
+from contrastive.data.preprocess import Cut, Interpolation, PreprocessConfig
 from contrastive.errors import UserError
 
 

@@ -5,7 +5,12 @@ ids: a SigLIP text tower pools its last position, so a shorter row would mean so
 is too long is cut so that eos still ends it, which is the position a CLIP text tower pools.
 """
 
+import functools
+import gzip
+import importlib.util
+import itertools
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,15 +18,23 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from contrastive.data import bpe
-from contrastive.data.captions import caption_fault
-from contrastive.data.text_cleaning import Cleaning, clean_clip, clean_text
+from contrastive.data.captions import Cleaning, caption_fault, clean_text
 from contrastive.errors import UserError, did_you_mean
+from contrastive.files import read_json, write_json
+
+# The library's threads do not survive the fork of a loader worker, and one caption needs none.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 OPTIONS_FILE = "contrastive_tokenizer.json"
 MODEL_FILE = "tokenizer.json"
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+BYTES = 256
+CLIP_BOS, CLIP_EOS = "<start_of_text>", "<end_of_text>"
 CLIP_CONTEXT_LENGTH = 77
+CLIP_MERGES = 49152 - 256 - 2  # the file holds more; CLIP's vocabulary stops here
+CLIP_WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer(ABC):
@@ -72,7 +85,7 @@ class Tokenizer(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._save(folder)
-        (folder / OPTIONS_FILE).write_text(json.dumps(self._options(), indent=2) + "\n")
+        write_json(folder / OPTIONS_FILE, self._options())
 
     def _options(self) -> dict:
         names = ("kind", "vocab_size", "context_length", "pad_id", "eos_id", "bos_id", "clean")
@@ -93,16 +106,16 @@ class BpeTokenizer(Tokenizer):
     """A BPE of the `tokenizers` library: CLIP's or a trained one. Every row begins with bos."""
 
     def __init__(self, core: tokenizers.Tokenizer, kind: str, context_length: int):
-        names = (bpe.CLIP_EOS, bpe.CLIP_BOS) if kind == "clip" else (bpe.EOS, bpe.BOS)
+        names = (CLIP_EOS, CLIP_BOS) if kind == "clip" else (EOS, BOS)
         eos_id, bos_id = (core.token_to_id(name) for name in names)
         # CLIP pads with 0, the id of '!': harmless, as nothing behind eos is looked at.
-        pad_id = 0 if kind == "clip" else core.token_to_id(bpe.PAD)
+        pad_id = 0 if kind == "clip" else core.token_to_id(PAD)
         super().__init__(kind, core.get_vocab_size(), context_length, pad_id, eos_id, bos_id)
         self.core = core
 
     def _encode(self, texts):
         if self.kind == "clip":
-            texts = [clean_clip(text) for text in texts]
+            texts = [clean_text(text, "clip") for text in texts]
         room = self.context_length - 2
         encoded = (self.core.encode(text, add_special_tokens=False).ids for text in texts)
         return [[self.bos_id, *ids[:room], self.eos_id] for ids in encoded]
@@ -178,23 +191,76 @@ def _read_core(folder: Path):
     return core, ids
 
 
-def clip_tokenizer(context_length: int = CLIP_CONTEXT_LENGTH) -> Tokenizer:
-    """Return CLIP's tokenizer (Radford et al., 2021): ids identical to open_clip's, padded with 0."""
-    return BpeTokenizer(bpe.clip(), "clip", context_length)
-
-
 def train_bpe(
     captions: Iterable[str], vocab_size: int = 8192, context_length: int = 64, clean: Cleaning = "none"
 ) -> Tokenizer:
-    """Train a byte-level, lower-casing BPE on captions: pad, eos, bos are ids 0, 1, 2.
+    """Learn a byte-level BPE: ids 0, 1, 2 are PAD, EOS, BOS, then the 256 bytes, then merges by frequency.
 
-    Captions that training would skip (empty, overlong, not text) are skipped here too. The result depends on
-    the captions alone. Errors as in `bpe.train`.
+    Text is NFC-normalised, lower-cased, and runs of white space are one space. Every text can be encoded,
+    and the same captions in any order give the same vocabulary. It may come out smaller than `vocab_size`,
+    as a merge has to be seen twice. Captions that training would skip (empty, overlong, not text) are skipped here
+    too.
+
+    Raises:
+        UserError: no captions, or a vocabulary too small for the bytes.
     """
-    usable = (clean_text(caption, clean) for caption in captions if caption_fault(caption) is None)
-    tokenizer = BpeTokenizer(bpe.train(filter(None, usable), vocab_size), "bpe", context_length)
+    smallest = BYTES + 3
+    if vocab_size < smallest:
+        raise UserError(f"tokenizer vocabulary size {vocab_size} is too small; set it to {smallest} or more")
+    usable = filter(None, (clean_text(caption, clean) for caption in captions if caption_fault(caption) is None))
+    first = next(usable, None)
+    if first is None:
+        raise UserError("no captions to train a tokenizer on; check the data spec and its caption column")
+    core = tokenizers.Tokenizer(models.BPE())
+    squeeze = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), *squeeze])
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[PAD, EOS, BOS],  # transformers' CLIPModel reads an eos of 2 as "the highest id of the text"
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(itertools.chain([first], usable), trainer)
+    # The special tokens stay in the vocabulary but are no longer looked for in text: a caption that holds
+    # the characters '<eos>' is ordinary text.
+    core = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(core.to_str()), "added_tokens": []}))
+    tokenizer = BpeTokenizer(core, "bpe", context_length)
     tokenizer.clean = clean
     return tokenizer
+
+
+@functools.cache
+def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    package = importlib.util.find_spec("open_clip")  # finds the folder without importing the package
+    if package is None or not package.submodule_search_locations:
+        raise UserError("CLIP's vocabulary comes with open_clip_torch; pip install open_clip_torch")
+    path = Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1 : CLIP_MERGES + 1]
+    merges = [tuple(line.split()) for line in lines]
+    # Byte order of the original: printable bytes first, then the rest under the characters from U+0100 on.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = letters + [f"{letter}</w>" for letter in letters] + [a + b for a, b in merges]
+    return {word: index for index, word in enumerate([*words, CLIP_BOS, CLIP_EOS])}, merges
+
+
+def clip_tokenizer(context_length: int = CLIP_CONTEXT_LENGTH) -> Tokenizer:
+    """Return CLIP's tokenizer of 49,408 tokens (Radford et al., 2021): ids identical to open_clip's, padded with 0."""
+    vocabulary, merges = _clip_vocabulary()
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
+    # CLIP looks for its special tokens in text too.
+    core.add_special_tokens([AddedToken(token, normalized=False) for token in (CLIP_BOS, CLIP_EOS)])
+    return BpeTokenizer(core, "clip", context_length)
 
 
 def load_tokenizer(
@@ -208,30 +274,27 @@ def load_tokenizer(
     Raises:
         UserError: no such tokenizer, no pad or eos token, or special ids that the vocabulary does not have.
     """
-    tokenizer = _load(name_or_folder, context_length)
+    folder = Path(name_or_folder)
+    if str(name_or_folder) == "clip":
+        tokenizer = clip_tokenizer(context_length or CLIP_CONTEXT_LENGTH)
+    elif not folder.is_dir():
+        raise UserError(
+            f"no tokenizer '{name_or_folder}': neither 'clip' nor a folder."
+            f"{did_you_mean(str(name_or_folder), ['clip'])}"
+        )
+    elif (folder / OPTIONS_FILE).exists():
+        tokenizer = _load_saved(folder, context_length)
+    elif context_length is None:
+        raise UserError(f"the tokenizer in '{folder}' does not say how long a text is; give a context length")
+    else:
+        tokenizer = TransformersTokenizer(folder, context_length)
     if clean is not None:
         tokenizer.clean = clean
     return tokenizer
 
 
-def _load(name_or_folder: str | Path, context_length: int | None) -> Tokenizer:
-    if str(name_or_folder) == "clip":
-        return clip_tokenizer(context_length or CLIP_CONTEXT_LENGTH)
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        raise UserError(
-            f"no tokenizer '{name_or_folder}': neither 'clip' nor a folder."
-            f"{did_you_mean(str(name_or_folder), ['clip'])}"
-        )
-    options_path = folder / OPTIONS_FILE
-    if options_path.exists():
-        return _load_saved(folder, json.loads(options_path.read_text()), context_length)
-    if context_length is None:
-        raise UserError(f"the tokenizer in '{folder}' does not say how long a text is; give a context length")
-    return TransformersTokenizer(folder, context_length)
-
-
-def _load_saved(folder: Path, options: dict, context_length: int | None) -> Tokenizer:
+def _load_saved(folder: Path, context_length: int | None) -> Tokenizer:
+    options = read_json(folder / OPTIONS_FILE)
     context_length = context_length or options["context_length"]
     if options["kind"] == "transformers":
         tokenizer = TransformersTokenizer(folder, context_length, options.get("add_eos", True))

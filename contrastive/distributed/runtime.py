@@ -18,7 +18,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 
-from contrastive.distributed.process import end_with_parent
+from contrastive.distributed import end_with_parent
 from contrastive.errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from contrastive.distributed.blocks import every_block
-from contrastive.distributed.collectives import all_gather_even, rank, world_size
+from contrastive.distributed.collectives import all_gather_even, every_block, rank, world_size
 from contrastive.losses.base import Duplicates
 from contrastive.losses.tiles import TilePairs, TorchTiles
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from contrastive.config import preset, slot
 from contrastive.data.order import SampleOrder
-from contrastive.data.pairs import PairDataset
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
+from contrastive.data.samples import PairDataset
 from contrastive.data.settings import DataConfig
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.distributed.runtime import Runtime

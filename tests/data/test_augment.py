@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from contrastive.data.augment import AugmentConfig, augment
+from contrastive.data.augment import RAND_AUGMENT_OPS, AugmentConfig, apply_op, augment, jitter_color
 from contrastive.data.decode import decode
 from contrastive.data.order import philox
-from contrastive.data.photometric import RAND_AUGMENT_OPS, apply_op, jitter_color
 from contrastive.errors import UserError
 
 WHOLE = {"crop_scale": (1.0, 1.0)}

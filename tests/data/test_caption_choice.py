@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 
 from contrastive.data.augment import AugmentConfig
-from contrastive.data.captions import caption_id, drawn_order
+from contrastive.data.captions import caption_id, clean_text, drawn_order
 from contrastive.data.order import Order
-from contrastive.data.pairs import PairDataset
 from contrastive.data.record import BadSample, Record, Source
+from contrastive.data.samples import PairDataset
 from contrastive.data.settings import DataConfig
 from contrastive.data.sources import open_source
 from contrastive.data.sources.class_prompts import ClassPrompts
-from contrastive.data.text_cleaning import canonicalize, clean_clip, clean_text
 from contrastive.data.tokenizer import clip_tokenizer, load_tokenizer, train_bpe
 from contrastive.errors import UserError
 
@@ -38,14 +37,14 @@ TEXTS = [
 def test_cleaning_is_open_clips(text):
     from open_clip.tokenizer import get_clean_fn
 
-    assert clean_clip(text) == get_clean_fn("lower")(text)
-    assert canonicalize(text) == get_clean_fn("canonicalize")(text)
+    assert clean_text(text, "whitespace") == get_clean_fn("whitespace")(text)
+    assert clean_text(text, "clip") == get_clean_fn("lower")(text)
+    assert clean_text(text, "canonicalize") == get_clean_fn("canonicalize")(text)
     assert clean_text(text, "none") == text
-    assert clean_text(text, "clip") == clean_clip(text) and clean_text(text, "canonicalize") == canonicalize(text)
 
 
 def test_canonicalize_in_plain_words():
-    assert canonicalize("A photo_of a  DOG's tail.") == "a photo of a dogs tail"
+    assert clean_text("A photo_of a  DOG's tail.", "canonicalize") == "a photo of a dogs tail"
 
 
 def record(captions, weights=None):

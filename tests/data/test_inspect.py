@@ -17,7 +17,7 @@ from contrastive.data.inspection import chosen_indices, distribution, measure, s
 from contrastive.data.inspection_page import contact_sheet, spark
 from contrastive.data.loader import train_loader
 from contrastive.data.order_choice import order_for
-from contrastive.data.pairs import PairDataset
+from contrastive.data.samples import PairDataset
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import clip_tokenizer, train_bpe
 from contrastive.errors import UserError

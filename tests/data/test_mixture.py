@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from contrastive.data.mixture import MixtureOrder
 from contrastive.data.order import DrawnOrder, Order, check_cursor
-from contrastive.data.order_choice import order_for
+from contrastive.data.order_choice import MixtureOrder, order_for
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sharded_order import ShardedOrder
 from contrastive.data.shards import shard_cache

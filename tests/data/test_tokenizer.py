@@ -6,10 +6,8 @@ import random
 import pytest
 import torch
 
-from contrastive.data.bpe import BYTES
-from contrastive.data.captions import caption_fault, caption_id
-from contrastive.data.text_cleaning import clean_clip
-from contrastive.data.tokenizer import clip_tokenizer, load_tokenizer, train_bpe
+from contrastive.data.captions import caption_fault, caption_id, clean_text
+from contrastive.data.tokenizer import BYTES, clip_tokenizer, load_tokenizer, train_bpe
 from contrastive.errors import UserError
 
 CAPTIONS = [
@@ -106,7 +104,7 @@ def test_quick_cleaning_is_the_full_cleaning():
 
     full = get_clean_fn("lower")
     for text in [*SENTENCES, *CAPTIONS, "tab\there", "&notanentity", "\x7f del", " \r\n"]:
-        assert clean_clip(text) == full(text), text
+        assert clean_text(text, "clip") == full(text), text
 
 
 def test_trained_layout(trained):

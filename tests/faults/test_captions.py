@@ -12,7 +12,7 @@ from shard_writing import write_tar
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.loader import train_loader
 from contrastive.data.order import Order
-from contrastive.data.pairs import PairDataset
+from contrastive.data.samples import PairDataset
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import train_bpe
 

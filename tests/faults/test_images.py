@@ -20,8 +20,8 @@ from contrastive.data.augment import AugmentConfig
 from contrastive.data.decode import EXIF_ORIENTATION, MAX_PIXELS, decode
 from contrastive.data.loader import train_loader
 from contrastive.data.order import Order
-from contrastive.data.pairs import PairDataset
 from contrastive.data.record import BadSample
+from contrastive.data.samples import PairDataset
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError

@@ -10,7 +10,7 @@ from open_clip_folders import SIGLIP_TEXT, TEXT, VISION, clip_config, open_clip_
 from PIL import Image
 
 import contrastive
-from contrastive.data.text_cleaning import clean_text
+from contrastive.data.captions import clean_text
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 from contrastive.interop.formats.open_clip.options import TEXT as TEXT_DEFAULTS

@@ -9,7 +9,7 @@ from rank_processes import run_on_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
-from contrastive.distributed import blocks
+from contrastive.distributed import collectives
 from contrastive.distributed.collectives import all_gather_rows
 from contrastive.losses import LOSSES, SigmoidLoss, sweep
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
@@ -51,7 +51,7 @@ CASES = [
     ("softmax", "ignore"),
     ("softmax", "positive"),
 ]
-EXCHANGES = {"ring": blocks.RingBlocks, "gather": blocks.GatheredBlocks}
+EXCHANGES = {"ring": collectives.RingBlocks, "gather": collectives.GatheredBlocks}
 
 
 def join(rank, world_size, folder):
@@ -91,13 +91,13 @@ def test_equal_to_one_process(world_size, tmp_path):
 
 
 def test_the_exchange_suits_the_link(monkeypatch):
-    assert isinstance(blocks.every_block(torch.ones(2, 3)), blocks.GatheredBlocks), "nothing to exchange"
-    monkeypatch.setattr(blocks, "world_size", lambda: 4)
-    assert isinstance(blocks.every_block(torch.ones(2, 3)), blocks.RingBlocks), "gloo"
-    monkeypatch.setattr(blocks, "over_nccl", lambda tensor: tensor.is_cuda)
+    assert isinstance(collectives.every_block(torch.ones(2, 3)), collectives.GatheredBlocks), "nothing to exchange"
+    monkeypatch.setattr(collectives, "world_size", lambda: 4)
+    assert isinstance(collectives.every_block(torch.ones(2, 3)), collectives.RingBlocks), "gloo"
+    monkeypatch.setattr(collectives, "over_nccl", lambda tensor: tensor.is_cuda)
     with FakeTensorMode():  # stands for a GPU: only the size and the device are looked at
-        assert isinstance(blocks.every_block(torch.ones(8192, 512, device="cuda")), blocks.GatheredBlocks)
-        assert isinstance(blocks.every_block(torch.ones(2**17, 768, device="cuda")), blocks.RingBlocks)
+        assert isinstance(collectives.every_block(torch.ones(8192, 512, device="cuda")), collectives.GatheredBlocks)
+        assert isinstance(collectives.every_block(torch.ones(2**17, 768, device="cuda")), collectives.RingBlocks)
 
 
 def ask(rank, loss, image, text, **changed):

@@ -11,8 +11,8 @@ from PIL import Image
 
 from contrastive.data.captions import caption_fault, drawn_order
 from contrastive.data.decode import decode
+from contrastive.data.preprocess import resize
 from contrastive.data.record import BadSample, Record, Source
-from contrastive.data.resize import resize
 from contrastive.errors import UserError
 
 # What open_clip and the webdataset library decode too. They pass over a .gif or .tif without a word.

@@ -18,7 +18,7 @@ from contrastive.data.record import BadSample, Source
 from contrastive.data.shards.shard_folder import REPORT, ShardFolder, Tally, describe, write_json
 from contrastive.data.shards.shard_sample import PackOptions, class_labels, pack
 from contrastive.data.sources import open_source
-from contrastive.distributed.process import end_with_parent
+from contrastive.distributed import end_with_parent
 from contrastive.errors import UserError
 from contrastive.log import console, say
 

@@ -8,8 +8,7 @@ import hashlib
 import operator
 
 from contrastive.data.record import Record, Source
-from contrastive.data.sources.scene_captions import word_scene
-from contrastive.data.sources.scene_layout import COLOURS, SHAPES, Draws, Scene, draw_any, draw_single
+from contrastive.data.sources.scene_layout import COLOURS, SHAPES, Draws, Scene, draw_any, draw_single, word_scene
 from contrastive.data.sources.scene_render import render
 from contrastive.errors import UserError, did_you_mean
 

@@ -13,12 +13,11 @@ from pathlib import Path
 from tokenizers import Regex, normalizers, processors
 from tokenizers import Tokenizer as Core
 
-from contrastive.data import bpe
-from contrastive.data.text_cleaning import Cleaning
-from contrastive.data.tokenizer import BpeTokenizer, Tokenizer, TransformersTokenizer
+from contrastive.data.captions import Cleaning
+from contrastive.data.tokenizer import CLIP_BOS, CLIP_EOS, BpeTokenizer, Tokenizer, TransformersTokenizer
 
 MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
-CLIP_NAMES = {bpe.CLIP_BOS: "<|startoftext|>", bpe.CLIP_EOS: "<|endoftext|>"}
+CLIP_NAMES = {CLIP_BOS: "<|startoftext|>", CLIP_EOS: "<|endoftext|>"}
 GENERIC = "PreTrainedTokenizerFast"
 ASCII_PUNCTUATION = r"[!-/:-@\[-^`{-~]"  # all but '_'
 
