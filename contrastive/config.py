@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Choice:
+class NamedSection:
     """How one section of the configuration is chosen by name: `--loss sigmoid`, `--model clip_vit_b_16`."""
 
     default_for: Callable[[str], Any]
@@ -33,15 +33,22 @@ class Choice:
 
 def slot(registry: Registry, default: str) -> Any:
     """A field filled by one of the option classes of `registry`; only the chosen one's options exist."""
-    choice = Choice(lambda name: registry.get(name)(), registry.names(), is_slot=True)
+    choice = NamedSection(lambda name: registry.get(name)(), registry.names(), is_slot=True)
     metadata = {"choice": choice, "registry": registry}
     return dataclasses.field(default_factory=registry.get(default), metadata=metadata)
 
 
 def preset(default_for: Callable[[str], Any], names: tuple[str, ...], default: Callable[[], Any]) -> Any:
     """A field of one type whose defaults a named preset replaces."""
-    choice = Choice(default_for, names, is_slot=False)
+    choice = NamedSection(default_for, names, is_slot=False)
     return dataclasses.field(default_factory=default, metadata={"choice": choice})
+
+
+@dataclass(frozen=True)
+class Gone:
+    """What becomes of an option in RENAMED that nobody used: it has one value for all."""
+
+    value: Any
 
 
 @dataclass
@@ -69,9 +76,9 @@ def parse(
     `also` names further flags of the script, which an unknown one may have been meant to be.
 
     Options that have been renamed are told by their new names. A class says which: RENAMED, a class attribute, maps
-    an old dotted name, relative to the class, to the new one, or to None where there is none any more. With `written`,
-    the files were written by the program itself, perhaps by an older version of it: what they say under old names
-    is taken as said under the new ones, which count for more where both are there.
+    an old dotted name, relative to the class, to the new one, or to `Gone`. With `written`, the files were written by
+    the program itself, perhaps by an older version of it: what they say under old names is taken as said under the
+    new ones, which count for more where both are there.
 
     A section chosen by name (`loss`, `optimizer`, `model`) takes the flag's choice, else the last file's. What
     a file says about a component that was not chosen is left aside. `--help` prints and exits with status 0.
@@ -79,8 +86,7 @@ def parse(
     Raises:
         UserError: an unknown key or flag (with a suggestion), a value of the wrong type, an unreadable file.
     """
-    renamed = _renamed(cls)
-    layers = [_Layer(path, _with_new_names(path, _read(path), renamed, written)) for path in files]
+    layers = [_Layer(path, _read(path)) for path in files]
     rest, named = _take(
         args, {name: f"a name: one of {', '.join(choice.names)}" for name, choice in _choices(cls).items()}
     )
@@ -90,6 +96,9 @@ def parse(
         _keep_one(group, layers, rest)
     chosen = _with_choices(cls, named)
     known = _flat_types(chosen)
+    renamed = {old: new for old, new in _renamed(chosen).items() if old not in known}
+    for layer in layers:
+        layer.values = _with_new_names(layer, renamed, written)
     flags = [
         flag
         for layer in layers
@@ -197,7 +206,7 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _choices(cls: type) -> dict[str, Choice]:
+def _choices(cls: type) -> dict[str, NamedSection]:
     return {f.name: f.metadata["choice"] for f in dataclasses.fields(cls) if "choice" in f.metadata}
 
 
@@ -217,7 +226,7 @@ def _take(args: list[str], needs: dict[str, str]) -> tuple[list[str], dict[str, 
     return rest, taken
 
 
-def _settle(name: str, choice: Choice, layers: list[_Layer], named: dict[str, str]) -> None:
+def _settle(name: str, choice: NamedSection, layers: list[_Layer], named: dict[str, str]) -> None:
     """Decide what component section `name` holds; drop what layers say about another one."""
     in_files = []
     for layer in layers:
@@ -262,32 +271,37 @@ def _flat_types(cls: type, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _renamed(cls: type, prefix: str = "") -> dict[str, str | None]:
-    """Old dotted option names to the new ones, of the class and all within it; None: there is no such option now."""
-    own = getattr(cls, "RENAMED", {})
-    renamed = {prefix + old: new and prefix + new for old, new in own.items()}
+def _renamed(cls: type, prefix: str = "") -> dict[str, str | Gone]:
+    """Old dotted option names to the new ones, of the class and all within it."""
+    renamed = {}
+    for old, new in getattr(cls, "RENAMED", {}).items():
+        renamed[prefix + old] = new if isinstance(new, Gone) else prefix + new
     for name, annotation in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(annotation):
             renamed |= _renamed(annotation, f"{prefix}{name}.")
     return renamed
 
 
-def _with_new_names(path: Path, values: dict[str, Any], renamed: dict[str, str | None], written: bool) -> dict:
+def _with_new_names(layer: _Layer, renamed: dict[str, str | Gone], written: bool) -> dict[str, Any]:
     """Return a file's values by the names of today; UserError for an old name, unless the program wrote the file."""
-    old_names = [name for name in values if name in renamed]
-    if old_names and not written:
-        raise UserError(f"{path}: {_old_name(old_names[0], renamed[old_names[0]])}")
-    moved = {renamed[name]: values[name] for name in old_names if renamed[name] is not None}
-    return moved | {name: value for name, value in values.items() if name not in renamed}
+    moved = {}
+    for name in [name for name in layer.values if name in renamed]:
+        new, value = renamed[name], layer.values[name]
+        if not written:
+            raise UserError(f"{layer.path}: {_old_name(name, new)}")
+        if not isinstance(new, Gone):
+            moved[new] = value
+        elif value != new.value:
+            raise UserError(f"{layer.path}: {name} is {value}, but is no option any more: it is always {new.value}")
+    return moved | {name: value for name, value in layer.values.items() if name not in renamed}
 
 
-def _old_name(name: str, new: str | None, dashes: str = "") -> str:
-    return (
-        f"{dashes}{name} is no option any more; leave it out" if new is None else f"{dashes}{name} is {dashes}{new} now"
-    )
+def _old_name(name: str, new: str | Gone, dashes: str = "") -> str:
+    now = f"no option any more: it is always {new.value}" if isinstance(new, Gone) else f"{dashes}{new} now"
+    return f"{dashes}{name} is {now}"
 
 
-def _check_known(flag: str, known: dict[str, Any], also: tuple[str, ...], renamed: dict[str, str | None]) -> None:
+def _check_known(flag: str, known: dict[str, Any], also: tuple[str, ...], renamed: dict[str, str | Gone]) -> None:
     name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
     if name in renamed:
         raise UserError(_old_name(name, renamed[name], "--"))

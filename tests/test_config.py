@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tyro.conf import Positional, arg
 
-from contrastive.config import from_dict, parse, preset, slot, take_option, to_dict
+from contrastive.config import Gone, from_dict, parse, preset, slot, take_option, to_dict
 from contrastive.errors import UserError
 from contrastive.registry import Registry
 
@@ -268,7 +268,7 @@ def test_a_pattern_that_the_shell_expanded_is_told_without_a_flag_too():
 
 @dataclass(frozen=True)
 class Garden:
-    RENAMED = {"size": "plot.rooms", "fence": None}
+    RENAMED = {"size": "plot.rooms", "fence": Gone(True)}
 
     plot: House = field(default_factory=House)
     beds: int = 2
@@ -291,7 +291,7 @@ def estate(*args, files=(), written=False):
     [
         ("garden: {size: 3}", "{path}: garden.size is garden.plot.rooms now"),
         ("beds: 3", "{path}: beds is garden.beds now"),
-        ("garden: {fence: true}", "{path}: garden.fence is no option any more; leave it out"),
+        ("garden: {fence: true}", "{path}: garden.fence is no option any more: it is always True"),
     ],
 )
 def test_old_names_are_told_by_the_new_ones(file, text, line):
@@ -304,7 +304,7 @@ def test_old_flags_are_told_by_the_new_ones():
     for flag, line in [
         ("--garden.size", "--garden.size is --garden.plot.rooms now"),
         ("--beds=3", "--beds is --garden.beds now"),
-        ("--garden.fence", "--garden.fence is no option any more; leave it out"),
+        ("--garden.fence", "--garden.fence is no option any more: it is always True"),
     ]:
         with pytest.raises(UserError) as error:
             estate(flag)
@@ -316,6 +316,8 @@ def test_old_names_count_in_files_that_the_program_wrote(file):
     assert estate(files=[file(old)], written=True).garden == Garden(beds=5)
     assert estate("--garden.beds", "6", files=[file(old)], written=True).garden.beds == 6
     assert estate(files=[file("beds: 5\ngarden: {beds: 4}")], written=True).garden.beds == 4
+    with pytest.raises(UserError, match="garden.fence is False, but is no option any more: it is always True"):
+        estate(files=[file("garden: {fence: false}")], written=True)
 
 
 def test_take_option():

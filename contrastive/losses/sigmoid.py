@@ -89,17 +89,12 @@ class SigmoidLossConfig:
 
     duplicates: Literal["auto", "negative", "ignore", "positive"] = "auto"
     """Pairs with an identical caption: negatives, left out, or positives. auto: positive for class prompts."""
-    init_scale: float = 10.0
-    """Initial factor on the cosine similarities."""
-    init_bias: float | None = None
-    """Initial bias; none: the log-odds of a match, −log(batch − 1), but at least −10."""
     max_logit_scale: float | None = None
     """Clamp on the factor after each step; published SigLIP has none."""
 
     def initial_logits(self, global_batch_size: int) -> tuple[float, float | None]:
-        if self.init_bias is not None:
-            return self.init_scale, self.init_bias
-        return self.init_scale, max(-math.log(max(global_batch_size - 1, 1)), -10.0)
+        """The bias is the log-odds of a match, −log(batch − 1), but at least −10."""
+        return 10.0, max(-math.log(max(global_batch_size - 1, 1)), -10.0)
 
     def chance_loss(self, global_batch_size: int) -> float:
         """The best constant logit is the log-odds of a match: log B + (B − 1)·log(B / (B − 1))."""

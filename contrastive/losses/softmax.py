@@ -128,13 +128,11 @@ class SoftmaxLossConfig:
 
     duplicates: Literal["auto", "negative", "ignore", "positive"] = "auto"
     """Pairs with an identical caption: negatives, left out, or positives. auto: positive for class prompts."""
-    init_scale: float = 1 / 0.07
-    """Initial factor on the cosine similarities."""
     max_logit_scale: float | None = 100.0
     """Clamp on the factor after each step, as in CLIP."""
 
     def initial_logits(self, global_batch_size: int) -> tuple[float, float | None]:
-        return self.init_scale, None
+        return 1 / 0.07, None
 
     def chance_loss(self, global_batch_size: int) -> float:
         return math.log(global_batch_size)

@@ -19,8 +19,6 @@ class AdamWConfig:
     """Peak learning rate."""
     weight_decay: float = 0.1
     """Decoupled decay, multiplied by the learning rate."""
-    beta1: float = 0.9
-    """Decay of the gradient's average."""
     beta2: float = 0.95
     """Decay of the squared gradient's average; 0.95 stands large-batch loss spikes better than 0.999."""
     eps: float = 1e-6
@@ -41,8 +39,6 @@ class MuonConfig(AdamWConfig):
 
     muon_lr: float = 0.02
     """Peak learning rate of the matrices, whose updates are orthogonalised."""
-    momentum: float = 0.95
-    """Nesterov momentum of Muon."""
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         parameters, factors = trainable(model), layer_factors(model, self.layer_decay)
@@ -57,7 +53,6 @@ class MuonConfig(AdamWConfig):
             ],
             lr=self.muon_lr,
             weight_decay=self.weight_decay,
-            momentum=self.momentum,
         )
         return [muon, _adamw(others, self, factors)]
 
@@ -71,7 +66,7 @@ def _adamw(parameters: dict[str, nn.Parameter], config: AdamWConfig, factors: di
     return torch.optim.AdamW(
         [{"params": group, "weight_decay": decay, "peak_lr": lr} for (decay, lr), group in groups.items()],
         lr=config.lr,
-        betas=(config.beta1, config.beta2),
+        betas=(0.9, config.beta2),
         eps=config.eps,
         fused=next(iter(parameters.values())).device.type in ("cuda", "cpu"),
     )

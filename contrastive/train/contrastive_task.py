@@ -32,6 +32,11 @@ from contrastive.train.task import TrainingTask, millions, seed_step
 class PretrainConfig(RunConfig):
     """Everything a pretraining run can be told."""
 
+    RENAMED = RunConfig.RENAMED | {
+        "loss.init_scale": "model.init_logit_scale",
+        "loss.init_bias": "model.init_logit_bias",
+    }
+
     loss: LossConfig = slot(LOSSES, "sigmoid")
     model: ModelConfig = preset(model_config, tuple(list_models()), ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -58,7 +63,6 @@ def check(config: PretrainConfig) -> None:
             **{f"model.text.{n}": getattr(text, n) for n in ("context_length", "width", "num_heads", "mlp_dim")},
             "model.embed_dim": config.model.embed_dim,
             "model.init_logit_scale": config.model.init_logit_scale,
-            "loss.init_scale": config.loss.initial_logits(2)[0],
             "loss.max_logit_scale": config.loss.max_logit_scale,
         }
     )

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from contrastive.config import slot
+from contrastive.config import Gone, slot
 from contrastive.data.record import Source
 from contrastive.data.settings import ImageDataConfig
 from contrastive.distributed.runtime import Precision
@@ -72,6 +72,7 @@ class CheckpointConfig:
 class RunConfig:
     """What every kind of run can be told; each kind adds its `model`, and has `data` of its own."""
 
+    RENAMED = {"optimizer.beta1": Gone(0.9), "optimizer.momentum": Gone(0.95)}
     SHORT_FLAGS = {}  # flags that stand for longer ones: 'lr' for 'optimizer.lr'
 
     run_folder: str = ""

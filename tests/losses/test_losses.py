@@ -134,5 +134,4 @@ def test_sigmoid_divides_by_the_batch_not_by_the_pairs():
 def test_initial_logits():
     assert SigmoidLossConfig().initial_logits(512) == (10.0, pytest.approx(-6.236, abs=1e-3))
     assert SigmoidLossConfig().initial_logits(10**6) == (10.0, -10.0)
-    assert SigmoidLossConfig(init_bias=-3.0).initial_logits(512)[1] == -3.0
     assert SoftmaxLossConfig().initial_logits(512) == (pytest.approx(14.2857, abs=1e-4), None)

@@ -36,7 +36,7 @@ def main():
         (["--data.replacement", "--data.window", "9"], "data.window and data.lanes mean nothing with data.replacement"),
         (["--data.train", "digits=0,scenes=1"], "weight '0' is not a number above 0"),
         (["--loss", "sigmod"], "unknown loss 'sigmod'. Did you mean 'sigmoid'"),
-        (["--loss", "softmax", "--loss.init_bias", "1"], "unknown flag --loss.init_bias"),
+        (["--loss", "softmax", "--loss.init_bias", "1"], "--loss.init_bias is --model.init_logit_bias now"),
         (["--loss", "softmax", "--model.init_logit_bias", "1"], "model.init_logit_bias is for losses with a bias"),
         (["--model", "clip_vit_b_61"], "unknown model 'clip_vit_b_61'. Did you mean 'clip_vit_b_16'"),
         (["--optimizer", "adam"], "unknown optimizer 'adam'. Did you mean 'adamw'"),

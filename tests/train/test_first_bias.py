@@ -40,6 +40,9 @@ def test_the_first_bias_knows_how_many_classes_there_are():
     assert resolve(config, named, tokenizer).model.init_logit_bias == pytest.approx(-math.log(9))
     apart = replace(config, loss=replace(config.loss, duplicates="negative"))
     assert resolve(apart, named, tokenizer).model.init_logit_bias == pytest.approx(-math.log(255))
+    asked = replace(config, model=replace(config.model, init_logit_scale=5.0, init_logit_bias=-3.0))
+    model = resolve(asked, named, tokenizer).model
+    assert (model.init_logit_scale, model.init_logit_bias) == (5.0, -3.0)
 
 
 def by_pairs(parts, weights, batch):

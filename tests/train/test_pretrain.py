@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -139,6 +140,29 @@ def test_resume_refuses_other_data_order(change, field, tiny, tmp_path):
     with pytest.raises(UserError, match=field):
         pretrain_here("--run_folder", run, "--resume", "--train.steps", "4", *change)
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_of_an_older_version_resumes(tiny, tmp_path):
+    """Its config.yaml has options that have other names now, or none."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    pretrain_here("--config", tiny, "--run_folder", whole)
+    pretrain_here("--config", tiny, "--run_folder", run)
+    for path in (run / "checkpoints").glob("step-*"):
+        if path.name > "step-00000004":
+            shutil.rmtree(path)
+    old = yaml.safe_load((run / "config.yaml").read_text())
+    old["loss"] |= {"init_scale": 3.0, "init_bias": None}  # outdone by what the model came to
+    old["optimizer"]["beta1"] = 0.9
+    (run / "config.yaml").write_text(yaml.safe_dump(old))
+    pretrain_here("--run_folder", run, "--resume")
+    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(whole)]
+    assert yaml.safe_load((run / "config.yaml").read_text()) == yaml.safe_load(
+        (whole / "config.yaml").read_text().replace(str(whole), str(run))
+    )
+    old["optimizer"]["beta1"] = 0.8
+    (run / "config.yaml").write_text(yaml.safe_dump(old))
+    with pytest.raises(UserError, match="optimizer.beta1 is 0.8, but is no option any more: it is always 0.9"):
+        pretrain_here("--run_folder", run, "--resume")
 
 
 def test_a_failed_start_leaves_nothing_in_the_way(tiny, tmp_path):
