@@ -76,7 +76,7 @@ def timm_mode(**options) -> tuple[Preprocess, Transform]:
 
 def modes() -> dict[str, tuple[Preprocess, Transform]]:
     clip, theirs = transformers_mode("CLIPImageProcessor", "torchvision")
-    shifted = Preprocess(PreprocessConfig(SIZE, "crop", CLIP_MEAN, CLIP_STD))
+    shifted = Preprocess(PreprocessConfig(SIZE, resize="crop", mean=CLIP_MEAN, std=CLIP_STD))
     assert shifted.config == replace(clip.config, cut="round")  # so that it differs by the cut alone
     return {
         "SigLIP squash, transformers": transformers_mode("SiglipImageProcessor", "torchvision"),

@@ -1,12 +1,15 @@
-"""Every file in configs/ is a valid configuration whose model can be built."""
+"""Every file in configs/ is a valid configuration whose model can be built; what older runs wrote is still read."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from contrastive.config import parse
+from contrastive.config import parse, to_dict
+from contrastive.data.preprocess import CLIP_MEAN, PreprocessConfig, PreprocessOptions
+from contrastive.errors import UserError
 from contrastive.models import DualEncoder, ImageClassifier, ImageTowerConfig
 from contrastive.train.classification_task import check_supervised
 from contrastive.train.classify import TrainClassifierConfig
@@ -49,3 +52,30 @@ def test_the_recipes_are_there():
     names = {path.stem for path in FILES}
     assert {"quickstart", "flickr8k", "cifar10", "cc3m", "cc12m", "datacomp-small"} <= names
     assert {"classifier", "classifier-mnist", "classifier-cifar10", "finetune"} <= {path.stem for path in ALL}
+
+
+SEEN = {"resize": "crop", "mean": CLIP_MEAN, "interpolation": "bilinear", "short_side": 40, "cut": "floor"}
+
+
+@pytest.mark.parametrize("cls", [PretrainConfig, TrainClassifierConfig, FinetuneConfig])
+def test_preprocessing_of_an_older_run(cls, tmp_path):
+    """Its six options stood among those of the data; the folder of a model keeps them as ever, beside the size."""
+    words = {"prog": "t", "description": ""}
+    config = parse(cls, [], [], **words)
+    config = replace(config, data=replace(config.data, preprocess=PreprocessOptions(**SEEN)))
+    written = to_dict(config)
+    old = tmp_path / "config.yaml"
+    written["data"] |= written["data"].pop("preprocess")
+    old.write_text(yaml.safe_dump(written))
+    assert to_dict(parse(cls, [], [old], written=True, **words)) == to_dict(config)
+    with pytest.raises(UserError, match=r"config.yaml: data\.\w+ is data\.preprocess\.\w+ now$"):
+        parse(cls, [], [old], **words)
+    with pytest.raises(UserError, match=r"^--data\.short_side is --data\.preprocess\.short_side now$"):
+        parse(cls, ["--data.short_side", "40"], [], **words)
+
+
+def test_one_block_of_preprocessing_options():
+    options = PreprocessOptions(**SEEN)
+    assert options.at(32) == PreprocessConfig(32, **SEEN) and options.at(32).options == options
+    with pytest.raises(UserError, match="short_side 40 needs a square image size, not 48×48, that is no larger"):
+        options.at(48)

@@ -1,7 +1,7 @@
 """What an image goes through before the image tower, in evaluation and for users: fixed size, normalised."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -20,43 +20,25 @@ Interpolation = Literal["bicubic", "bilinear"]
 Cut = Literal["round", "floor", "corner"]
 
 
-@dataclass(frozen=True)
-class PreprocessConfig:
-    """How images become pixels."""
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """How images become pixels in evaluation and for users; training images are cut and resized by `data.augment`."""
 
-    image_size: int | tuple[int, int] = 224
-    """Side of the square in pixels, or (height, width)."""
     resize: Literal["squash", "crop"] = "squash"
-    """'squash' scales both sides to the size (SigLIP); 'crop' the short side, then cuts the centre (CLIP)."""
+    """squash: scale both sides to the size (SigLIP); crop: scale the short side, then cut the centre (CLIP)."""
     mean: tuple[float, float, float] = SIGLIP_MEAN
-    """Subtracted from each channel, where white is 1."""
+    """Subtracted from each channel, where white is 1; from training images too."""
     std: tuple[float, float, float] = SIGLIP_STD
     """Divides each channel after that."""
     interpolation: Interpolation = "bicubic"
-    """How both are resized. SigLIP 2 was trained with 'bilinear'."""
+    """How both are resized. SigLIP 2 was trained with bilinear."""
     short_side: int | None = None
-    """What the short side ('squash': both sides) is scaled to before the cut, where it is not image_size (timm's
-    crop_pct)."""
+    """What the short side (squash: both sides) is scaled to before the cut (timm's crop_pct); none: to the size."""
     cut: Cut = "round"
-    """What is kept of it: the centre, at half a pixel by 'round' (to even, as torchvision and open_clip) or 'floor'
-    (transformers), or the 'corner' at the top left (patches that do not fill an image)."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of what comes out."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+    """What is kept of it: the centre, at half a pixel by round (to even, as torchvision and open_clip) or floor
+    (transformers), or the corner at the top left (patches that do not fill an image)."""
 
     def __post_init__(self):
-        height, width = self.size
-        if min(height, width) < 1:
-            raise UserError(f"image size {self.image_size} is not positive; set it to 1 or more")
-        if self.resize == "crop" and height != width:
-            raise UserError(f"resize 'crop' makes squares, not {height}×{width}; use 'squash'")
-        if self.short_side is not None and (height != width or self.short_side < height):
-            raise UserError(
-                f"short_side {self.short_side} needs a square image size, not {height}×{width}, that is no larger; "
-                "leave it out"
-            )
         if self.cut not in ("round", "floor", "corner"):
             raise UserError(f"unknown cut '{self.cut}'; use 'round', 'floor' or 'corner'")
         if self.interpolation not in ("bicubic", "bilinear"):
@@ -68,6 +50,41 @@ class PreprocessConfig:
                 raise UserError(f"preprocess {name} {values} has to be three numbers, of red, green and blue")
         if min(self.std) <= 0:
             raise UserError(f"preprocess std {self.std} has to be positive in each channel")
+
+    def at(self, image_size: int) -> "PreprocessConfig":
+        """These options for a model of this size in pixels."""
+        return PreprocessConfig(image_size, **vars(self))
+
+
+@dataclass(frozen=True)
+class PreprocessConfig(PreprocessOptions):
+    """How images become pixels of a model's size: what a model folder keeps."""
+
+    image_size: int | tuple[int, int] = 224
+    """Side of the square in pixels, or (height, width)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        height, width = self.size
+        if min(height, width) < 1:
+            raise UserError(f"image size {self.image_size} is not positive; set it to 1 or more")
+        if self.resize == "crop" and height != width:
+            raise UserError(f"resize 'crop' makes squares, not {height}×{width}; use 'squash'")
+        if self.short_side is not None and (height != width or self.short_side < height):
+            raise UserError(
+                f"short_side {self.short_side} needs a square image size, not {height}×{width}, that is no larger; "
+                "leave it out"
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what comes out."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def options(self) -> PreprocessOptions:
+        """All of it but the size, for a run that sees images as this model does."""
+        return PreprocessOptions(**{field.name: getattr(self, field.name) for field in fields(PreprocessOptions)})
 
 
 class Preprocess:

@@ -1,11 +1,10 @@
 """The options of a run's data."""
 
-from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from dataclasses import dataclass, field
 
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.captions import Cleaning
-from contrastive.data.preprocess import Cut, Interpolation, PreprocessConfig
+from contrastive.data.preprocess import PreprocessOptions
 from contrastive.errors import UserError
 
 
@@ -15,18 +14,7 @@ class ImageDataConfig:
 
     image_column: str | None = None
     """Column of a table that holds the image or its path; none: found by its usual names."""
-    resize: Literal["squash", "crop"] = "squash"
-    """Evaluation images: squashed to the square as in SigLIP, or short side resized and centre-cropped as in CLIP."""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Subtracted from pixels in 0..1, per channel."""
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Divides what is left, per channel."""
-    interpolation: Interpolation = "bicubic"
-    """How evaluation images are resized; SigLIP 2 was trained with bilinear."""
-    short_side: int | None = None
-    """What evaluation images are scaled to before they are cut to the model's size; none: to that size."""
-    cut: Cut = "round"
-    """Where an odd margin is cut: round (torchvision, open_clip) or floor (transformers); or corner, the top left."""
+    preprocess: PreprocessOptions = field(default_factory=PreprocessOptions)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     num_workers: int | None = None
     """Loader processes per rank; none: 0 without a GPU, else the rank's share of the cores up to 8."""
@@ -44,16 +32,8 @@ class ImageDataConfig:
     replacement: bool = False
     """Draw each sample from all of the data, whatever was drawn before, instead of each one once an epoch."""
 
-    def preprocess(self, image_size: int) -> PreprocessConfig:
-        """What images go through outside of training, for a model of this size in pixels."""
-        return PreprocessConfig(
-            image_size, self.resize, self.mean, self.std, self.interpolation, self.short_side, self.cut
-        )
-
-    def seen_as(self, config: PreprocessConfig) -> Self:
-        """These options with images prepared as `config` says: those of a model that is already trained."""
-        names = ("resize", "mean", "std", "interpolation", "short_side", "cut")
-        return replace(self, **{name: getattr(config, name) for name in names})
+    # What the options were called when they stood here one by one.
+    RENAMED = {name: f"preprocess.{name}" for name in ("resize", "mean", "std", "interpolation", "short_side", "cut")}
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class ClassificationTask(TrainingTask):
     def __init__(self, config: SupervisedConfig, model: ImageClassifier, source: Source, held_out: list[Source]):
         self.config, self.model, self.source, self.held_out = config, model, source, held_out
         num_classes = model.config.num_classes
-        self.preprocess = Preprocess(config.data.preprocess(model.config.image.image_size))
+        self.preprocess = Preprocess(config.data.preprocess.at(model.config.image.image_size))
         self.mixing = Mixing(config.mixup, config.cutmix, num_classes)
         self.chance_loss = math.log(num_classes)
         self._accuracy = math.nan

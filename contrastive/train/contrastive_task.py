@@ -159,7 +159,7 @@ class ContrastiveTask(TrainingTask):
         self.model = DualEncoder(config.model)
         if config.lock == "image":
             self.model.image_tower.requires_grad_(False).eval()
-        self.preprocess = Preprocess(config.data.preprocess(config.model.image.image_size))
+        self.preprocess = Preprocess(config.data.preprocess.at(config.model.image.image_size))
         self.loss = config.loss.build()
         batch = config.train.global_batch_size
         # With many matches in a row the loss of guessing is another one for each loss: no advice is given then.

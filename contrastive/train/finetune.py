@@ -85,7 +85,7 @@ def finetune(config: FinetuneConfig) -> bool:
         )
     config = replace(config, init_key=key)
     source, held_out, config = open_data(config)
-    data = config.data.seen_as(bundle.preprocess.config)
+    data = replace(config.data, preprocess=bundle.preprocess.config.options)
     config = replace(config, data=data, head=_kind_of_head(config, bundle, source), **resolve_run(config, source))
     torch.manual_seed(config.train.seed)
     model = _classifier_from(bundle, config, source)

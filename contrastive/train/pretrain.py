@@ -63,7 +63,7 @@ def _with_parts_of(start: Bundle, config: PretrainConfig) -> PretrainConfig:
     """
     start.check_image_tower("a run starts from an image tower, or from both")
     image = _trained_as(config.model.image, start.config.image)
-    data = config.data.seen_as(start.preprocess.config)
+    data = replace(config.data, preprocess=start.preprocess.config.options)
     if config.init is None:
         model = replace(config.model, image=image, embed_dim=start.model.config.embed_dim)
     else:

@@ -219,7 +219,7 @@ def test_batch_that_does_not_divide_among_ranks(tokenizer):
 
 def test_eval_loader_keeps_order_and_leaves_out_bad_images():
     source = Memory(12, images={3: b"<html>", 4: None, 5: b""})
-    preprocess = Preprocess(PreprocessConfig(16, "crop"))
+    preprocess = Preprocess(PreprocessConfig(16, resize="crop"))
     indices = [7, 3, 0, 11, 4, 5, 3, 2]
     for workers in (0, 2):
         found = list(eval_loader(source, preprocess, indices, batch_size=2, num_workers=workers))

@@ -25,7 +25,7 @@ SIZES = [(375, 500), (500, 333), (100, 101), (64, 300), (224, 224), (97, 41)]
 @pytest.mark.parametrize("size", [64, 224])
 def test_squash_is_pillows_resize(height, width, size):
     image = photo(height, width)
-    result = Preprocess(PreprocessConfig(size, "squash")).pixels(image).permute(1, 2, 0).numpy().astype(int)
+    result = Preprocess(PreprocessConfig(size)).pixels(image).permute(1, 2, 0).numpy().astype(int)
     expected = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
     difference = np.abs(result - expected)
     # Of two passes, Pillow takes the vertical one first for tall images, and rounds between them.
@@ -39,7 +39,7 @@ def test_crop_is_open_clips_evaluation_transform(height, width, size):
     from open_clip.transform import image_transform
 
     image = photo(height, width)
-    preprocess = Preprocess(PreprocessConfig(size, "crop", CLIP_MEAN, CLIP_STD))
+    preprocess = Preprocess(PreprocessConfig(size, resize="crop", mean=CLIP_MEAN, std=CLIP_STD))
     theirs = image_transform(size, is_train=False, mean=CLIP_MEAN, std=CLIP_STD)(image)
     ours = preprocess(image)
     assert ours.shape == theirs.shape and ours.dtype == torch.float32
@@ -58,7 +58,7 @@ def test_bytes_image_and_array_give_the_same_pixels():
 
 
 def test_normalize_is_the_formula_and_leaves_its_input():
-    config = PreprocessConfig(4, "squash", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    config = PreprocessConfig(4, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     batch = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = (batch.double() / 255 - torch.tensor(config.mean).view(3, 1, 1)) / torch.tensor(config.std).view(3, 1, 1)
     result = Preprocess(config).normalize(batch)
@@ -79,7 +79,7 @@ def test_the_square_is_cut_where_asked(cut, top):
     """Margins of 1, 3, 4 and 7: half a pixel goes to the even one, or down."""
     for margin, expected in zip((1, 3, 4, 7), top, strict=True):
         rows = torch.arange(8 + margin, dtype=torch.uint8).view(-1, 1, 1).expand(-1, 8, 3).contiguous().numpy()
-        pixels = Preprocess(PreprocessConfig(8, "crop", cut=cut)).pixels(rows)
+        pixels = Preprocess(PreprocessConfig(8, resize="crop", cut=cut)).pixels(rows)
         assert pixels[0, :, 0].tolist() == list(range(expected, expected + 8))
 
 

@@ -155,7 +155,7 @@ def bundle_of(image: dict, text: dict, tokenizer, resize="squash", **model):
     config = ModelConfig(image=ImageTowerConfig(**image), text=TextTowerConfig(**text, **ids), **model)
     encoder = DualEncoder(config).eval()
     randomise(encoder)
-    preprocess = PreprocessConfig(config.image.image_size, resize, CLIP_MEAN, CLIP_STD)
+    preprocess = PreprocessConfig(config.image.image_size, resize=resize, mean=CLIP_MEAN, std=CLIP_STD)
     return Bundle(encoder, Preprocess(preprocess), tokenizer, config, Path("here"))
 
 

@@ -155,7 +155,7 @@ def classifier_bundle(**options):
     image = ImageTowerConfig(**shape, **options)
     config = ClassifierConfig(image, num_classes=3)
     model = ImageClassifier(config).eval()
-    preprocess = Preprocess(PreprocessConfig(42, "crop", short_side=48, interpolation="bilinear"))
+    preprocess = Preprocess(PreprocessConfig(42, resize="crop", short_side=48, interpolation="bilinear"))
     return Bundle(model, preprocess, None, model.config, Path("here"), ("cat", "dog", "owl"))
 
 

@@ -67,7 +67,7 @@ def test_photographs_as_the_library_prepares_them(mode, backend, photographs, tm
 def test_the_other_cut_of_the_centre_is_seen(photographs, tmp_path):
     """What this test file would say if a crop were cut as torchvision does it: pixels of another place."""
     theirs = their_pixels(CROP, "torchvision", photographs)
-    rounded = Preprocess(PreprocessConfig(56, "crop", CLIP_MEAN, CLIP_STD))
+    rounded = Preprocess(PreprocessConfig(56, resize="crop", mean=CLIP_MEAN, std=CLIP_STD))
     shifted = [(rounded(image) - other).abs().max() > 0.5 for image, other in zip(photographs, theirs, strict=True)]
     assert 0 < sum(shifted) < len(photographs) / 2
 
@@ -108,7 +108,7 @@ def test_the_nested_file_of_version_5_and_the_names_of_old_ones(tmp_path):
     old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 56, "crop_size": 56, "resample": 3}
     assert read_preprocess(written(tmp_path, old), 56, 8).config.resize == "crop"
     CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(tmp_path)
-    expected = PreprocessConfig(56, "crop", CLIP_MEAN, CLIP_STD, cut="floor")
+    expected = PreprocessConfig(56, resize="crop", mean=CLIP_MEAN, std=CLIP_STD, cut="floor")
     assert read_preprocess(tmp_path, 56, 8).config == expected
 
 
