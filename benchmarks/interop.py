@@ -26,9 +26,8 @@ from rows import append, run_benchmark
 
 from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, PreprocessConfig
 from contrastive.data.sources import open_source
-from contrastive.interop.formats.open_clip.processor import read_processor as read_open_clip
-from contrastive.interop.formats.timm.processor import read_processor as read_timm
-from contrastive.interop.formats.transformers.processor import read_preprocess
+from contrastive.interop.formats.evaluation_transform import read_open_clip_transform, read_timm_transform
+from contrastive.interop.formats.transformers_preprocess import read_preprocess
 from contrastive.models import ImageModel, ImageModelConfig, ImageTowerConfig
 
 SIZE, PATCH = 224, 16
@@ -63,7 +62,7 @@ def open_clip_mode(resize_mode: str, interpolation: str) -> tuple[Preprocess, Tr
 
     options = {"resize_mode": resize_mode, "interpolation": interpolation, "mean": CLIP_MEAN, "std": CLIP_STD}
     transform = image_transform_v2(PreprocessCfg(size=SIZE, **options), is_train=False)
-    return read_open_clip(options, (SIZE, SIZE), (SIZE, SIZE)), transform
+    return read_open_clip_transform(options, (SIZE, SIZE), (SIZE, SIZE), Path("these options")), transform
 
 
 def timm_mode(**options) -> tuple[Preprocess, Transform]:
@@ -71,7 +70,7 @@ def timm_mode(**options) -> tuple[Preprocess, Transform]:
 
     statistics = {"mean": CLIP_MEAN, "std": CLIP_STD}
     transform = create_transform((3, SIZE, SIZE), is_training=False, **options, **statistics)
-    return read_timm({**options, **statistics}, (SIZE, SIZE), (SIZE, SIZE)), transform
+    return read_timm_transform({**options, **statistics}, (SIZE, SIZE), (SIZE, SIZE), Path("these options")), transform
 
 
 def modes() -> dict[str, tuple[Preprocess, Transform]]:

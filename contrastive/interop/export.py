@@ -125,7 +125,7 @@ def check_out(out: Path) -> Path:
 def _format(to: str):
     if to not in FORMATS:
         raise UserError(f"unknown format '{to}'.{did_you_mean(to, FORMATS)} Known: {', '.join(FORMATS)}")
-    return importlib.import_module(f"contrastive.interop.formats.{to}.writing")
+    return importlib.import_module(f"contrastive.interop.formats.{to}_folder")
 
 
 def _with_name(bundle: Bundle) -> Bundle:

@@ -12,8 +12,9 @@ from contrastive.interop.bundle import Bundle, load_native, native_folder
 from contrastive.interop.hub import fetch, is_hub_name
 from contrastive.models import list_models
 
-# Each package has reading.py: `recognises(folder) -> bool`, `load(folder, with_tokenizer) -> Bundle`. They are asked
-# in this order: a folder can hold the files of several libraries, and then the first says the most about the model.
+# Each has a module formats/NAME_folder.py: `recognises(folder) -> bool`, `load(folder, with_tokenizer) -> Bundle`. They
+# are asked in this order: a folder can hold the files of several libraries, and then the first says the most about the
+# model.
 FOREIGN = ("open_clip", "timm", "transformers")
 
 
@@ -38,7 +39,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
 
 
 def read(path: str | Path, with_tokenizer: bool = True) -> Bundle:
-    """As `load`, on the CPU. Without the tokenizer (it is `Absent` then) no heavy library is imported."""
+    """As `load`, on the CPU. Without the tokenizer (it is `Absent` then) no model code of transformers is imported."""
     if is_hub_name(path):
         folder, pinned = fetch(str(path))
         return replace(read_folder(folder, with_tokenizer), path=Path(pinned))
@@ -67,9 +68,9 @@ def read_folder(folder: Path, with_tokenizer: bool = True) -> Bundle:
     if own is not None:
         return load_native(own, with_tokenizer)
     for name in FOREIGN:
-        reading = importlib.import_module(f"contrastive.interop.formats.{name}.reading")
-        if reading.recognises(folder):
-            return reading.load(folder, with_tokenizer)
+        library = importlib.import_module(f"contrastive.interop.formats.{name}_folder")
+        if library.recognises(folder):
+            return library.load(folder, with_tokenizer)
     if any(folder.glob("*.onnx")):
         raise UserError(f"{folder} holds ONNX graphs, which are for onnxruntime alone: load what they were made from")
     raise UserError(

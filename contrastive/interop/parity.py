@@ -15,7 +15,6 @@ from rich.table import Table
 
 from contrastive.data.tokenizer import TransformersTokenizer
 from contrastive.interop.bundle import Absent, Bundle
-from contrastive.interop.formats.outputs import Outputs
 from contrastive.models import ImageClassifier
 
 # Two float32 implementations of one tower differ by the order of their sums: 2e-7 in a unit vector at most over a few
@@ -42,6 +41,26 @@ TEXTS = (
     "x",
     "a very long caption that goes on and on, " * 29 + "and on",
 )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says about a few images and texts, whichever library computes it.
+
+    Each is None where the format or the model has no such part.
+    """
+
+    image: torch.Tensor | None = None
+    """(B, E) float32, unit length."""
+    text: torch.Tensor | None = None
+    """(T, E) float32, unit length."""
+    logits: torch.Tensor | None = None
+    """(B, T) float32: scale · image · textᵀ, plus the bias where there is one. Of a classifier its (B, C) scores."""
+    pixels: torch.Tensor | None = None
+    """(B, 3, H, W) float32: the images as the folder's own preprocessing makes them."""
+    tokens: torch.Tensor | None = None
+    """(T, N) int64: the texts as the folder's own tokenizer makes them."""
+
 
 OutputsOf = Callable[[list[Image.Image], list[str], torch.Tensor | None, torch.Tensor | None], Outputs]
 
@@ -165,6 +184,16 @@ def logit_size(bundle: Bundle, logits: torch.Tensor) -> float:
     if isinstance(bundle.model, ImageClassifier):
         return max(1.0, logits.abs().max().item())
     return max(1.0, bundle.model.logit_scale.exp().item())
+
+
+def padded(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return our pixels with those that patches pass over, as zeros on the right and below, where a model has such."""
+    return torch.nn.functional.pad(pixels, (0, size[1] - pixels.shape[-1], 0, size[0] - pixels.shape[-2]))
+
+
+def cropped(images: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Return a library's pixels without those that patches pass over; `like` has the size that they fill."""
+    return torch.stack(list(images))[..., : like.shape[-2], : like.shape[-1]]
 
 
 def parity_table(checks: Sequence[Check]) -> Table:

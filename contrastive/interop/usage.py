@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from contrastive.interop.bundle import Absent, Bundle
-from contrastive.interop.formats.onnx import example
+from contrastive.interop.formats import onnx_example
 from contrastive.models import DualEncoder, ImageClassifier, TextModel
 
 TEXTS = '["a photo of a cat", "a photo of a dog"]'
@@ -121,4 +121,4 @@ def _onnx(bundle: Bundle, folder: Path, name: str) -> str:
         "The folder has this as `example.py`. Graphs with `_fp16` in their names compute in float16; inputs and "
         "outputs are float32 and int64 all the same."
     )
-    return f"{about}\n\n```python\n{Path(example.__file__).read_text().strip()}\n```"
+    return f"{about}\n\n```python\n{Path(onnx_example.__file__).read_text().strip()}\n```"

@@ -8,7 +8,7 @@ from small_bundles import small_bundle
 
 from contrastive.errors import UserError
 from contrastive.interop.export import export
-from contrastive.interop.formats.transformers import writing
+from contrastive.interop.formats import transformers_folder as writing
 from contrastive.interop.parity import embedding_limit
 from contrastive.models import ImageModel, ImageModelConfig
 

@@ -17,8 +17,8 @@ from small_bundles import small_bundle
 import contrastive
 from contrastive.errors import UserError
 from contrastive.interop.export import export
-from contrastive.interop.formats.open_clip import writing as open_clip_writing
-from contrastive.interop.formats.transformers import writing
+from contrastive.interop.formats import open_clip_folder as open_clip_writing
+from contrastive.interop.formats import transformers_folder as writing
 from contrastive.interop.parity import Check, parity_table
 from scripts.export import main
 

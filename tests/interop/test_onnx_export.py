@@ -17,8 +17,9 @@ from contrastive.data.preprocess import Preprocess
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent
 from contrastive.interop.export import export
-from contrastive.interop.formats.onnx import example, writing
-from contrastive.interop.formats.onnx.graphs import ImageGraph, TextGraph, write_graph
+from contrastive.interop.formats import onnx_example as example
+from contrastive.interop.formats import onnx_folder as writing
+from contrastive.interop.formats.onnx_folder import ImageGraph, TextGraph, write_graph
 from contrastive.interop.parity import probe_image as picture
 
 

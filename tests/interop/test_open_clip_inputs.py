@@ -13,9 +13,8 @@ import contrastive
 from contrastive.data.captions import clean_text
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
-from contrastive.interop.formats.open_clip.options import TEXT as TEXT_DEFAULTS
-from contrastive.interop.formats.open_clip.tokenizer import read_tokenizer
-from contrastive.interop.formats.tokenizer_files import write_tokenizer
+from contrastive.interop.formats.tokenizer_reading import read_open_clip_tokenizer as read_tokenizer
+from contrastive.interop.formats.tokenizer_writing import write_tokenizer
 
 ODD_TEXTS = ["A_b: it&#39;s  5 &amp; 7", "Zürich’s   CAFÉ!", "", "word " * 300, "ﬁne “quotes” …"]
 
@@ -128,8 +127,8 @@ def test_a_tokenizer_that_pads_or_cuts_on_the_left(side, tmp_path):
     """As open_clip does then, and ours cannot."""
     text = SIGLIP_TEXT | {"vocab_size": 320, "context_length": 12}
     write_tokenizer(train_bpe(["a cat and a dog"] * 3, vocab_size=300, context_length=12), tmp_path)
-    assert read_tokenizer(TEXT_DEFAULTS | text, tmp_path)(["a cat"]).shape == (1, 12)
+    assert read_tokenizer(vars(open_clip.CLIPTextCfg()) | text, tmp_path)(["a cat"]).shape == (1, 12)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {side: "left"}))
     with pytest.raises(UserError, match=f"tokenizer_config.json has {side} 'left', which open_clip follows"):
-        read_tokenizer(TEXT_DEFAULTS | text, tmp_path)(["a cat"])
+        read_tokenizer(vars(open_clip.CLIPTextCfg()) | text, tmp_path)(["a cat"])

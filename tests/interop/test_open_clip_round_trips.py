@@ -28,8 +28,8 @@ from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, Preproc
 from contrastive.data.tokenizer import clip_tokenizer, train_bpe
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent, Bundle
-from contrastive.interop.formats.open_clip import writing
-from contrastive.interop.formats.timm.naming import timm_name
+from contrastive.interop.formats import open_clip_folder as writing
+from contrastive.interop.formats.timm_vit import timm_name
 from contrastive.models import (
     DualEncoder,
     ImageModel,

@@ -19,7 +19,7 @@ from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.tokenizer import clip_tokenizer
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Bundle
-from contrastive.interop.formats.timm import writing
+from contrastive.interop.formats import timm_folder as writing
 from contrastive.models import (
     ClassifierConfig,
     DualEncoder,

@@ -11,7 +11,7 @@ import contrastive
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.settings import DataConfig, LabelledDataConfig
 from contrastive.errors import UserError
-from contrastive.interop.formats.transformers import writing
+from contrastive.interop.formats import transformers_folder as writing
 from contrastive.models import ModelConfig, TextTowerConfig
 from contrastive.train.finetune import FinetuneConfig, finetune
 from contrastive.train.options import CheckpointConfig, EvaluationConfig, TrainConfig

@@ -12,7 +12,7 @@ from PIL import Image
 from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent
-from contrastive.interop.formats.transformers.processor import read_preprocess
+from contrastive.interop.formats.transformers_preprocess import read_preprocess
 from contrastive.models import ImageModel, ImageModelConfig, ImageTowerConfig
 
 SQUASH = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 56, "width": 56}}

@@ -9,7 +9,7 @@ from transformers_models import EOS, LENGTH, SHAPES, VOCABULARY, edit_json, patc
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.interop.formats.transformers import config as ours
+from contrastive.interop.formats import transformers_config as ours
 from contrastive.interop.loading import read_folder
 
 WHOLE = ("SiglipModel", "Siglip2Model", "CLIPModel")
@@ -93,16 +93,19 @@ def test_half_precision_becomes_float32(dtype, tmp_path):
     assert stored.dtype == dtype and torch.equal(model.image_tower.norm.weight, stored.float())
 
 
-def test_defaults_are_the_librarys():
-    from transformers import CLIPConfig, Siglip2Config, SiglipConfig
+@pytest.mark.parametrize("family", ["siglip", "siglip2", "clip"])
+def test_defaults_are_the_librarys(family):
+    import transformers
 
-    for family, config_class in (("siglip", SiglipConfig), ("siglip2", Siglip2Config), ("clip", CLIPConfig)):
-        whole = config_class()
-        for table, section in ((ours.IMAGE_DEFAULTS, whole.vision_config), (ours.TEXT_DEFAULTS, whole.text_config)):
-            for option, value in table[family].items():
-                expected = getattr(section, option)
-                assert expected == (section.hidden_size if option == "projection_size" else value), option
-    assert CLIPConfig().projection_dim == ours.PROJECTION_DIM
+    whole = getattr(transformers, f"{ours.STEMS[family]}Config")()
+    for section in ("Vision", "Text"):
+        config = getattr(whole, f"{section.lower()}_config")
+        found = ours.library_defaults(family, section)
+        assert {"hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "layer_norm_eps"} <= found.keys()
+        for option, value in found.items():
+            expected = getattr(config, option)
+            assert expected == (config.hidden_size if option == "projection_size" else value), option
+    assert ours.library_defaults(family, "").get("projection_dim") == getattr(whole, "projection_dim", None)
 
 
 @pytest.mark.parametrize(
@@ -294,14 +297,15 @@ def test_parts_that_are_absent_say_so_when_they_are_used(copied):
         bundle.tokenizer(["a"])
 
 
-def test_reading_imports_no_transformers(originals):
+def test_reading_imports_no_model_of_transformers(originals):
+    """Its configurations alone, for what a file leaves out."""
     import subprocess
     import sys
 
     code = (
         "import sys; from pathlib import Path; from contrastive.interop.loading import read_folder;"
         f"read_folder(Path({str(originals / 'CLIPModel')!r}), with_tokenizer=False);"
-        "print('transformers' in sys.modules)"
+        "print('transformers.modeling_utils' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

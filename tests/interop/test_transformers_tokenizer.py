@@ -10,8 +10,9 @@ from transformers_models import edit_json, save_theirs
 import contrastive
 from contrastive.data.tokenizer import TransformersTokenizer, clip_tokenizer, load_tokenizer, train_bpe
 from contrastive.errors import UserError
-from contrastive.interop.formats.tokenizer_files import write_tokenizer
-from contrastive.interop.formats.transformers.tokenizer import highest_id, read_tokenizer
+from contrastive.interop.formats.tokenizer_reading import highest_id
+from contrastive.interop.formats.tokenizer_reading import read_transformers_tokenizer as read_tokenizer
+from contrastive.interop.formats.tokenizer_writing import write_tokenizer
 from contrastive.models import TextTowerConfig
 
 ODD = [

@@ -14,7 +14,7 @@ from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, Preproc
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.export import export
-from contrastive.interop.formats.transformers import writing
+from contrastive.interop.formats import transformers_folder as writing
 from contrastive.interop.parity import Probe, own_outputs
 from contrastive.interop.parity import probe_image as picture
 from contrastive.models import DualEncoder, ImageModel, ImageModelConfig, TextModel, TextModelConfig

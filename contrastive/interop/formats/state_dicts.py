@@ -1,4 +1,4 @@
-"""Renaming of state dicts, and the one way to fill a model: every key and shape exactly, or an error."""
+"""Weights out of files, into a model (every key and shape exactly, or an error), and out of a model again."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -12,13 +12,6 @@ from torch import nn
 from contrastive.errors import UserError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-def renamed(name: str, table: Mapping[str, str]) -> str:
-    """Replace each key of the table that occurs in `name` by its value, in the table's order."""
-    for old, new in table.items():
-        name = name.replace(old, new)
-    return name
 
 
 def read_safetensors(folder: Path, names: Iterable[str] = ("model.safetensors",)) -> dict[str, torch.Tensor]:
@@ -118,3 +111,14 @@ def fill(model: nn.Module, weights: Mapping[str, torch.Tensor], where: Path, the
                 f"{where}: '{theirs.get(name, name)}' holds NaN or infinity: the model is broken, take it from before"
             )
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a model's weights as they are written: by our names, float32, on the CPU.
+
+    Fixed positions, which no state dict holds, are among them: other libraries have learned ones alone.
+    """
+    state = model.state_dict()
+    if hasattr(model, "image_tower"):
+        state["image_tower.position_embedding"] = model.image_tower.position_embedding
+    return {name: tensor.detach().cpu().float() for name, tensor in state.items()}

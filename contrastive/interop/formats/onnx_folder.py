@@ -10,32 +10,34 @@ Both precisions take float32 pixels (B, 3, H, W) and int64 ids (B, N) and give f
 that one can stand for the other. Any batch size; the image size is fixed.
 """
 
-import json
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from contrastive.data.tokenizer import TransformersTokenizer
-from contrastive.files import write_json
+from contrastive.errors import UserError
+from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent, Bundle
-from contrastive.interop.formats.onnx import example
-from contrastive.interop.formats.onnx.graphs import (
-    PIXELS,
-    TOKENS,
-    ImageGraph,
-    TextGraph,
-    check_packages,
-    write_graph,
-)
-from contrastive.interop.formats.outputs import Outputs
-from contrastive.interop.formats.tokenizer_files import write_tokenizer
-from contrastive.models import DualEncoder
+from contrastive.interop.formats import onnx_example
+from contrastive.interop.formats.tokenizer_writing import pad_and_cut, write_tokenizer
+from contrastive.interop.parity import Outputs
+from contrastive.models import DualEncoder, ImageClassifier
 
 FORMAT = "contrastive-onnx-1"
 PRECISIONS = {"": torch.float32, "_fp16": torch.float16}
 EXAMPLE_FILE = "example.py"
+# Has GELU and LayerNormalization as single operators; onnxruntime reads it since 1.17.
+OPSET = 20
+PIXELS, TOKENS, EMBEDDINGS, SCORES = "pixels", "tokens", "embeddings", "scores"
 
 
 def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
@@ -61,7 +63,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
         notes += _write_tokenizer(bundle, folder)
     if isinstance(bundle.preprocess, Absent):
         notes.append("config.json says nothing of preprocessing: the source does not")
-    (folder / EXAMPLE_FILE).write_text(Path(example.__file__).read_text())
+    (folder / EXAMPLE_FILE).write_text(Path(onnx_example.__file__).read_text())
     return notes
 
 
@@ -101,23 +103,23 @@ def outputs(
     folder: Path, images: list[Image.Image], texts: list[str], pixels: torch.Tensor, tokens: torch.Tensor | None
 ) -> Outputs:
     """What onnxruntime says of the float32 graphs; pixels and ids as example.py makes them."""
-    own_pixels = own_tokens = None
-    config = json.loads((folder / "config.json").read_text())
-    if config["preprocess"] is not None:
-        own_pixels = torch.from_numpy(np.stack([example.preprocess(image, config["preprocess"]) for image in images]))
+    found, options = _computed(folder, "", pixels, tokens), read_json(folder / "config.json")["preprocess"]
+    if options is not None:
+        made = np.stack([onnx_example.preprocess(image, options) for image in images])
+        found = replace(found, pixels=torch.from_numpy(made))
     if (folder / "tokenizer.json").exists():
-        own_tokens = torch.from_numpy(example.tokenize(texts, folder))
-    return _computed(folder, "", config, pixels, tokens, own_pixels, own_tokens)
+        found = replace(found, tokens=torch.from_numpy(onnx_example.tokenize(texts, folder)))
+    return found
 
 
 def half_outputs(
     folder: Path, images: list[Image.Image], texts: list[str], pixels: torch.Tensor, tokens: torch.Tensor | None
 ) -> Outputs:
     """What onnxruntime says of the float16 graphs."""
-    return _computed(folder, "_fp16", json.loads((folder / "config.json").read_text()), pixels, tokens, None, None)
+    return _computed(folder, "_fp16", pixels, tokens)
 
 
-def _computed(folder, suffix, config, pixels, tokens, own_pixels, own_tokens) -> Outputs:
+def _computed(folder: Path, suffix: str, pixels: torch.Tensor | None, tokens: torch.Tensor | None) -> Outputs:
     image = text = logits = None
     if pixels is not None:
         image, *scores = _in_parts(folder / f"image_tower{suffix}.onnx", PIXELS, pixels)
@@ -125,13 +127,14 @@ def _computed(folder, suffix, config, pixels, tokens, own_pixels, own_tokens) ->
     if tokens is not None:
         text = _in_parts(folder / f"text_tower{suffix}.onnx", TOKENS, tokens)[0]
     if image is not None and text is not None:
+        config = read_json(folder / "config.json")
         logits = config["logit_scale"] * image @ text.T + config["logit_bias"]
-    return Outputs(image, text, logits, own_pixels, own_tokens)
+    return Outputs(image, text, logits)
 
 
 def _in_parts(graph: Path, name: str, values: torch.Tensor) -> list[torch.Tensor]:
     """The outputs for the first sample alone, then for the others together: other batch sizes than the traced one."""
-    session = example.open_graph(graph)
+    session = onnx_example.open_graph(graph)
     parts = [session.run(None, {name: part.numpy()}) for part in (values[:1], values[1:])]
     return [torch.from_numpy(np.concatenate(output)) for output in zip(*parts, strict=True)]
 
@@ -144,9 +147,91 @@ def _write_tokenizer(bundle: Bundle, folder: Path) -> list[str]:
     elif isinstance(bundle.tokenizer, TransformersTokenizer):  # keeps its length outside of this file
         from tokenizers import Tokenizer
 
-        core, tokenizer = Tokenizer.from_file(str(file)), bundle.tokenizer
-        pad = core.id_to_token(tokenizer.pad_id)
-        core.enable_truncation(tokenizer.context_length)
-        core.enable_padding(pad_id=tokenizer.pad_id, pad_token=pad, length=tokenizer.context_length)
+        core = Tokenizer.from_file(str(file))
+        pad_and_cut(core, bundle.tokenizer)
         core.save(str(file))
     return notes
+
+
+class ImageGraph(nn.Module):
+    """What image_tower.onnx computes: pixels (B, 3, H, W) to unit embeddings (B, E), of a classifier scores too."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", dtype)
+        self.dtype = dtype
+
+    @property
+    def output_names(self) -> list[str]:
+        return [EMBEDDINGS, SCORES] if isinstance(self.model, ImageClassifier) else [EMBEDDINGS]
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        pixels = pixels.to(self.dtype)
+        embeddings = self.model.encode_image(pixels)  # float32: unit length is made in it
+        if isinstance(self.model, ImageClassifier):
+            return embeddings, self.model.scores(pixels).float()
+        return (embeddings,)
+
+
+class TextGraph(nn.Module):
+    """What text_tower.onnx computes: ids (B, context_length) to unit embeddings (B, E)."""
+
+    output_names = [EMBEDDINGS]
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", dtype)
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.model.encode_text(tokens),)
+
+
+def write_graph(graph: ImageGraph | TextGraph, input_name: str, example: torch.Tensor, file: Path) -> None:
+    """Write the graph; weights beyond 2 GB go to a file beside it. `example`: one input of two samples or more."""
+    with _quiet():
+        program = torch.onnx.export(
+            graph,
+            (example,),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=[input_name],
+            output_names=graph.output_names,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+        # The exporter notes where in whose source every node comes from: nobody's business, and paths of this machine.
+        program.model.metadata_props.clear()
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+        for value in (*program.model.graph.inputs, *program.model.graph.outputs):
+            value.metadata_props.clear()
+        program.save(str(file))
+
+
+def check_packages() -> None:
+    """Raise UserError where what writes and checks ONNX is not installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"the export to ONNX needs {error.name}, which is not installed: pip install onnx onnxscript onnxruntime"
+        ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks on its own doing from the terminal; errors pass."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

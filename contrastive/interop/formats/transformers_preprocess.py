@@ -6,7 +6,8 @@ from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP
 from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent
-from contrastive.interop.formats.transformers.options import is_count, is_number
+from contrastive.interop.formats.evaluation_transform import taken_size
+from contrastive.interop.formats.option_kinds import is_count, is_number
 
 FILE, NESTED_FILE = "preprocessor_config.json", "processor_config.json"
 SQUASH, CROP, NAFLEX = "SiglipImageProcessor", "CLIPImageProcessor", "Siglip2ImageProcessor"
@@ -163,14 +164,6 @@ def _channels(options: dict, name: str) -> tuple[float, ...]:
     return tuple(float(value) for value in values) * (3 // len(values))
 
 
-def taken_size(preprocess: PreprocessConfig | None, image_size: int, patch_size: int) -> int:
-    """The image size to put into the model's config.json: with the pixels that its patches do not fill."""
-    if preprocess is None or preprocess.cut != "corner" or preprocess.resize != "squash":
-        return image_size
-    whole = preprocess.short_side or image_size
-    return whole if whole // patch_size * patch_size == image_size else image_size
-
-
 def write_preprocess(
     config: PreprocessConfig, image_size: int, patch_size: int, processor_class: str | None, folder: Path
 ) -> list[str]:
@@ -192,7 +185,7 @@ def write_preprocess(
             f"the preprocessing makes {height}×{width} pixels, the image tower takes {image_size}×{image_size}: "
             "give the bundle a Preprocess of that size"
         )
-    whole = taken_size(config, image_size, patch_size)
+    whole = taken_size(config, patch_size)[0]
     scaled = config.short_side or image_size
     cropped = scaled != whole or config.resize == "crop"
     if cropped and config.cut == "corner":

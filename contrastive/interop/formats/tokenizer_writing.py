@@ -7,6 +7,7 @@ model_input_names     ids alone: an attention mask would hide the padding that t
 split_special_tokens  '<eos>' or '!' (CLIP's padding) in a text is text
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from tokenizers import Tokenizer as Core
 
 from contrastive.data.captions import Cleaning
 from contrastive.data.tokenizer import CLIP_BOS, CLIP_EOS, BpeTokenizer, Tokenizer, TransformersTokenizer
+from contrastive.files import read_json, write_json
+from contrastive.interop.bundle import Absent
+from contrastive.interop.formats.tokenizer_reading import CLEANINGS
 
 MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 CLIP_NAMES = {CLIP_BOS: "<|startoftext|>", CLIP_EOS: "<|endoftext|>"}
@@ -48,8 +52,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
     core.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}", special_tokens=[(bos, tokenizer.bos_id), (eos, tokenizer.eos_id)]
     )
-    core.enable_truncation(tokenizer.context_length)
-    core.enable_padding(pad_id=tokenizer.pad_id, pad_token=pad, length=tokenizer.context_length)
+    pad_and_cut(core, tokenizer)
     core.save(str(folder / MODEL_FILE))
     # CLIPTokenizer makes its own normalizer, which cannot drop punctuation.
     own_class = is_clip and tokenizer.clean != "canonicalize"
@@ -59,8 +62,38 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
     if is_clip:
         names["unk_token"] = eos
     config = {"tokenizer_class": "CLIPTokenizer" if own_class else GENERIC, **names, "split_special_tokens": True}
-    _write_config(folder, config | _defaults(tokenizer))
+    write_json(folder / CONFIG_FILE, config | _defaults(tokenizer))
     return [CLEANING_NOTE] if is_clip or tokenizer.clean != "none" else []
+
+
+def pad_and_cut(core: Core, tokenizer: Tokenizer) -> None:
+    """Make a tokenizer of the tokenizers library pad and cut to our context length by itself."""
+    core.enable_truncation(tokenizer.context_length)
+    pad = core.id_to_token(tokenizer.pad_id)
+    core.enable_padding(pad_id=tokenizer.pad_id, pad_token=pad, length=tokenizer.context_length)
+
+
+def write_open_clip_tokenizer(tokenizer: Tokenizer | Absent, folder: Path) -> tuple[dict, list[str]]:
+    """Write the tokenizer's files, where it needs some; return entries of text_cfg and notes for the user."""
+    named = {"hf_tokenizer_name": "local"}  # of a local-dir open_clip reads the folder, whatever the name
+    if isinstance(tokenizer, Absent):
+        return named, [
+            "the model came without a tokenizer: open_clip looks for its files (tokenizer.json, ...) in the folder"
+        ]
+    if isinstance(tokenizer, BpeTokenizer) and tokenizer.kind == "clip":
+        clean = {"clean": "canonicalize"} if tokenizer.clean == "canonicalize" else {}
+        return ({"tokenizer_kwargs": clean} if clean else {}), []
+    clean = next((theirs for theirs, ours in CLEANINGS.items() if ours == tokenizer.clean), "whitespace")
+    notes = []
+    if tokenizer.clean == "none":
+        notes.append(
+            "open_clip mends encoding slips and HTML entities and squeezes white space before any tokenizer, which "
+            "ours did not: texts without these have the same ids"
+        )
+    # open_clip cleans by itself, exactly as we do, so the files need not.
+    plain = copy.copy(tokenizer)
+    plain.clean = "none"
+    return {**named, "tokenizer_kwargs": {"clean": clean}}, notes + write_tokenizer(plain, folder)
 
 
 def _defaults(tokenizer: Tokenizer) -> dict:
@@ -74,10 +107,6 @@ def _defaults(tokenizer: Tokenizer) -> dict:
         "model_input_names": ["input_ids"],
         "clean_up_tokenization_spaces": False,
     }
-
-
-def _write_config(folder: Path, config: dict) -> None:
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _with_names(description: dict) -> dict:
@@ -115,8 +144,8 @@ def _normalizer(tokenizer: BpeTokenizer) -> normalizers.Normalizer:
 def _write_transformers(tokenizer: TransformersTokenizer, folder: Path) -> list[str]:
     """Save the library's own tokenizer, with our length and padding as its defaults."""
     tokenizer.core.save_pretrained(str(folder))
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    _write_config(folder, config | _defaults(tokenizer))
+    config = read_json(folder / CONFIG_FILE)
+    write_json(folder / CONFIG_FILE, config | _defaults(tokenizer))
     notes = []
     if tokenizer.clean != "none":
         notes.append(

@@ -1,4 +1,4 @@
-"""open_clip's image towers that are models of timm (`timm_model_name`)."""
+"""Names of open_clip's weights and ours; its image towers that are models of timm (`timm_model_name`)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,16 +10,59 @@ from torch import nn
 
 from contrastive.errors import UserError
 from contrastive.files import read_json
-from contrastive.interop.formats.key_table import to_ours
-from contrastive.interop.formats.open_clip.keys import PROJECTION, TRUNK, trunk_projection
-from contrastive.interop.formats.timm.architecture import build_on_meta, describe
-from contrastive.interop.formats.timm.head import drop_zero_bias
-from contrastive.interop.formats.timm.keys import tower_to_ours
+from contrastive.interop.formats.key_table import Entry, to_ours
+from contrastive.interop.formats.timm_vit import build_on_meta, describe
+from contrastive.interop.formats.timm_weights import PROJECTION, drop_zero_bias, tower_to_ours
 from contrastive.log import warn
-from contrastive.models import ImageTowerConfig
+from contrastive.models import ImageTowerConfig, TextTowerConfig
 
+VISUAL, TRUNK = "visual.", "visual.trunk."
+TRUNK_PROJECTION = Entry(f"{VISUAL}head.proj.weight", (PROJECTION,))
+"""Behind a tower of timm."""
 LOCAL, HUB = "local-dir:", "hf-hub:"
-SOURCES = (LOCAL, HUB)
+PLACES = (LOCAL, HUB)
+"""What a name of an image tower begins with where it is the place of timm's config.json."""
+
+
+def image_table(config: ImageTowerConfig, layer_scale: bool = False) -> list[Entry]:
+    """Return the table of a native image tower."""
+    ours = "image_tower."
+    table = [
+        Entry(f"{VISUAL}class_embedding", (f"{ours}class_token",)),
+        Entry(f"{VISUAL}positional_embedding", (f"{ours}position_embedding",)),
+        Entry(f"{VISUAL}conv1.weight", (f"{ours}patch_embed.weight",)),
+        Entry(f"{VISUAL}proj", (PROJECTION,), transposed=True),
+    ]
+    if config.pre_norm:
+        table += _layer(f"{VISUAL}ln_pre", f"{ours}pre_norm")
+    table += _blocks(f"{VISUAL}transformer.resblocks.", f"{ours}transformer.blocks.", config.depth, layer_scale)
+    return table + _layer(f"{VISUAL}ln_post", f"{ours}norm")
+
+
+def text_table(config: TextTowerConfig, prefix: str, layer_scale: bool = False) -> list[Entry]:
+    """Return the table of a text tower.
+
+    Args:
+        prefix: '' of open_clip's class CLIP, 'text.' of its CustomTextCLIP (`custom_text` in the config).
+    """
+    ours = "text_tower."
+    table = [
+        Entry(f"{prefix}token_embedding.weight", (f"{ours}token_embedding.weight",)),
+        Entry(f"{prefix}positional_embedding", (f"{ours}position_embedding",)),
+    ]
+    table += _blocks(f"{prefix}transformer.resblocks.", f"{ours}transformer.blocks.", config.depth, layer_scale)
+    table += _layer(f"{prefix}ln_final", f"{ours}norm")
+    if config.projection and config.projection_bias:  # a Linear of theirs, else a plain matrix
+        table += _layer(f"{prefix}text_projection", f"{ours}projection")
+    elif config.projection:
+        table.append(Entry(f"{prefix}text_projection", (f"{ours}projection.weight",), transposed=True))
+    return table
+
+
+def scalar_table(bias: bool, unit_axes: int = 0) -> list[Entry]:
+    """Return the table of the scale and, where there is one, the bias of the logits."""
+    names = ("logit_scale", "logit_bias") if bias else ("logit_scale",)
+    return [Entry(name, (name,), unit_axes=unit_axes) for name in names]
 
 
 def build_trunk(cfg: Mapping[str, Any], embed_dim: int, folder: Path, where: Path) -> nn.Module:
@@ -36,7 +79,7 @@ def build_trunk(cfg: Mapping[str, Any], embed_dim: int, folder: Path, where: Pat
         raise UserError(f"{where}: vision_cfg.timm_proj '{projection}' is no projection of ours; open_clip can load it")
     if pool in ("abs_attn", "rot_attn"):
         raise UserError(f"{where}: vision_cfg.timm_pool '{pool}' is no pooling of ours; open_clip can load it")
-    if name.startswith(SOURCES):
+    if name.startswith(PLACES):
         if not (folder / "config.json").exists():
             raise UserError(f"{where} names its image tower '{name}', but timm's config.json is not in {folder}")
         _compare_places(name, folder, where)
@@ -69,7 +112,7 @@ def trunk_to_ours(
     """
     weights, theirs = tower_to_ours(file, trunk, image, where, TRUNK)
     if projection == "linear":
-        weights, more = to_ours([trunk_projection()], weights, where)
+        weights, more = to_ours([TRUNK_PROJECTION], weights, where)
         theirs |= more
         drop_zero_bias(weights, "visual.head.proj.bias", where, "open_clip")
     elif projection != "none":  # timm's own head
@@ -91,3 +134,21 @@ def _compare_places(name: str, folder: Path, where: Path) -> None:
         return
     if any(named.get(key) != own.get(key) for key in ("architecture", "num_classes", "model_args")):
         warn(f"{where}: open_clip would take the image tower of {other}, another one; {folder / 'config.json'} is used")
+
+
+def _blocks(theirs: str, ours: str, depth: int, layer_scale: bool) -> list[Entry]:
+    table = []
+    for index in range(depth):
+        block, own = f"{theirs}{index}.", f"{ours}{index}."
+        scales = (f"{block}ls_1.gamma", f"{block}ls_2.gamma") if layer_scale else (None, None)
+        for part in ("weight", "bias"):
+            projections = tuple(f"{own}attention.{name}_proj.{part}" for name in "qkv")
+            table.append(Entry(f"{block}attn.in_proj_{part}", projections))
+        table += _layer(f"{block}attn.out_proj", f"{own}attention.out_proj", scales[0])
+        table += _layer(f"{block}ln_1", f"{own}norm1") + _layer(f"{block}ln_2", f"{own}norm2")
+        table += _layer(f"{block}mlp.c_fc", f"{own}mlp.fc1") + _layer(f"{block}mlp.c_proj", f"{own}mlp.fc2", scales[1])
+    return table
+
+
+def _layer(theirs: str, ours: str, scale: str | None = None) -> list[Entry]:
+    return [Entry(f"{theirs}.{part}", (f"{ours}.{part}",), scale=scale) for part in ("weight", "bias")]

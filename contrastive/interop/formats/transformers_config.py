@@ -1,64 +1,44 @@
 """config.json of transformers' SigLIP, SigLIP 2 and CLIP models as our options.
 
-Files hold what differs from the library's defaults, so the defaults are here too; a test compares them with the
-library's own classes.
+Files hold what differs from the library's defaults, which are taken from its own classes.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from contrastive.errors import UserError
 from contrastive.files import read_json
-from contrastive.interop.formats.transformers.options import check_options, is_count
-from contrastive.models import (
-    ImageModelConfig,
-    ImageTowerConfig,
-    ModelConfig,
-    TextModelConfig,
-    TextTowerConfig,
-)
+from contrastive.interop.formats.option_kinds import is_count, is_number
+from contrastive.models import ImageModelConfig, ImageTowerConfig, ModelConfig, TextModelConfig, TextTowerConfig
 
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
-BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-SIGLIP = {**BASE, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-CLIP = {**BASE, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-IMAGE_DEFAULTS = {
-    "siglip": {**SIGLIP, "num_channels": 3, "image_size": 224, "patch_size": 16, "vision_use_head": True},
-    "siglip2": {**SIGLIP, "num_channels": 3, "num_patches": 256, "patch_size": 16, "vision_use_head": True},
-    "clip": {**CLIP, "num_channels": 3, "image_size": 224, "patch_size": 32, "projection_dim": 512},
-}
-SIGLIP_TEXT = {**SIGLIP, "vocab_size": 32_000, "max_position_embeddings": 64, "projection_size": None}
-CLIP_TEXT = {
-    **CLIP,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_attention_heads": 8,
-    "vocab_size": 49_408,
-    "max_position_embeddings": 77,
-    "projection_dim": 512,
-    "eos_token_id": 49_407,
-}
-TEXT_DEFAULTS = {"siglip": SIGLIP_TEXT, "siglip2": SIGLIP_TEXT, "clip": CLIP_TEXT}
-PROJECTION_DIM = 512
-"""Of a whole CLIPModel."""
-
-WHOLE = {"siglip": "SiglipModel", "siglip2": "Siglip2Model", "clip": "CLIPModel"}
-IMAGE = {"siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel", "clip": "CLIPVisionModel"}
-TEXT = {"siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel", "clip": "CLIPTextModel"}
+STEMS = {"siglip": "Siglip", "siglip2": "Siglip2", "clip": "CLIP"}
+"""What the names of a family's classes begin with."""
 PROJECTED = "WithProjection"
 CLASSES = {
-    **{name: (family, "both") for family, name in WHOLE.items()},
-    **{name: (family, "image") for family, name in IMAGE.items()},
-    **{name: (family, "text") for family, name in TEXT.items()},
-    IMAGE["clip"] + PROJECTED: ("clip", "image"),
-    TEXT["clip"] + PROJECTED: ("clip", "text"),
+    **{f"{stem}Model": (family, "both") for family, stem in STEMS.items()},
+    **{f"{stem}VisionModel": (family, "image") for family, stem in STEMS.items()},
+    **{f"{stem}TextModel": (family, "text") for family, stem in STEMS.items()},
+    f"CLIPVisionModel{PROJECTED}": ("clip", "image"),
+    f"CLIPTextModel{PROJECTED}": ("clip", "text"),
 }
 MODEL_TYPES = {
-    **{family: (family, "both") for family in WHOLE},
-    **{f"{family}_vision_model": (family, "image") for family in WHOLE},
-    **{f"{family}_text_model": (family, "text") for family in WHOLE},
+    **{family: (family, "both") for family in STEMS},
+    **{f"{family}_vision_model": (family, "image") for family in STEMS},
+    **{f"{family}_text_model": (family, "text") for family in STEMS},
 }
+# Options by their names and ours.
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
+BLOCKS = {
+    "hidden_size": "width",
+    "intermediate_size": "mlp_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+}
+VOCABULARY = {"vocab_size": "vocab_size", "max_position_embeddings": "context_length"}
+COUNTS = (*BLOCKS, *VOCABULARY, "num_channels", "num_patches", "projection_dim", "projection_size")
+READ = (*COUNTS, "image_size", "patch_size", "hidden_act", "layer_norm_eps", "vision_use_head", "eos_token_id")
 LEGACY_EOS = 2
 """In a CLIP configuration this eos_token_id is an old mistake; the model then pools at the highest id of a text."""
 
@@ -75,9 +55,23 @@ class Description:
     image: dict
     """Options of the image tower with the library's defaults filled in; as for `text`, without meaning if absent."""
     text: dict
-    projection_dim: int
+    projection_dim: int | None
+    """Of a whole CLIP model."""
     projected: bool | None
     """Of a CLIP tower alone: whether it ends in a projection; None where only the weights can tell."""
+
+    def where(self, section: str) -> str:
+        """What stands before the name of an option of 'vision' or 'text' in messages."""
+        return f"{self.file}: " + (f"{section}_config." if self.part == "both" else "")
+
+
+def library_defaults(family: str, section: str) -> dict:
+    """Return what the library takes for the options that we read; `section`: 'Vision', 'Text', or '' for the whole."""
+    import transformers
+
+    # A signature, since making a default config of SigLIP's texts warns of its own ids.
+    parameters = inspect.signature(getattr(transformers, f"{STEMS[family]}{section}Config")).parameters
+    return {name: parameters[name].default for name in READ if name in parameters}
 
 
 def describe(folder: Path) -> Description:
@@ -95,22 +89,22 @@ def describe(folder: Path) -> Description:
         what = f"architecture {named[0]}" if named else f"model_type '{model_type}'"
         raise UserError(f"{file}: {what} is not supported; what can be read: {', '.join(CLASSES)}")
     family, part = known[0] if known else MODEL_TYPES[model_type]
-    whole = part == "both" or model_type in WHOLE
+    whole = part == "both" or model_type in STEMS
     sections = {}
-    for section, defaults in (("vision", IMAGE_DEFAULTS[family]), ("text", TEXT_DEFAULTS[family])):
+    for section in ("vision", "text"):
         given = _section(content, f"{section}_config", file) or {} if whole else content
         old = _section(content, f"{section}_config_dict", file) if family == "clip" else None
         given = given if old is None else old  # the library lets it win whole, its own defaults included
-        sections[section] = {**defaults, **given}
+        sections[section] = {**library_defaults(family, section.capitalize()), **given}
     projected = any(name.endswith(PROJECTED) for name in named) if named else None
-    dim = content.get("projection_dim", PROJECTION_DIM)
+    dim = content.get("projection_dim", library_defaults(family, "").get("projection_dim"))
     if part == "both" and family == "clip" and not is_count(dim):
         raise UserError(f"{file}: projection_dim is {dim!r}: it has to be a whole number above 0")
     found = Description(file, family, part, sections["vision"], sections["text"], dim, projected)
     if part != "text":
-        check_options(found.image, _where(found, "vision"), is_image=True)
+        _check_options(found.image, found.where("vision"), is_image=True)
     if part != "image":
-        check_options(found.text, _where(found, "text"), is_image=False)
+        _check_options(found.text, found.where("text"), is_image=False)
     return found
 
 
@@ -133,27 +127,43 @@ def _section(content: dict, name: str, file: Path) -> dict | None:
     return section
 
 
+def _check_options(options: dict, where: str, is_image: bool) -> None:
+    """Raise UserError, naming the option behind `where`, where one is of a wrong type, which would fail much later."""
+    for name in COUNTS:
+        value = options.get(name)
+        left_out = name not in options or (value is None and name == "projection_size")
+        if not left_out and not is_count(value):
+            raise UserError(f"{where}{name} is {value!r}: it has to be a whole number above 0")
+    eps = options["layer_norm_eps"]
+    if not is_number(eps) or eps < 0:
+        raise UserError(f"{where}layer_norm_eps is {eps!r}: it has to be a number, 0 or more")
+    if not isinstance(options["hidden_act"], str):
+        raise UserError(f"{where}hidden_act is {options['hidden_act']!r}: it has to be the name of an activation")
+    if is_image and not isinstance(options.get("vision_use_head", True), bool):
+        raise UserError(f"{where}vision_use_head is {options['vision_use_head']!r}: it has to be true or false")
+    if is_image and options.get("is_causal"):
+        raise UserError(f"{where}is_causal is true: only images whose patches all attend to each other can be read")
+
+
 def our_config(
     description: Description, mean_head: bool, eos_id: int | None
 ) -> ModelConfig | ImageModelConfig | TextModelConfig:
     """Return our options for a model of theirs.
 
     Args:
-        mean_head: the attention head of the image tower is a plain mean (see `equivalents`).
+        mean_head: the attention head of the image tower is a plain mean (see `is_mean_head`).
         eos_id: what a CLIP text tower pools at.
 
     Raises:
         UserError: an option that our towers do not have.
     """
-    part = description.part
-    if part == "image":
-        image = image_config(description, mean_head)
-        return ImageModelConfig(_image_dim(description, image), image)
-    if part == "text":
-        text = text_config(description, eos_id)
+    if description.part == "image":
+        image = _image_config(description, mean_head)
+        return ImageModelConfig(description.image["projection_dim"] if image.projection else image.width, image)
+    text = _text_config(description, eos_id)
+    if description.part == "text":
         return TextModelConfig(_text_dim(description, text), text)
-    image, text = image_config(description, mean_head), text_config(description, eos_id)
-    embed_dim = _text_dim(description, text)
+    image, embed_dim = _image_config(description, mean_head), _text_dim(description, text)
     if not image.projection and image.width != embed_dim:
         raise UserError(
             f"{description.file}: vision_config.hidden_size {image.width} and text_config.projection_size {embed_dim} "
@@ -164,15 +174,24 @@ def our_config(
     return ModelConfig(embed_dim, image, text, "siglip", init_logit_bias=0.0)
 
 
+def _text_dim(description: Description, text: TextTowerConfig) -> int:
+    if description.family != "clip":
+        return description.text["projection_size"] or text.width
+    if not text.projection:
+        return text.width
+    return description.projection_dim if description.part == "both" else description.text["projection_dim"]
+
+
 def native_size(description: Description) -> int:
     """Height and width in pixels of the images that the model takes."""
-    options, where = description.image, _where(description, "vision")
     if description.family != "siglip2":
         return image_side(description, "image_size")
-    side = math.isqrt(options["num_patches"])
-    if side * side != options["num_patches"]:
+    patches = description.image["num_patches"]
+    side = math.isqrt(patches)
+    if side * side != patches:
         raise UserError(
-            f"{where}num_patches {options['num_patches']} is not a square: only a square grid of positions can be read"
+            f"{description.where('vision')}num_patches {patches} is not a square: only a square grid of positions can "
+            "be read"
         )
     return side * image_side(description, "patch_size")
 
@@ -183,7 +202,7 @@ def image_side(description: Description, name: str) -> int:
     sides = value if isinstance(value, list) and value else [value]
     if not is_count(sides[0]) or any(side != sides[0] for side in sides):
         raise UserError(
-            f"{_where(description, 'vision')}{name} is {value!r}: only squares can be read, of a whole number of pixels"
+            f"{description.where('vision')}{name} is {value!r}: only squares can be read, of a whole number of pixels"
         )
     return sides[0]
 
@@ -193,15 +212,15 @@ def lacks_head(description: Description) -> bool:
     return description.family != "clip" and not description.image["vision_use_head"]
 
 
-def image_config(description: Description, mean_head: bool) -> ImageTowerConfig:
+def _image_config(description: Description, mean_head: bool) -> ImageTowerConfig:
     """Our options of the image tower; images that patches do not fill count up to the last whole patch."""
-    options, where = description.image, _where(description, "vision")
+    options, where = description.image, description.where("vision")
     if options["num_channels"] != 3:
         raise UserError(f"{where}num_channels is {options['num_channels']}: only models of RGB images can be read")
     if lacks_head(description) and description.part == "both":
         raise UserError(f"{where}vision_use_head is false: such a model has no image embedding to compare with texts")
     size, patch_size = native_size(description), image_side(description, "patch_size")
-    shape = {**_shape(options, where), "image_size": size - size % patch_size, "patch_size": patch_size}
+    shape = {**_blocks(options, where), "image_size": size - size % patch_size, "patch_size": patch_size}
     if description.family != "clip":
         return ImageTowerConfig(pool="average" if mean_head else "attention", **shape)
     projection = description.part == "both" or bool(description.projected)
@@ -209,18 +228,25 @@ def image_config(description: Description, mean_head: bool) -> ImageTowerConfig:
     return ImageTowerConfig(projection=projection, **own, **shape)
 
 
-def text_config(description: Description, eos_id: int | None) -> TextTowerConfig:
-    options, where = description.text, _where(description, "text")
+def _text_config(description: Description, eos_id: int | None) -> TextTowerConfig:
+    options = description.text
     shape = {
-        **_shape(options, where),
-        "vocab_size": options["vocab_size"],
-        "context_length": options["max_position_embeddings"],
+        **_blocks(options, description.where("text")),
+        **{ours: options[theirs] for theirs, ours in VOCABULARY.items()},
     }
     if description.family != "clip":
         return TextTowerConfig(**shape)
     projection = description.part == "both" or bool(description.projected)
     own = {"causal": True, "pool": "eos", "projection_bias": False}
     return TextTowerConfig(projection=projection, eos_id=eos_id, **own, **shape)
+
+
+def _blocks(options: dict, where: str) -> dict:
+    activation = options["hidden_act"]
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{where}hidden_act '{activation}' is not supported; known: {', '.join(ACTIVATIONS)}")
+    numbers = {ours: options[theirs] for theirs, ours in BLOCKS.items()}
+    return {**numbers, "activation": ACTIVATIONS[activation], "norm_eps": options["layer_norm_eps"]}
 
 
 def pooled_id(description: Description, highest: int | None) -> int | None:
@@ -239,37 +265,7 @@ def pooled_id(description: Description, highest: int | None) -> int | None:
         return vocab_size - 1 if highest is None else min(highest, vocab_size - 1)
     if not isinstance(eos, int) or isinstance(eos, bool) or not 0 <= eos < vocab_size:
         raise UserError(
-            f"{_where(description, 'text')}eos_token_id is {eos}, which is no id of a vocabulary of {vocab_size}: set "
+            f"{description.where('text')}eos_token_id is {eos}, which is no id of a vocabulary of {vocab_size}: set "
             "it to the id of the tokenizer's end-of-text token"
         )
     return eos
-
-
-def _where(description: Description, section: str) -> str:
-    return f"{description.file}: " + (f"{section}_config." if description.part == "both" else "")
-
-
-def _shape(options: dict, where: str) -> dict:
-    activation = options["hidden_act"]
-    if activation not in ACTIVATIONS:
-        raise UserError(f"{where}hidden_act '{activation}' is not supported; known: {', '.join(ACTIVATIONS)}")
-    return {
-        "width": options["hidden_size"],
-        "depth": options["num_hidden_layers"],
-        "num_heads": options["num_attention_heads"],
-        "mlp_dim": options["intermediate_size"],
-        "activation": ACTIVATIONS[activation],
-        "norm_eps": options["layer_norm_eps"],
-    }
-
-
-def _image_dim(description: Description, image: ImageTowerConfig) -> int:
-    return description.image["projection_dim"] if image.projection else image.width
-
-
-def _text_dim(description: Description, text: TextTowerConfig) -> int:
-    if description.family != "clip":
-        return description.text["projection_size"] or text.width
-    if not text.projection:
-        return text.width
-    return description.projection_dim if description.part == "both" else description.text["projection_dim"]

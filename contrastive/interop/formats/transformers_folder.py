@@ -1,7 +1,11 @@
-"""Our models as folders of transformers: SiglipModel, CLIPModel, or the class of a tower alone."""
+"""Folders of transformers: SigLIP, SigLIP 2 and CLIP models and their towers alone.
+
+Ours are written as SiglipModel, CLIPModel, or the class of a tower alone.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,20 +14,112 @@ from safetensors.torch import save_file
 
 from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
-from contrastive.interop.bundle import Absent, Bundle
-from contrastive.interop.formats.key_table import to_theirs
-from contrastive.interop.formats.outputs import Outputs
-from contrastive.interop.formats.timm.writing import cropped, padded
-from contrastive.interop.formats.tokenizer_files import write_tokenizer
-from contrastive.interop.formats.transformers import processor
-from contrastive.interop.formats.transformers.architecture import Parts, fitting_family, their_config
-from contrastive.interop.formats.transformers.equivalents import as_clip, as_siglip
-from contrastive.interop.formats.transformers.keys import key_table
-from contrastive.models import ImageClassifier
+from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle
+from contrastive.interop.formats.evaluation_transform import taken_size
+from contrastive.interop.formats.key_table import to_ours, to_theirs
+from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
+from contrastive.interop.formats.tokenizer_reading import end_of_text_id, highest_id, read_transformers_tokenizer
+from contrastive.interop.formats.tokenizer_writing import write_tokenizer
+from contrastive.interop.formats.transformers_architecture import Parts, fitting_family, their_config
+from contrastive.interop.formats.transformers_config import (
+    LEGACY_EOS,
+    Description,
+    describe,
+    image_side,
+    lacks_head,
+    native_size,
+    our_config,
+    pooled_id,
+)
+from contrastive.interop.formats.transformers_preprocess import FILE, read_preprocess, write_preprocess
+from contrastive.interop.formats.transformers_weights import (
+    as_clip,
+    as_siglip,
+    is_mean_head,
+    key_table,
+    plain,
+    without_head,
+)
+from contrastive.interop.parity import Outputs, cropped, padded
+from contrastive.log import warn
+from contrastive.models import (
+    DualEncoder,
+    ImageClassifier,
+    ImageModel,
+    ImageModelConfig,
+    ModelConfig,
+    TextModel,
+    TextModelConfig,
+)
 from contrastive.models.dual_encoder import unit_length
 
+WEIGHTS = "model.safetensors"
 PROCESSORS = {"siglip": "SiglipProcessor", "clip": "CLIPProcessor"}
 PIPELINE_LENGTH = 64  # what transformers' zero-shot pipeline pads texts to for every SigLIP model
+
+
+def recognises(folder: Path) -> bool:
+    """Whether config.json names a model of transformers, whichever, or is damaged."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    try:
+        content = read_json(file)
+    except UserError:
+        return True  # `load` says what is wrong with it
+    return "model_type" in content or "architectures" in content
+
+
+def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
+    """Load a model or a tower alone: float32, eval mode, on the CPU.
+
+    Raises:
+        UserError: another architecture, an option that our towers lack, or weights that do not fit.
+    """
+    description = describe(folder)
+    file = read_safetensors(folder, (WEIGHTS,))
+    if description.part != "both" and description.projected is None:
+        description = replace(description, projected=any(name.endswith("_projection.weight") for name in file))
+    has_image, has_text = description.part != "text", description.part != "image"
+    weights = plain(file, description.part, image_side(description, "patch_size") if has_image else 0)
+    without_pooling = has_image and lacks_head(description)
+    mean_head = has_image and (without_pooling or is_mean_head(weights))
+    if mean_head:
+        weights = without_head(weights)
+    config = our_config(description, mean_head, _eos_id(description, folder))
+    model = _model(config)
+    family = "clip" if description.family == "clip" else "siglip"
+    ours, theirs = to_ours(key_table(model.state_dict(), family), weights, folder / WEIGHTS)
+    fill(model, ours, folder / WEIGHTS, theirs)
+    if without_pooling:
+        warn(f"{folder} has no pooling head (vision_use_head is false): its image embedding is the mean of the patches")
+    preprocess = tokenizer = None
+    if has_image:
+        preprocess = read_preprocess(folder, native_size(description), config.image.patch_size)
+    if has_text:
+        tokenizer = read_transformers_tokenizer(folder, config.text) if with_tokenizer else NOT_LOADED
+    return Bundle(model.eval(), preprocess, tokenizer, config, folder)
+
+
+def _eos_id(description: Description, folder: Path) -> int | None:
+    """What the text tower pools at; where that is a guess it is said."""
+    if description.family != "clip" or description.text["eos_token_id"] != LEGACY_EOS:
+        return pooled_id(description, None)
+    highest = highest_id(folder)
+    eos_id = pooled_id(description, highest)
+    if eos_id is not None and not end_of_text_id(folder) == highest == eos_id:
+        warn(
+            f"{description.file}: eos_token_id {LEGACY_EOS} means the highest id of each text to the library; here it "
+            f"is always {eos_id}, a guess, as no tokenizer here has its end-of-text token as its highest id: set "
+            "eos_token_id to that token's id"
+        )
+    return eos_id
+
+
+def _model(config: ModelConfig | ImageModelConfig | TextModelConfig) -> DualEncoder | ImageModel | TextModel:
+    if isinstance(config, ImageModelConfig):
+        return ImageModel(config)
+    return TextModel(config) if isinstance(config, TextModelConfig) else DualEncoder(config)
 
 
 def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
@@ -38,22 +134,21 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     Raises:
         UserError: the format cannot hold the model exactly; it names each option that does not fit, and the way out.
     """
-    parts = _parts(bundle)
+    parts = Parts.of(bundle.model)
     family = fitting_family(parts, str(bundle.path))
-    preprocess = (
-        None if bundle.preprocess is None or isinstance(bundle.preprocess, Absent) else bundle.preprocess.config
+    preprocess, tokenizer = (
+        None if isinstance(part, Absent) else part for part in (bundle.preprocess, bundle.tokenizer)
     )
-    tokenizer = None if isinstance(bundle.tokenizer, Absent) else bundle.tokenizer
     notes, size = _substitutes(parts, family), 0
     if parts.image is not None:
-        patch_size = parts.image.patch_size
-        size = processor.taken_size(preprocess, parts.image.image_size, patch_size)
+        size = parts.image.image_size
         if preprocess is not None:
             their_class = PROCESSORS[family] if parts.part == "both" else None
-            notes += processor.write_preprocess(preprocess, parts.image.image_size, patch_size, their_class, folder)
+            notes += write_preprocess(preprocess.config, size, parts.image.patch_size, their_class, folder)
+            size = taken_size(preprocess.config, parts.image.patch_size)[0]
         else:
             notes.append(
-                f"{bundle.path} has no preprocessing, so {processor.FILE} was left out; image_size in config.json is "
+                f"{bundle.path} has no preprocessing, so {FILE} was left out; image_size in config.json is "
                 f"{size}, what its patches fill"
             )
     if parts.text is not None:
@@ -62,31 +157,14 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
         else:
             notes.append(f"{bundle.path} has no tokenizer, so its files were left out")
     write_json(folder / "config.json", their_config(parts, family, size, tokenizer))
-    save_file(_weights(bundle, parts, family), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_weights(bundle, parts, family), folder / WEIGHTS, metadata={"format": "pt"})
     return notes + _advice(bundle, parts, family)
-
-
-def _parts(bundle: Bundle) -> Parts:
-    model, bias = bundle.model, getattr(bundle.model, "logit_bias", None)
-    tower, text = getattr(model, "image_tower", None), getattr(model, "text_tower", None)
-    return Parts(
-        image=None if tower is None else tower.config,
-        text=None if text is None else text.config,
-        embed_dim=model.config.embed_dim,
-        grid=None if tower is None else tower.grid,
-        logit_bias=None if bias is None else bias.item(),
-    )
 
 
 def _weights(bundle: Bundle, parts: Parts, family: str) -> dict[str, torch.Tensor]:
     """The state dict by their names."""
-    state = {
-        name: tensor.detach().cpu().float()
-        for name, tensor in bundle.model.state_dict().items()
-        if not name.startswith("head.")  # a classifier's
-    }
-    if parts.image is not None:  # fixed positions are in no state dict
-        state["image_tower.position_embedding"] = bundle.model.image_tower.position_embedding.detach().cpu().float()
+    classifier_head = ("head.weight", "head.bias")
+    state = {name: tensor for name, tensor in weights_of(bundle.model).items() if name not in classifier_head}
     if family == "siglip" and parts.part == "both":
         state.setdefault("logit_bias", torch.zeros(()))
     elif family == "clip":
@@ -165,7 +243,7 @@ def outputs(
         full = pixels
         if pixels is not None:
             side = content.get("vision_config", content)["image_size"]
-            full, made = padded(pixels, (side, side)), None if made is None else cropped(list(made), pixels)
+            full, made = padded(pixels, (side, side)), None if made is None else cropped(made, pixels)
         with torch.inference_mode():
             image, text, logits = _embeddings(model, name, full, tokens)
     return Outputs(image, text, logits, made, ids)
@@ -205,7 +283,7 @@ def _processed(
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     offline = {"local_files_only": True}
-    has_pixels, has_ids = ((folder / name).exists() for name in (processor.FILE, "tokenizer_config.json"))
+    has_pixels, has_ids = ((folder / name).exists() for name in (FILE, "tokenizer_config.json"))
     if has_pixels and has_ids:
         both = AutoProcessor.from_pretrained(str(folder), **offline)(text=texts, images=images, return_tensors="pt")
         return both["pixel_values"], both["input_ids"]

@@ -5,8 +5,15 @@ from dataclasses import dataclass
 
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
-from contrastive.interop.formats.transformers.config import ACTIVATIONS, IMAGE, LEGACY_EOS, PROJECTED, TEXT, WHOLE
-from contrastive.models import ImageTowerConfig, TextTowerConfig
+from contrastive.interop.formats.transformers_config import (
+    ACTIVATIONS,
+    BLOCKS,
+    LEGACY_EOS,
+    PROJECTED,
+    STEMS,
+    VOCABULARY,
+)
+from contrastive.models import DualEncoder, ImageClassifier, ImageModel, ImageTowerConfig, TextModel, TextTowerConfig
 
 # What each family has, by option. The rest of our options fit either.
 IMAGE_NEEDS = {
@@ -34,6 +41,19 @@ class Parts:
     grid: tuple[int, int] | None
     """Rows and columns of the image tower's positions."""
     logit_bias: float | None
+
+    @classmethod
+    def of(cls, model: DualEncoder | ImageClassifier | ImageModel | TextModel) -> "Parts":
+        """The towers of a model; a classifier's head is none of them."""
+        tower, text = getattr(model, "image_tower", None), getattr(model, "text_tower", None)
+        bias = getattr(model, "logit_bias", None)
+        return cls(
+            image=None if tower is None else tower.config,
+            text=None if text is None else text.config,
+            embed_dim=model.config.embed_dim,
+            grid=None if tower is None else tower.grid,
+            logit_bias=None if bias is None else bias.item(),
+        )
 
     @property
     def part(self) -> str:
@@ -94,11 +114,11 @@ def _problems(parts: Parts, family: str) -> Iterable[tuple[str, str | None]]:
 
 def class_name(parts: Parts, family: str) -> str:
     """The class of transformers that holds the model."""
+    stem = STEMS[family]
     if parts.part == "both":
-        return WHOLE[family]
-    config = parts.image or parts.text
-    projected = family == "clip" and config.projection
-    return {"image": IMAGE, "text": TEXT}[parts.part][family] + (PROJECTED if projected else "")
+        return f"{stem}Model"
+    projected = family == "clip" and (parts.image or parts.text).projection
+    return f"{stem}{'Text' if parts.image is None else 'Vision'}Model{PROJECTED if projected else ''}"
 
 
 def their_config(parts: Parts, family: str, image_size: int, tokenizer: Tokenizer | None) -> dict:
@@ -124,7 +144,7 @@ def _image_section(parts: Parts, family: str, image_size: int) -> dict:
     own = {"projection_dim": parts.embed_dim} if family == "clip" else {"vision_use_head": True}
     return {
         "model_type": f"{family}_vision_model",
-        **_shape(parts.image),
+        **_blocks(parts.image),
         "num_channels": 3,
         "image_size": image_size,
         "patch_size": parts.image.patch_size,
@@ -137,23 +157,18 @@ def _text_section(parts: Parts, family: str, tokenizer: Tokenizer | None) -> dic
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("pad", "bos", "eos")}
     if text.eos_id is not None:
         ids["eos_token_id"] = text.eos_id
-    own = {"projection_dim": parts.embed_dim} if family == "clip" else {"projection_size": parts.embed_dim}
     return {
         "model_type": f"{family}_text_model",
-        **_shape(text),
-        "vocab_size": text.vocab_size,
-        "max_position_embeddings": text.context_length,
+        **_blocks(text),
+        **{theirs: getattr(text, ours) for theirs, ours in VOCABULARY.items()},
         **ids,
-        **own,
+        "projection_dim" if family == "clip" else "projection_size": parts.embed_dim,
     }
 
 
-def _shape(config: ImageTowerConfig | TextTowerConfig) -> dict:
+def _blocks(config: ImageTowerConfig | TextTowerConfig) -> dict:
     return {
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
+        **{theirs: getattr(config, ours) for theirs, ours in BLOCKS.items()},
         "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation),
         "layer_norm_eps": config.norm_eps,
         "attention_dropout": 0.0,

@@ -1,0 +1,211 @@
+"""The evaluation transforms of timm and open_clip as our preprocessing, and back.
+
+Both are torchvision's resize, centre crop and normalisation; timm's `pretrained_cfg` and open_clip's `preprocess_cfg`
+name the steps differently.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, PreprocessConfig
+from contrastive.errors import UserError
+from contrastive.interop.bundle import Absent, Bundle
+from contrastive.interop.formats.option_kinds import check_like, is_like, per_channel
+
+# What timm takes where `pretrained_cfg` is silent (timm.data.constants).
+TIMM_MEAN, TIMM_STD, TIMM_CROP_PCT = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.875
+TIMM_MODES = {"center": "crop", "squash": "squash"}
+OPEN_CLIP_MODES = {"shortest": "crop", "squash": "squash"}
+
+
+def whole_patches(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Return the pixels that patches fill: the libraries pass over what is beyond, on the right and below."""
+    return size[0] // patch_size * patch_size, size[1] // patch_size * patch_size
+
+
+def taken_size(config: PreprocessConfig, patch_size: int) -> tuple[int, int]:
+    """Return the (height, width) that a library's model takes, with the pixels that its patches leave out."""
+    whole = config.short_side
+    cuts_corner = config.cut == "corner" and config.resize == "squash"
+    if cuts_corner and whole and whole // patch_size * patch_size == config.size[0]:
+        return whole, whole
+    return config.size
+
+
+def read_timm_transform(cfg: Mapping, size: tuple[int, int], kept: tuple[int, int], where: Path) -> Preprocess | Absent:
+    """Return the preprocessing of timm's evaluation transform, as `resolve_data_config` has it.
+
+    Args:
+        cfg: `pretrained_cfg`.
+        size: (height, width) that the model takes.
+        kept: those that its patches fill.
+        where: the file with it, for messages.
+
+    Raises:
+        UserError: a crop_pct, mean or std that is no number, or none above zero.
+    """
+    interpolation, mode = cfg.get("interpolation") or "bicubic", cfg.get("crop_mode") or "center"
+    crop_pct = cfg.get("crop_pct") or TIMM_CROP_PCT
+    if not is_like(crop_pct, TIMM_CROP_PCT) or crop_pct <= 0:
+        raise UserError(f"{where}: pretrained_cfg.crop_pct is {crop_pct!r}; it has to be a number above 0")
+    exact, problem = mode == "squash" and crop_pct == 1, None
+    if interpolation not in ("bicubic", "bilinear"):
+        problem = f"interpolation '{interpolation}'"
+    elif mode not in TIMM_MODES:
+        problem = f"crop_mode '{mode}'"
+    elif not _is_possible(exact, size, kept):
+        if exact or size[0] == size[1]:
+            problem = f"crop_mode '{mode}' to {size[0]} pixels, which patches do not fill,"
+        else:
+            problem = f"crop_mode '{mode}' with crop_pct {crop_pct} to {size[0]}×{size[1]} pixels"
+    elif crop_pct > 1:
+        problem = f"crop_pct {crop_pct} (a frame around the image)"
+    if problem is not None:
+        return Absent(
+            f"pretrained_cfg in {where} asks for {problem} which our preprocessing has not; prepare images with "
+            "timm.data.create_transform and give the model pixels"
+        )
+    mean = per_channel("pretrained_cfg.mean", cfg.get("mean") or TIMM_MEAN, where)
+    std = per_channel("pretrained_cfg.std", cfg.get("std") or TIMM_STD, where)
+    return _preprocess(TIMM_MODES[mode], math.floor(size[0] / crop_pct), size, kept, (mean, std), interpolation)
+
+
+def read_open_clip_transform(
+    cfg: Any, size: tuple[int, int], kept: tuple[int, int], where: Path
+) -> Preprocess | Absent:
+    """Return the preprocessing of open_clip's evaluation transform; what the config leaves out is CLIP's.
+
+    Args:
+        cfg: `preprocess_cfg`, whatever it is.
+        size: (height, width) of the image tower, which open_clip puts above the config's own.
+        kept, where: as above.
+
+    Raises:
+        UserError: preprocess_cfg or one of its options is of another kind than open_clip's.
+    """
+    check_like("preprocess_cfg", cfg, {}, where)
+    mode, interpolation = cfg.get("resize_mode") or "shortest", cfg.get("interpolation") or "bicubic"
+    check_like("preprocess_cfg.resize_mode", mode, "shortest", where)
+    known = ("bicubic", "bilinear", "random")
+    if interpolation not in known:
+        raise UserError(f"{where}: preprocess_cfg.interpolation is {interpolation!r}; use one of {', '.join(known)}")
+    possible = _is_possible(mode == "squash", size, kept)
+    if mode not in OPEN_CLIP_MODES or not possible:
+        pixels = "" if size[0] == size[1] and tuple(size) == tuple(kept) else f" to {size[0]}×{size[1]} pixels"
+        return Absent(
+            f"the model's preprocess_cfg has resize_mode '{mode}'{pixels}, which our preprocessing has not; prepare "
+            "images with open_clip's transform and give the model pixels, or set resize_mode to 'squash' or 'shortest'"
+        )
+    mean = per_channel("preprocess_cfg.mean", cfg.get("mean") or CLIP_MEAN, where)
+    std = per_channel("preprocess_cfg.std", cfg.get("std") or CLIP_STD, where)
+    interpolation = "bicubic" if interpolation == "random" else interpolation  # as open_clip in evaluation
+    return _preprocess(OPEN_CLIP_MODES[mode], size[0], size, kept, (mean, std), interpolation)
+
+
+def _is_possible(squashes: bool, size: tuple[int, int], kept: tuple[int, int]) -> bool:
+    """Whether ours can make such images: of an oblong, or one that patches do not fill, it can only squash to it."""
+    square, cut_off = size[0] == size[1], tuple(size) != tuple(kept)
+    return (square and not cut_off) or (squashes and (square or not cut_off))
+
+
+def _preprocess(
+    resize: str, scaled: int, size: tuple[int, int], kept: tuple[int, int], statistics: tuple, interpolation: str
+) -> Preprocess:
+    square = size[0] == size[1]
+    return Preprocess(
+        PreprocessConfig(
+            image_size=kept[0] if square else tuple(kept),
+            resize=resize,
+            mean=statistics[0],
+            std=statistics[1],
+            interpolation=interpolation,
+            short_side=scaled if square and scaled != kept[0] else None,
+            cut="round" if tuple(size) == tuple(kept) else "corner",
+        )
+    )
+
+
+def checked_preprocess(bundle: Bundle) -> PreprocessConfig:
+    """Return how images become pixels.
+
+    Raises:
+        UserError: there is no preprocessing, which timm and open_clip cannot do without, or it makes images of another
+            size than the tower's positions are for.
+    """
+    try:
+        preprocess = bundle.preprocess.config
+    except UserError as error:  # of an Absent, which says what is missing
+        raise UserError(f"{error}; --to transformers and --to onnx write the model without") from None
+    made, taken = preprocess.size, bundle.model.image_tower.input_size
+    if tuple(made) != tuple(taken):
+        raise UserError(
+            f"the preprocessing makes {made[0]}×{made[1]} pixels, the image tower has positions for "
+            f"{taken[0]}×{taken[1]}: call model.image_tower.set_input_size or give the bundle another preprocess"
+        )
+    return preprocess
+
+
+def transform_problems(config: PreprocessConfig, patch_size: int) -> list[str]:
+    """Return what neither evaluation transform can do, with what to do instead."""
+    cuts = config.resize == "crop" or config.short_side not in (None, config.size[0])
+    if config.cut == "corner" and cuts and taken_size(config, patch_size) == config.size:
+        return ["preprocess cut 'corner' (they cut the centre)"]
+    return []
+
+
+def open_clip_transform_problems(config: PreprocessConfig, patch_size: int) -> list[str]:
+    """As `transform_problems`, of open_clip, which has no crop_pct."""
+    problems = transform_problems(config, patch_size)
+    if config.short_side not in (None, taken_size(config, patch_size)[0]):
+        problems.append(
+            f"preprocess short_side {config.short_side} (its short side is the image size; leave short_side out)"
+        )
+    return problems
+
+
+def cut_notes(config: PreprocessConfig) -> list[str]:
+    """What both evaluation transforms do a little otherwise."""
+    if config.cut == "floor":
+        return ["where the middle lies between two pixels, the crop can be one pixel further right or down than before"]
+    return []
+
+
+def write_timm_transform(config: PreprocessConfig, patch_size: int) -> dict:
+    """Return the entries of `pretrained_cfg` for which timm's evaluation transform does the same."""
+    size, crop_pct = taken_size(config, patch_size), 1.0
+    if config.short_side not in (None, size[0]):
+        crop_pct = size[0] / config.short_side
+        if math.floor(size[0] / crop_pct) != config.short_side:  # rounded down by one
+            crop_pct = size[0] / (config.short_side + 0.5)
+    return {
+        "input_size": [3, *size],
+        "interpolation": config.interpolation,
+        "crop_pct": crop_pct,
+        "crop_mode": _named(TIMM_MODES, config.resize),
+        "mean": list(config.mean),
+        "std": list(config.std),
+    }
+
+
+def write_open_clip_transform(config: PreprocessConfig, patch_size: int) -> dict:
+    """Return the `preprocess_cfg` of what `open_clip_transform_problems` finds nothing in."""
+    return {
+        "size": size_option(taken_size(config, patch_size)),
+        "mode": "RGB",
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "interpolation": config.interpolation,
+        "resize_mode": _named(OPEN_CLIP_MODES, config.resize),
+        "fill_color": 0,
+    }
+
+
+def size_option(size: tuple[int, int]) -> int | list[int]:
+    """Return (height, width) as open_clip's configs hold it: one number for a square."""
+    return size[0] if size[0] == size[1] else list(size)
+
+
+def _named(modes: Mapping[str, str], resize: str) -> str:
+    return next(theirs for theirs, ours in modes.items() if ours == resize)

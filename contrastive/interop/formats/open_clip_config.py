@@ -1,0 +1,282 @@
+"""open_clip's model_cfg and our options, both ways."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from contrastive.errors import UserError, did_you_mean
+from contrastive.interop.formats.evaluation_transform import size_option, whole_patches
+from contrastive.interop.formats.option_kinds import unlike
+from contrastive.interop.formats.timm_vit import mlp_ratio
+from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
+from contrastive.models.attention import Activation
+
+CLIP_VOCABULARY, CLIP_EOS, CLIP_PAD = 49_408, 49_407, 0
+THEIR_POOLS = {"class": "tok", "average": "avg"}
+# Options that are the same number on both sides, by open_clip's name.
+IMAGE_NUMBERS = {"patch_size": "patch_size", "width": "width", "layers": "depth", "patch_dropout": "patch_dropout"}
+TEXT_NUMBERS = {
+    "context_length": "context_length",
+    "vocab_size": "vocab_size",
+    "width": "width",
+    "heads": "num_heads",
+    "layers": "depth",
+}
+# What open_clip's own files hold beside what its fields are annotated with: a ResNet's patch_size is null.
+ALSO_TAKEN = {
+    "patch_size": int | tuple[int, int] | None,
+    "timm_pool": str | None,
+    "timm_proj": str | None,
+    "attentional_pool": bool | str,
+}
+POSITIVE = ("embed_dim", "layers", "width", "head_width", "patch_size", "image_size", "mlp_ratio")
+POSITIVE += ("context_length", "vocab_size", "heads")
+EXAMPLES = {str: "text", float: 2.66, int: 1, dict: {}}
+"""For messages about options that are null by default."""
+
+
+@dataclass(frozen=True)
+class ModelCfg:
+    """open_clip's options beside its towers, for which it has no class of its own as for theirs."""
+
+    embed_dim: int = 512
+    vision_cfg: Any = None
+    text_cfg: Any = None
+    quick_gelu: bool = False
+    custom_text: bool = False
+    init_logit_scale: float | None = None
+    init_logit_bias: float | None = None
+    nonscalar_logit_scale: bool = False
+    output_dict: bool = False
+    multimodal_cfg: dict | None = None
+
+
+def read_sections(model_cfg: Any, where: Path) -> tuple[dict, dict, dict]:
+    """Return the options of the model, its image and its text tower; where the file is silent open_clip's defaults.
+
+    Args:
+        model_cfg: what the file has under this key, whatever it is.
+
+    Raises:
+        UserError: an option that open_clip has not, or of another type than open_clip's own class says.
+    """
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    model = _completed("model_cfg", model_cfg, ModelCfg, where)
+    vision = _completed("vision_cfg", model_cfg.get("vision_cfg", {}), CLIPVisionCfg, where)
+    return model, vision, _completed("text_cfg", model_cfg.get("text_cfg", {}), CLIPTextCfg, where)
+
+
+def _completed(section: str, given: Any, config_class: type, where: Path) -> dict:
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where}: {section} has to be an object with options, not {given!r}")
+    defaults = {field.name: field.default for field in fields(config_class)}
+    types = get_type_hints(config_class) | ALSO_TAKEN
+    for name, value in given.items():
+        if name not in defaults:
+            raise UserError(f"{where}: unknown option {section}.{name}.{did_you_mean(name, defaults)}")
+        kinds, default = _kinds(types[name]), defaults[name]
+        if not (any(_is(value, kind) for kind in kinds) or (value is None and default is None)):
+            example = EXAMPLES.get(get_origin(kinds[0]) or kinds[0]) if default is None else default
+            raise unlike(f"{section}.{name}", value, example, where)
+        sides = value if isinstance(value, list) else [value]
+        if name in POSITIVE and any(side is not None and side <= 0 for side in sides):
+            raise UserError(f"{where}: {section}.{name} is {value!r}; it has to be above 0")
+    return {**defaults, **given}
+
+
+def _kinds(annotation: Any) -> tuple:
+    """The types that an annotation allows."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of a type, as `is_like`; a tuple is a list there."""
+    if kind is Any:
+        return True
+    if get_origin(kind) is tuple:
+        sides = get_args(kind)
+        return isinstance(value, list) and len(value) == len(sides) and all(type(side) is int for side in value)
+    kind = get_origin(kind) or kind
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def check_expressible(
+    model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], where: Path
+) -> None:
+    """Raise UserError where our towers cannot be this model; it names every option."""
+    problems = ["multimodal_cfg (CoCa)"] if model["multimodal_cfg"] else []
+    if not vision["timm_model_name"]:
+        problems += _strange("vision_cfg", vision, _strange_vision(vision))
+    if text["hf_model_name"]:
+        problems.append(f"text_cfg.hf_model_name '{text['hf_model_name']}' (a text tower of transformers)")
+    else:
+        problems += _strange("text_cfg", text, _strange_text(text))
+    if problems:
+        raise UserError(f"{where}: our towers have no {', no '.join(problems)}; open_clip itself can load this model")
+
+
+def _strange(section: str, cfg: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Return the options of a tower that ours has not: those that both of open_clip's have, then its own."""
+    block = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+    found = {name: cfg[name] for name in block}
+    found[f"block_type '{cfg['block_type']}'"] = cfg["block_type"] not in (None, "default")
+    return [f"{section}.{name}" for name, is_so in (found | own).items() if is_so]
+
+
+def _strange_vision(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "layers as a list (a ResNet)": isinstance(cfg["layers"], list),
+        "patch_size as a list (oblong patches)": isinstance(cfg["patch_size"], list),
+        "attentional_pool (CoCa's)": cfg["attentional_pool"],
+        "final_ln_after_pool with pool_type 'avg'": cfg["final_ln_after_pool"] and cfg["pool_type"] == "avg",
+        f"pool_type '{cfg['pool_type']}'": cfg["pool_type"] not in ("tok", "avg"),
+        f"pos_embed_type '{cfg['pos_embed_type']}'": cfg["pos_embed_type"] not in ("learnable", "sin_cos_2d"),
+    }
+
+
+def _strange_text(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "embed_cls (CoCa's)": cfg["embed_cls"],
+        f"pool_type '{cfg['pool_type']}'": cfg["pool_type"] not in ("argmax", "eos", "last"),
+        f"proj_type '{cfg['proj_type']}'": cfg["proj_type"] not in ("linear", "none"),
+    }
+
+
+def image_options(vision: Mapping[str, Any], quick_gelu: bool, where: Path) -> tuple[ImageTowerConfig, tuple[int, int]]:
+    """Return our options for a native image tower, and the (height, width) of its images."""
+    side, patch, width = vision["image_size"], vision["patch_size"], vision["width"]
+    if patch is None or vision["head_width"] > width:
+        name = "patch_size" if patch is None else "head_width"
+        raise UserError(f"{where}: vision_cfg.{name} is {vision[name]!r}, which no tower of width {width} can have")
+    size = (side, side) if isinstance(side, int) else tuple(side)
+    config = ImageTowerConfig(
+        image_size=whole_patches(size, patch)[0],
+        num_heads=width // vision["head_width"],
+        pool="class" if vision["pool_type"] == "tok" else "average",
+        class_token=True,
+        pre_norm=not vision["no_ln_pre"],
+        patch_bias=False,
+        projection=True,
+        **{ours: vision[theirs] for theirs, ours in IMAGE_NUMBERS.items()},
+        **_block_options("vision_cfg", vision, quick_gelu, where),
+    )
+    return config, size
+
+
+def text_options(text: Mapping[str, Any], given: Mapping[str, Any], quick_gelu: bool, where: Path) -> TextTowerConfig:
+    """Return our options for a text tower.
+
+    Pooling at the highest id of a text ('argmax') is pooling at its end-of-text token exactly where that is the
+    highest id that texts have: 49,407 of CLIP's tokenizer, else the last of the vocabulary.
+
+    Args:
+        given: what the file itself says, without open_clip's defaults.
+    """
+    vocabulary = range(text["vocab_size"])
+    clip = not text["hf_tokenizer_name"] and text["vocab_size"] >= CLIP_VOCABULARY
+    eos_id, pad_id = given.get("eos_id"), given.get("pad_id", CLIP_PAD if clip else None)
+    if text["pool_type"] == "argmax":
+        eos_id = CLIP_EOS if clip else vocabulary[-1]
+    elif text["pool_type"] == "eos":
+        eos_id = text["eos_id"]
+    else:
+        eos_id = eos_id if eos_id in vocabulary else None  # nothing reads it
+    return TextTowerConfig(
+        causal=not text["no_causal_mask"],
+        pool="last" if text["pool_type"] == "last" else "eos",
+        projection=text["proj_type"] != "none",
+        projection_bias=text["proj_bias"],
+        eos_id=eos_id,
+        pad_id=pad_id if pad_id in vocabulary else None,  # nothing reads it, whatever the pooling
+        **{ours: text[theirs] for theirs, ours in TEXT_NUMBERS.items()},
+        **_block_options("text_cfg", text, quick_gelu, where),
+    )
+
+
+def _block_options(section: str, cfg: Mapping[str, Any], quick_gelu: bool, where: Path) -> dict[str, Any]:
+    """Our options of the blocks of either tower; UserError for an activation or a LayerNorm that ours have not."""
+    act_kwargs, norm_kwargs = cfg["act_kwargs"] or {}, cfg["norm_kwargs"] or {}
+    activation: Activation = "quick_gelu" if quick_gelu else "gelu"
+    if act_kwargs == {"approximate": "tanh"} and not quick_gelu:
+        activation = "gelu_tanh"
+    elif act_kwargs and (quick_gelu or act_kwargs != {"approximate": "none"}):
+        with_quick = " with quick_gelu" if quick_gelu else ""
+        raise UserError(f"{where}: {section}.act_kwargs {act_kwargs}{with_quick} is no activation of ours")
+    eps = norm_kwargs.get("eps", 1e-5)
+    if norm_kwargs.keys() - {"eps"} or not isinstance(eps, float):
+        raise UserError(f"{where}: {section}.norm_kwargs {norm_kwargs}: our LayerNorm has eps alone, a number")
+    return {"activation": activation, "norm_eps": eps, "mlp_dim": int(cfg["width"] * cfg["mlp_ratio"])}
+
+
+def model_options(model: Mapping[str, Any], image: ImageTowerConfig, text: TextTowerConfig) -> ModelConfig:
+    """Return our options of the whole; open_clip holds the initial scale as a logarithm."""
+    scale = model["init_logit_scale"]  # a logarithm, whose last digits are not exact
+    return ModelConfig(
+        embed_dim=model["embed_dim"],
+        image=image,
+        text=text,
+        init="clip" if model["init_logit_bias"] is None else "siglip",
+        init_logit_scale=None if scale is None else round(math.exp(scale), 9),
+        init_logit_bias=None if model["init_logit_bias"] is None else float(model["init_logit_bias"]),
+    )
+
+
+def is_native(image: ImageTowerConfig, text: TextTowerConfig) -> bool:
+    """Whether open_clip's own image tower can be this one; `quick_gelu` is one switch for both towers."""
+    shape = image.class_token and image.projection and not image.patch_bias and image.pool in THEIR_POOLS
+    return shape and (image.activation == "quick_gelu") == (text.activation == "quick_gelu")
+
+
+def text_problems(text: TextTowerConfig) -> list[str]:
+    """Return the options that open_clip's text tower cannot express, each with what to do."""
+    if text.pool == "average":
+        return ["model.text.pool 'average' (its text towers pool at one token; train with 'eos' or 'last')"]
+    return []
+
+
+def write_model(config: ModelConfig) -> dict:
+    """Return the entries of model_cfg beside the towers."""
+    options = {"embed_dim": config.embed_dim, "quick_gelu": config.text.activation == "quick_gelu"}
+    if config.init_logit_scale is not None:
+        options["init_logit_scale"] = math.log(config.init_logit_scale)
+    if config.init_logit_bias is not None:
+        options["init_logit_bias"] = config.init_logit_bias
+    return options
+
+
+def write_native_image(image: ImageTowerConfig, size: tuple[int, int]) -> dict:
+    """Return vision_cfg of a native tower of (height, width) pixels."""
+    return {
+        "image_size": size_option(size),
+        **{theirs: getattr(image, ours) for theirs, ours in IMAGE_NUMBERS.items()},
+        "head_width": image.width // image.num_heads,
+        "pool_type": THEIR_POOLS[image.pool],
+        "no_ln_pre": not image.pre_norm,
+        **_write_block(image),
+    }
+
+
+def write_text(text: TextTowerConfig) -> dict:
+    """Return text_cfg of a tower that `text_problems` finds nothing in."""
+    return {
+        **{theirs: getattr(text, ours) for theirs, ours in TEXT_NUMBERS.items()},
+        "no_causal_mask": not text.causal,
+        "pool_type": "last" if text.pool == "last" else "argmax" if text.eos_id == text.vocab_size - 1 else "eos",
+        "proj_type": "linear" if text.projection else "none",
+        "proj_bias": text.projection and text.projection_bias,
+        **{name: getattr(text, name) for name in ("eos_id", "pad_id") if getattr(text, name) is not None},
+        **_write_block(text),
+    }
+
+
+def _write_block(config: ImageTowerConfig | TextTowerConfig) -> dict:
+    options = {"mlp_ratio": mlp_ratio(config.width, config.mlp_dim)}
+    if config.norm_eps != 1e-5:
+        options["norm_kwargs"] = {"eps": config.norm_eps}
+    if config.activation == "gelu_tanh":
+        options["act_kwargs"] = {"approximate": "tanh"}
+    return options

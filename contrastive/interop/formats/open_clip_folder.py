@@ -1,0 +1,291 @@
+"""Folders of open_clip: open_clip_config.json, safetensors and the tokenizer's files.
+
+They are read without making open_clip's model. Image towers are its own ViT or a ViT of timm (then timm is imported,
+for what its name stands for).
+
+Written is a dual encoder. A tower as CLIP's becomes open_clip's own ViT. Any other, SigLIP's above all, becomes a ViT
+of timm, under its name in timm's registry where it has one. Where it has none, a config.json of timm describes it, and
+the name is the place of that file: `local-dir:FOLDER`, or `hf-hub:ORGANISATION/NAME`. Such a place is absolute, so a
+folder that is moved has to be told where it lies: `retarget`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from contrastive.data.tokenizer import Tokenizer, TransformersTokenizer
+from contrastive.errors import UserError
+from contrastive.files import read_json, write_json
+from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle
+from contrastive.interop.formats.evaluation_transform import (
+    checked_preprocess,
+    cut_notes,
+    open_clip_transform_problems,
+    read_open_clip_transform,
+    size_option,
+    taken_size,
+    whole_patches,
+    write_open_clip_transform,
+    write_timm_transform,
+)
+from contrastive.interop.formats.key_table import to_ours, to_theirs
+from contrastive.interop.formats.open_clip_config import (
+    check_expressible,
+    image_options,
+    is_native,
+    model_options,
+    read_sections,
+    text_options,
+    text_problems,
+    write_model,
+    write_native_image,
+    write_text,
+)
+from contrastive.interop.formats.open_clip_weights import (
+    HUB,
+    LOCAL,
+    PLACES,
+    TRUNK,
+    TRUNK_PROJECTION,
+    build_trunk,
+    describe_trunk,
+    image_table,
+    scalar_table,
+    text_table,
+    trunk_to_ours,
+)
+from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
+from contrastive.interop.formats.timm_vit import THEIR_POOLS, timm_description, timm_name, timm_problems
+from contrastive.interop.formats.timm_weights import tower_to_theirs
+from contrastive.interop.formats.tokenizer_reading import read_open_clip_tokenizer
+from contrastive.interop.formats.tokenizer_writing import write_open_clip_tokenizer
+from contrastive.interop.parity import Outputs, cropped, padded
+from contrastive.log import warn
+from contrastive.models import DualEncoder, ModelConfig
+
+CONFIG = "open_clip_config.json"
+# In open_clip's own order; without the pickles among them.
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+DERIVED = ("attn_mask", "text.attn_mask")  # buffers that old files hold
+TEXT_PREFIX = "text."
+CLAMP_NOTE = "the factor on the similarities is above 100: open_clip's training clamps it to 100 at its first step"
+SINCOS_NOTE = "the fixed sin-cos positions are written as learned ones of the same values"
+
+
+def recognises(folder: Path) -> bool:
+    """Whether this is a folder of open_clip."""
+    return (folder / CONFIG).exists()
+
+
+def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
+    """Load the model in eval mode on the CPU, with its preprocessing and tokenizer.
+
+    LayerScale is folded into the layers before it. Fixed sin-cos positions, whose formula differs from ours, are kept
+    as learned ones. A tokenizer whose files are missing, or that ours cannot be, is Absent.
+
+    Raises:
+        UserError: options that our towers have not (all are named), an unknown option, a missing or damaged file,
+            or weights that do not fit.
+    """
+    where = folder / CONFIG
+    description = read_json(where)
+    if "model_cfg" not in description:
+        raise UserError(f"{where} has no model_cfg: put the options of the model under that key")
+    model_cfg, vision, text = read_sections(description["model_cfg"], where)
+    check_expressible(model_cfg, vision, text, where)
+    given_text = description["model_cfg"].get("text_cfg", {})
+    quick_gelu, trunk = model_cfg["quick_gelu"], None
+    if vision["timm_model_name"]:
+        trunk = build_trunk(vision, model_cfg["embed_dim"], folder, where)
+        image, size = describe_trunk(trunk, vision, where)
+    else:
+        image, size = image_options(vision, quick_gelu, where)
+    config = model_options(model_cfg, image, text_options(text, given_text, quick_gelu, where))
+    model = _built(config, where)
+    kept = whole_patches(size, image.patch_size)
+    model.image_tower.set_input_size(kept)
+    weights, theirs = _read_weights(folder, config, vision, text, trunk)
+    fill(model, weights, folder, theirs)
+    return Bundle(
+        model=model.eval(),
+        preprocess=read_open_clip_transform(description.get("preprocess_cfg") or {}, size, kept, where),
+        tokenizer=_tokenizer(text, config, folder) if with_tokenizer else NOT_LOADED,
+        config=config,
+        path=folder,
+    )
+
+
+def _built(config: ModelConfig, where: Path) -> DualEncoder:
+    try:
+        return DualEncoder(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _read_weights(
+    folder: Path, config: ModelConfig, vision: Mapping[str, Any], text: Mapping[str, Any], trunk: torch.nn.Module | None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    file = {name: tensor for name, tensor in read_safetensors(folder, WEIGHTS).items() if name not in DERIVED}
+    # CustomTextCLIP's names, which open_clip also reads where the config asks for them and the file has CLIP's.
+    prefix = TEXT_PREFIX if any(name.startswith(TEXT_PREFIX) for name in file) else ""
+    table = text_table(config.text, prefix, text["ls_init_value"] is not None)
+    table += scalar_table(config.init_logit_bias is not None, unit_axes=1)
+    if trunk is None:
+        return to_ours(table + image_table(config.image, vision["ls_init_value"] is not None), file, folder)
+    weights, theirs = to_ours(table, file, folder)
+    tower, more = trunk_to_ours(weights, trunk, config.image, vision["timm_proj"], folder)
+    return tower, theirs | more
+
+
+def _tokenizer(text: Mapping[str, Any], config: ModelConfig, folder: Path) -> Tokenizer | Absent:
+    tokenizer = read_open_clip_tokenizer(text, folder)
+    if text["pool_type"] != "argmax":
+        return tokenizer
+    if isinstance(tokenizer, TransformersTokenizer) and tokenizer.eos_id != config.text.eos_id:
+        raise UserError(
+            f"{folder / CONFIG}: pool_type 'argmax' takes the token of the highest id, which is {config.text.eos_id}, "
+            f"but texts of its tokenizer end with {tokenizer.eos_id}; set text_cfg.pool_type to 'eos' and eos_id to "
+            f"{tokenizer.eos_id} if the model was trained so"
+        )
+    if isinstance(tokenizer, Absent) and text["hf_tokenizer_name"]:
+        warn(f"{folder}: pool_type 'argmax' is taken as: each text ends with id {config.text.eos_id}")
+    return tokenizer
+
+
+def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
+    """Write the model for open_clip into an existing empty folder; return notes for the user.
+
+    Args:
+        place: where the folder will lie; an image tower of timm without a name of its own is looked for there.
+
+    Raises:
+        UserError: not both towers, or options that open_clip cannot express (all are named).
+    """
+    model = bundle.model
+    if not isinstance(model, DualEncoder):
+        raise UserError(f"{bundle.path}: open_clip holds an image and a text tower; use --to timm or transformers")
+    image, text = model.image_tower.config, model.config.text
+    native = is_native(image, text)
+    problems = text_problems(text) + ([] if native else timm_problems(image))
+    preprocess = checked_preprocess(bundle)
+    problems += open_clip_transform_problems(preprocess, image.patch_size)
+    if problems:
+        raise UserError(f"{bundle.path}: open_clip cannot express {'; '.join(problems)}")
+    tokenizer_cfg, notes = write_open_clip_tokenizer(bundle.tokenizer, folder)
+    if native:
+        vision_cfg = write_native_image(image, taken_size(preprocess, image.patch_size))
+    else:
+        vision_cfg, more = _write_trunk(bundle, folder, place)
+        notes += more
+    model_cfg = {
+        **write_model(model.config),
+        "custom_text": not native,
+        "vision_cfg": vision_cfg,
+        "text_cfg": write_text(text) | tokenizer_cfg,
+    }
+    preprocess_cfg = write_open_clip_transform(preprocess, image.patch_size)
+    write_json(folder / CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+    save_file(_weights(model, native), folder / WEIGHTS[0])
+    return [
+        *notes,
+        *([SINCOS_NOTE] if image.position == "sincos" else []),
+        *cut_notes(preprocess),
+        *([CLAMP_NOTE] if model.logit_scale.exp() > 100 else []),
+    ]
+
+
+def retarget(folder: Path, source: str | Path) -> bool:
+    """Tell a folder of ours where it lies; return whether that changed it.
+
+    Args:
+        source: the folder's place, or 'hf-hub:ORGANISATION/NAME'. For the hub the tokenizer's name is set too.
+    """
+    source = str(source) if str(source).startswith(PLACES) else f"{LOCAL}{Path(source).resolve()}"
+    description = read_json(folder / CONFIG)
+    vision, text = (dict(description["model_cfg"][name]) for name in ("vision_cfg", "text_cfg"))
+    if (vision.get("timm_model_name") or "").startswith(PLACES):
+        vision["timm_model_name"] = source
+    if source.startswith(HUB) and text.get("hf_tokenizer_name"):
+        text["hf_tokenizer_name"] = source.removeprefix(HUB)
+    model_cfg = {**description["model_cfg"], "vision_cfg": vision, "text_cfg": text}
+    changed = model_cfg != description["model_cfg"]
+    if changed:
+        write_json(folder / CONFIG, {**description, "model_cfg": model_cfg})
+    return changed
+
+
+def _write_trunk(bundle: Bundle, folder: Path, place: Path) -> tuple[dict, list[str]]:
+    """Write what timm has to know, if anything; return vision_cfg and notes for the user."""
+    image, preprocess, notes = bundle.model.image_tower.config, bundle.preprocess.config, []
+    size = taken_size(preprocess, image.patch_size)
+    name, arguments = timm_name(image, size)
+    if arguments:  # no name of the registry alone
+        processor = write_timm_transform(preprocess, image.patch_size)
+        write_json(folder / "config.json", timm_description(name, arguments, 0, processor))
+        name = f"{LOCAL}{place.resolve()}"
+        notes.append(
+            f"timm has no name for this image tower: its config.json is looked for in {place}. After moving the "
+            f"folder, set model_cfg.vision_cfg.timm_model_name in {CONFIG} to '{LOCAL}NEW_PLACE' "
+            f"('{HUB}ORGANISATION/NAME' on the hub)"
+        )
+    options = {
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": THEIR_POOLS[image.pool],
+        "timm_proj": "linear" if image.projection else "none",
+        "image_size": size_option(size),
+        "patch_dropout": image.patch_dropout,
+    }
+    return options, notes
+
+
+def _weights(model: DualEncoder, native: bool) -> dict[str, torch.Tensor]:
+    image, text = model.image_tower.config, model.config.text
+    state = weights_of(model)
+    table = text_table(text, "" if native else TEXT_PREFIX) + scalar_table(model.logit_bias is not None)
+    if native:
+        return to_theirs(table + image_table(image), state)
+    table += [TRUNK_PROJECTION] if image.projection else []
+    return to_theirs(table, state) | tower_to_theirs(state, image, TRUNK)
+
+
+def outputs(
+    folder: Path, images: list[Image.Image], texts: list[str], pixels: torch.Tensor, tokens: torch.Tensor | None
+) -> Outputs:
+    """What open_clip makes of the folder, wherever the folder believes that it lies."""
+    import open_clip
+
+    with _lying_in(folder):
+        model, _, transform = open_clip.create_model_and_transforms(f"{LOCAL}{folder}")
+        named = read_json(folder / CONFIG)["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+        tokenizer = None
+        if not named or (folder / "tokenizer_config.json").exists():
+            tokenizer = open_clip.get_tokenizer(f"{LOCAL}{folder}")
+    model.eval()
+    with torch.inference_mode():
+        image = model.encode_image(padded(pixels, model.visual.image_size), normalize=True)
+        text = model.encode_text(tokens, normalize=True)
+        logits = model.logit_scale.exp() * image @ text.T
+        logits = logits if model.logit_bias is None else logits + model.logit_bias
+    return Outputs(
+        image=image,
+        text=text,
+        logits=logits,
+        pixels=cropped([transform(image) for image in images], pixels),
+        tokens=None if tokenizer is None else tokenizer(texts),
+    )
+
+
+@contextmanager
+def _lying_in(folder: Path) -> Iterator[None]:
+    before = (folder / CONFIG).read_bytes()
+    retarget(folder, folder)
+    try:
+        yield
+    finally:
+        (folder / CONFIG).write_bytes(before)

@@ -1,0 +1,199 @@
+"""Folders as timm's `save_for_hf` writes them: config.json and model.safetensors.
+
+timm itself is imported: what a name such as 'vit_small_patch16_224' stands for is in its code alone.
+
+A model whose head is a classifier becomes an ImageClassifier, another an ImageModel (see `head_kind`). Written are
+image towers and classifiers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from contrastive.errors import UserError
+from contrastive.files import read_json, write_json
+from contrastive.interop.bundle import Bundle
+from contrastive.interop.formats.evaluation_transform import (
+    checked_preprocess,
+    cut_notes,
+    read_timm_transform,
+    taken_size,
+    transform_problems,
+    whole_patches,
+    write_timm_transform,
+)
+from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
+from contrastive.interop.formats.timm_vit import build_on_meta, describe, timm_description, timm_name, timm_problems
+from contrastive.interop.formats.timm_weights import (
+    HEAD_KEY,
+    PROJECTION,
+    drop_zero_bias,
+    head_kind,
+    tower_to_ours,
+    tower_to_theirs,
+)
+from contrastive.interop.parity import Outputs, cropped, padded
+from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ImageModel, ImageModelConfig
+from contrastive.models.dual_encoder import unit_length
+
+# Of a state dict of timm's ViT, whatever its options.
+TELLING_KEYS = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+HOW_TO_NAME_IT = (
+    'write a config.json beside model.safetensors, {"architecture": "vit_base_patch16_224", "num_classes": 0, '
+    '"model_args": {"img_size": 224}, "pretrained_cfg": {}}, with the name and the arguments that '
+    "timm.create_model got for it"
+)
+
+
+def recognises(folder: Path) -> bool:
+    """Whether config.json names an architecture as timm does, or weights of timm's ViT lie here without one."""
+    file = folder / "config.json"
+    if file.exists():
+        try:
+            return isinstance(read_json(file).get("architecture"), str)
+        except UserError:
+            return False
+    lone = [folder] if folder.suffix == ".safetensors" else sorted(folder.glob("*.safetensors"))
+    return any(_has_telling_keys(path) for path in lone)
+
+
+def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
+    """Load the model in eval mode on the CPU, with the preprocessing of its evaluation transform.
+
+    Raises:
+        UserError: the architecture is not a plain ViT, or has parts that ours has not (all are named); a missing or
+            damaged file; weights that do not fit.
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        raise UserError(f"{folder} holds weights of a ViT of timm, which alone do not say its shape: {HOW_TO_NAME_IT}")
+    description = read_json(file)
+    skeleton = build_on_meta(f"local-dir:{folder}", file)
+    image, size = describe(skeleton, file)
+    weights, theirs = tower_to_ours(read_safetensors(folder), skeleton, image, folder)
+    names = _label_names(skeleton.pretrained_cfg.get("label_names"), skeleton.num_classes, file)
+    kind = head_kind(description, skeleton.num_classes, names, weights, file)
+    if kind == "classifier":
+        model = ImageClassifier(ClassifierConfig(image, num_classes=skeleton.num_classes))
+    elif kind == "projection":
+        weights[PROJECTION] = weights.pop("head.weight", torch.empty(0))
+        theirs[PROJECTION] = "head.weight"
+        drop_zero_bias(weights, "head.bias", folder, "timm")
+        model = ImageModel(ImageModelConfig(skeleton.num_classes, replace(image, projection=True)))
+    else:
+        model = ImageModel(ImageModelConfig(image.width, image))
+    kept = whole_patches(size, image.patch_size)
+    model.image_tower.set_input_size(kept)
+    fill(model, weights, folder, theirs)
+    return Bundle(
+        model=model.eval(),
+        preprocess=read_timm_transform(skeleton.pretrained_cfg, size, kept, file),
+        tokenizer=None,
+        config=model.config,
+        path=folder,
+        class_names=names if kind == "classifier" else None,
+    )
+
+
+def _has_telling_keys(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt") as tensors:
+            return set(TELLING_KEYS) <= set(tensors.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
+def _label_names(names: object, num_classes: int, where: Path) -> tuple | None:
+    """The names in the order of the scores; None where there are none, or a mapping leaves some scores unnamed."""
+    if not names:
+        return None
+    if isinstance(names, Mapping):
+        names = [names.get(str(label)) for label in range(num_classes)]
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names if name is not None):
+        raise UserError(f"{where}: label_names {names!r} has to be a list of texts, or an object of them by label")
+    if len(names) != num_classes:
+        raise UserError(f"{where}: {len(names)} label_names for {num_classes} classes; give one for each, or none")
+    return None if None in names else tuple(names)
+
+
+def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
+    """Write the image tower for timm into an existing empty folder; return notes for the user.
+
+    A projection becomes timm's `head` with a zero bias, as timm itself keeps CLIP's; a classifier's head is `head`.
+
+    Args:
+        place: where the folder will lie, for the commands in the notes.
+
+    Raises:
+        UserError: no image tower, or options that timm's ViT cannot express (all are named).
+    """
+    bundle.check_image_tower("timm holds image towers")
+    model, config = bundle.model, bundle.model.image_tower.config
+    preprocess = checked_preprocess(bundle)
+    problems = timm_problems(config) + transform_problems(preprocess, config.patch_size)
+    if isinstance(model, ImageClassifier):
+        problems += _classifier_problems(model)
+    if problems:
+        raise UserError(f"{bundle.path}: timm cannot express {'; '.join(problems)}; --to onnx can")
+    state, kind, head = weights_of(model), "none", {}
+    if isinstance(model, ImageClassifier):
+        kind, head = "classifier", {name: state[name] for name in ("head.weight", "head.bias")}
+    elif PROJECTION in state:
+        kind, head = "projection", {"head.weight": state[PROJECTION], "head.bias": torch.zeros(len(state[PROJECTION]))}
+    num_classes = len(head["head.weight"]) if head else 0
+    save_file(tower_to_theirs(state, config) | head, folder / "model.safetensors")
+    name, arguments = timm_name(config, taken_size(preprocess, config.patch_size))
+    transform = write_timm_transform(preprocess, config.patch_size)
+    description = {**timm_description(name, arguments, num_classes, transform), HEAD_KEY: kind}
+    if bundle.class_names is not None:
+        description["label_names"] = list(bundle.class_names)
+    write_json(folder / "config.json", description)
+    return _notes(bundle)
+
+
+def outputs(
+    folder: Path, images: list[Image.Image], texts: list[str], pixels: torch.Tensor, tokens: torch.Tensor | None
+) -> Outputs:
+    """What timm makes of the folder: `image` is the embedding of an image tower, `logits` a classifier's scores."""
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    is_classifier = read_json(folder / "config.json")[HEAD_KEY] == "classifier"
+    with torch.inference_mode():
+        full = padded(pixels, model.patch_embed.img_size)
+        pooled = model.forward_head(model.forward_features(full), pre_logits=True)
+        head = model.head(pooled)
+    return Outputs(
+        image=unit_length(pooled if is_classifier else head),
+        logits=head if is_classifier else None,
+        pixels=cropped([transform(image.convert("RGB")) for image in images], pixels),
+    )
+
+
+def _classifier_problems(model: ImageClassifier) -> list[str]:
+    problems = []
+    if model.config.unit_features:
+        problems.append("model.unit_features true (its head reads features as they are)")
+    if model.image_tower.projection is not None:
+        problems.append("model.image.projection true below a classifier (it has one linear layer there)")
+    return problems
+
+
+def _notes(bundle: Bundle) -> list[str]:
+    notes = []
+    if isinstance(bundle.model, DualEncoder):
+        notes.append("timm has no text towers: this is the image tower alone")
+    if not isinstance(bundle.model, ImageClassifier) and bundle.model.image_tower.projection is not None:
+        notes.append(
+            "the projection to the embedding space is timm's head, with a bias of zero; num_classes=0 omits it"
+        )
+    if bundle.model.image_tower.config.position == "sincos":
+        notes.append("the fixed sin-cos positions are written as learned ones of the same values")
+    return notes + cut_notes(bundle.preprocess.config)
