@@ -81,11 +81,13 @@ def measure(
     uncut.context_length = MAX_CAPTION_CHARS * 4
     found = Measured()
     for index in indices:
+        key = ""
         try:
             record = source[int(index)]
+            key = record.key
             _measure_image(record, found)
         except BadSample as fault:
-            found.fault(fault.reason, fault.key)
+            found.fault(fault.reason, fault.key or key)
         else:
             _measure_captions(record, uncut, found)
         advance()
@@ -93,10 +95,7 @@ def measure(
 
 
 def _measure_image(record: Record, found: Measured) -> None:
-    try:
-        pixels = decode(record.image)
-    except BadSample as fault:
-        raise BadSample(fault.reason, record.key) from fault
+    pixels = decode(record.image)
     _, height, width = pixels.shape
     found.heights.append(height)
     found.widths.append(width)

@@ -14,13 +14,13 @@ from PIL import Image
 
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.inspection import chosen_indices, distribution, measure, see, summary
-from contrastive.data.inspection_page import contact_sheet, spark
 from contrastive.data.loader import train_loader
 from contrastive.data.order_choice import order_for
 from contrastive.data.samples import PairDataset
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import clip_tokenizer, train_bpe
 from contrastive.errors import UserError
+from contrastive.visualize.inspection_page import contact_sheet, spark
 
 EVIL = "<script>alert('x')</script> & <b>"
 

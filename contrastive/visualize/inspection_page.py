@@ -1,8 +1,5 @@
 """What an inspection leaves behind: a page, a contact sheet and the figures as JSON; and what it prints."""
 
-import base64
-import io
-import json
 import math
 from collections.abc import Sequence
 from html import escape
@@ -16,6 +13,8 @@ from PIL import Image
 from contrastive.data.inspection import Seen
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
+from contrastive.files import claim_folder, write_json, write_whole
+from contrastive.page import data_uri, html_page
 
 FIGURES, SHEET, PAGE = "figures.json", "contact_sheet.png", "index.html"
 QUANTITIES = {
@@ -31,20 +30,13 @@ CAPTIONS_SHOWN = 10
 SHEET_GAP = 4
 _BARS = " ▁▂▃▄▅▆▇█"
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d1f23; --soft: #62676f; --page: #f7f7f5; --rule: #dcdcd8; --bar: #2f6fde; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e7e8ea; --soft: #9aa0aa; --page: #14161a; --rule: #30343c; --bar: #6ea4ff; } }
-body { margin: 0 auto; max-width: 1120px; padding: 32px 24px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1, h2 { line-height: 1.2; overflow-wrap: anywhere; } h2 { margin-top: 40px; font-size: 18px; }
-table { border-collapse: collapse; } td, th { padding: 4px 14px 4px 0; text-align: left; vertical-align: top; }
-td, small, figcaption { overflow-wrap: anywhere; } th, small { color: var(--soft); font-weight: 400; }
-code { font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; color: var(--soft); overflow-wrap: anywhere; }
+td, th { padding: 4px 14px 4px 0; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+th { color: var(--soft); font-weight: 400; } code { font-size: 12px; color: var(--soft); }
 .charts { display: flex; flex-wrap: wrap; gap: 24px; } .chart { width: 320px; margin: 0; }
 .bars { display: flex; align-items: flex-end; gap: 1px; height: 80px; border-bottom: 1px solid var(--rule); }
-.bars i { flex: 1; background: var(--bar); min-height: 1px; }
+.bars i { flex: 1; background: var(--c1); min-height: 1px; }
 .sample { display: flex; gap: 20px; padding: 14px 0; border-top: 1px solid var(--rule); }
-.sample img { display: block; flex: none; max-width: 256px; image-rendering: pixelated; } .sample p { margin: 0 0 6px; }
+.sample img { flex: none; max-width: 256px; } .sample p { margin: 0 0 6px; color: var(--ink); }
 """
 
 
@@ -54,27 +46,21 @@ def claim(folder: Path, source: str) -> None:
     Raises:
         UserError: it holds anything else.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give another --output")
-    figures = folder / FIGURES
-    if figures.exists():
-        try:
-            before = json.loads(figures.read_text("utf-8"))["source"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{figures} is not of an inspection; give another --output") from None
-        if before != source:
-            raise UserError(f"{folder} holds the inspection of '{before}'; give another --output")
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds files that are not of an inspection; give another --output")
+    earlier = claim_folder(folder, FIGURES, "an inspection", "give another --output")
+    if earlier is not None and "source" not in earlier:
+        raise UserError(f"{folder / FIGURES} is not of an inspection; give another --output")
+    if earlier is not None and earlier["source"] != source:
+        raise UserError(f"{folder} holds the inspection of '{earlier['source']}'; give another --output")
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_inspection(folder: Path, figures: dict[str, Any], seen: Sequence[Seen], tokenizer: Tokenizer) -> None:
     """Write index.html, which needs no other file, contact_sheet.png and figures.json."""
-    (folder / FIGURES).write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
+    write_json(folder / FIGURES, figures)
     if seen:
-        contact_sheet([sample.image for sample in seen]).save(folder / SHEET)
-    (folder / PAGE).write_text(_page(figures, seen, tokenizer), "utf-8", "backslashreplace")
+        sheet = contact_sheet([sample.image for sample in seen])
+        write_whole(folder / SHEET, lambda file: sheet.save(file, "PNG"))
+    write_whole(folder / PAGE, _page(figures, seen, tokenizer))
 
 
 def contact_sheet(images: Sequence[torch.Tensor]) -> Image.Image:
@@ -106,8 +92,8 @@ def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
     if "classes" in figures:
         commonest = ", ".join(f"{name} ({count:,})" for name, count in figures["classes"]["commonest"][:5])
         rows.append(("classes", f"{figures['classes']['seen']:,} seen, the commonest: {commonest}"))
-    cut = figures["truncated_captions"]
-    rows.append(("cut captions", f"{cut['count']:,} ({cut['share']:.1%}) are longer than {_length(figures)}"))
+    cut, context = figures["truncated_captions"], f"the context of {figures['context_length']} tokens"
+    rows.append(("cut captions", f"{cut['count']:,} ({cut['share']:.1%}) are longer than {context}"))
     for what in ("captions", "images"):
         found = figures[f"duplicate_{what}"]
         if found is not None:
@@ -115,10 +101,6 @@ def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
     if figures.get("images_per_second"):
         rows.append(("loader", f"{figures['images_per_second']:,.0f} images/s in one process, augmented"))
     return rows
-
-
-def _length(figures: dict[str, Any]) -> str:
-    return f"the context of {figures['context_length']} tokens"
 
 
 def _page(figures: dict[str, Any], seen: Sequence[Seen], tokenizer: Tokenizer) -> str:
@@ -131,14 +113,12 @@ def _page(figures: dict[str, Any], seen: Sequence[Seen], tokenizer: Tokenizer) -
         for what in ("captions", "images")
         for found in (figures[f"duplicate_{what}"] or {"most_repeated": ()})["most_repeated"]
     )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(figures["source"])}</title>'
-        f"<style>{_STYLE}</style><h1>{escape(figures['source'])}</h1><table>{rows}</table>"
-        f'<h2>How they are distributed</h2><div class="charts">{charts}</div>'
+    body = (
+        f'<table>{rows}</table><h2>How they are distributed</h2><div class="charts">{charts}</div>'
         + (f"<h2>Found more than once</h2><table>{repeats}</table>" if repeats else "")
         + (f"<h2>As the model sees them</h2>{samples}" if samples else "")
-        + "</html>\n"
     )
+    return html_page(figures["source"], "", body, style=_STYLE)
 
 
 def _chart(title: str, found: dict[str, Any]) -> str:
@@ -158,11 +138,9 @@ def _sample(sample: Seen, tokenizer: Tokenizer) -> str:
     if len(sample.captions) > CAPTIONS_SHOWN:
         stored.append(f"<p>and {len(sample.captions) - CAPTIONS_SHOWN:,} more</p>")
     ids = sample.tokens.tolist()
-    data = io.BytesIO()
-    _picture(sample.image).save(data, "PNG")
-    picture = base64.b64encode(data.getvalue()).decode()
     return (
-        f'<div class="sample"><img alt="" src="data:image/png;base64,{picture}"><div><small>{escape(sample.key)}: '
+        f'<div class="sample"><img class="small" alt="" src="{data_uri(_picture(sample.image))}">'
+        f"<div><small>{escape(sample.key)}: "
         f"captions as stored</small>{''.join(stored)}<small>the tokens, as text</small>"
         f"<p>{escape(tokenizer.decode(ids))}</p><code>{' '.join(map(str, ids))}</code></div></div>"
     )
