@@ -15,6 +15,12 @@ ZERO_SHOT_FIGURES = ("acc1", "acc5", "mean_per_class_recall", "seen_acc1", "held
 _FIGURE_ENDS = re.compile(r"(acc\d+|recall|_r\d+|median_rank)$")
 
 
+def folder_name(data: str) -> str:
+    """Return a folder name for a data spec: the last two parts of a path, anything unusual as '-'."""
+    tail = "-".join(part for part in data.rstrip("/").split("/")[-2:] if part not in ("", ".", ".."))
+    return re.sub(r"[^A-Za-z0-9._]+", "-", tail).strip("-.") or "data"
+
+
 def figure_title(name: str) -> str:
     """Return the name of a figure in words: 'acc@1', '5-shot acc@1', 'k=20 acc@1', 'image → text R@10'."""
     text = re.sub(r"^shot(\d+)_", r"\1-shot ", name)

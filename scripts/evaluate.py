@@ -22,17 +22,16 @@ import yaml
 
 import contrastive
 from contrastive.command_line import Parser, at_least
-from contrastive.distributed.runtime import prepare_process
+from contrastive.distributed.runtime import joined_ranks, launched, prepare_process
 from contrastive.errors import UserError
 from contrastive.evaluate.comparison import ModelEntry, print_comparison
 from contrastive.evaluate.comparison_output import claim_output, write_output
-from contrastive.evaluate.ranks import joined_ranks, launched
-from contrastive.evaluate.subject import Subject
+from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.suite import Suite, embed_suite, read_suite, run_suite, task_from
 from contrastive.evaluate.tasks import TASKS
-from contrastive.evaluate.zero_shot_output import folder_name
 from contrastive.interop.hub import is_hub_name, results_folder
 from contrastive.log import is_main_process, run_script
+from contrastive.results import folder_name
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -114,11 +113,11 @@ def evaluate(options: argparse.Namespace) -> bool:
         shutil.rmtree(passing, ignore_errors=True)
     sources: dict = {}
 
-    def subject(entry: ModelEntry, device) -> Subject:
+    def subject(entry: ModelEntry, device) -> EvaluatedModel:
         cache = passing if options.no_cache else options.cache or results_folder(Path(entry.path)) / "embeddings"
         bundle = contrastive.load(entry.path, device=device)
         loading = {"batch_size": options.batch_size, "num_workers": options.workers, "progress": True}
-        return Subject(entry.name, bundle, cache, device=device, sources=sources, limit=options.limit, **loading)
+        return EvaluatedModel(entry.name, bundle, cache, device=device, sources=sources, limit=options.limit, **loading)
 
     try:
         with joined_ranks(options.device) as device:

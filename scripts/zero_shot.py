@@ -13,10 +13,11 @@ import contrastive
 from contrastive.command_line import Parser, at_least, chosen_device
 from contrastive.data.prompts import load_templates
 from contrastive.data.sources import open_source
-from contrastive.evaluate.zero_shot import zero_shot
-from contrastive.evaluate.zero_shot_output import ZeroShotOutput, folder_name, print_result, read_class_names
+from contrastive.evaluate.classification import zero_shot
+from contrastive.evaluate.zero_shot_output import claim_zero_shot, print_result, read_class_names, write_zero_shot
 from contrastive.interop.hub import is_hub_name, results_folder
 from contrastive.log import run_script
+from contrastive.results import folder_name
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -48,7 +49,7 @@ def evaluate(options: argparse.Namespace) -> None:
     out = options.out
     if out is None and is_hub_name(options.run):
         out = results_folder(options.run) / "zero_shot" / folder_name(options.data)
-    output = ZeroShotOutput.claim(options.run, options.data, out)
+    out = claim_zero_shot(options.run, options.data, out)
     result = zero_shot(
         bundle,
         source,
@@ -61,7 +62,7 @@ def evaluate(options: argparse.Namespace) -> None:
         progress=True,
     )
     print_result(result, options.run, options.data)
-    output.write(result)
+    write_zero_shot(out, options.run, options.data, result)
 
 
 def main(arguments: list[str]) -> None:

@@ -1,10 +1,12 @@
 """Collective operations over the process group; each is the identity on one process. B batch, W ranks, E width."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from contrastive.errors import UserError
 
 T = TypeVar("T")
 
@@ -123,6 +125,19 @@ def gather_objects(value: T) -> list[T]:
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def together(call: Callable[[], T]) -> T:
+    """Return what `call` does, and wait for the other ranks; what fails on one of them fails on all."""
+    result, failure = None, None
+    try:
+        result = call()
+    except UserError as error:
+        failure = str(error)
+    failures = [message for message in gather_objects(failure) if message]
+    if failures:
+        raise UserError(failures[0])
+    return result
 
 
 def every_block(rows: torch.Tensor) -> "GatheredBlocks | RingBlocks":

@@ -6,7 +6,8 @@ import os
 import re
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 
+from contrastive.command_line import chosen_device
 from contrastive.distributed import end_with_parent
 from contrastive.errors import UserError
 
@@ -125,6 +127,31 @@ class Runtime:
     def close(self) -> None:
         """End the trackers and leave the process group."""
         self._accelerator.end_training()
+
+
+def launched() -> bool:
+    """Whether a launcher (accelerate launch, torchrun) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+@contextmanager
+def joined_ranks(asked: str | None) -> Iterator[str | torch.device]:
+    """Yield the device of this rank; while it lasts, the ranks that a launcher started have met.
+
+    asked: 'cpu', 'cuda', or None for what there is.
+
+    Raises:
+        UserError: no such device.
+    """
+    device = chosen_device(asked)
+    if not launched():
+        yield device
+        return
+    if device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    runtime = Runtime("fp32")
+    yield runtime.device
+    runtime.close()
 
 
 def prepare_process() -> None:

@@ -1,32 +1,148 @@
-"""Accuracy of a classifier with a head of its own. N images, C classes."""
+"""Classification of labelled images: by their nearest class text (zero-shot), or by a classifier's own head.
 
+N images, C classes, E embed_dim.
+"""
+
+from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from contrastive.data.prompts import default_templates, fill
+from contrastive.data.record import Source
 from contrastive.errors import UserError
-from contrastive.evaluate.embeddings import embed_images, pick_indices
-from contrastive.evaluate.zero_shot import classification_metrics, labelled_indices
+from contrastive.evaluate.embeddings import (
+    EmbeddingSet,
+    answers_of,
+    check_labels,
+    check_text_tower,
+    embed_source,
+    embed_texts,
+)
+
+HOW_TO_NAME = "--classes FILE, in a suite classes: FILE"
 
 
-def classification(
+def zero_shot_classifier(
+    model, tokenizer, class_names: Sequence[str], templates: Sequence[str], *, device, batch_size: int = 1024
+) -> torch.Tensor:
+    """Return (C, E) unit vectors: per class the renormalised mean of its filled templates' embeddings."""
+    texts = [text for name in class_names for text in fill(templates, name)]
+    features = embed_texts(model, tokenizer, texts, device=device, batch_size=batch_size)
+    features = features.view(len(class_names), len(templates), -1)
+    return F.normalize(F.normalize(features, dim=-1).mean(dim=1), dim=-1)
+
+
+def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
+    """Score a classifier; returns figures in percent and the confusion matrix.
+
+    Args:
+        scores: (N, C), higher is better.
+        labels: (N,) int64 in 0..C-1.
+
+    Returns:
+        {'acc1', 'mean_per_class_recall'} and, for more than five classes, 'acc5'; recall is averaged over
+        the classes that have images. Confusion (C, C) int64: row the true class, column the predicted one.
+
+    Ties count against the model, and so do NaNs: one that gives every class the same score has 0 %.
+    """
+    if len(scores) == 0:
+        raise ValueError("classification_metrics needs at least one image")
+    num_classes = scores.shape[1]
+    rank, predicted = ranked(scores, labels)
+    cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    confusion = cells.view(num_classes, num_classes)
+    counts = confusion.sum(dim=1)
+    recall = confusion.diagonal()[counts > 0] / counts[counts > 0]
+    metrics = {"acc1": _percent(rank < 1)}
+    if num_classes > 5:
+        metrics["acc5"] = _percent(rank < 5)
+    metrics["mean_per_class_recall"] = 100 * recall.double().mean().item()
+    return metrics, confusion
+
+
+def ranked(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many classes stand before the right one (N,), and the class predicted (N,); ties and NaNs as above."""
+    own = scores.gather(1, labels[:, None])
+    # Not strictly below: ties and NaNs are ahead of the right class. It counts itself once.
+    rank = (~(scores < own)).sum(dim=1) - 1
+    rivals = scores.nan_to_num(nan=float("inf")).scatter(1, labels[:, None], -float("inf"))
+    return rank, torch.where(rank == 0, labels, rivals.argmax(dim=1))
+
+
+def zero_shot(
     bundle,
-    source,
+    source: Source,
     *,
     device: str | torch.device,
-    batch_size: int = 256,
-    num_workers: int = 0,
+    class_names: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
     limit: int | None = None,
-    progress: bool = False,
+    **loading,
 ) -> dict:
-    """Classify the labelled images of `source` by the highest score.
+    """Classify the labelled images of `source` by their nearest class text (CLIP, section 3.1).
+
+    Args:
+        bundle: anything with `model`, `preprocess` and `tokenizer`.
+        class_names: one name per class index; the source's own when None.
+        templates: prompts with '{}' for the name; those that fit the source when None.
+        limit: evaluate a fixed random subset of that many images.
+        loading: batch_size, num_workers, progress, as `embed_images` takes them.
+
+    Returns:
+        A dict that JSON can hold: 'acc1', 'acc5' (more than five classes), 'mean_per_class_recall', 'chance'
+        in percent; 'seen_acc1' and 'heldout_acc1' when the source has `heldout_labels`; 'num_images',
+        'num_classes', 'skipped' {reason: count}, 'class_names', 'templates', 'per_class_recall' (None for a
+        class without images), 'missing_classes', 'confusion'.
+
+    Raises:
+        UserError: no text tower, no labels, no class names, names that do not fit the labels, or no readable image.
+
+    With several ranks, call it on all of them; every rank returns the same.
+    """
+    check_text_tower(bundle, "zero-shot classification")
+    names = _checked_class_names(source, class_names)
+    images = _embed_labelled(bundle, source, len(names), device=device, limit=limit, **loading)
+    return score_zero_shot(bundle, images, class_names=names, templates=templates, device=device)
+
+
+def score_zero_shot(
+    bundle,
+    images: EmbeddingSet,
+    *,
+    class_names: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    device: str | torch.device,
+) -> dict:
+    """As `zero_shot`, of images that are embedded already."""
+    check_text_tower(bundle, "zero-shot classification")
+    names = _checked_class_names(images, class_names)
+    images = images.labelled("zero-shot classification", len(names))
+    templates = templates or default_templates(images, names)
+    classifier = zero_shot_classifier(bundle.model, bundle.tokenizer, names, templates, device=device)
+    metrics, confusion = classification_metrics(images.features @ classifier.T, images.labels)
+    return {
+        **metrics,
+        "chance": 100 / len(names),
+        "num_images": len(images.labels),
+        "num_classes": len(names),
+        "skipped": dict(images.skipped),
+        "class_names": list(names),
+        "templates": list(templates),
+        **_by_class(images, names, confusion),
+    }
+
+
+def classification(bundle, source: Source, *, device: str | torch.device, limit: int | None = None, **loading) -> dict:
+    """Classify the labelled images of `source` by the highest score of the model's own head.
 
     Args:
         bundle: anything with `model`, an ImageClassifier, and `preprocess`.
         limit: evaluate a fixed random subset of that many images.
+        loading: batch_size, num_workers, progress, as `embed_images` takes them.
 
     Returns:
         A dict that JSON can hold: 'acc1', 'acc5' (more than five classes), 'mean_per_class_recall' and 'chance'
@@ -38,22 +154,16 @@ def classification(
     With several ranks, call it on all of them; every rank returns the same.
     """
     num_classes = bundle.model.config.num_classes
-    picked = pick_indices(len(source), limit)
-    indices, labels, skipped = labelled_indices(source, picked, num_classes)
-    loading = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
-    scored = embed_images(_Scores(bundle.model), source, bundle.preprocess, indices=indices, device=device, **loading)
-    if len(scored.index) == 0:
-        raise UserError(f"{source.name}: none of its {len(indices)} images could be read")
-    # `indices` rises, so the label of a row is found by bisection.
-    labels = torch.from_numpy(labels[np.searchsorted(indices, scored.index.numpy())])
-    metrics, confusion = classification_metrics(scored.features, labels)
+    scorer = SimpleNamespace(model=_Scores(bundle.model), preprocess=bundle.preprocess)
+    images = _embed_labelled(scorer, source, num_classes, device=device, limit=limit, **loading)
+    metrics, confusion = classification_metrics(images.features, images.labels)
     return {
         **metrics,
         "chance": 100 / num_classes,
-        "loss": nn.functional.cross_entropy(scored.features, labels).item(),
-        "num_images": len(labels),
+        "loss": nn.functional.cross_entropy(images.features, images.labels).item(),
+        "num_images": len(images.labels),
         "num_classes": num_classes,
-        "skipped": dict(skipped + scored.skipped),
+        "skipped": dict(images.skipped),
         "confusion": confusion.tolist(),
     }
 
@@ -86,3 +196,64 @@ class _Scores(nn.Module):
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         # In float32, as the weights are: a run's own model, called, would use the precision of the run.
         return self.model.scores(pixels)
+
+
+def _embed_labelled(
+    bundle, source: Source, num_classes: int, *, device: str | torch.device, limit: int | None = None, **loading
+) -> EmbeddingSet:
+    """The images of `source` that have a label, which has to be below `num_classes`."""
+    labels, skipped = answers_of(source, limit, source.label, "missing_label")
+    if not labels:
+        raise UserError(
+            f"{source.name} has no class labels, which classification is scored by. "
+            "Captions without labels are evaluated by retrieval"
+        )
+    check_labels(source.name, torch.tensor(list(labels.values())), num_classes)
+    return embed_source(bundle, source, labels, skipped, device=device, **loading)
+
+
+def _checked_class_names(source: Source | EmbeddingSet, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names to use; UserError when there are none or when they do not fit the source's."""
+    own = source.class_names
+    if class_names is None and own is None:
+        raise UserError(
+            f"{source.name} has no class names; give labelled data, or name the classes ({HOW_TO_NAME}). Captions "
+            "without labels are evaluated by retrieval"
+        )
+    names = tuple(own if class_names is None else class_names)
+    if own is not None and len(names) != len(own):
+        raise UserError(f"{len(names)} class names given, but {source.name} has {len(own)} classes")
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times != 1:
+        problem = f"the class name '{name}' stands {times} times" if times else "there are no class names"
+        raise UserError(f"{source.name}: {problem}; each class needs its own ({HOW_TO_NAME})")
+    return names
+
+
+def _by_class(images: EmbeddingSet, names: Sequence[str], confusion: torch.Tensor) -> dict:
+    """What the confusion matrix says of each class, and of those that training never saw."""
+    counts, correct = confusion.sum(dim=1).tolist(), confusion.diagonal().tolist()
+    return {
+        **_heldout_metrics(images, correct, counts),
+        "per_class_recall": [100 * c / n if n else None for c, n in zip(correct, counts, strict=True)],
+        "missing_classes": [name for name, count in zip(names, counts, strict=True) if count == 0],
+        "confusion": confusion.tolist(),
+    }
+
+
+def _heldout_metrics(images, correct: list[int], counts: list[int]) -> dict[str, float]:
+    """Accuracy over the images of trained and of never trained classes, for sources that tell them apart."""
+    heldout = images.heldout_labels
+    metrics = {}
+    for name, chosen in (
+        ("seen_acc1", [label for label in range(len(counts)) if label not in heldout]),
+        ("heldout_acc1", sorted(heldout)),
+    ):
+        total = sum(counts[label] for label in chosen)
+        if heldout and total:
+            metrics[name] = 100 * sum(correct[label] for label in chosen) / total
+    return metrics
+
+
+def _percent(hits: torch.Tensor) -> float:
+    return 100 * hits.double().mean().item()

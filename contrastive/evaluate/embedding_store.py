@@ -4,34 +4,37 @@ config.json             the model, the preprocessing and the data that the embed
 images-00000.parquet    index, key, label, embedding   (or the embedding in images-00000.npy)
 texts-00000.parquet     index, caption, text, embedding   (index: the sample; caption: which of its captions)
 
-Shard n holds the samples from n * samples_per_shard on, of those that are embedded.
+Shard n holds the samples from n * samples_per_shard on, of those that are embedded. A shard is whole or absent; its
+metadata holds the key of the store and what was left out. N rows, E channels.
 """
 
 import hashlib
 import json
-import os
+import tempfile
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from contrastive.distributed import collectives
+from contrastive.distributed.collectives import rank, together
 from contrastive.errors import UserError
-from contrastive.evaluate.embedding_files import FileType, features_path, read_head, write_json
 from contrastive.evaluate.embeddings import Precision, Space, pick_indices
-from contrastive.evaluate.model_key import model_key
-from contrastive.evaluate.ranks import together
+from contrastive.files import check_writable, write_json, write_whole
+from contrastive.interop.bundle import Absent, weights_key
 
 FORMAT = "contrastive-embeddings-1"
 CONFIG = "config.json"
+FEATURES = "embedding"
 SAMPLES_PER_SHARD = 4096
 ABANDONED_AFTER = 3600  # seconds
 
 Part = Literal["images", "texts"]
+FileType = Literal["parquet", "npy"]
 
 
 @dataclass(frozen=True)
@@ -159,14 +162,16 @@ def claim_store(
         UserError: the folder holds something else, or embeddings of another model or data; on all ranks.
     """
     config = store_config(bundle, source, options, key_of_model)
-    first = together(lambda: _claim(folder, bundle, source, config) if collectives.rank() == 0 else None)
+    first = together(lambda: _claim(folder, bundle, source, config) if rank() == 0 else None)
     return first or _claim(folder, bundle, source, config)
 
 
 def _claim(folder: Path, bundle, source, config: dict) -> EmbeddingStore:
     found = find_store(folder)
     if found is None:
-        _check_free(folder)
+        check_writable(folder, "choose another folder")
+        if folder.exists() and any(not path.name.endswith(".partial") for path in folder.iterdir()):
+            raise UserError(f"{folder} holds something else than embeddings; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG, config)
         return EmbeddingStore(folder, config)
@@ -196,14 +201,6 @@ def find_store(folder: Path) -> EmbeddingStore | None:
     return EmbeddingStore(folder, config)
 
 
-def _check_free(folder: Path) -> None:
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"cannot write to {folder}; choose another folder")
-    if folder.exists() and any(not path.name.endswith(".partial") for path in folder.iterdir()):
-        raise UserError(f"{folder} holds something else than embeddings; choose another folder")
-
-
 def _plain(options) -> dict:
     """A dataclass as JSON gives it back."""
     return json.loads(json.dumps(asdict(options)))
@@ -211,3 +208,125 @@ def _plain(options) -> dict:
 
 def _listed(values) -> list | None:
     return None if values is None else list(values)
+
+
+def model_key(bundle) -> str:
+    """Return a sha256, in hex, over weights, architecture and tokenizer of `bundle`.
+
+    The architecture counts because weights alone do not tell it: another number of heads fits the same tensors.
+    The preprocessing is not in it; embeddings record it beside this key.
+    """
+    model = bundle.model
+    options = asdict(model.config) if is_dataclass(model.config) else vars(model.config)
+    parts = (
+        weights_key(model),
+        type(model).__name__,
+        json.dumps(options, sort_keys=True, default=str),
+        _tokenizer_key(bundle.tokenizer),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _tokenizer_key(tokenizer) -> str:
+    """A sha256 over the files that the tokenizer saves; empty without one, or without its files."""
+    if tokenizer is None or isinstance(tokenizer, Absent):
+        return ""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(f"{path.relative_to(folder)}\n".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardHead:
+    """What a shard says of itself."""
+
+    key: str
+    """Of the store it belongs to."""
+    num_rows: int
+    left_out: tuple[tuple[str, str], ...]
+    """(reason, key of the sample) of what could not be embedded."""
+
+
+def write_shard(
+    path: Path,
+    columns: Mapping[str, Sequence],
+    features: np.ndarray,
+    *,
+    key: str,
+    left_out: Sequence[tuple[str, str]],
+    files: FileType,
+) -> None:
+    """Write a shard whole or not at all.
+
+    Args:
+        path: the .parquet file.
+        columns: name to N values: integers (None where there is none) or text.
+        features: (N, E) float32 or float16.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {"key": pa.string(), "text": pa.string()}
+    table = {name: pa.array(values, types.get(name, pa.int64())) for name, values in columns.items()}
+    compression = dict.fromkeys(table, "zstd")
+    if files == "npy":
+        write_whole(features_path(path), lambda file: np.save(file, features))
+    else:
+        flat = pa.array(np.ascontiguousarray(features).reshape(-1))
+        table[FEATURES] = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
+        compression[f"{FEATURES}.list.element"] = "none"  # noise does not shrink
+    metadata = {"contrastive.key": key, "contrastive.left_out": json.dumps([list(fault) for fault in left_out])}
+    made = pa.table(table).replace_schema_metadata(metadata)
+    options = {"compression": compression, "use_dictionary": False, "write_page_checksum": True}
+    write_whole(path, lambda file: pq.write_table(made, file, **options))
+
+
+def read_head(path: Path) -> ShardHead:
+    """Read what a shard says of itself, without its rows; UserError when it is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path)
+        said = metadata.metadata or {}
+        left_out = tuple((reason, key) for reason, key in json.loads(said[b"contrastive.left_out"]))
+        return ShardHead(said[b"contrastive.key"].decode(), metadata.num_rows, left_out)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from None
+
+
+def read_shard(path: Path, files: FileType, key: str) -> tuple[dict[str, list], np.ndarray]:
+    """Read the columns and the (N, E) features of a shard; UserError when it is damaged or of another store."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        if (table.schema.metadata or {}).get(b"contrastive.key") != key.encode():
+            raise ValueError("it is of other embeddings")
+        if files == "npy":
+            features = np.load(features_path(path), allow_pickle=False)
+        else:
+            column = table.column(FEATURES).combine_chunks()
+            features = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
+            table = table.drop_columns([FEATURES])
+        if len(features) != len(table):
+            raise ValueError(f"{len(features)} embeddings for {len(table)} rows")
+    except (pa.ArrowException, OSError, ValueError, KeyError, EOFError) as error:
+        raise _damaged(path, error) from None
+    return table.to_pydict(), features
+
+
+def features_path(path: Path) -> Path:
+    """Where the features of an npy shard lie."""
+    return path.with_suffix(".npy")
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{path} is damaged ({reason}); delete it and embed again")

@@ -1,11 +1,14 @@
-"""Embeddings of a whole source: images on every rank's share, texts in batches. N images, E embed_dim."""
+"""Embeddings of a source in memory: what every evaluation reads, and how a model makes them.
+
+Images are embedded on every rank's share, texts in batches. N images, M texts, E embed_dim.
+"""
 
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,14 +16,172 @@ import torch.distributed as dist
 from rich.progress import track
 from torch import nn
 
+from contrastive.data.captions import caption_fault
 from contrastive.data.loader import eval_loader
+from contrastive.data.record import BadSample, Source
 from contrastive.distributed import collectives
 from contrastive.errors import UserError
 from contrastive.log import console
 
+T = TypeVar("T")
 Space = Literal["projected", "pooled"]
 """'projected': after the projection, unit length: what zero-shot compares. 'pooled': before it, as it comes."""
 Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """Captions of the images of an EmbeddingSet."""
+
+    features: torch.Tensor
+    """(M, E) float32."""
+    row: torch.Tensor
+    """(M,) int64: the image each belongs to, a row of the set."""
+    caption: torch.Tensor
+    """(M,) int64: which of the image's captions it is, from 0."""
+    texts: tuple[str, ...]
+
+    def chosen(self, places: torch.Tensor) -> "TextEmbeddings":
+        """Return those at `places` (n,)."""
+        texts = tuple(self.texts[place] for place in places.tolist())
+        return TextEmbeddings(self.features[places], self.row[places], self.caption[places], texts)
+
+
+@dataclass(frozen=True)
+class EmbeddingSet:
+    """What is known of the images of one source."""
+
+    name: str
+    """The data, for messages."""
+    features: torch.Tensor
+    """(N, E) float32."""
+    index: torch.Tensor
+    """(N,) int64, rising: place in the source."""
+    labels: torch.Tensor
+    """(N,) int64, -1 where there is none."""
+    class_names: tuple[str, ...] | None
+    skipped: Counter[str]
+    """Number of samples left out, by reason."""
+    space: Space = "projected"
+    keys: tuple[str, ...] = ()
+    """Of the samples, where a store has them."""
+    heldout_labels: frozenset[int] = frozenset()
+    """Classes that training never sees, where the source tells them apart."""
+    templates: tuple[str, ...] | None = None
+    """The source's own prompt templates."""
+    texts: TextEmbeddings | None = None
+
+    def labelled(self, task: str, num_classes: int | None = None) -> "EmbeddingSet":
+        """Return the rows that have a label, without texts.
+
+        Args:
+            task: what needs labels, for messages.
+            num_classes: labels have to be below; as many as the data name when None.
+
+        Raises:
+            UserError: no image, no label, or one out of range.
+        """
+        if len(self.labels) == 0:
+            raise UserError(f"{self.name}: none of its images could be read")
+        rows = (self.labels >= 0).nonzero()[:, 0]
+        if len(rows) == 0:
+            raise UserError(f"{self.name} has no class labels; {task} needs labelled data")
+        if num_classes is None and self.class_names is not None:
+            num_classes = len(self.class_names)
+        check_labels(self.name, self.labels[rows], num_classes)
+        if len(rows) == len(self.labels):
+            return self
+        return self._chosen(rows, skipped=self.skipped + Counter(missing_label=len(self.labels) - len(rows)))
+
+    def first_captions(self) -> "EmbeddingSet":
+        """Return the set with one caption of each image, the first that can be used."""
+        texts = self.texts
+        rows = [place for place in range(len(texts.row)) if place == 0 or texts.row[place] != texts.row[place - 1]]
+        return replace(self, texts=texts.chosen(torch.tensor(rows, dtype=torch.int64)))
+
+    def subset(self, limit: int | None) -> "EmbeddingSet":
+        """Return a fixed random subset of `limit` images, with their texts; all when None."""
+        if limit is None or limit >= len(self.index):
+            return self
+        rows = torch.from_numpy(pick_indices(len(self.index), limit))
+        texts = self.texts
+        if texts is not None:
+            place = torch.full((len(self.index),), -1).scatter(0, rows, torch.arange(limit))[texts.row]
+            kept = (place >= 0).nonzero()[:, 0]
+            texts = replace(texts.chosen(kept), row=place[kept])
+        return self._chosen(rows, texts=texts)
+
+    def _chosen(self, rows: torch.Tensor, texts: TextEmbeddings | None = None, **changes) -> "EmbeddingSet":
+        columns = {name: getattr(self, name)[rows] for name in ("features", "index", "labels")}
+        keys = self.keys and tuple(self.keys[row] for row in rows.tolist())
+        return replace(self, **columns, keys=keys, texts=texts, **changes)
+
+
+def embed_source(bundle, source: Source, labels: dict[int, int], skipped: Counter[str], **loading) -> EmbeddingSet:
+    """Embed the images of `source` at the indices that `labels` has.
+
+    Args:
+        bundle: anything with `model` and `preprocess`.
+        labels: rising source indices to labels, -1 where there is none.
+        skipped: samples that were left out before, by reason.
+        loading: device, batch_size, num_workers, progress, as `embed_images` takes them.
+
+    Raises:
+        UserError: no image can be read.
+
+    With several ranks, call it on all of them; every rank returns the same.
+    """
+    images = embed_images(bundle.model, source, bundle.preprocess, indices=list(labels), **loading)
+    if len(images.index) == 0:
+        raise UserError(f"{source.name}: none of its {len(labels)} images could be read")
+    return EmbeddingSet(
+        name=source.name,
+        features=images.features,
+        index=images.index,
+        labels=torch.tensor([labels[index] for index in images.index.tolist()]),
+        class_names=source.class_names,
+        skipped=skipped + images.skipped,
+        heldout_labels=source.heldout_labels,
+        templates=source.templates,
+    )
+
+
+def answers_of(
+    source: Source, limit: int | None, ask: Callable[[int], T], missing: str
+) -> tuple[dict[int, T], Counter[str]]:
+    """Return what `ask` says of each sample that it says something of, by index, and why the others are left out.
+
+    Args:
+        limit: ask of a fixed random subset of that many samples.
+        ask: source index to a label or captions; None or an empty list counts as `missing`.
+    """
+    answers, skipped = {}, Counter()
+    for index in pick_indices(len(source), limit).tolist():
+        try:
+            answer = ask(index)
+        except BadSample as fault:
+            skipped[fault.reason] += 1
+            continue
+        if answer is None or answer == []:
+            skipped[missing] += 1
+        else:
+            answers[index] = answer
+    return answers, skipped
+
+
+def usable_captions(source: Source, index: int) -> tuple[list[tuple[int, str]], list[str]]:
+    """Return the captions of a sample that can be used, with their numbers, and what is wrong with the others."""
+    captions = source.captions(index)
+    faults = [caption_fault(text) for text in captions]
+    good = [(number, text) for number, (text, fault) in enumerate(zip(captions, faults, strict=True)) if fault is None]
+    return good, [fault for fault in faults if fault]
+
+
+def check_labels(name: str, labels: torch.Tensor, num_classes: int | None) -> None:
+    """Raise UserError unless labels (N,) are in 0..C-1; every one is where C is None."""
+    if num_classes is not None and (labels.min() < 0 or labels.max() >= num_classes):
+        span = f"labels from {labels.min()} to {labels.max()}"
+        raise UserError(f"{name} has {span}, but there are {num_classes} class names")
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,19 @@ N samples, C classes, E embed_dim, S shots.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from rich.progress import track
 
 from contrastive.errors import UserError
-from contrastive.evaluate.probe_input import ProbeInput, checked_input, counts, hit_figures, probe_device
-from contrastive.evaluate.zero_shot import ranked
+from contrastive.evaluate.classification import ranked
+from contrastive.evaluate.embeddings import EmbeddingSet
+from contrastive.evaluate.evaluated_model import EvaluatedModel
+from contrastive.evaluate.outcome import Outcome
+from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, counts, hit_figures, probe_device
+from contrastive.evaluate.tasks import TASKS
 from contrastive.log import console
 
 SHOTS = (1, 5, 10, 25)
@@ -150,3 +155,34 @@ def ridge_scores(
 def _solve(matrix: torch.Tensor, l2: float, target: torch.Tensor) -> torch.Tensor:
     matrix.diagonal().add_(l2)
     return torch.cholesky_solve(target, torch.linalg.cholesky(matrix))
+
+
+@TASKS.register("few_shot")
+@dataclass(frozen=True)
+class FewShot(ProbeTask):
+    """Ridge regression on a few images of each class (big_vision's few-shot evaluator)."""
+
+    title = "few-shot"
+
+    shots: tuple[int, ...] = SHOTS
+    """Training images of each class."""
+    seeds: int = 3
+    """Draws of the training images; figures are means over them."""
+
+    def check(self) -> None:
+        check_options(self.shots, self.seeds)
+
+    def fit(self, subject: EvaluatedModel, sets: Sequence[EmbeddingSet], num_classes: int) -> dict:
+        train, test = sets
+        given = (train.features, train.labels, test.features, test.labels)
+        how = {"device": subject.device, "progress": subject.progress}
+        return few_shot(*given, shots=self.shots, seeds=self.seeds, num_classes=num_classes, **how)
+
+    def headline(self, result: dict) -> tuple[str, ...]:
+        return tuple(f"shot{number}_acc1" for number in result["shots"])
+
+    def run(self, subject: EvaluatedModel) -> Outcome:
+        outcome = super().run(subject)
+        # A mean over draws, while 'predicted' is of one draw: no interval can be made around it from that.
+        recall = replace(outcome.figures["mean_per_class_recall"], interval=None)
+        return replace(outcome, figures={**outcome.figures, "mean_per_class_recall": recall})

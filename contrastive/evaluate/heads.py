@@ -5,16 +5,19 @@ N samples, C classes, E embed_dim.
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from contrastive.errors import UserError, did_you_mean
-from contrastive.evaluate.probe_input import ProbeInput, checked_input, counts, hit_figures
-from contrastive.evaluate.zero_shot import ranked
+from contrastive.evaluate.classification import ranked
+from contrastive.evaluate.embeddings import EmbeddingSet
+from contrastive.evaluate.evaluated_model import EvaluatedModel
+from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, counts, hit_figures
+from contrastive.evaluate.tasks import TASKS
 from contrastive.registry import Registry
 
 
@@ -123,6 +126,28 @@ def _sklearn(module: str, name: str, **defaults: Any) -> Callable[[], Any]:
         return getattr(importlib.import_module(f"sklearn.{module}"), name)(**defaults)
 
     return build
+
+
+@TASKS.register("head")
+@dataclass(frozen=True)
+class HeadTask(ProbeTask):
+    """A classifier of scikit-learn, by its name in `HEADS`."""
+
+    head: str = "linear"
+    options: dict = field(default_factory=dict)
+    """Of that classifier, by scikit-learn's names."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.head} head".replace("_", " ")
+
+    def check(self) -> None:
+        build_head(self.head, self.options)
+
+    def fit(self, subject: EvaluatedModel, sets: Sequence[EmbeddingSet], num_classes: int) -> dict:
+        train, test = sets
+        given = (train.features, train.labels, test.features, test.labels)
+        return head_probe(self.head, *given, options=self.options, num_classes=num_classes)
 
 
 for _name, _head in {

@@ -4,14 +4,18 @@ N test samples, M gallery (training) samples, C classes, E embed_dim.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from rich.progress import track
 
 from contrastive.errors import UserError
-from contrastive.evaluate.probe_input import ProbeInput, checked_input, counts, hit_figures, probe_device
-from contrastive.evaluate.zero_shot import ranked
+from contrastive.evaluate.classification import ranked
+from contrastive.evaluate.embeddings import EmbeddingSet
+from contrastive.evaluate.evaluated_model import EvaluatedModel
+from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, counts, hit_figures, probe_device
+from contrastive.evaluate.tasks import TASKS
 from contrastive.log import console
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -125,3 +129,27 @@ def _votes(
             total = total.scatter_add(1, classes[:, before:number], weights[:, before:number])
             votes[number], before = total, number
         yield votes
+
+
+@TASKS.register("knn")
+@dataclass(frozen=True)
+class Knn(ProbeTask):
+    """Votes of the nearest training images, by cosine (DINO, appendix F.1)."""
+
+    title = "kNN"
+
+    k: tuple[int, ...] = NEIGHBOURS
+    """Numbers of neighbours; acc1 is of 20 where it is among them."""
+    temperature: float = 0.07
+
+    def check(self) -> None:
+        check_options(self.k, self.temperature)
+
+    def fit(self, subject: EvaluatedModel, sets: Sequence[EmbeddingSet], num_classes: int) -> dict:
+        train, test = sets
+        given = (train.features, train.labels, test.features, test.labels)
+        how = {"device": subject.device, "progress": subject.progress}
+        return knn(*given, k=self.k, temperature=self.temperature, num_classes=num_classes, **how)
+
+    def headline(self, result: dict) -> tuple[str, ...]:
+        return (f"k{result['k']}_acc1",)

@@ -3,13 +3,17 @@
 N samples, C classes, E embed_dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from contrastive.errors import UserError
+from contrastive.evaluate.classification import ranked
+from contrastive.evaluate.embeddings import EmbeddingSet
+from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.logistic import (
     MAX_ITERATIONS,
     LinearProbe,
@@ -17,8 +21,8 @@ from contrastive.evaluate.logistic import (
     between,
     fit_logistic,
 )
-from contrastive.evaluate.probe_input import ProbeInput, checked_input, probe_figures
-from contrastive.evaluate.zero_shot import ranked
+from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, probe_figures
+from contrastive.evaluate.tasks import TASKS
 from contrastive.log import console
 
 __all__ = ["LinearProbe", "fit_logistic", "linear_probe", "sweep_weight_decay"]
@@ -218,3 +222,25 @@ def _guess(probes: dict[int, LinearProbe], step: int) -> LinearProbe | None:
     if below and above:
         return between(probes[max(below)], probes[min(above)], weight_decay_at(step))
     return probes[min(above)] if above else None
+
+
+@TASKS.register("linear_probe")
+@dataclass(frozen=True)
+class LinearProbeTask(ProbeTask):
+    """Logistic regression by L-BFGS, its weight decay chosen on validation data (CLIP, appendix A.3)."""
+
+    title = "linear probe"
+
+    val: str | None = None
+    """Data that the weight decay is chosen on; none: a part of `train`."""
+
+    @property
+    def data_used(self) -> tuple[str, ...]:
+        return super().data_used + (() if self.val is None else (self.val,))
+
+    def fit(self, subject: EvaluatedModel, sets: Sequence[EmbeddingSet], num_classes: int) -> dict:
+        train, test, *val = sets
+        options = {"val": val[0].features, "val_labels": val[0].labels} if val else {}
+        given = (train.features, train.labels, test.features, test.labels)
+        how = {"device": subject.device, "progress": subject.progress}
+        return linear_probe(*given, num_classes=num_classes, **options, **how)

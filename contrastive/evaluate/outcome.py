@@ -46,8 +46,7 @@ class Outcome:
 
 def classification_outcome(
     result: Mapping,
-    num_samples: int,
-    per_class: tuple[np.ndarray, np.ndarray] | None,
+    per_class: tuple[np.ndarray, np.ndarray],
     headline: tuple[str, ...] = ("acc1",),
     counts: Mapping[str, int] | None = None,
 ) -> Outcome:
@@ -55,16 +54,14 @@ def classification_outcome(
 
     Args:
         result: figures by name, 'chance' of one guess in percent, 'num_classes', and details.
-        num_samples: test samples that were scored.
-        per_class: (C,) right samples and (C,) samples of each class.
+        per_class: (C,) right samples and (C,) test samples of each class.
         counts: samples of figures that are not over all of them.
     """
-    chance = result["chance"]
+    chance, num_samples = result["chance"], int(per_class[1].sum())
     figures, details = {}, {}
     for name, value in result.items():
         if name == "mean_per_class_recall":
-            interval = None if per_class is None else recall_interval(*per_class)
-            figures[name] = Figure(value, interval, chance)
+            figures[name] = Figure(value, recall_interval(*per_class), chance)
         elif _SHARE.fullmatch(name):
             guesses = int(name.rpartition("acc")[2])
             count = (counts or {}).get(name, num_samples)

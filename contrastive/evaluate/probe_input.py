@@ -1,14 +1,65 @@
-"""What the evaluators on features share: checks of what they are given, and the figures of their result.
+"""What the probes of frozen features share: their task, checks of what they are given, the figures of their result.
 
 N samples, C classes, E embed_dim.
 """
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from contrastive.errors import UserError
-from contrastive.evaluate.zero_shot import ranked
+from contrastive.evaluate.classification import ranked
+from contrastive.evaluate.embeddings import EmbeddingSet, Space
+from contrastive.evaluate.evaluated_model import EvaluatedModel
+from contrastive.evaluate.outcome import Outcome, classification_outcome, per_class_counts
+from contrastive.evaluate.tasks import EvaluationTask, Need
+
+
+@dataclass(frozen=True)
+class ProbeTask(EvaluationTask):
+    """A task that fits something on frozen features of `train` and scores it on `test`."""
+
+    train: str
+    test: str
+    space: Space = "projected"
+    """Features after the projection, of unit length, or before it ('pooled'), as they come."""
+
+    @property
+    def data_title(self) -> str:
+        return f"{self.train} → {self.test}"
+
+    @property
+    def data_used(self) -> tuple[str, ...]:
+        """All data that it reads: training, test, and whatever `fit` asks for more."""
+        return self.train, self.test
+
+    def needs(self) -> list[Need]:
+        return [Need(data, self.space) for data in self.data_used]
+
+    @abstractmethod
+    def fit(self, subject: EvaluatedModel, sets: Sequence[EmbeddingSet], num_classes: int) -> dict:
+        """Fit and score; `sets` are the labelled embeddings of `data_used`.
+
+        Returns:
+            Figures in percent and details by name, and 'predicted': (N,) int64, the classes of the test set.
+        """
+
+    def headline(self, result: dict) -> tuple[str, ...]:
+        return ("acc1",)
+
+    def run(self, subject: EvaluatedModel) -> Outcome:
+        sets = [subject.embeddings(name, self.space).labelled(self.title) for name in self.data_used]
+        train, test = sets[:2]
+        for other in sets[1:]:
+            if None not in (train.class_names, other.class_names) and train.class_names != other.class_names:
+                raise UserError(f"{train.name} and {other.name} have different classes; {self.title} needs the same")
+        known = [len(one.class_names) for one in sets if one.class_names is not None]
+        num_classes = known[0] if known else 1 + max(int(one.labels.max()) for one in sets)
+        result = {**self.fit(subject, sets, num_classes), "skipped": dict(test.skipped)}
+        per_class = per_class_counts(result.pop("predicted"), test.labels, num_classes)
+        return classification_outcome(result, per_class, self.headline(result))
 
 
 @dataclass(frozen=True)

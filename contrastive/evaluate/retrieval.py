@@ -1,18 +1,38 @@
 """Image-text retrieval, both ways (Karpathy and Fei-Fei 2015). N images, M texts, E embed_dim."""
 
 from collections import Counter
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from contrastive.data.record import BadSample
+from contrastive.data.record import Source
 from contrastive.errors import UserError
-from contrastive.evaluate.embeddings import check_text_tower, embed_images, embed_texts, pick_indices
+from contrastive.evaluate.embeddings import (
+    EmbeddingSet,
+    TextEmbeddings,
+    answers_of,
+    check_text_tower,
+    embed_source,
+    embed_texts,
+    usable_captions,
+)
 
 RECALL_AT = (1, 5, 10)
 BLOCK_ELEMENTS = 2**24
 """Similarities held at once: 64 MB of float32."""
+
+
+class Ranks(NamedTuple):
+    """The place, from 0, of each image's nearest own text among all texts, and of each text's image."""
+
+    images: torch.Tensor
+    """(N,) int64."""
+    texts: torch.Tensor
+    """(M,) int64."""
+    text_image: torch.Tensor
+    """(M,) int64, the image row each text belongs to."""
 
 
 def retrieval_metrics(
@@ -96,10 +116,8 @@ def retrieval(
     *,
     device: str | torch.device,
     captions: Literal["first", "all"] = "first",
-    batch_size: int = 256,
-    num_workers: int = 0,
     limit: int | None = None,
-    progress: bool = False,
+    **loading,
 ) -> dict:
     """Retrieve captions by image and images by caption within `source`.
 
@@ -108,6 +126,7 @@ def retrieval(
         captions: 'first' uses one caption per image, 'all' uses every one. Name it beside the figures: they
             are not comparable with each other.
         limit: evaluate a fixed random subset of that many images; figures rise as the set shrinks.
+        loading: batch_size, num_workers, progress, as `embed_images` takes them.
 
     Returns:
         The figures of `retrieval_metrics`, and 'chance' {name: percent}, 'captions', 'num_images',
@@ -119,49 +138,53 @@ def retrieval(
 
     With several ranks, call it on all of them; every rank returns the same.
     """
-    if captions not in ("first", "all"):
-        raise UserError(f"captions must be 'first' or 'all', not '{captions}'")
     check_text_tower(bundle, "retrieval")
-    picked = pick_indices(len(source), limit)
-    texts_of, skipped = _captioned(source, picked, captions)
-    loading = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
-    embeddings = embed_images(bundle.model, source, bundle.preprocess, indices=list(texts_of), device=device, **loading)
-    num_images = len(embeddings.index)
-    if num_images < 2:
-        raise UserError(f"{source.name}: retrieval needs at least 2 readable images with captions")
-    pairs = [(text, row) for row, i in enumerate(embeddings.index.tolist()) for text in texts_of[i]]
-    texts = [text for text, _ in pairs]
-    text_image = torch.tensor([row for _, row in pairs])
-    text_features = embed_texts(bundle.model, bundle.tokenizer, texts, device=device)
-    return {
-        **retrieval_metrics(embeddings.features, text_features, text_image, device),
-        "chance": chance_recall(text_image, num_images),
+    images = _embed_captioned(bundle, source, captions, device=device, limit=limit, **loading)
+    return score_retrieval(images, captions, device)[0]
+
+
+def score_retrieval(
+    images: EmbeddingSet, captions: Literal["first", "all"], device: str | torch.device
+) -> tuple[dict, Ranks]:
+    """As `retrieval`, of images and captions that are embedded already; images without a caption take no part."""
+    texts = images.texts if captions == "all" else images.first_captions().texts
+    with_text, text_image = torch.unique(texts.row, return_inverse=True)
+    if len(with_text) < 2:
+        raise UserError(f"{images.name}: retrieval needs at least 2 readable images with captions")
+    features = images.features[with_text]
+    ranks = Ranks(*retrieval_ranks(features, texts.features, text_image, device), text_image)
+    skipped = images.skipped + Counter(missing_caption=len(images.index) - len(with_text))
+    result = {
+        **rank_metrics(ranks.images, ranks.texts),
+        "chance": chance_recall(text_image, len(features)),
         "captions": captions,
-        "num_images": num_images,
-        "num_texts": len(texts),
-        "duplicate_texts": len(texts) - len(set(texts)),
-        "skipped": dict(skipped + embeddings.skipped),
+        "num_images": len(features),
+        "num_texts": len(text_image),
+        "duplicate_texts": len(texts.texts) - len(set(texts.texts)),
+        "skipped": dict(skipped),
     }
+    return result, ranks
 
 
-def _captioned(
-    source, picked: np.ndarray, captions: Literal["first", "all"]
-) -> tuple[dict[int, tuple[str, ...]], Counter[str]]:
-    """The captions of each of the `picked` images that has any, and why the others are left out."""
-    texts_of, skipped = {}, Counter()
-    for index in picked.tolist():
-        try:
-            texts = tuple(text for text in source.captions(index) if text.strip())
-        except BadSample as fault:
-            skipped[fault.reason] += 1
-            continue
-        if texts:
-            texts_of[index] = texts if captions == "all" else texts[:1]
-        else:
-            skipped["missing_caption"] += 1
+def _embed_captioned(
+    bundle,
+    source: Source,
+    captions: Literal["first", "all"],
+    *,
+    device: str | torch.device,
+    limit: int | None = None,
+    **loading,
+) -> EmbeddingSet:
+    """The images of `source` that have a caption that can be used, and the first such caption or all of them."""
+    number = 1 if captions == "first" else None
+    texts_of, skipped = answers_of(source, limit, lambda index: usable_captions(source, index)[0], "missing_caption")
     if not texts_of:
         raise UserError(f"{source.name} has no captions; retrieval needs images with captions")
-    return texts_of, skipped
+    found = embed_source(bundle, source, dict.fromkeys(texts_of, -1), skipped, device=device, **loading)
+    rows = [(row, *said) for row, index in enumerate(found.index.tolist()) for said in texts_of[index][:number]]
+    row, caption, texts = zip(*rows, strict=True)
+    features = embed_texts(bundle.model, bundle.tokenizer, texts, device=device)
+    return replace(found, texts=TextEmbeddings(features, torch.tensor(row), torch.tensor(caption), texts))
 
 
 def _ranks_of_texts(

@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from contrastive.errors import UserError, did_you_mean
-from contrastive.evaluate import probe_tasks  # noqa: F401 - registers its tasks
+from contrastive.evaluate import few_shot, heads, knn, linear_probe  # noqa: F401 - they register their tasks
 from contrastive.evaluate.comparison import Comparison, ModelEntry, TaskResult
-from contrastive.evaluate.subject import Subject
+from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.tasks import TASKS, EvaluationTask
 from contrastive.log import console, say
 from contrastive.option_types import accepts, type_name
@@ -91,7 +91,7 @@ def _arguments(kind: type[EvaluationTask], values: dict) -> dict:
     return arguments
 
 
-def embed_suite(models: Sequence[Callable[[], Subject]], tasks: Sequence[EvaluationTask]) -> None:
+def embed_suite(models: Sequence[Callable[[], EvaluatedModel]], tasks: Sequence[EvaluationTask]) -> None:
     """Embed what the tasks need, all ranks together: call it on all of them before the first one alone evaluates.
 
     What cannot be embedded is left for `run_suite` to tell.
@@ -112,7 +112,7 @@ def embed_suite(models: Sequence[Callable[[], Subject]], tasks: Sequence[Evaluat
 
 def run_suite(
     entries: Sequence[ModelEntry],
-    models: Sequence[Callable[[], Subject]],
+    models: Sequence[Callable[[], EvaluatedModel]],
     suite: Suite,
     *,
     limit: int | None = None,

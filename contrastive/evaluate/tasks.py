@@ -4,19 +4,20 @@ A task is a frozen dataclass whose fields are its keys in a suite's file. Anothe
 """
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
+import numpy as np
 
 from contrastive.data.class_sets import load_class_names
-from contrastive.data.prompts import default_templates, load_templates
+from contrastive.data.prompts import load_templates
 from contrastive.errors import UserError
-from contrastive.evaluate.embedding_set import TextEmbeddings
+from contrastive.evaluate.classification import check_same_classes, classification, score_zero_shot
+from contrastive.evaluate.compositional import compositional
 from contrastive.evaluate.embeddings import Space, check_text_tower
+from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.outcome import (
     Figure,
     Outcome,
@@ -25,9 +26,7 @@ from contrastive.evaluate.outcome import (
     median_interval,
     share_interval,
 )
-from contrastive.evaluate.retrieval import RECALL_AT, chance_recall, rank_metrics, retrieval_ranks
-from contrastive.evaluate.subject import Subject
-from contrastive.evaluate.zero_shot import checked_class_names, score_zero_shot
+from contrastive.evaluate.retrieval import RECALL_AT, Ranks, score_retrieval
 from contrastive.registry import Registry
 
 TASKS: Registry[type["EvaluationTask"]] = Registry("task")
@@ -76,7 +75,7 @@ class EvaluationTask(ABC):
         return [Need(self.data, self.features)]
 
     @abstractmethod
-    def run(self, subject: Subject) -> Outcome:
+    def run(self, subject: EvaluatedModel) -> Outcome:
         """Evaluate `subject`; UserError where that cannot be."""
 
 
@@ -105,28 +104,16 @@ class ZeroShot(EvaluationTask):
         except UserError as error:
             raise UserError(f"classes {error}") from None
 
-    def run(self, subject: Subject) -> Outcome:
+    def run(self, subject: EvaluatedModel) -> Outcome:
         check_text_tower(subject.bundle, "zero-shot classification")
         images = subject.embeddings(self.data)
-        given = None if self.classes is None else self._named(images.class_names)
-        names = checked_class_names(images, given)
-        images = images.labelled("zero-shot classification", names)
-        templates = default_templates(images, names) if self.templates is None else load_templates(self.templates)
-        result = score_zero_shot(
-            subject.bundle,
-            images,
-            images.features,
-            images.labels,
-            class_names=names,
-            templates=templates,
-            skipped=images.skipped,
-            device=subject.device,
-        )
-        confusion = torch.tensor(result["confusion"])
-        right, samples = confusion.diagonal().numpy(), confusion.sum(dim=1).numpy()
+        names = None if self.classes is None else self._named(images.class_names)
+        templates = None if self.templates is None else load_templates(self.templates)
+        result = score_zero_shot(subject.bundle, images, class_names=names, templates=templates, device=subject.device)
+        right, samples = _per_class(result)
         heldout = int(samples[sorted(images.heldout_labels)].sum())
-        counts = {"heldout_acc1": heldout, "seen_acc1": len(images.labels) - heldout}
-        return classification_outcome(result, len(images.labels), (right, samples), counts=counts)
+        counts = {"heldout_acc1": heldout, "seen_acc1": int(samples.sum()) - heldout}
+        return classification_outcome(result, (right, samples), counts=counts)
 
 
 @TASKS.register("retrieval")
@@ -143,50 +130,29 @@ class Retrieval(EvaluationTask):
     def needs(self) -> list[Need]:
         return [Need(self.data, "projected", texts=True)]
 
-    def run(self, subject: Subject) -> Outcome:
+    def run(self, subject: EvaluatedModel) -> Outcome:
         check_text_tower(subject.bundle, "retrieval")
         images = subject.embeddings(self.data, texts=True)
-        texts = images.texts if self.captions == "all" else _first_captions(images.texts)
-        # Images without a caption take no part.
-        with_text, text_image = torch.unique(texts.row, return_inverse=True)
-        if len(with_text) < 2:
-            raise UserError(f"{images.name}: retrieval needs at least 2 readable images with captions")
-        features = images.features[with_text]
-        ranks = retrieval_ranks(features, texts.features, text_image, subject.device)
-        chance = chance_recall(text_image, len(features))
+        result, ranks = score_retrieval(images, self.captions, subject.device)
+        chance = result.pop("chance")
+        names = [name for name, value in result.items() if isinstance(value, float)]
         figures = {
-            name: Figure(value, _retrieval_interval(name, value, *ranks, text_image), chance.get(name))
-            for name, value in rank_metrics(*ranks).items()
+            name: Figure(result[name], _retrieval_interval(name, result[name], ranks), chance.get(name))
+            for name in names
         }
-        skipped = images.skipped + Counter(missing_caption=len(images.index) - len(with_text))
-        details = {
-            "captions": self.captions,
-            "num_images": len(features),
-            "num_texts": len(text_image),
-            "duplicate_texts": len(texts.texts) - len(set(texts.texts)),
-            "skipped": dict(+skipped),
-        }
+        details = {name: value for name, value in result.items() if name not in names}
         return Outcome(figures, ("image_to_text_r1", "text_to_image_r1"), details)
 
 
-def _first_captions(texts: TextEmbeddings) -> TextEmbeddings:
-    """One caption of each image, the first that can be used."""
-    rows = [place for place in range(len(texts.row)) if place == 0 or texts.row[place] != texts.row[place - 1]]
-    chosen = {name: getattr(texts, name)[rows] for name in ("features", "row", "caption")}
-    return TextEmbeddings(**chosen, texts=tuple(texts.texts[row] for row in rows))
-
-
-def _retrieval_interval(
-    name: str, value: float, image_ranks: torch.Tensor, text_ranks: torch.Tensor, text_image: torch.Tensor
-) -> tuple[float, float]:
+def _retrieval_interval(name: str, value: float, of: Ranks) -> tuple[float, float]:
     by_image = name.startswith("image_to_text")
-    ranks = image_ranks if by_image else text_ranks
+    ranks = of.images if by_image else of.texts
     if name.endswith("median_rank"):
         return median_interval(ranks.numpy() + 1)
     if by_image:
         return share_interval(value, len(ranks))
     k = next(k for k in RECALL_AT if name.endswith(f"_r{k}"))
-    return clustered_interval((ranks < k).numpy(), text_image.numpy())
+    return clustered_interval((ranks < k).numpy(), of.text_image.numpy())
 
 
 @TASKS.register("compositional")
@@ -208,9 +174,7 @@ class Compositional(EvaluationTask):
     def needs(self) -> list[Need]:
         return []
 
-    def run(self, subject: Subject) -> Outcome:
-        from contrastive.evaluate.compositional import compositional
-
+    def run(self, subject: EvaluatedModel) -> Outcome:
         check_text_tower(subject.bundle, "the compositional choice")
         options = {"image_root": self.image_root, "limit": subject.limit, **subject.loading}
         result = compositional(subject.bundle, self.data, device=subject.device, **options)
@@ -237,14 +201,16 @@ class Classification(EvaluationTask):
     def needs(self) -> list[Need]:
         return []
 
-    def run(self, subject: Subject) -> Outcome:
-        from contrastive.evaluate.classification import check_same_classes, classification
-
+    def run(self, subject: EvaluatedModel) -> Outcome:
         if not getattr(subject.bundle.config, "num_classes", None):
             raise UserError(f"{subject.name} has no classifier's head, which classification needs")
         source = subject.source(self.data)
         check_same_classes(subject.bundle.class_names, subject.name, source)
         result = classification(subject.bundle, source, device=subject.device, limit=subject.limit, **subject.loading)
-        confusion = torch.tensor(result["confusion"])
-        per_class = confusion.diagonal().numpy(), confusion.sum(dim=1).numpy()
-        return classification_outcome(result, result["num_images"], per_class)
+        return classification_outcome(result, _per_class(result))
+
+
+def _per_class(result: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) right samples and (C,) samples of each class."""
+    confusion = np.array(result["confusion"])
+    return confusion.diagonal(), confusion.sum(axis=1)

@@ -1,12 +1,10 @@
 """What a zero-shot evaluation reads and leaves: class names, the table, zero_shot.json and confusion.png."""
 
-import json
-import os
-import re
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from rich import box
@@ -16,8 +14,12 @@ from rich.table import Table
 
 from contrastive.data.class_sets import load_class_names
 from contrastive.errors import UserError
-from contrastive.evaluate.confusion import save_confusion
+from contrastive.files import claim_folder, write_json, write_whole
+from contrastive.results import ZERO_SHOT_FIGURES, ZERO_SHOT_FILE, figure_title, folder_name
 
+PICTURE = "confusion.png"
+MAX_NAMED_CLASSES = 64
+MAX_WRITTEN_CLASSES = 20
 NUM_WORST = 5
 
 
@@ -29,71 +31,35 @@ def read_class_names(name_or_file: str | Path, own_names: Sequence[str] | None =
         raise UserError(f"--classes {error}") from None
 
 
-@dataclass(frozen=True)
-class ZeroShotOutput:
-    """The folder of one model's result on one data set."""
+def claim_zero_shot(run: Path, data: str, folder: Path | None = None) -> Path:
+    """Choose the folder of a result, RUN/zero_shot/DATA where `folder` is None, before any work is done.
 
-    folder: Path
-    model: str
-    data: str
+    Raises:
+        UserError: it cannot be written, or holds something else than an earlier result of the same model and data.
+            Within RUN the model is taken to be the same, so that RUN can be moved.
+    """
+    choose = "choose another --out DIR"
+    out = folder or run / "zero_shot" / folder_name(data)
+    earlier = claim_folder(out, ZERO_SHOT_FILE, "a zero-shot evaluation", choose, only=(PICTURE,))
+    if earlier is not None:
+        model, of = earlier.get("model"), earlier.get("data")
+        if of != data or (folder is not None and model != str(run)):
+            raise UserError(f"{out / ZERO_SHOT_FILE} is the result of {model} on {of}; {choose}")
+    return out
 
-    @classmethod
-    def claim(cls, run: Path, data: str, folder: Path | None = None) -> "ZeroShotOutput":
-        """Choose the folder, RUN/zero_shot/DATA by default, before any work is done.
 
-        Raises:
-            UserError: it cannot be written, or holds something else than an earlier result of the same model
-                and data. Within RUN the model is taken to be the same, so that RUN can be moved.
-        """
-        output = cls(folder or run / "zero_shot" / folder_name(data), str(run), data)
-        places = (output.folder, *output.folder.absolute().parents)
-        nearest = next(place for place in places if place.exists())
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-            raise UserError(f"cannot write to {output.folder}; choose another --out DIR")
-        output._check_own(same_model=folder is not None)
-        return output
-
-    def write(self, result: dict) -> None:
-        """Write both files, each whole or not at all, and say where."""
-        again = self.json_path.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        record = {
-            "model": self.model,
-            "data": self.data,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            **result,
-        }
-        partial = self.folder / ".zero_shot.json.partial"
-        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        picture = self.folder / ".confusion.partial.png"
-        title = f"{self.data}: {result['acc1']:.1f} % of {result['num_images']} images right"
-        save_confusion(np.array(result["confusion"]), result["class_names"], picture, title=title)
-        os.replace(partial, self.json_path)
-        os.replace(picture, self.picture_path)
-        replaced = ", replacing the earlier result of this data" if again else ""
-        print(f"wrote {self.json_path} and {self.picture_path.name}{replaced}")
-
-    @property
-    def json_path(self) -> Path:
-        return self.folder / "zero_shot.json"
-
-    @property
-    def picture_path(self) -> Path:
-        return self.folder / "confusion.png"
-
-    def _check_own(self, same_model: bool) -> None:
-        if not self.json_path.exists():
-            if self.picture_path.exists():
-                raise UserError(f"{self.picture_path} is there without a result; choose another --out DIR")
-            return
-        try:
-            earlier = json.loads(self.json_path.read_text(encoding="utf-8"))
-            found = (earlier["model"], earlier["data"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{self.json_path} is no zero-shot result; choose another --out DIR") from None
-        if found[1] != self.data or (same_model and found[0] != self.model):
-            whose = f"the result of {found[0]} on {found[1]}"
-            raise UserError(f"{self.json_path} is {whose}; choose another --out DIR")
+def write_zero_shot(folder: Path, run: Path, data: str, result: dict) -> None:
+    """Write zero_shot.json and confusion.png, each whole or not at all, and say where."""
+    path = folder / ZERO_SHOT_FILE
+    replaced = ", replacing the earlier result of this data" if path.exists() else ""
+    title = f"{data}: {result['acc1']:.1f} % of {result['num_images']} images right"
+    picture = io.BytesIO()
+    save_confusion(np.array(result["confusion"]), result["class_names"], picture, title=title)
+    folder.mkdir(parents=True, exist_ok=True)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(path, {"model": str(run), "data": data, "date": date, **result})
+    write_whole(folder / PICTURE, picture.getvalue())
+    print(f"wrote {path} and {PICTURE}{replaced}")
 
 
 def print_result(result: dict, model: Path, data: str) -> None:
@@ -102,16 +68,11 @@ def print_result(result: dict, model: Path, data: str) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("figure")
     table.add_column("value", justify="right")
-    for name, key in (
-        ("acc@1", "acc1"),
-        ("acc@5", "acc5"),
-        ("mean per-class recall", "mean_per_class_recall"),
-        ("acc@1, classes seen in training", "seen_acc1"),
-        ("acc@1, held-out classes", "heldout_acc1"),
-        ("chance level", "chance"),
-    ):
-        if key in result:
-            table.add_row(name, f"{result[key]:.2f} %")
+    longer = {"seen_acc1": "acc@1, classes seen in training", "heldout_acc1": "acc@1, held-out classes"}
+    for name in ZERO_SHOT_FIGURES:
+        if name in result:
+            table.add_row(longer.get(name, figure_title(name)), f"{result[name]:.2f} %")
+    table.add_row("chance level", f"{result['chance']:.2f} %")
     table.add_section()
     table.add_row("images", f"{result['num_images']:,}")
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(result["skipped"].items()))
@@ -158,7 +119,48 @@ def _worst_table(worst: Sequence[tuple[str, float, int, str]]) -> Table:
     return table
 
 
-def folder_name(data: str) -> str:
-    """A folder name from a data spec: the last two parts of a path, anything unusual as '-'."""
-    tail = "-".join(part for part in data.rstrip("/").split("/")[-2:] if part not in ("", ".", ".."))
-    return re.sub(r"[^A-Za-z0-9._]+", "-", tail).strip("-.") or "data"
+def save_confusion(confusion: np.ndarray, class_names: Sequence[str], file: Path | BinaryIO, *, title: str) -> None:
+    """Draw (C, C) counts, true by predicted class, each row as shares of its images, to a PNG.
+
+    Up to 64 classes every one is named, beyond that some; up to 20 the share stands in each cell. The row of
+    a class without images stays blank.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts = np.asarray(confusion, dtype=np.float64)
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
+    num_classes = len(counts)
+    side = float(np.clip(0.2 * num_classes, 4.0, 13.0))
+    figure = Figure(figsize=(side + 2.6, side + 1.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_facecolor("#f0f0f0")
+    step = -(-num_classes // MAX_NAMED_CLASSES)
+    ticks = np.arange(0, num_classes, step)
+    names = [_short(class_names[i]) for i in ticks]
+    size = 9 if num_classes <= MAX_WRITTEN_CLASSES else 7
+    axes.set_xticks(ticks, names, rotation=90, fontsize=size)
+    axes.set_yticks(ticks, names, fontsize=size)
+    axes.tick_params(length=0)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(title, fontsize=11)
+    axes.spines[:].set_visible(False)
+    if num_classes <= MAX_WRITTEN_CLASSES:
+        for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
+            share = shares[row, column]
+            colour = "white" if share > 0.55 else "black"
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, format=lambda at, _: f"{100 * at:.0f} %")
+    bar.set_label("share of the true class's images")
+    bar.outline.set_visible(False)
+    figure.savefig(file, format="png", dpi=120)
+
+
+def _short(name: str, length: int = 24) -> str:
+    # Matplotlib reads text between two dollar signs as mathematics.
+    name = name.replace("$", r"\$")
+    return name if len(name) <= length else name[: length - 1] + "…"

@@ -200,8 +200,8 @@ class ContrastiveTask(TrainingTask):
 
         In float32, as the weights are: what zero_shot.py will say of the final model.
         """
+        from contrastive.evaluate.classification import zero_shot
         from contrastive.evaluate.retrieval import retrieval
-        from contrastive.evaluate.zero_shot import zero_shot
 
         figures, options = {}, self.config.evaluation
         how = {"device": runtime.device, "batch_size": options.batch_size, "limit": options.limit}

@@ -11,8 +11,7 @@ from contrastive.data.record import Source
 from contrastive.data.sources import open_source
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
-from contrastive.evaluate.classification import classification
-from contrastive.evaluate.zero_shot import zero_shot, zero_shot_classifier
+from contrastive.evaluate.classification import classification, zero_shot, zero_shot_classifier
 from contrastive.files import write_folder, write_json
 from contrastive.interop.bundle import Absent, Bundle, save_model, weights_key
 from contrastive.interop.loading import load

@@ -19,11 +19,11 @@ from shard_writing import write_tar
 import contrastive
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
+from contrastive.evaluate.classification import classification_metrics, zero_shot
 from contrastive.evaluate.compositional import compositional
 from contrastive.evaluate.embeddings import embed_images
 from contrastive.evaluate.linear_probe import linear_probe
 from contrastive.evaluate.retrieval import retrieval
-from contrastive.evaluate.zero_shot import classification_metrics, zero_shot
 from contrastive.interop import clip_benchmark as adapter
 
 pytest.importorskip("clip_benchmark", reason="needs clip-benchmark")

@@ -12,8 +12,7 @@ from small_model import save_small_model, script_caller
 
 import contrastive
 from contrastive.data.sources import open_source
-from contrastive.evaluate.embedding_set import load_embeddings
-from contrastive.evaluate.embedding_writer import has_captions
+from contrastive.evaluate.embedding_cache import has_captions, load_embeddings
 from contrastive.evaluate.embeddings import embed_images
 
 

@@ -1,9 +1,7 @@
 """Suites: read strictly, one embedding pass, never old features, one failure does not end the others."""
 
 import json
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,14 +11,14 @@ from small_model import save_small_model
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.evaluate import subject as subject_module
+from contrastive.evaluate import evaluated_model as evaluated_module
+from contrastive.evaluate.classification import zero_shot
 from contrastive.evaluate.comparison import ModelEntry
+from contrastive.evaluate.embedding_cache import fill_store
 from contrastive.evaluate.embedding_store import StoreOptions, claim_store
-from contrastive.evaluate.embedding_writer import fill_store
+from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.retrieval import retrieval
-from contrastive.evaluate.subject import Subject
 from contrastive.evaluate.suite import Suite, read_suite, run_suite, task_from
-from contrastive.evaluate.zero_shot import zero_shot
 from contrastive.interop.bundle import Bundle
 from contrastive.models import ClassifierConfig, ImageClassifier
 
@@ -60,12 +58,12 @@ def data(monkeypatch):
             raise UserError(f"unknown data source '{spec}'")
         return sources[spec]
 
-    monkeypatch.setattr(subject_module, "open_source", open_source)
+    monkeypatch.setattr(evaluated_module, "open_source", open_source)
     return sources
 
 
 def subject_of(bundle, cache, **options):
-    return Subject("small", bundle, cache, device="cpu", **options)
+    return EvaluatedModel("small", bundle, cache, device="cpu", **options)
 
 
 def run(subject, *tasks):
@@ -260,8 +258,7 @@ def test_an_unforeseen_fault_is_a_line_too(tmp_path, bundle, data, monkeypatch):
     def fail(*args, **options):
         raise ZeroDivisionError("by nothing")
 
-    module = SimpleNamespace(knn=fail, check_options=lambda *options: None)
-    monkeypatch.setitem(sys.modules, "contrastive.evaluate.knn", module)
+    monkeypatch.setattr("contrastive.evaluate.knn.knn", fail)
     failed, done = run(subject_of(bundle, tmp_path), KNN, ZERO_SHOT)
     assert failed.error == "ZeroDivisionError: by nothing" and done.outcome
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contrastive.errors import UserError
-from contrastive.evaluate.zero_shot import classification_metrics, zero_shot, zero_shot_classifier
+from contrastive.evaluate.classification import classification_metrics, zero_shot, zero_shot_classifier
 
 NAMES = tuple(COLOURS)
 TEMPLATES = ("a {} thing", "this is {}")

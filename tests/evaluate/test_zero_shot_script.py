@@ -11,8 +11,7 @@ from small_model import SCRIPTS, save_small_model, script_caller
 
 from contrastive.data.sources.scenes import HELD_OUT_PAIRS, PAIRS
 from contrastive.errors import UserError
-from contrastive.evaluate.confusion import save_confusion
-from contrastive.evaluate.zero_shot_output import ZeroShotOutput, read_class_names
+from contrastive.evaluate.zero_shot_output import claim_zero_shot, read_class_names, save_confusion, write_zero_shot
 
 
 @pytest.fixture
@@ -144,14 +143,14 @@ def test_class_names_one_a_line(tmp_path):
 
 def test_a_run_can_be_moved_but_another_model_is_kept_out(tmp_path):
     result = {"acc1": 1.0, "num_images": 1, "confusion": [[1]], "class_names": ["a"]}
-    ZeroShotOutput.claim(tmp_path / "a", "digits").write(result)
+    write_zero_shot(claim_zero_shot(tmp_path / "a", "digits"), tmp_path / "a", "digits", result)
     (tmp_path / "a").rename(tmp_path / "b")
-    ZeroShotOutput.claim(tmp_path / "b", "digits").write(result)
+    write_zero_shot(claim_zero_shot(tmp_path / "b", "digits"), tmp_path / "b", "digits", result)
     with pytest.raises(UserError, match="choose another --out"):
-        ZeroShotOutput.claim(tmp_path / "c", "digits", tmp_path / "b" / "zero_shot" / "digits")
+        claim_zero_shot(tmp_path / "c", "digits", tmp_path / "b" / "zero_shot" / "digits")
     (tmp_path / "d").write_text("a file")
     with pytest.raises(UserError, match="cannot write"):
-        ZeroShotOutput.claim(tmp_path / "b", "digits", tmp_path / "d")
+        claim_zero_shot(tmp_path / "b", "digits", tmp_path / "d")
 
 
 @pytest.mark.parametrize("num_classes", [1, 20, 64, 300])

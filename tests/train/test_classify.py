@@ -193,8 +193,8 @@ def test_labels_out_of_range_stop_the_run_and_are_named(config, tmp_path, monkey
 
 
 def test_what_needs_a_text_tower_says_so_of_a_classifier(config):
+    from contrastive.evaluate.classification import zero_shot
     from contrastive.evaluate.retrieval import retrieval
-    from contrastive.evaluate.zero_shot import zero_shot
 
     model = ImageClassifier(ClassifierConfig(replace(IMAGE, image_size=8, patch_size=2), num_classes=10))
     bundle = SimpleNamespace(model=model, tokenizer=None, preprocess=None)

@@ -14,7 +14,7 @@ from contrastive.data.preprocess import PreprocessOptions
 from contrastive.data.settings import DataConfig, LabelledDataConfig
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
-from contrastive.evaluate.zero_shot import zero_shot
+from contrastive.evaluate.classification import zero_shot
 from contrastive.files import write_folder
 from contrastive.interop.bundle import save_model
 from contrastive.log import read_metrics

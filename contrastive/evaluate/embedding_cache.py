@@ -1,20 +1,26 @@
-"""Filling a store: every rank embeds the missing ones among shards r, r + W, ... and writes each when it is done."""
+"""EmbeddingSets kept in stores: filled shard by shard on all ranks, read back whole. N rows, E channels."""
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import track
 
-from contrastive.data.captions import caption_fault
 from contrastive.data.record import BadSample
-from contrastive.distributed import collectives
+from contrastive.distributed.collectives import rank, together, world_size
 from contrastive.errors import UserError
-from contrastive.evaluate.embedding_files import write_shard
-from contrastive.evaluate.embedding_store import EmbeddingStore, Part
-from contrastive.evaluate.embeddings import embed_texts, evaluating, image_batches
-from contrastive.evaluate.ranks import together
+from contrastive.evaluate.embedding_store import EmbeddingStore, Part, find_store, read_shard, write_shard
+from contrastive.evaluate.embeddings import (
+    EmbeddingSet,
+    TextEmbeddings,
+    embed_texts,
+    evaluating,
+    image_batches,
+    usable_captions,
+)
 from contrastive.log import console
 
 PROBED = 100
@@ -61,13 +67,12 @@ def fill_store(
             continue
         more = {"num_workers": num_workers} if part == "images" else {}
         together(partial(_fill, store, bundle, source, part, **loading, **more))
-        together(partial(store.finish, part) if collectives.rank() == 0 else lambda: None)
+        together(partial(store.finish, part) if rank() == 0 else lambda: None)
 
 
 def _fill(store: EmbeddingStore, bundle, source, part: Part, **loading) -> None:
-    """Embed this rank's share of the missing shards."""
-    world, rank = collectives.world_size(), collectives.rank()
-    mine = [shard for shard in store.missing(part) if shard % world == rank]
+    """Embed this rank's share of the missing shards: r, r + W, ..."""
+    mine = [shard for shard in store.missing(part) if shard % world_size() == rank()]
     (_fill_images if part == "images" else _fill_texts)(store, bundle, source, mine, **loading)
 
 
@@ -122,12 +127,12 @@ def _write_images(store: EmbeddingStore, source, number: int, shard: _Shard) -> 
 def _fill_texts(
     store: EmbeddingStore, bundle, source, shards: list[int], *, device, batch_size: int, progress: bool
 ) -> None:
-    hidden = not (progress and collectives.rank() == 0 and console.is_terminal)
+    hidden = not (progress and rank() == 0 and console.is_terminal)
     for number in track(shards, "embedding texts", console=console, disable=hidden, transient=True):
         columns: dict[str, list] = {"index": [], "caption": [], "text": []}
         left_out = []
         for index in store.indices(number).tolist():
-            texts, faults = _captions(source, index)
+            texts, faults = _texts_of(source, index)
             left_out += [(fault, f"sample {index}") for fault in faults]
             for caption, text in texts:
                 for name, value in zip(columns, (index, caption, text), strict=True):
@@ -140,17 +145,13 @@ def _fill_texts(
         _write(store, "texts", number, columns, features.numpy() if len(features) else None, left_out)
 
 
-def _captions(source, index: int) -> tuple[list[tuple[int, str]], list[str]]:
+def _texts_of(source, index: int) -> tuple[list[tuple[int, str]], list[str]]:
     """The usable captions of a sample with their numbers, and what is wrong with the others."""
     try:
-        captions = source.captions(index)
+        texts, faults = usable_captions(source, index)
     except BadSample as fault:
         return [], [fault.reason]
-    if not captions:
-        return [], ["missing_caption"]
-    faults = [caption_fault(text) for text in captions]
-    good = [(number, text) for number, (text, fault) in enumerate(zip(captions, faults, strict=True)) if fault is None]
-    return good, [fault for fault in faults if fault]
+    return texts, faults if texts or faults else ["missing_caption"]
 
 
 def _label(source, index: int) -> int | None:
@@ -172,3 +173,94 @@ def _write(
             raise UserError(f"embeddings up to {np.abs(features).max():.3g} do not fit into float16; use float32")
     path = store.path(part, number)
     write_shard(path, columns, stored, key=store.key, left_out=left_out, files=store.config["options"]["files"])
+
+
+def load_embeddings(
+    folder: Path | str,
+    bundle=None,
+    source=None,
+    *,
+    parts: tuple[Part, ...] = ("images",),
+    key_of_model: str | None = None,
+) -> EmbeddingSet:
+    """Read what `scripts/embed.py` wrote.
+
+    Args:
+        bundle, source: the model and the data that the embeddings have to be of, where it matters.
+        parts: ('images',), or ('images', 'texts') to have the captions' embeddings too.
+        key_of_model: the bundle's `model_key` where it is known already.
+
+    Raises:
+        UserError: no embeddings there, unfinished or damaged ones, or those of another model or other data.
+    """
+    store = find_store(Path(folder))
+    if store is None:
+        raise UserError(f"no embeddings in {folder}; scripts/embed.py makes them")
+    store.check(bundle, source, key_of_model)
+    found = read_store(store, parts)
+    if source is None:
+        return found
+    return replace(found, name=source.name, templates=source.templates)  # they may be newer
+
+
+def read_store(store: EmbeddingStore, parts: tuple[Part, ...] = ("images",)) -> EmbeddingSet:
+    """Read a store whose `parts` are complete; UserError otherwise."""
+    for part in parts:
+        if not store.is_complete(part):
+            begun = store.path(part, 0).exists()
+            why = f"its {part} are unfinished; run" if begun else f"it has no {part}; run"
+            raise UserError(f"{store.folder}: {why} scripts/embed.py with the same model, data and folder")
+    said, columns, features = store.config["data"], *_rows(store, "images")
+    labels = [-1 if label is None else label for label in columns["label"]]
+    found = EmbeddingSet(
+        name=said["name"],
+        features=features,
+        index=torch.tensor(columns["index"], dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        keys=tuple(columns["key"]),
+        class_names=None if said["class_names"] is None else tuple(said["class_names"]),
+        space=store.config["options"]["space"],
+        skipped=_counted(store, "images"),
+        heldout_labels=frozenset(said["heldout_labels"]),
+        templates=None if said["templates"] is None else tuple(said["templates"]),
+    )
+    if "texts" not in parts:
+        return found
+    return replace(found, texts=_texts(store, found.index), skipped=found.skipped + _counted(store, "texts"))
+
+
+def _texts(store: EmbeddingStore, images: torch.Tensor) -> TextEmbeddings:
+    """Those of the images that could be embedded."""
+    columns, features = _rows(store, "texts")
+    index = torch.tensor(columns["index"], dtype=torch.int64)
+    row = torch.searchsorted(images, index).clamp(max=max(0, len(images) - 1))
+    known = (images[row] == index if len(images) else torch.zeros_like(index, dtype=torch.bool)).nonzero()[:, 0]
+    texts = tuple(columns["text"][place] for place in known.tolist())
+    return TextEmbeddings(features[known], row[known], torch.tensor(columns["caption"])[known], texts)
+
+
+def _rows(store: EmbeddingStore, part: Part) -> tuple[dict[str, list], torch.Tensor]:
+    """All columns, and the features (rows, E) in float32, of the shards in turn."""
+    count = store.config[part]["embeddings"]
+    names = {"images": ("index", "key", "label"), "texts": ("index", "caption", "text")}[part]
+    columns: dict[str, list] = {name: [] for name in names}
+    features, seen = np.empty((count, 1), np.float32), 0
+    for shard in range(store.num_shards):
+        held, rows = read_shard(store.path(part, shard), store.config["options"]["files"], store.key)
+        if len(rows) == 0:
+            continue
+        if seen == 0:
+            features = np.empty((count, rows.shape[1]), np.float32)
+        if seen + len(rows) > count or rows.shape[1] != features.shape[1]:
+            raise UserError(f"{store.path(part, shard)} does not fit the other shards; delete it and embed again")
+        features[seen : seen + len(rows)] = rows
+        seen += len(rows)
+        for name in names:
+            columns[name].extend(held[name])
+    if seen != count:
+        raise UserError(f"{store.folder}: {seen} {part} found, {count} were written; embed again")
+    return columns, torch.from_numpy(features)
+
+
+def _counted(store: EmbeddingStore, part: Part) -> Counter[str]:
+    return Counter({reason: len(keys) for reason, keys in store.config[part]["left_out"].items()})

@@ -7,15 +7,20 @@ import torch
 from contrastive.data.record import Source
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
-from contrastive.evaluate.embedding_set import EmbeddingSet, load_embeddings
-from contrastive.evaluate.embedding_store import EmbeddingStore, StoreOptions, claim_store, find_store, store_config
-from contrastive.evaluate.embedding_writer import fill_store
-from contrastive.evaluate.embeddings import Space
-from contrastive.evaluate.model_key import model_key
-from contrastive.evaluate.zero_shot_output import folder_name
+from contrastive.evaluate.embedding_cache import fill_store, load_embeddings
+from contrastive.evaluate.embedding_store import (
+    EmbeddingStore,
+    StoreOptions,
+    claim_store,
+    find_store,
+    model_key,
+    store_config,
+)
+from contrastive.evaluate.embeddings import EmbeddingSet, Space
+from contrastive.results import folder_name
 
 
-class Subject:
+class EvaluatedModel:
     """A loaded model, and the folder that its embeddings are kept in.
 
     Data is named as `open_source` reads it, or is a folder that scripts/embed.py wrote.
@@ -23,7 +28,7 @@ class Subject:
     Args:
         name: in tables and messages.
         cache: folder of the embeddings, one folder in it for each data set, by the store's key.
-        sources: opened data by specification, shared by subjects.
+        sources: opened data by specification, shared by models.
         limit: use a fixed random subset of that many images of each data set.
         loading: batch_size, num_workers, progress.
     """
