@@ -1,17 +1,19 @@
-"""README.md of an exported model: what it is, where it comes from, what it scores, how it is loaded."""
+"""README.md of an exported model: what it is, where it comes from, what it scores, how its library loads it."""
 
 import importlib.metadata
+import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from string import Template
 
 import yaml
 
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.interop.bundle import Absent, Bundle
+from contrastive.interop.formats import onnx_example
 from contrastive.interop.parity import Check
-from contrastive.interop.run_record import RunRecord, public_name, without_places
-from contrastive.interop.usage import usage
+from contrastive.interop.run_record import RunRecord, public_name
 from contrastive.models import DualEncoder, ImageClassifier, TextModel
 
 POOLS = {
@@ -21,6 +23,7 @@ POOLS = {
     "eos": "end-of-text token",
     "last": "last position",
 }
+PACKAGES = {"transformers": "transformers", "open_clip": "open_clip_torch", "timm": "timm", "onnx": "onnxruntime"}
 
 
 def model_card(
@@ -33,43 +36,42 @@ def model_card(
         checks: of the parity check. notes: what the format could not take along.
     """
     run = RunRecord.of(bundle.path)
+    task, family, kind = _kind(bundle, to)
+    tags = ["contrastive", *family] + (["onnxruntime"] if to == "onnx" else [])
+    # No licence: that is for whoever shares the model to say.
+    described = yaml.safe_dump({"library_name": to, "pipeline_tag": task, "tags": tags}, sort_keys=False)
     parts = [
-        _front_matter(bundle, to),
+        f"---\n{described.strip()}\n---",
         f"# {name.rpartition('/')[2]}",
-        _what(bundle, to, run),
+        f"{kind}. {_origin(bundle, run)}",
         "## Load it",
-        usage(to, bundle, folder, name),
+        *_usage(bundle, to, folder, name),
         "## Architecture",
         _architecture(bundle, to),
-        *_training(run),
-        *_results(run),
+        *(() if run is None else _of_run(run)),
         "## The export",
         _export(to, checks),
         "## Limits",
         "\n".join(f"- {line[:1].upper()}{line[1:].rstrip('.')}." for line in (*_limits(bundle, run), *notes)),
-        *_options(run),
+        *(() if run is None else [_options(run)]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(bundle: Bundle, to: str) -> str:
+def _kind(bundle: Bundle, to: str) -> tuple[str, list[str], str]:
+    """The hub's name of its task, tags of its family, and what it is in words."""
     model = bundle.model
     if isinstance(model, DualEncoder):
-        task = "zero-shot-image-classification"
-    elif _has_head(bundle, to):
-        task = "image-classification"
-    else:
-        task = "feature-extraction" if isinstance(model, TextModel) else "image-feature-extraction"
-    tags = ["contrastive", *_family(bundle)] + (["onnxruntime"] if to == "onnx" else [])
-    # No licence: that is for whoever shares the model to say.
-    described = {"library_name": to, "pipeline_tag": task, "tags": tags}
-    return f"---\n{yaml.safe_dump(described, sort_keys=False).strip()}\n---"
-
-
-def _family(bundle: Bundle) -> list[str]:
-    if isinstance(bundle.model, DualEncoder):
-        return ["siglip" if bundle.model.logit_bias is not None else "clip", "vision"]
-    return [] if isinstance(bundle.model, TextModel) else ["vit", "vision"]
+        family, loss = ("clip", "softmax") if model.logit_bias is None else ("siglip", "sigmoid")
+        loss = f"{loss} loss ({'CLIP' if family == 'clip' else 'SigLIP'})"
+        words = f"An image tower and a text tower with a shared embedding space, for the {loss}"
+        return "zero-shot-image-classification", [family, "vision"], words
+    if isinstance(model, TextModel):
+        return "feature-extraction", [], "A text tower"
+    if _has_head(bundle, to):
+        words = f"A Vision Transformer that tells {model.config.num_classes:,} classes apart"
+        return "image-classification", ["vit", "vision"], words
+    return "image-feature-extraction", ["vit", "vision"], "An image tower (Vision Transformer)"
 
 
 def _has_head(bundle: Bundle, to: str) -> bool:
@@ -77,40 +79,29 @@ def _has_head(bundle: Bundle, to: str) -> bool:
     return isinstance(bundle.model, ImageClassifier) and to != "transformers"
 
 
-def _what(bundle: Bundle, to: str, run: RunRecord | None) -> str:
-    model = bundle.model
-    if isinstance(model, DualEncoder):
-        loss = "sigmoid loss (SigLIP)" if model.logit_bias is not None else "softmax loss (CLIP)"
-        kind = f"An image tower and a text tower with a shared embedding space, for the {loss}"
-    elif _has_head(bundle, to):
-        kind = f"A Vision Transformer that tells {model.config.num_classes:,} classes apart"
-    else:
-        kind = "A text tower" if isinstance(model, TextModel) else "An image tower (Vision Transformer)"
+def _origin(bundle: Bundle, run: RunRecord | None) -> str:
     if run is None:
         source = public_name(str(bundle.path))
-        origin = f"Its weights come from `{source}`; nothing more is known here of how they were made."
-    else:
-        start = run.option("init")
-        begun = f"Trained from {public_name(start)}" if start else "Trained from scratch"
-        origin = f"{begun} with contrastive."
-        if run.averaged:
-            decay = run.option("train.ema_decay")
-            origin += f" These are the averaged weights (exponential moving average, decay {decay})."
-    return f"{kind}. {origin}"
+        return f"Its weights come from `{source}`; nothing more is known here of how they were made."
+    start = run.option("init")
+    origin = f"Trained from {public_name(start) if start else 'scratch'} with contrastive."
+    if run.averaged:
+        decay = run.option("train.ema_decay")
+        origin += f" These are the averaged weights (exponential moving average, decay {decay})."
+    return origin
 
 
 def _architecture(bundle: Bundle, to: str) -> str:
-    rows, model = [], bundle.model
-    towers = {"image": getattr(model, "image_tower", None), "text": getattr(model, "text_tower", None)}
-    towers = {name: tower for name, tower in towers.items() if tower is not None}
-    described = {name: dict(_tower(name, tower, bundle)) for name, tower in towers.items()}
-    for what in dict.fromkeys(what for facts in described.values() for what in facts):
-        rows.append((what, *(facts.get(what, "") for facts in described.values())))
-    table = _table(("", *(f"{name} tower" for name in towers)), rows)
+    model = bundle.model
+    towers = {name: getattr(model, f"{name}_tower", None) for name in ("image", "text")}
+    described = {name: dict(_tower(name, tower, bundle)) for name, tower in towers.items() if tower is not None}
+    facts = dict.fromkeys(fact for facts in described.values() for fact in facts)
+    rows = [(fact, *(facts.get(fact, "") for facts in described.values())) for fact in facts]
+    table = _table(("", *(f"{name} tower" for name in described)), rows)
     about = [f"Embeddings have {bundle.config.embed_dim:,} channels."]
     if isinstance(model, DualEncoder):
-        about.append(f"Logit scale {model.logit_scale.exp().item():.2f}")
-        about[-1] += "." if model.logit_bias is None else f", bias {model.logit_bias.item():.2f}."
+        bias = "" if model.logit_bias is None else f", bias {model.logit_bias.item():.2f}"
+        about.append(f"Logit scale {model.logit_scale.exp().item():.2f}{bias}.")
     about.append(f"{_millions(model.parameters())} parameters in all.")
     if bundle.class_names and _has_head(bundle, to):
         about.append(f"Classes: {_some(bundle.class_names)}.")
@@ -145,57 +136,16 @@ def _tokenizer(tokenizer: Tokenizer | Absent | None) -> str:
     return kind if tokenizer.clean == "none" else f"{kind}, texts cleaned first ({tokenizer.clean})"
 
 
-def _training(run: RunRecord | None) -> Iterable[str]:
-    if run is None:
-        return
-    option = run.option
-    yield "## Data"
-    images = f", {run.num_samples:,} samples" if run.num_samples else ""
-    rows = [("trained on", f"{public_name(option('data.train'))}{images}")] if option("data.train") else []
-    for what, name in (("prompts of classes", "data.prompts"), ("captions in", "data.caption_templates")):
-        value = option(name)
-        if value and value != ["{}"]:
-            rows.append((what, ", ".join(value) if isinstance(value, list) else public_name(str(value))))
-    if (option("data.share") or 1) != 1:
-        rows.append(("share of the labels", str(option("data.share"))))
-    rows.append(("augmentation", _augmentation(option("data.augment") or {})))
-    yield _table(("", ""), rows)
-    yield "## Recipe"
-    yield _table(("", ""), list(_recipe(run)))
-
-
-def _recipe(run: RunRecord) -> Iterable[tuple[str, str]]:
-    option = run.option
-    for what in ("loss", "optimizer", "schedule"):
-        if option(what):
-            yield what, _said(option(what))
-    for what in ("mixup", "cutmix", "label_smoothing"):
-        if option(what):
-            yield what.replace("_", " "), str(option(what))
-    batch, steps = option("train.global_batch_size"), run.step
-    if batch:
-        yield "batch", f"{batch:,}"
-    if steps:
-        seen = f", {steps * batch:,} samples seen" if batch else ""
-        epochs = f" ({steps * batch / run.num_samples:.2g} epochs)" if batch and run.num_samples else ""
-        yield "length", f"{steps:,} steps{seen}{epochs}"
-    kept = {name: option(f"train.{name}") for name in ("precision", "max_grad_norm", "seed", "ema_decay")}
-    if any(value is not None for value in kept.values()):
-        yield "other", _said(kept)
-
-
-def _results(run: RunRecord | None) -> Iterable[str]:
-    if run is None or not run.results:
-        return
-    yield "## Results"
-    rows = [(result.task, result.data, *result.written) for result in run.results]
-    yield _table(("task", "data", "figure", "value", "95 % interval", "chance"), rows)
+def _of_run(run: RunRecord) -> Iterable[str]:
+    yield from ("## Data", _table(("", ""), list(run.data())))
+    yield from ("## Recipe", _table(("", ""), list(run.recipe())))
+    if run.results:
+        rows = [(result.task, result.data, *result.written) for result in run.results]
+        yield from ("## Results", _table(("task", "data", "figure", "value", "95 % interval", "chance"), rows))
 
 
 def _export(to: str, checks: Sequence[Check]) -> str:
-    names = {"transformers": "transformers", "open_clip": "open_clip_torch", "timm": "timm", "onnx": "onnxruntime"}
-    library = names[to]
-    used = ", ".join(f"{name} {_version(name)}" for name in (library, "torch"))
+    used = ", ".join(f"{name} {_version(name)}" for name in (PACKAGES[to], "torch"))
     rows = [(check.what, check.kind, *check.written) for check in checks]
     written = f"Written on {datetime.now(UTC):%Y-%m-%d} by contrastive {_version('contrastive')}"
     table = _table(("", "measure", "found", "limit"), rows)
@@ -216,37 +166,9 @@ def _limits(bundle: Bundle, run: RunRecord | None) -> Iterable[str]:
             yield "The vocabulary was learnt from its own captions: other words fall into pieces it has hardly seen."
 
 
-def _options(run: RunRecord | None) -> Iterable[str]:
-    if run is None:
-        return
-    options = {name: value for name, value in run.config.items() if name not in ("run_folder", "resume", "trackers")}
-    text = yaml.safe_dump(without_places(options), sort_keys=False, width=110).strip()
-    yield f"<details><summary>Every option of the run</summary>\n\n```yaml\n{text}\n```\n\n</details>"
-
-
-def _said(options: dict | str) -> str:
-    """'muon: lr 0.002, weight decay 0.1'."""
-    if not isinstance(options, dict):
-        return str(options)
-    told = {name.replace("_", " "): value for name, value in options.items() if value is not None and name != "name"}
-    said = [f"{name} {value}" for name, value in told.items()]
-    return f"{options['name']}: {', '.join(said)}" if "name" in options else ", ".join(said)
-
-
-def _augmentation(options: dict) -> str:
-    """Those that do something."""
-    said = []
-    if list(options.get("crop_scale", (1, 1))) != [1, 1]:
-        said.append("random crops of {} to {} of the area".format(*options["crop_scale"]))
-    if options.get("flip"):
-        said.append("mirrored")
-    if options.get("rand_augment_ops"):
-        said.append(f"RandAugment ({options['rand_augment_ops']}, {options.get('rand_augment_magnitude')})")
-    if any(options.get("color_jitter", ())):
-        said.append(f"colour jitter {options['color_jitter']} of {options.get('color_jitter_prob')}")
-    if options.get("gray_prob"):
-        said.append(f"grey {options['gray_prob']}")
-    return ", ".join(said) or "none"
+def _options(run: RunRecord) -> str:
+    text = yaml.safe_dump(run.public_options(), sort_keys=False, width=110).strip()
+    return f"<details><summary>Every option of the run</summary>\n\n```yaml\n{text}\n```\n\n</details>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -268,3 +190,108 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "(version unknown)"
+
+
+# How the library that an export is for loads it: code that is ready to run, templates of string.Template.
+TEXTS = '["a photo of a cat", "a photo of a dog"]'
+TRANSFORMERS = """
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("$name").eval()
+processor = AutoProcessor.from_pretrained("$name")
+inputs = processor(
+    images=Image.open("photo.jpg"), text=$texts,
+    padding="max_length", truncation=True, return_tensors="pt",
+)
+with torch.no_grad():
+    logits = model(**inputs).logits_per_image
+print($answer)
+"""
+TRANSFORMERS_IMAGE = """
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("$name").eval()
+processor = AutoImageProcessor.from_pretrained("$name")
+pixels = processor(Image.open("photo.jpg"), return_tensors="pt")
+with torch.no_grad():
+    features = model(**pixels).pooler_output
+"""
+TRANSFORMERS_TEXT = """
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("$name").eval()
+tokenizer = AutoTokenizer.from_pretrained("$name")
+tokens = tokenizer($texts, padding="max_length", truncation=True, return_tensors="pt")
+with torch.no_grad():
+    features = model(**tokens).pooler_output
+"""
+OPEN_CLIP = """
+import open_clip
+import torch
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms("$place")
+tokenizer = open_clip.get_tokenizer("$place")
+model.eval()
+with torch.no_grad():
+    image = model.encode_image(preprocess(Image.open("photo.jpg"))[None], normalize=True)
+    text = model.encode_text(tokenizer($texts), normalize=True)
+    logits = model.logit_scale.exp() * image @ text.T$plus_bias
+print($answer)
+"""
+TIMM = """
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model("$place", pretrained=True).eval()
+# or, from the weights alone:
+# timm.create_model("$architecture",
+#     checkpoint_path="model.safetensors"$arguments)
+options = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**options, is_training=False)
+with torch.no_grad():
+    pixels = transform(Image.open("photo.jpg").convert("RGB"))[None]
+    patch_tokens = model.forward_features(pixels)
+    $result
+"""
+
+
+def _usage(bundle: Bundle, to: str, folder: Path, name: str) -> Iterable[str]:
+    """What the folder lacks for it, and the code; `name` is what the code calls the model."""
+    for what, part in (("preprocessing options", bundle.preprocess), ("tokenizer", bundle.tokenizer)):
+        if isinstance(part, Absent):
+            yield f"This folder has no {what}, which its source had not either: that part of the code needs your own."
+    if to == "onnx":
+        yield (
+            "The folder has this as `example.py`. Graphs with `_fp16` in their names compute in float16; inputs and "
+            "outputs are float32 and int64 all the same."
+        )
+    yield f"```python\n{_code(bundle, to, folder, name)}\n```"
+
+
+def _code(bundle: Bundle, to: str, folder: Path, name: str) -> str:
+    model, has_bias = bundle.model, getattr(bundle.model, "logit_bias", None) is not None
+    # With the sigmoid loss each pair has a probability of its own, with softmax the texts share them out.
+    fields = {"answer": "logits.sigmoid()" if has_bias else "logits.softmax(dim=-1)"}
+    fields |= {"name": name, "place": f"hf-hub:{name}" if "/" in name else f"local-dir:{name}", "texts": TEXTS}
+    if to == "onnx":
+        return Path(onnx_example.__file__).read_text().strip()
+    if to == "transformers":
+        alone = TRANSFORMERS_TEXT if isinstance(model, TextModel) else TRANSFORMERS_IMAGE
+        code = TRANSFORMERS if isinstance(model, DualEncoder) else alone
+    elif to == "open_clip":
+        code, fields["plus_bias"] = OPEN_CLIP, " + model.logit_bias" if has_bias else ""
+    else:
+        config, code = json.loads((folder / "config.json").read_text()), TIMM
+        arguments = {**config.get("model_args", {}), "num_classes": config.get("num_classes", 0)}
+        fields["architecture"] = config["architecture"]
+        fields["arguments"] = "".join(f",\n#     {key}={value!r}" for key, value in arguments.items())
+        embedding = "embedding = model(pixels)  # not of unit length"
+        fields["result"] = "scores = model(pixels)" if isinstance(model, ImageClassifier) else embedding
+    return Template(code).substitute(fields).strip()

@@ -68,6 +68,47 @@ class RunRecord:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
+    def data(self) -> Iterator[tuple[str, str]]:
+        """What it was trained on, and how in words."""
+        option = self.option
+        if option("data.train"):
+            yield (
+                "trained on",
+                public_name(option("data.train")) + (f", {self.num_samples:,} samples" if self.num_samples else ""),
+            )
+        for what, name in (("prompts of classes", "data.prompts"), ("captions in", "data.caption_templates")):
+            value = option(name)
+            if value and value != ["{}"]:
+                yield what, ", ".join(value) if isinstance(value, list) else public_name(str(value))
+        if (option("data.share") or 1) != 1:
+            yield "share of the labels", str(option("data.share"))
+        yield "augmentation", _augmentation(option("data.augment") or {})
+
+    def recipe(self) -> Iterator[tuple[str, str]]:
+        """Loss, optimizer, lengths and the like, and how in words."""
+        option = self.option
+        for what in ("loss", "optimizer", "schedule"):
+            if option(what):
+                yield what, _said(option(what))
+        for what in ("mixup", "cutmix", "label_smoothing"):
+            if option(what):
+                yield what.replace("_", " "), str(option(what))
+        batch, steps = option("train.global_batch_size"), self.step
+        if batch:
+            yield "batch", f"{batch:,}"
+        if steps:
+            seen = f", {steps * batch:,} samples seen" if batch else ""
+            epochs = f" ({steps * batch / self.num_samples:.2g} epochs)" if batch and self.num_samples else ""
+            yield "length", f"{steps:,} steps{seen}{epochs}"
+        kept = {name: option(f"train.{name}") for name in ("precision", "max_grad_norm", "seed", "ema_decay")}
+        if any(value is not None for value in kept.values()):
+            yield "other", _said(kept)
+
+    def public_options(self) -> dict:
+        """All options that are not of the machine, paths by their `public_name`."""
+        left_out = ("run_folder", "resume", "trackers")
+        return _without_places({name: value for name, value in self.config.items() if name not in left_out})
+
 
 def public_name(spec: str) -> str:
     """A data spec, a file or a folder without where it lies: '/data/me/mnist:test' is 'mnist:test'.
@@ -87,13 +128,38 @@ def public_name(spec: str) -> str:
     return ",".join(parts)
 
 
-def without_places(value):
+def _without_places(value):
     """The same nested options, each text that could be a path as `public_name` gives it."""
     if isinstance(value, dict):
-        return {key: without_places(inner) for key, inner in value.items()}
+        return {key: _without_places(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [without_places(inner) for inner in value]
+        return [_without_places(inner) for inner in value]
     return public_name(value) if isinstance(value, str) and "/" in value else value
+
+
+def _said(options: dict | str) -> str:
+    """'muon: lr 0.002, weight decay 0.1'."""
+    if not isinstance(options, dict):
+        return str(options)
+    told = {name.replace("_", " "): value for name, value in options.items() if value is not None and name != "name"}
+    said = [f"{name} {value}" for name, value in told.items()]
+    return f"{options['name']}: {', '.join(said)}" if "name" in options else ", ".join(said)
+
+
+def _augmentation(options: dict) -> str:
+    """Those that do something."""
+    said = []
+    if list(options.get("crop_scale", (1, 1))) != [1, 1]:
+        said.append("random crops of {} to {} of the area".format(*options["crop_scale"]))
+    if options.get("flip"):
+        said.append("mirrored")
+    if options.get("rand_augment_ops"):
+        said.append(f"RandAugment ({options['rand_augment_ops']}, {options.get('rand_augment_magnitude')})")
+    if any(options.get("color_jitter", ())):
+        said.append(f"colour jitter {options['color_jitter']} of {options.get('color_jitter_prob')}")
+    if options.get("gray_prob"):
+        said.append(f"grey {options['gray_prob']}")
+    return ", ".join(said) or "none"
 
 
 def _state(checkpoint: Path) -> dict:
