@@ -20,13 +20,13 @@ from tyro.conf import Positional, arg
 from contrastive.config import parse
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.captions import Cleaning, sampled_captions
-from contrastive.data.inspection import chosen_indices, measure, see, summary
+from contrastive.data.inspection import QUANTITIES, chosen_indices, measure, see, summary
 from contrastive.data.record import Source
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from contrastive.errors import UserError
 from contrastive.log import console, run_script, say, warn
-from contrastive.visualize.inspection_page import PAGE, QUANTITIES, claim, facts, spark, write_inspection
+from contrastive.visualize.inspection_page import PAGE, claim, facts, spark, write_inspection
 
 CONTEXT_LENGTH = 64
 

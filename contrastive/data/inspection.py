@@ -5,7 +5,7 @@ import hashlib
 import io
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,16 @@ from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.samples import PairDataset
 from contrastive.data.tokenizer import Tokenizer
 
+# What is measured of images and captions, and what it is called.
+QUANTITIES = {
+    "short_side": "short side of the images, pixels",
+    "width": "width, pixels",
+    "height": "height, pixels",
+    "file_bytes": "size of the files, bytes",
+    "captions_per_sample": "captions of a sample",
+    "caption_characters": "length of a caption, characters",
+    "caption_tokens": "length of a caption, tokens",
+}
 BINS = 24
 KEYS_SHOWN = 20
 DUPLICATES_SHOWN = 20
@@ -31,22 +41,14 @@ REMOTE_BLOCKS = 4  # of consecutive samples, so that few shards are fetched
 
 @dataclass
 class Measured:
-    """Lists over the inspected samples or their captions; see `summary`."""
+    """What the inspected samples and their captions are; see `summary`."""
 
-    heights: list[int] = field(default_factory=list)
-    widths: list[int] = field(default_factory=list)
+    lengths: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # by the names of QUANTITIES
     formats: Counter = field(default_factory=Counter)
-    image_bytes: list[int] = field(default_factory=list)
-    captions_per_sample: list[int] = field(default_factory=list)
-    characters: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
     labels: Counter = field(default_factory=Counter)
-    faults: dict[str, list[str]] = field(default_factory=dict)  # reason to keys
-    caption_keys: dict[str, list[str]] = field(default_factory=dict)  # text to keys
-    image_keys: dict[bytes, list[str]] = field(default_factory=dict)  # hash to keys
-
-    def fault(self, reason: str, key: str) -> None:
-        self.faults.setdefault(reason, []).append(key)
+    faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason to keys
+    caption_keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # text to keys
+    image_keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # hash to keys
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def measure(
             key = record.key
             _measure_image(record, found)
         except BadSample as fault:
-            found.fault(fault.reason, fault.key or key)
+            found.faults[fault.reason].append(fault.key or key)
         else:
             _measure_captions(record, uncut, found)
         advance()
@@ -97,33 +99,33 @@ def measure(
 def _measure_image(record: Record, found: Measured) -> None:
     pixels = decode(record.image)
     _, height, width = pixels.shape
-    found.heights.append(height)
-    found.widths.append(width)
+    for name, length in (("height", height), ("width", width), ("short_side", min(height, width))):
+        found.lengths[name].append(length)
     if isinstance(record.image, bytes):
         with Image.open(io.BytesIO(record.image), formats=FORMATS) as opened:
             found.formats[f"{opened.format} {opened.mode}"] += 1
-        found.image_bytes.append(len(record.image))
+        found.lengths["file_bytes"].append(len(record.image))
         content = record.image
     else:
         found.formats["pixels"] += 1
         content = pixels.contiguous().numpy().tobytes()
-    found.image_keys.setdefault(hashlib.blake2b(content, digest_size=16).digest(), []).append(record.key)
+    found.image_keys[hashlib.blake2b(content, digest_size=16).hexdigest()].append(record.key)
 
 
 def _measure_captions(record: Record, uncut: Tokenizer, found: Measured) -> None:
     if record.label is not None:
         found.labels[record.label] += 1
-    found.captions_per_sample.append(len(record.captions))
+    found.lengths["captions_per_sample"].append(len(record.captions))
     if not record.captions:
-        found.fault("missing_caption", record.key)
+        found.faults["missing_caption"].append(record.key)
     for caption in record.captions:
         fault = caption_fault(caption)
         if fault:
-            found.fault(fault, record.key)
+            found.faults[fault].append(record.key)
             continue
-        found.caption_keys.setdefault(caption, []).append(record.key)
-        found.characters.append(len(caption))
-        found.tokens.append(_num_tokens(uncut(caption)[0], uncut))
+        found.caption_keys[caption].append(record.key)
+        found.lengths["caption_characters"].append(len(caption))
+        found.lengths["caption_tokens"].append(_num_tokens(uncut(caption)[0], uncut))
 
 
 def _num_tokens(row: torch.Tensor, tokenizer: Tokenizer) -> int:
@@ -135,29 +137,24 @@ def _num_tokens(row: torch.Tensor, tokenizer: Tokenizer) -> int:
 
 def summary(source: Source, found: Measured, tokenizer: Tokenizer, inspected: int) -> dict[str, Any]:
     """Return the figures as plain values for JSON. Sizes are in pixels, upright; of text in characters and tokens."""
-    long_texts = sum(length > tokenizer.context_length for length in found.tokens)
+    lengths = found.lengths["caption_tokens"]
+    long_texts = sum(length > tokenizer.context_length for length in lengths)
     result = {
         "source": source.name,
         "samples": len(source),
         "inspected": inspected,
-        "readable": len(found.heights),
+        "readable": len(found.lengths["height"]),
         "unusable": {
             reason: {"count": len(keys), "keys": keys[:KEYS_SHOWN]}
             for reason, keys in sorted(found.faults.items(), key=lambda item: -len(item[1]))
         },
         "formats": dict(found.formats.most_common()),
-        "width": distribution(found.widths),
-        "height": distribution(found.heights),
-        "short_side": distribution([min(pair) for pair in zip(found.heights, found.widths, strict=True)]),
-        "file_bytes": distribution(found.image_bytes),
-        "captions_per_sample": distribution(found.captions_per_sample),
-        "caption_characters": distribution(found.characters),
-        "caption_tokens": distribution(found.tokens),
+        **{name: distribution(found.lengths[name]) for name in QUANTITIES},
         "context_length": tokenizer.context_length,
-        "truncated_captions": {"count": long_texts, "share": long_texts / max(1, len(found.tokens))},
+        "truncated_captions": {"count": long_texts, "share": long_texts / max(1, len(lengths))},
         # Captions made from class names repeat by design.
         "duplicate_captions": None if source.prompted else _duplicates(found.caption_keys),
-        "duplicate_images": _duplicates({digest.hex(): keys for digest, keys in found.image_keys.items()}),
+        "duplicate_images": _duplicates(found.image_keys),
     }
     if source.class_names or found.labels:
         names = source.class_names or ()

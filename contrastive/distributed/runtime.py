@@ -29,6 +29,9 @@ Precision = Literal["auto", "fp32", "bf16"]
 class Runtime:
     """This process among the others, as `accelerate launch` started it.
 
+    rank, world_size: this process's number, from 0, and how many there are. is_main: whether it is the first one.
+    device: what it computes on. precision: 'bf16' or 'fp32', of the towers.
+
     Args:
         precision: `bf16` runs the towers under autocast; `auto` is bf16 on a GPU that has it, else fp32.
         trackers: names Accelerate knows: tensorboard, wandb, trackio, ...
@@ -65,23 +68,9 @@ class Runtime:
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             raise UserError(f"{kind.value} of the accelerate configuration is not supported; use plain data parallel")
         self.precision = "bf16" if wants_bf16 else "fp32"
+        self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
+        self.device, self.is_main = self._accelerator.device, self._accelerator.is_main_process
         self._meeting = dist.new_group(backend="gloo") if self.world_size > 1 else None
-
-    @property
-    def rank(self) -> int:
-        return self._accelerator.process_index
-
-    @property
-    def world_size(self) -> int:
-        return self._accelerator.num_processes
-
-    @property
-    def device(self) -> torch.device:
-        return self._accelerator.device
-
-    @property
-    def is_main(self) -> bool:
-        return self._accelerator.is_main_process
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Move the model to the device; under several ranks, wrap it so that backward averages gradients."""

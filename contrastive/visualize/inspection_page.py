@@ -10,22 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from contrastive.data.inspection import Seen
+from contrastive.data.inspection import QUANTITIES, Seen
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.files import claim_folder, write_json, write_whole
 from contrastive.page import data_uri, html_page
 
 FIGURES, SHEET, PAGE = "figures.json", "contact_sheet.png", "index.html"
-QUANTITIES = {
-    "short_side": "short side of the images, pixels",
-    "width": "width, pixels",
-    "height": "height, pixels",
-    "file_bytes": "size of the files, bytes",
-    "captions_per_sample": "captions of a sample",
-    "caption_characters": "length of a caption, characters",
-    "caption_tokens": "length of a caption, tokens",
-}
 CAPTIONS_SHOWN = 10
 SHEET_GAP = 4
 _BARS = " ▁▂▃▄▅▆▇█"

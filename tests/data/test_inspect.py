@@ -86,11 +86,11 @@ def test_a_caption_is_cut_where_it_has_more_tokens_than_the_context(table, conte
 def test_tokens_are_counted_up_to_the_end_whatever_the_padding(table):
     # GPT-2's kind pads with the token that ends a text; and CLIP's vocabulary finds its end token in a text too.
     source, tokenizer = open_source(str(table)), clip_tokenizer()
-    lengths = measure(source, range(5), tokenizer).tokens
+    lengths = measure(source, range(5), tokenizer).lengths["caption_tokens"]
     tokenizer.pad_id = tokenizer.eos_id
-    assert measure(source, range(5), tokenizer).tokens == lengths
+    assert measure(source, range(5), tokenizer).lengths["caption_tokens"] == lengths
     table.write_text(table.read_text().replace("a dog", "a <end_of_text> dog"))
-    assert min(measure(open_source(str(table)), range(5), clip_tokenizer()).tokens) == 5
+    assert min(measure(open_source(str(table)), range(5), clip_tokenizer()).lengths["caption_tokens"]) == 5
 
 
 def test_what_is_shown_is_what_training_gets():

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from contrastive.data.sources.scene_layout import BACKDROPS, COLOURS, SHAPES
-from contrastive.data.sources.scene_render import RGB
-from contrastive.data.sources.scenes import HELD_OUT_PAIRS, PAIRS, TRAINING_PAIRS, Scenes
+from contrastive.data.sources.scenes import HELD_OUT_PAIRS, PAIRS, RGB, TRAINING_PAIRS, Scenes
 from contrastive.errors import UserError
 
 MENTION = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")

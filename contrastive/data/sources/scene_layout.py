@@ -165,11 +165,7 @@ def _draw_backdrop(draws: Draws) -> Backdrop:
     grey = draws.between(22, 58)
     return Backdrop(
         kind=draws.choice(BACKDROPS),
-        tone=(
-            grey + draws.between(-10, 10),
-            grey + draws.between(-10, 10),
-            grey + draws.between(-10, 10),
-        ),
+        tone=tuple(grey + draws.between(-10, 10) for _ in range(3)),
         contrast=draws.between(10, 18),
         angle=draws.between(0, 180),
         period=draws.between(0.14, 0.3),
@@ -181,7 +177,7 @@ def _draw_backdrop(draws: Draws) -> Backdrop:
 def _draw_thing(draws: Draws, pair: tuple[str, str], size: str, x: float, y: float, radius: float) -> Thing:
     most = TURNS.get(pair[1], 0.0)
     turn = draws.between(-most, most)
-    tint = (draws.between(-10, 10), draws.between(-10, 10), draws.between(-10, 10))
+    tint = tuple(draws.between(-10, 10) for _ in range(3))
     return Thing(pair[0], pair[1], size, x, y, radius, turn, tint)
 
 
@@ -259,16 +255,16 @@ def _sized(thing: Thing, draws: Draws) -> str:
 
 def _in_place(thing: Thing, draws: Draws) -> str:
     """' in the top left', ' at the bottom', ...; empty where the place is open to doubt."""
-    place = thing.place
-    if place is None:
-        return ""
-    if place == "centre":
-        return draws.choice((" in the centre", " in the middle"))
-    if place in ("left", "right"):
-        return f" on the {place}"
-    if place in ("top", "bottom"):
-        return f" at the {place}"
-    return draws.choice((f" in the {place}", f" in the {place} corner"))
+    match thing.place:
+        case None:
+            return ""
+        case "centre":
+            return draws.choice((" in the centre", " in the middle"))
+        case "left" | "right":
+            return f" on the {thing.place}"
+        case "top" | "bottom":
+            return f" at the {thing.place}"
+    return draws.choice((f" in the {thing.place}", f" in the {thing.place} corner"))
 
 
 def _on_ground(scene: Scene, draws: Draws) -> str:

@@ -1,15 +1,29 @@
 """`scenes`: rendered pictures of coloured shapes with captions, needing no files and no network.
 
 Each scene is a pure function of (split, index). Eight of the 64 colour-shape pairs are never drawn nor named
-in training, so that `heldout` measures whether a model composes what it learnt.
+in training, so that `heldout` measures whether a model composes what it learnt. Pictures are drawn with
+signed-distance functions: smooth edges at any size, no image library.
 """
 
 import hashlib
-import operator
+import math
+from collections.abc import Callable
+from functools import lru_cache
 
-from contrastive.data.record import Record, Source
-from contrastive.data.sources.scene_layout import COLOURS, SHAPES, Draws, Scene, draw_any, draw_single, word_scene
-from contrastive.data.sources.scene_render import render
+import numpy as np
+
+from contrastive.data.record import Record, Source, check_index
+from contrastive.data.sources.scene_layout import (
+    COLOURS,
+    SHAPES,
+    Backdrop,
+    Draws,
+    Scene,
+    Thing,
+    draw_any,
+    draw_single,
+    word_scene,
+)
 from contrastive.errors import UserError, did_you_mean
 
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
@@ -34,6 +48,20 @@ HELD_OUT_LABELS = frozenset(PAIRS.index(pair) for pair in HELD_OUT_PAIRS)
 _SEEDS = {"train": 1, "val": 2, "test": 3, "heldout": 4}
 _VERSION = "scenes-2"  # raise it with any change to what a scene shows or says: resumed runs compare it
 _MIN_IMAGE_SIZE = 16
+
+# Far apart from one another and from the grounds, which are all dark.
+RGB = {
+    "red": (214, 26, 34),
+    "green": (24, 158, 52),
+    "blue": (30, 70, 226),
+    "yellow": (244, 224, 28),
+    "purple": (142, 36, 178),
+    "orange": (250, 132, 14),
+    "white": (244, 244, 244),
+    "cyan": (20, 205, 220),
+}
+
+_SPECKLES = 128  # a side of the cached noise, from which each scene takes its own window
 
 
 class Scenes(Source):
@@ -91,7 +119,7 @@ class Scenes(Source):
 
     def label(self, index: int) -> int | None:
         """The class index of a `test` or `heldout` scene; None in `train` and `val`."""
-        index = self._checked(index)
+        index = check_index(self, index)
         if self._labelled_pairs is None:
             return None
         return PAIRS.index(self._labelled_pairs[index % len(self._labelled_pairs)])
@@ -102,14 +130,147 @@ class Scenes(Source):
 
     def _draw(self, index: int) -> tuple[Scene, Draws]:
         """The scene's description, and its random numbers from where the wording takes over."""
-        index = self._checked(index)
+        index = check_index(self, index)
         draws = Draws(_SEEDS[self.split], index)
         if self._labelled_pairs is None:
             return draw_any(draws, TRAINING_PAIRS), draws
         return draw_single(draws, self._labelled_pairs[index % len(self._labelled_pairs)]), draws
 
-    def _checked(self, index: int) -> int:
-        index = operator.index(index)
-        if not 0 <= index < self._length:
-            raise IndexError(f"{self.name}: index {index} is outside 0..{self._length - 1}")
-        return index
+
+def render(scene: Scene, image_size: int) -> np.ndarray:
+    """The scene as uint8 (image_size, image_size, 3) RGB."""
+    canvas = _draw_backdrop(scene.backdrop, image_size)
+    for thing in scene.things:
+        _draw_thing(canvas, thing, image_size)
+    np.clip(canvas, 0, 255, out=canvas)
+    canvas += 0.5
+    return np.ascontiguousarray(canvas.astype(np.uint8).transpose(1, 2, 0))
+
+
+def _draw_backdrop(backdrop: Backdrop, image_size: int) -> np.ndarray:
+    """The ground as float32 (3, image_size, image_size)."""
+    tone = np.array(backdrop.tone, dtype=np.float32).reshape(3, 1, 1)
+    if backdrop.kind == "plain":
+        return np.repeat(tone, image_size * image_size, axis=1).reshape(3, image_size, image_size)
+    return tone + _pattern(backdrop, image_size) * np.float32(backdrop.contrast)
+
+
+def _pattern(backdrop: Backdrop, size: int) -> np.ndarray:
+    """How far each pixel departs from the tone, about -1..1; float32 (size, size)."""
+    if backdrop.kind == "gradient":
+        # Steep enough to be seen, yet no corner so light that a colour would fade into it.
+        return _along(backdrop.angle, size) * np.float32(2.2)
+    if backdrop.kind == "noise":
+        tile = _noise_tile(max(1, size // 24))
+        room = tile.shape[0] - size + 1
+        top, left = int(backdrop.shift_y * room), int(backdrop.shift_x * room)
+        return tile[top : top + size, left : left + size]
+    if backdrop.kind == "stripes":
+        return _square_wave(_along(backdrop.angle, size), backdrop.period, backdrop.shift_x, size)
+    # Checks are upright and a little coarser than stripes: turned or fine ones look like noise at this size.
+    xs, period = _pixel_centres(size), 1.3 * backdrop.period
+    rows, columns = (_square_wave(xs, period, shift, size) for shift in (backdrop.shift_y, backdrop.shift_x))
+    return rows[:, None] * columns[None, :]
+
+
+def _square_wave(position: np.ndarray, period: float, shift: float, image_size: int) -> np.ndarray:
+    """A wave between -1 and 1 whose edges are one pixel wide."""
+    wave = np.sin(position * np.float32(2 * math.pi / period) + np.float32(2 * math.pi * shift))
+    wave *= np.float32(period * image_size / math.pi)
+    return np.clip(wave, -1, 1, out=wave)
+
+
+def _along(degrees: float, image_size: int) -> np.ndarray:
+    """How far each pixel lies along the direction `degrees`, from the centre; float32 (size, size)."""
+    steps = _pixel_centres(image_size) - np.float32(0.5)
+    radians = math.radians(degrees)
+    return (steps * np.float32(math.cos(radians)))[None, :] + (steps * np.float32(math.sin(radians)))[:, None]
+
+
+@lru_cache(maxsize=8)
+def _pixel_centres(image_size: int) -> np.ndarray:
+    return (np.arange(image_size, dtype=np.float32) + 0.5) / np.float32(image_size)
+
+
+@lru_cache(maxsize=8)
+def _noise_tile(speckle: int) -> np.ndarray:
+    """Square speckles of `speckle` pixels, evenly spread over -1.3..1.3; float32, wider than the image."""
+    raw = np.random.Philox(key=0).random_raw(_SPECKLES * _SPECKLES)
+    coarse = ((raw >> 11) * 2.0**-53 * 2.6 - 1.3).astype(np.float32).reshape(_SPECKLES, _SPECKLES)
+    return np.ascontiguousarray(coarse.repeat(speckle, axis=0).repeat(speckle, axis=1))
+
+
+def _draw_thing(canvas: np.ndarray, thing: Thing, image_size: int) -> None:
+    """Blend one thing into `canvas`, float32 (3, image_size, image_size), within its bounding box only."""
+    reach = thing.radius * 1.05 * image_size + 1
+    x, y = thing.x * image_size, thing.y * image_size
+    left, right = max(0, int(x - reach)), min(image_size, int(x + reach) + 1)
+    top, bottom = max(0, int(y - reach)), min(image_size, int(y + reach) + 1)
+    centres = _pixel_centres(image_size)
+    dx = (centres[left:right] - np.float32(thing.x)) / np.float32(thing.radius)
+    dy = (np.float32(thing.y) - centres[top:bottom]) / np.float32(thing.radius)  # up, as the shapes want it
+    cos, sin = np.float32(math.cos(math.radians(thing.turn))), np.float32(math.sin(math.radians(thing.turn)))
+    u = (dx * cos)[None, :] + (dy * sin)[:, None]
+    v = (dy * cos)[:, None] - (dx * sin)[None, :]
+    # One pixel of blending around the edge.
+    cover = np.float32(0.5) - _DISTANCES[thing.shape](u, v) * np.float32(thing.radius * image_size)
+    np.clip(cover, 0, 1, out=cover)
+    ink = np.array(RGB[thing.colour], dtype=np.float32) + np.array(thing.tint, dtype=np.float32)
+    area = canvas[:, top:bottom, left:right]
+    area += cover * (ink.reshape(3, 1, 1) - area)
+
+
+# Signed distances to shapes inside the unit disc or just about it: u to the right, v up, negative within.
+# Exact near the edges, which is where they are read. After https://iquilezles.org/articles/distfunctions2d
+
+
+def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    u, v = np.abs(u), np.abs(v)
+    # The union of two bars is what lies in the long reach of one side and the short reach of the other.
+    return np.maximum(np.maximum(u, v) - np.float32(0.95), np.minimum(u, v) - np.float32(0.28))
+
+
+def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    v = v + np.float32(0.2)  # the middle of the height, rather than the centroid, sits at the centre
+    side = np.float32(math.sqrt(3) / 2) * np.abs(u) + np.float32(0.5) * v
+    return np.maximum(-v, side) - np.float32(0.53)
+
+
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    # Fold the plane into one half of one of the five arms, then measure to that arm's edge.
+    u = np.abs(u)
+    cos, sin = np.float32(math.cos(math.pi / 5)), np.float32(math.sin(math.pi / 5))
+    for across in (cos, -cos):
+        beyond = 2 * np.maximum(u * across - v * sin, 0)
+        u, v = u - beyond * across, v + beyond * sin
+    inner = 0.42
+    edge_u, edge_v = inner * math.sin(math.pi / 5), inner * math.cos(math.pi / 5) - 1
+    length = math.hypot(edge_u, edge_v)
+    return (v - 1) * np.float32(edge_u / length) - np.abs(u) * np.float32(edge_v / length)
+
+
+def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    # A square on its tip with a half disc on each of its two upper sides.
+    scale = np.float32(1.5)
+    u, v = np.abs(u) / scale, v / scale
+    tip = (u + np.abs(v + np.float32(0.05)) - np.float32(0.5)) * np.float32(math.sqrt(0.5))
+    lobe = np.hypot(u - np.float32(0.25), v - np.float32(0.2)) - np.float32(math.sqrt(2) / 4)
+    return np.minimum(tip, lobe) * scale
+
+
+def _crescent(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    outer = np.sqrt(u * u + v * v) - np.float32(0.98)
+    bite = np.hypot(u - np.float32(0.5), v) - np.float32(0.76)
+    return np.maximum(outer, -bite)
+
+
+_DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": lambda u, v: np.sqrt(u * u + v * v) - np.float32(0.96),
+    "ring": lambda u, v: np.abs(np.sqrt(u * u + v * v) - np.float32(0.76)) - np.float32(0.22),
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - np.float32(0.8),
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "heart": _heart,
+    "crescent": _crescent,
+}
