@@ -62,9 +62,6 @@ class Outputs:
     """(T, N) int64: the texts as the folder's own tokenizer makes them."""
 
 
-OutputsOf = Callable[[list[Image.Image], list[str], torch.Tensor | None, torch.Tensor | None], Outputs]
-
-
 @dataclass(frozen=True)
 class Check:
     """One figure and its limit."""
@@ -120,13 +117,13 @@ class Probe:
         return cls(images, texts, pixels, tokens)
 
 
-def compare(bundle: Bundle, probe: Probe, outputs: OutputsOf, half: bool = False) -> list[Check]:
+def compare(bundle: Bundle, probe: Probe, outputs: Callable[[Probe], Outputs], half: bool = False) -> list[Check]:
     """Compare the model with what the folder's library says; `half`: it computes in float16.
 
     Returns:
         The figures, failed ones too; none where the folder has no such part.
     """
-    theirs = outputs(probe.images, probe.texts, probe.pixels, probe.tokens)
+    theirs = outputs(probe)
     ours = own_outputs(bundle, probe)
     suffix = ", float16" if half else ""
     checks = []

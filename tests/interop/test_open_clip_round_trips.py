@@ -30,6 +30,7 @@ from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.formats import open_clip_folder as writing
 from contrastive.interop.formats.timm_vit import timm_name
+from contrastive.interop.parity import Probe
 from contrastive.models import (
     DualEncoder,
     ImageModel,
@@ -183,7 +184,7 @@ def test_ours_to_theirs_and_back(make, size, tmp_path):
     texts = [*CAPTIONS[:3], "Don't_do IT: 5 &amp; 7", "x " * 200]
     pixels = torch.stack([bundle.preprocess(image) for image in photographs])
     tokens = bundle.tokenizer(texts)
-    theirs = writing.outputs(tmp_path / "out", photographs, texts, pixels, tokens)
+    theirs = writing.outputs(tmp_path / "out", Probe(photographs, texts, pixels, tokens))
     with torch.no_grad():
         features = bundle.model(pixels, tokens)
     logits = features.logit_scale * features.image @ features.text.T
@@ -308,7 +309,7 @@ def test_without_a_tokenizer(tmp_path):
     notes = written(bundle, tmp_path / "out")
     assert any("without a tokenizer" in note for note in notes)
     pixels, tokens = torch.randn(2, 3, 40, 40), torch.zeros(2, 16, dtype=torch.long)
-    assert writing.outputs(tmp_path / "out", pictures(2), ["a", "b"], pixels, tokens).tokens is None
+    assert writing.outputs(tmp_path / "out", Probe(pictures(2), ["a", "b"], pixels, tokens)).tokens is None
     with pytest.raises((OSError, ValueError)):
         open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")
     with pytest.raises(UserError, match="lacks the files of its tokenizer"):

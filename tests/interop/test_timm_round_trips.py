@@ -20,6 +20,7 @@ from contrastive.data.tokenizer import clip_tokenizer
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Bundle
 from contrastive.interop.formats import timm_folder as writing
+from contrastive.interop.parity import Probe
 from contrastive.models import (
     ClassifierConfig,
     DualEncoder,
@@ -167,7 +168,7 @@ def test_our_classifier(trained, tmp_path):
         randomise(bundle.model)
     written(bundle, tmp_path / "out")
     pixels = torch.randn(2, 3, 42, 42)
-    theirs = writing.outputs(tmp_path / "out", pictures(2), [], pixels, None)
+    theirs = writing.outputs(tmp_path / "out", Probe(pictures(2), [], pixels, None))
     with torch.no_grad():
         assert (theirs.logits - bundle.model.scores(pixels)).abs().max() <= LIMIT
         assert (theirs.image - bundle.model.encode_image(pixels)).abs().max() <= LIMIT
@@ -194,7 +195,7 @@ def test_the_image_tower_of_a_dual_encoder(projection, tmp_path):
     assert any("image tower alone" in note for note in notes)
     photographs = pictures(3)
     pixels = torch.stack([bundle.preprocess(image) for image in photographs])
-    theirs = writing.outputs(tmp_path / "out", photographs, [], pixels, torch.zeros(1, 8, dtype=torch.long))
+    theirs = writing.outputs(tmp_path / "out", Probe(photographs, [], pixels, torch.zeros(1, 8, dtype=torch.long)))
     with torch.no_grad():
         assert (theirs.image - model.encode_image(pixels)).abs().max() <= LIMIT
     assert (theirs.text, theirs.logits, theirs.tokens) == (None, None, None)

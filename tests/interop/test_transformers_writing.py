@@ -34,7 +34,7 @@ def check_same(bundle, folder):
     pixels = None if bundle.preprocess is None else torch.stack([bundle.preprocess(image) for image in IMAGES])
     tokens = None if bundle.tokenizer is None else bundle.tokenizer(TEXTS)
     probe = Probe(IMAGES, TEXTS, pixels, tokens)
-    ours, theirs = own_outputs(bundle, probe), writing.outputs(folder, IMAGES, TEXTS, pixels, tokens)
+    ours, theirs = own_outputs(bundle, probe), writing.outputs(folder, probe)
     again = own_outputs(contrastive.load(folder), probe)
     for name, limit in (("image", 1e-5), ("text", 1e-5), ("logits", 1e-4)):  # logits are 10 cosines
         expected = getattr(ours, name)
@@ -254,7 +254,7 @@ def test_absent_parts_are_left_out_and_said(tmp_path):
     assert sum("left out" in line for line in notes) == 2
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
     pixels, tokens = some_input(32)
-    outputs = writing.outputs(tmp_path / "out", IMAGES, TEXTS, pixels, tokens)
+    outputs = writing.outputs(tmp_path / "out", Probe(IMAGES, TEXTS, pixels, tokens))
     assert outputs.pixels is None and outputs.tokens is None and outputs.logits is not None
 
 
@@ -267,7 +267,7 @@ def test_weights_the_library_does_not_take_are_refused(tmp_path):
     weights.pop("vision_model.post_layernorm.weight")
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="SiglipModel does not take .*vision_model.post_layernorm.weight"):
-        writing.outputs(tmp_path / "out", IMAGES, TEXTS, *some_input(32))
+        writing.outputs(tmp_path / "out", Probe(IMAGES, TEXTS, *some_input(32)))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_preprocessing_goes_there_and_back(options, sides, tmp_path):
     exported(bundle, tmp_path / "out")
     tokens = bundle.tokenizer(TEXTS)
     side = sides or 32
-    pixels = writing.outputs(tmp_path / "out", IMAGES, TEXTS, torch.zeros(1, 3, side, side), tokens).pixels
+    pixels = writing.outputs(tmp_path / "out", Probe(IMAGES, TEXTS, torch.zeros(1, 3, side, side), tokens)).pixels
     ours = torch.stack([bundle.preprocess(image) for image in IMAGES])
     torch.testing.assert_close(pixels[..., :32, :32], ours, rtol=0, atol=1e-6)
     found = contrastive.load(tmp_path / "out").preprocess

@@ -1,5 +1,6 @@
 """A table from the keys of a foreign state dict to ours, read in either direction."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,41 @@ class Entry:
     """Leading axes of length 1 that theirs has and ours has not."""
     scale: str | None = None
     """A vector of theirs that multiplies the layer's output (LayerScale); it is folded into ours."""
+
+
+Renames = Iterable[tuple[str, str]]
+"""Regular expressions and what they become, as `re.sub` takes them, applied one after the other."""
+
+
+def renamed_table(
+    names: Iterable[str],
+    renames: Renames,
+    transposed: Iterable[str] = (),
+    unit_axes: Mapping[str, int] | None = None,
+    scales: Renames = (),
+) -> list[Entry]:
+    """Return the table of the tensors of ours that have these names.
+
+    Args:
+        renames: from our names to theirs. Names of ours that become one are stacked under it, in their order.
+        transposed, unit_axes: of which of their names; see `Entry`.
+        scales: from their name to that of its scale, where it has one.
+    """
+    stacked: dict[str, list[str]] = {}
+    for name in names:
+        stacked.setdefault(_renamed(name, renames), []).append(name)
+    table = []
+    for theirs, ours in stacked.items():
+        scale = _renamed(theirs, scales)
+        axes = (unit_axes or {}).get(theirs, 0)
+        table.append(Entry(theirs, tuple(ours), theirs in transposed, axes, None if scale == theirs else scale))
+    return table
+
+
+def _renamed(name: str, renames: Renames) -> str:
+    for pattern, new in renames:
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def to_ours(

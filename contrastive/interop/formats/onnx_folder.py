@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from contrastive.data.tokenizer import TransformersTokenizer
@@ -29,7 +28,7 @@ from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.formats import onnx_example
 from contrastive.interop.formats.tokenizer_writing import pad_and_cut, write_tokenizer
-from contrastive.interop.parity import Outputs
+from contrastive.interop.parity import Outputs, Probe
 from contrastive.models import DualEncoder, ImageClassifier
 
 FORMAT = "contrastive-onnx-1"
@@ -99,33 +98,29 @@ def describe(bundle: Bundle) -> dict:
     return description
 
 
-def outputs(
-    folder: Path, images: list[Image.Image], texts: list[str], pixels: torch.Tensor, tokens: torch.Tensor | None
-) -> Outputs:
+def outputs(folder: Path, probe: Probe) -> Outputs:
     """What onnxruntime says of the float32 graphs; pixels and ids as example.py makes them."""
-    found, options = _computed(folder, "", pixels, tokens), read_json(folder / "config.json")["preprocess"]
+    found, options = _computed(folder, "", probe), read_json(folder / "config.json")["preprocess"]
     if options is not None:
-        made = np.stack([onnx_example.preprocess(image, options) for image in images])
+        made = np.stack([onnx_example.preprocess(image, options) for image in probe.images])
         found = replace(found, pixels=torch.from_numpy(made))
     if (folder / "tokenizer.json").exists():
-        found = replace(found, tokens=torch.from_numpy(onnx_example.tokenize(texts, folder)))
+        found = replace(found, tokens=torch.from_numpy(onnx_example.tokenize(probe.texts, folder)))
     return found
 
 
-def half_outputs(
-    folder: Path, images: list[Image.Image], texts: list[str], pixels: torch.Tensor, tokens: torch.Tensor | None
-) -> Outputs:
+def half_outputs(folder: Path, probe: Probe) -> Outputs:
     """What onnxruntime says of the float16 graphs."""
-    return _computed(folder, "_fp16", pixels, tokens)
+    return _computed(folder, "_fp16", probe)
 
 
-def _computed(folder: Path, suffix: str, pixels: torch.Tensor | None, tokens: torch.Tensor | None) -> Outputs:
+def _computed(folder: Path, suffix: str, probe: Probe) -> Outputs:
     image = text = logits = None
-    if pixels is not None:
-        image, *scores = _in_parts(folder / f"image_tower{suffix}.onnx", PIXELS, pixels)
+    if probe.pixels is not None:
+        image, *scores = _in_parts(folder / f"image_tower{suffix}.onnx", PIXELS, probe.pixels)
         logits = scores[0] if scores else None
-    if tokens is not None:
-        text = _in_parts(folder / f"text_tower{suffix}.onnx", TOKENS, tokens)[0]
+    if probe.tokens is not None:
+        text = _in_parts(folder / f"text_tower{suffix}.onnx", TOKENS, probe.tokens)[0]
     if image is not None and text is not None:
         config = read_json(folder / "config.json")
         logits = config["logit_scale"] * image @ text.T + config["logit_bias"]

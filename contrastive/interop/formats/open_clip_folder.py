@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from contrastive.data.tokenizer import Tokenizer, TransformersTokenizer
@@ -33,7 +32,6 @@ from contrastive.interop.formats.evaluation_transform import (
     write_open_clip_transform,
     write_timm_transform,
 )
-from contrastive.interop.formats.key_table import to_ours, to_theirs
 from contrastive.interop.formats.open_clip_config import (
     check_expressible,
     image_options,
@@ -50,29 +48,22 @@ from contrastive.interop.formats.open_clip_weights import (
     HUB,
     LOCAL,
     PLACES,
-    TRUNK,
-    TRUNK_PROJECTION,
     build_trunk,
     describe_trunk,
-    image_table,
-    scalar_table,
-    text_table,
-    trunk_to_ours,
+    read_weights,
+    written_weights,
 )
-from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
+from contrastive.interop.formats.state_dicts import fill, read_safetensors
 from contrastive.interop.formats.timm_vit import THEIR_POOLS, timm_description, timm_name, timm_problems
-from contrastive.interop.formats.timm_weights import tower_to_theirs
 from contrastive.interop.formats.tokenizer_reading import read_open_clip_tokenizer
 from contrastive.interop.formats.tokenizer_writing import write_open_clip_tokenizer
-from contrastive.interop.parity import Outputs, cropped, padded
+from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.log import warn
 from contrastive.models import DualEncoder, ModelConfig
 
 CONFIG = "open_clip_config.json"
 # In open_clip's own order; without the pickles among them.
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
-DERIVED = ("attn_mask", "text.attn_mask")  # buffers that old files hold
-TEXT_PREFIX = "text."
 CLAMP_NOTE = "the factor on the similarities is above 100: open_clip's training clamps it to 100 at its first step"
 SINCOS_NOTE = "the fixed sin-cos positions are written as learned ones of the same values"
 
@@ -109,7 +100,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     model = _built(config, where)
     kept = whole_patches(size, image.patch_size)
     model.image_tower.set_input_size(kept)
-    weights, theirs = _read_weights(folder, config, vision, text, trunk)
+    weights, theirs = read_weights(read_safetensors(folder, WEIGHTS), model, vision, text, trunk, folder)
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),
@@ -125,21 +116,6 @@ def _built(config: ModelConfig, where: Path) -> DualEncoder:
         return DualEncoder(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def _read_weights(
-    folder: Path, config: ModelConfig, vision: Mapping[str, Any], text: Mapping[str, Any], trunk: torch.nn.Module | None
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    file = {name: tensor for name, tensor in read_safetensors(folder, WEIGHTS).items() if name not in DERIVED}
-    # CustomTextCLIP's names, which open_clip also reads where the config asks for them and the file has CLIP's.
-    prefix = TEXT_PREFIX if any(name.startswith(TEXT_PREFIX) for name in file) else ""
-    table = text_table(config.text, prefix, text["ls_init_value"] is not None)
-    table += scalar_table(config.init_logit_bias is not None, unit_axes=1)
-    if trunk is None:
-        return to_ours(table + image_table(config.image, vision["ls_init_value"] is not None), file, folder)
-    weights, theirs = to_ours(table, file, folder)
-    tower, more = trunk_to_ours(weights, trunk, config.image, vision["timm_proj"], folder)
-    return tower, theirs | more
 
 
 def _tokenizer(text: Mapping[str, Any], config: ModelConfig, folder: Path) -> Tokenizer | Absent:
@@ -190,7 +166,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     }
     preprocess_cfg = write_open_clip_transform(preprocess, image.patch_size)
     write_json(folder / CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
-    save_file(_weights(model, native), folder / WEIGHTS[0])
+    save_file(written_weights(model, native), folder / WEIGHTS[0])
     return [
         *notes,
         *([SINCOS_NOTE] if image.position == "sincos" else []),
@@ -244,19 +220,7 @@ def _write_trunk(bundle: Bundle, folder: Path, place: Path) -> tuple[dict, list[
     return options, notes
 
 
-def _weights(model: DualEncoder, native: bool) -> dict[str, torch.Tensor]:
-    image, text = model.image_tower.config, model.config.text
-    state = weights_of(model)
-    table = text_table(text, "" if native else TEXT_PREFIX) + scalar_table(model.logit_bias is not None)
-    if native:
-        return to_theirs(table + image_table(image), state)
-    table += [TRUNK_PROJECTION] if image.projection else []
-    return to_theirs(table, state) | tower_to_theirs(state, image, TRUNK)
-
-
-def outputs(
-    folder: Path, images: list[Image.Image], texts: list[str], pixels: torch.Tensor, tokens: torch.Tensor | None
-) -> Outputs:
+def outputs(folder: Path, probe: Probe) -> Outputs:
     """What open_clip makes of the folder, wherever the folder believes that it lies."""
     import open_clip
 
@@ -268,16 +232,16 @@ def outputs(
             tokenizer = open_clip.get_tokenizer(f"{LOCAL}{folder}")
     model.eval()
     with torch.inference_mode():
-        image = model.encode_image(padded(pixels, model.visual.image_size), normalize=True)
-        text = model.encode_text(tokens, normalize=True)
+        image = model.encode_image(padded(probe.pixels, model.visual.image_size), normalize=True)
+        text = model.encode_text(probe.tokens, normalize=True)
         logits = model.logit_scale.exp() * image @ text.T
         logits = logits if model.logit_bias is None else logits + model.logit_bias
     return Outputs(
         image=image,
         text=text,
         logits=logits,
-        pixels=cropped([transform(image) for image in images], pixels),
-        tokens=None if tokenizer is None else tokenizer(texts),
+        pixels=cropped([transform(image) for image in probe.images], probe.pixels),
+        tokens=None if tokenizer is None else tokenizer(probe.texts),
     )
 
 

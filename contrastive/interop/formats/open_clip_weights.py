@@ -1,6 +1,6 @@
 """Names of open_clip's weights and ours; its image towers that are models of timm (`timm_model_name`)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,59 +10,104 @@ from torch import nn
 
 from contrastive.errors import UserError
 from contrastive.files import read_json
-from contrastive.interop.formats.key_table import Entry, to_ours
+from contrastive.interop.formats.key_table import Entry, renamed_table, to_ours, to_theirs
+from contrastive.interop.formats.state_dicts import weights_of
 from contrastive.interop.formats.timm_vit import build_on_meta, describe
-from contrastive.interop.formats.timm_weights import PROJECTION, drop_zero_bias, tower_to_ours
+from contrastive.interop.formats.timm_weights import PROJECTION, take_projection, tower_to_ours, tower_to_theirs
 from contrastive.log import warn
-from contrastive.models import ImageTowerConfig, TextTowerConfig
+from contrastive.models import DualEncoder, ImageTowerConfig
 
-VISUAL, TRUNK = "visual.", "visual.trunk."
-TRUNK_PROJECTION = Entry(f"{VISUAL}head.proj.weight", (PROJECTION,))
-"""Behind a tower of timm."""
+TRUNK = "visual.trunk."
+TEXT_PREFIX = "text."
+DERIVED = ("attn_mask", "text.attn_mask")  # buffers that old files hold
+RENAMES = (
+    (r"^text_tower\.norm", "text_tower.ln_final"),
+    (r"^text_tower\.projection", "text_tower.text_projection"),
+    (r"^image_tower\.norm", "visual.ln_post"),
+    (r"^image_tower\.projection\.weight", "visual.proj"),
+    (r"^image_tower\.", "visual."),
+    (r"transformer\.blocks\.", "transformer.resblocks."),
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"attention\.[qkv]_proj\.", "attn.in_proj_"),
+    (r"attention\.out_proj", "attn.out_proj"),
+    (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"),
+    (r"patch_embed", "conv1"),
+    (r"pre_norm", "ln_pre"),
+    (r"class_token", "class_embedding"),
+    (r"position_embedding", "positional_embedding"),
+)
 LOCAL, HUB = "local-dir:", "hf-hub:"
 PLACES = (LOCAL, HUB)
 """What a name of an image tower begins with where it is the place of timm's config.json."""
 
 
-def image_table(config: ImageTowerConfig, layer_scale: bool = False) -> list[Entry]:
-    """Return the table of a native image tower."""
-    ours = "image_tower."
-    table = [
-        Entry(f"{VISUAL}class_embedding", (f"{ours}class_token",)),
-        Entry(f"{VISUAL}positional_embedding", (f"{ours}position_embedding",)),
-        Entry(f"{VISUAL}conv1.weight", (f"{ours}patch_embed.weight",)),
-        Entry(f"{VISUAL}proj", (PROJECTION,), transposed=True),
-    ]
-    if config.pre_norm:
-        table += _layer(f"{VISUAL}ln_pre", f"{ours}pre_norm")
-    table += _blocks(f"{VISUAL}transformer.resblocks.", f"{ours}transformer.blocks.", config.depth, layer_scale)
-    return table + _layer(f"{VISUAL}ln_post", f"{ours}norm")
-
-
-def text_table(config: TextTowerConfig, prefix: str, layer_scale: bool = False) -> list[Entry]:
-    """Return the table of a text tower.
+def read_weights(
+    file: Mapping[str, torch.Tensor],
+    model: DualEncoder,
+    vision: Mapping[str, Any],
+    text: Mapping[str, Any],
+    trunk: nn.Module | None,
+    where: Path,
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the weights of a file by our names and what each is called in it; other keys stay as they are.
 
     Args:
-        prefix: '' of open_clip's class CLIP, 'text.' of its CustomTextCLIP (`custom_text` in the config).
+        model: ours, which they are for.
+        vision, text: open_clip's options of the towers.
+        trunk: timm's model, on the meta device, where the image tower is one.
+
+    Raises:
+        UserError: a projection behind such a tower has a bias other than zero, which ours has not.
     """
-    ours = "text_tower."
-    table = [
-        Entry(f"{prefix}token_embedding.weight", (f"{ours}token_embedding.weight",)),
-        Entry(f"{prefix}positional_embedding", (f"{ours}position_embedding",)),
-    ]
-    table += _blocks(f"{prefix}transformer.resblocks.", f"{ours}transformer.blocks.", config.depth, layer_scale)
-    table += _layer(f"{prefix}ln_final", f"{ours}norm")
-    if config.projection and config.projection_bias:  # a Linear of theirs, else a plain matrix
-        table += _layer(f"{prefix}text_projection", f"{ours}projection")
-    elif config.projection:
-        table.append(Entry(f"{prefix}text_projection", (f"{ours}projection.weight",), transposed=True))
-    return table
+    file = {name: tensor for name, tensor in file.items() if name not in DERIVED}
+    # CustomTextCLIP's names, which open_clip also reads where the config asks for them and the file has CLIP's.
+    prefix = TEXT_PREFIX if any(name.startswith(TEXT_PREFIX) for name in file) else ""
+    scaled = {"visual.": vision["ls_init_value"] is not None, prefix: text["ls_init_value"] is not None}
+    table = _table(model.state_dict(), prefix, trunk is not None, scaled, unit_axes=1)
+    weights, theirs = to_ours(table, file, where)
+    if trunk is not None:
+        weights, more = tower_to_ours(weights, trunk, model, where, TRUNK)
+        theirs |= more
+        if vision["timm_proj"] != "none":
+            layer = "visual.head.proj" if vision["timm_proj"] == "linear" else f"{TRUNK}head"  # open_clip's, timm's own
+            take_projection(weights, theirs, layer, where, "open_clip")
+    return weights, theirs
 
 
-def scalar_table(bias: bool, unit_axes: int = 0) -> list[Entry]:
-    """Return the table of the scale and, where there is one, the bias of the logits."""
-    names = ("logit_scale", "logit_bias") if bias else ("logit_scale",)
-    return [Entry(name, (name,), unit_axes=unit_axes) for name in names]
+def written_weights(model: DualEncoder, native: bool) -> dict[str, torch.Tensor]:
+    """Return the weights by open_clip's names; `native`: with its own image tower, not one of timm."""
+    state, image = weights_of(model), model.image_tower.config
+    weights = to_theirs(_table(state, "" if native else TEXT_PREFIX, not native), state)
+    if native:
+        return weights
+    if image.projection:
+        weights["visual.head.proj.weight"] = state[PROJECTION].clone()
+    return weights | tower_to_theirs(state, image, TRUNK)
+
+
+def _table(
+    names: Iterable[str], prefix: str, has_trunk: bool, scaled: Mapping[str, bool] | None = None, unit_axes: int = 0
+) -> list[Entry]:
+    """The table of all but a tower of timm.
+
+    Args:
+        prefix: of the text tower: '' of open_clip's class CLIP, 'text.' of its CustomTextCLIP (`custom_text`).
+        scaled: whether the blocks of the tower with this prefix scale what they add (LayerScale).
+        unit_axes: those of the scale and the bias of the logits.
+    """
+    names = [name for name in names if not (has_trunk and name.startswith("image_tower."))]
+    renames = [*RENAMES, (r"^text_tower\.", prefix)]
+    if "text_tower.projection.bias" not in names:  # a plain matrix of theirs, else a Linear
+        renames.append((r"text_projection\.weight", "text_projection"))
+    scales = []
+    for tower, is_scaled in (scaled or {}).items():
+        block = rf"^({tower}transformer\.resblocks\.\d+\.)"
+        if is_scaled:
+            scales += [(rf"{block}attn\.out_proj\.\w+$", r"\1ls_1.gamma")]
+            scales += [(rf"{block}mlp\.c_proj\.\w+$", r"\1ls_2.gamma")]
+    axes = dict.fromkeys(("logit_scale", "logit_bias"), unit_axes)
+    return renamed_table(names, renames, ("visual.proj", f"{prefix}text_projection"), axes, scales)
 
 
 def build_trunk(cfg: Mapping[str, Any], embed_dim: int, folder: Path, where: Path) -> nn.Module:
@@ -102,27 +147,6 @@ def describe_trunk(trunk: nn.Module, cfg: Mapping[str, Any], where: Path) -> tup
     return replace(image, projection=cfg["timm_proj"] != "none"), size
 
 
-def trunk_to_ours(
-    file: Mapping[str, torch.Tensor], trunk: nn.Module, image: ImageTowerConfig, projection: str | None, where: Path
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tower's weights by our names and what each is called in the file; other keys stay as they are.
-
-    Raises:
-        UserError: the projection has a bias other than zero, which ours has not.
-    """
-    weights, theirs = tower_to_ours(file, trunk, image, where, TRUNK)
-    if projection == "linear":
-        weights, more = to_ours([TRUNK_PROJECTION], weights, where)
-        theirs |= more
-        drop_zero_bias(weights, "visual.head.proj.bias", where, "open_clip")
-    elif projection != "none":  # timm's own head
-        theirs[PROJECTION] = f"{TRUNK}head.weight"
-        if f"{TRUNK}head.weight" in weights:
-            weights[PROJECTION] = weights.pop(f"{TRUNK}head.weight")
-        drop_zero_bias(weights, f"{TRUNK}head.bias", where, "open_clip")
-    return weights, theirs
-
-
 def _compare_places(name: str, folder: Path, where: Path) -> None:
     """Warn where a folder that is named describes another tower than the config.json beside the weights."""
     own, other = read_json(folder / "config.json"), Path(name.removeprefix(LOCAL)) / "config.json"
@@ -134,21 +158,3 @@ def _compare_places(name: str, folder: Path, where: Path) -> None:
         return
     if any(named.get(key) != own.get(key) for key in ("architecture", "num_classes", "model_args")):
         warn(f"{where}: open_clip would take the image tower of {other}, another one; {folder / 'config.json'} is used")
-
-
-def _blocks(theirs: str, ours: str, depth: int, layer_scale: bool) -> list[Entry]:
-    table = []
-    for index in range(depth):
-        block, own = f"{theirs}{index}.", f"{ours}{index}."
-        scales = (f"{block}ls_1.gamma", f"{block}ls_2.gamma") if layer_scale else (None, None)
-        for part in ("weight", "bias"):
-            projections = tuple(f"{own}attention.{name}_proj.{part}" for name in "qkv")
-            table.append(Entry(f"{block}attn.in_proj_{part}", projections))
-        table += _layer(f"{block}attn.out_proj", f"{own}attention.out_proj", scales[0])
-        table += _layer(f"{block}ln_1", f"{own}norm1") + _layer(f"{block}ln_2", f"{own}norm2")
-        table += _layer(f"{block}mlp.c_fc", f"{own}mlp.fc1") + _layer(f"{block}mlp.c_proj", f"{own}mlp.fc2", scales[1])
-    return table
-
-
-def _layer(theirs: str, ours: str, scale: str | None = None) -> list[Entry]:
-    return [Entry(f"{theirs}.{part}", (f"{ours}.{part}",), scale=scale) for part in ("weight", "bias")]

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -32,12 +31,12 @@ from contrastive.interop.formats.timm_vit import build_on_meta, describe, timm_d
 from contrastive.interop.formats.timm_weights import (
     HEAD_KEY,
     PROJECTION,
-    drop_zero_bias,
     head_kind,
+    take_projection,
     tower_to_ours,
     tower_to_theirs,
 )
-from contrastive.interop.parity import Outputs, cropped, padded
+from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ImageModel, ImageModelConfig
 from contrastive.models.dual_encoder import unit_length
 
@@ -75,20 +74,20 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     description = read_json(file)
     skeleton = build_on_meta(f"local-dir:{folder}", file)
     image, size = describe(skeleton, file)
-    weights, theirs = tower_to_ours(read_safetensors(folder), skeleton, image, folder)
+    file_weights = read_safetensors(folder)
     names = _label_names(skeleton.pretrained_cfg.get("label_names"), skeleton.num_classes, file)
-    kind = head_kind(description, skeleton.num_classes, names, weights, file)
+    kind = head_kind(description, skeleton.num_classes, names, file_weights, file)
     if kind == "classifier":
         model = ImageClassifier(ClassifierConfig(image, num_classes=skeleton.num_classes))
     elif kind == "projection":
-        weights[PROJECTION] = weights.pop("head.weight", torch.empty(0))
-        theirs[PROJECTION] = "head.weight"
-        drop_zero_bias(weights, "head.bias", folder, "timm")
         model = ImageModel(ImageModelConfig(skeleton.num_classes, replace(image, projection=True)))
     else:
         model = ImageModel(ImageModelConfig(image.width, image))
     kept = whole_patches(size, image.patch_size)
     model.image_tower.set_input_size(kept)
+    weights, theirs = tower_to_ours(file_weights, skeleton, model, folder)
+    if kind == "projection":
+        take_projection(weights, theirs, "head", folder, "timm")
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),
@@ -156,9 +155,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     return _notes(bundle)
 
 
-def outputs(
-    folder: Path, images: list[Image.Image], texts: list[str], pixels: torch.Tensor, tokens: torch.Tensor | None
-) -> Outputs:
+def outputs(folder: Path, probe: Probe) -> Outputs:
     """What timm makes of the folder: `image` is the embedding of an image tower, `logits` a classifier's scores."""
     import timm
     from timm.data import create_transform, resolve_model_data_config
@@ -167,13 +164,13 @@ def outputs(
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     is_classifier = read_json(folder / "config.json")[HEAD_KEY] == "classifier"
     with torch.inference_mode():
-        full = padded(pixels, model.patch_embed.img_size)
+        full = padded(probe.pixels, model.patch_embed.img_size)
         pooled = model.forward_head(model.forward_features(full), pre_logits=True)
         head = model.head(pooled)
     return Outputs(
         image=unit_length(pooled if is_classifier else head),
         logits=head if is_classifier else None,
-        pixels=cropped([transform(image.convert("RGB")) for image in images], pixels),
+        pixels=cropped([transform(image.convert("RGB")) for image in probe.images], probe.pixels),
     )
 
 

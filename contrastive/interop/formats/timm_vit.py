@@ -10,7 +10,7 @@ from torch import nn
 
 from contrastive.errors import UserError
 from contrastive.interop.formats.evaluation_transform import whole_patches
-from contrastive.interop.formats.timm_weights import written_table
+from contrastive.interop.formats.timm_weights import timm_names, timm_table
 from contrastive.log import warn
 from contrastive.models import ImageTowerConfig
 
@@ -229,7 +229,7 @@ def _is(name: str, config: ImageTowerConfig, size: tuple[int, int]) -> bool:
     except UserError:  # a ViT of another kind
         return False
     # The keys tell of LayerScale, missing biases and the like, which can be read but not written.
-    keys = {entry.theirs for entry in written_table(config)}
+    keys = {entry.theirs for entry in timm_table(timm_names(config))}
     same = _comparable(found) == _comparable(config) and tuple(taken) == tuple(size)
     return same and keys == model.state_dict().keys() and not model.no_embed_class
 

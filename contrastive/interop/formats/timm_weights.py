@@ -1,6 +1,6 @@
 """Names of timm's ViT weights and ours, and what its `head` is: a projection to an embedding space or a classifier."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -9,54 +9,53 @@ import torch
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.interop.formats.key_table import Entry, to_ours, to_theirs
+from contrastive.interop.formats.key_table import Entry, renamed_table, to_ours, to_theirs
 from contrastive.log import warn
-from contrastive.models import ImageTowerConfig
+from contrastive.models import ImageModel, ImageModelConfig, ImageTowerConfig
 
 TOWER = "image_tower."
 PROJECTION = f"{TOWER}projection.weight"
 HEAD_KEY = "contrastive_head"
 """What a folder of ours says its head is, in a key of config.json that timm passes over."""
+RENAMES = (
+    (rf"^{TOWER}", ""),
+    (r"^transformer\.", ""),
+    (r"^head\.attention\.q_proj", "attn_pool.q"),
+    (r"^head\.attention\.[kv]_proj", "attn_pool.kv"),
+    (r"^head\.attention\.out_proj", "attn_pool.proj"),
+    (r"^head\.probe", "attn_pool.latent"),
+    (r"^head\.", "attn_pool."),
+    (r"attention\.[qkv]_proj", "attn.qkv"),
+    (r"attention\.out_proj", "attn.proj"),
+    (r"^patch_embed", "patch_embed.proj"),
+    (r"^position_embedding", "pos_embed"),
+    (r"^class_token", "cls_token"),
+    (r"^pre_norm", "norm_pre"),
+)
+SCALES = ((r"(blocks\.\d+\.)attn\.proj\.\w+$", r"\1ls1.gamma"), (r"(blocks\.\d+\.)mlp\.fc2\.\w+$", r"\1ls2.gamma"))
 HeadKind = Literal["none", "projection", "classifier"]
 
 
-def tower_table(config: ImageTowerConfig, prefix: str = "", layer_scale: bool = False) -> list[Entry]:
-    """Return the table of an image tower, without projection or classifier.
+def timm_names(config: ImageTowerConfig) -> list[str]:
+    """Return our names of the tensors that timm has of such a tower, without projection or classifier.
+
+    Positions are learned ones, and patches have a bias exactly where there is no pre_norm.
+    """
+    plain = replace(config, position="learned", projection=False, patch_bias=not config.pre_norm)
+    with torch.device("meta"):
+        return list(ImageModel(ImageModelConfig(config.width, plain)).state_dict())
+
+
+def timm_table(names: Iterable[str], prefix: str = "", layer_scale: bool = False) -> list[Entry]:
+    """Return the table of an image tower.
 
     Args:
+        names: ours.
         prefix: what stands before each of timm's names.
         layer_scale: whether the blocks scale what they add (`init_values`).
     """
-    table = [Entry(f"{prefix}pos_embed", (f"{TOWER}position_embedding",), unit_axes=1)]
-    table += _layer(f"{prefix}patch_embed.proj", f"{TOWER}patch_embed", bias=config.patch_bias)
-    if config.class_token:
-        table.append(Entry(f"{prefix}cls_token", (f"{TOWER}class_token",), unit_axes=2))
-    if config.pre_norm:
-        table += _layer(f"{prefix}norm_pre", f"{TOWER}pre_norm")
-    for index in range(config.depth):
-        theirs, ours = f"{prefix}blocks.{index}.", f"{TOWER}transformer.blocks.{index}."
-        scales = (f"{theirs}ls1.gamma", f"{theirs}ls2.gamma") if layer_scale else (None, None)
-        table += _layer(f"{theirs}norm1", f"{ours}norm1")
-        table += _layer(f"{theirs}attn.qkv", *(f"{ours}attention.{part}_proj" for part in "qkv"))
-        table += _layer(f"{theirs}attn.proj", f"{ours}attention.out_proj", scale=scales[0])
-        table += _layer(f"{theirs}norm2", f"{ours}norm2")
-        table += _layer(f"{theirs}mlp.fc1", f"{ours}mlp.fc1")
-        table += _layer(f"{theirs}mlp.fc2", f"{ours}mlp.fc2", scale=scales[1])
-    table += _layer(f"{prefix}norm", f"{TOWER}norm")
-    if config.pool == "attention":
-        theirs, ours = f"{prefix}attn_pool.", f"{TOWER}head."
-        table.append(Entry(f"{theirs}latent", (f"{ours}probe",)))
-        table += _layer(f"{theirs}q", f"{ours}attention.q_proj")
-        table += _layer(f"{theirs}kv", f"{ours}attention.k_proj", f"{ours}attention.v_proj")
-        table += _layer(f"{theirs}proj", f"{ours}attention.out_proj")
-        table += _layer(f"{theirs}norm", f"{ours}norm")
-        table += _layer(f"{theirs}mlp.fc1", f"{ours}mlp.fc1") + _layer(f"{theirs}mlp.fc2", f"{ours}mlp.fc2")
-    return table
-
-
-def written_table(config: ImageTowerConfig, prefix: str = "") -> list[Entry]:
-    """Return the table of a tower as it is written: timm's patches have a bias exactly where there is no pre_norm."""
-    return tower_table(replace(config, patch_bias=not config.pre_norm), prefix)
+    unit_axes = {f"{prefix}pos_embed": 1, f"{prefix}cls_token": 2}
+    return renamed_table(names, (*RENAMES, ("^", prefix)), (), unit_axes, SCALES if layer_scale else ())
 
 
 def tower_to_theirs(
@@ -68,11 +67,11 @@ def tower_to_theirs(
         weights: by our names, with `image_tower.position_embedding` where that is a buffer too.
     """
     bias = f"{TOWER}patch_embed.bias"
-    return to_theirs(written_table(config, prefix), {bias: torch.zeros(config.width), **weights})
+    return to_theirs(timm_table(timm_names(config), prefix), {bias: torch.zeros(config.width), **weights})
 
 
 def tower_to_ours(
-    file: Mapping[str, torch.Tensor], model: nn.Module, config: ImageTowerConfig, where: Path, prefix: str = ""
+    file: Mapping[str, torch.Tensor], skeleton: nn.Module, model: nn.Module, where: Path, prefix: str = ""
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tower's weights by our names and what each is called in the file; other keys stay as they are.
 
@@ -80,20 +79,27 @@ def tower_to_ours(
     the position zero: the features stay what they are.
 
     Args:
-        model: timm's, on the meta device; it says which of these there are.
+        skeleton: timm's model, on the meta device; it says which of these there are.
+        model: ours, which the weights are for.
     """
-    layer_scale = not isinstance(model.blocks[0].ls1, nn.Identity)
-    known = {f"{prefix}{name}" for name in model.state_dict()}
-    table = [entry for entry in tower_table(config, prefix, layer_scale) if entry.theirs in known]
-    weights, theirs = to_ours(table, file, where)
-    for entry in tower_table(config, prefix):
+    known = {f"{prefix}{name}" for name in skeleton.state_dict()}
+    names = [name for name in model.state_dict() if name.startswith(TOWER) and name != PROJECTION]
+    layer_scale = not isinstance(skeleton.blocks[0].ls1, nn.Identity)
+    table = timm_table(names, prefix, layer_scale)
+    weights, theirs = to_ours([entry for entry in table if entry.theirs in known], file, where)
+    for entry in table:
         if entry.theirs not in known:  # a layer without bias
             for name in entry.ours:
                 weights[name] = torch.zeros(_bias_shape(weights, name))
     position = f"{TOWER}position_embedding"
-    if config.class_token and model.no_embed_class and position in weights:
+    if f"{TOWER}class_token" in names and skeleton.no_embed_class and position in weights:
         weights[position] = torch.cat([torch.zeros_like(weights[position][:1]), weights[position]])
     return weights, theirs
+
+
+def _bias_shape(weights: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
+    weight = weights.get(name.removesuffix("bias") + "weight")
+    return (0,) if weight is None else tuple(weight.shape[:1])
 
 
 def head_kind(
@@ -132,18 +138,15 @@ def head_kind(
     return "projection"
 
 
-def drop_zero_bias(weights: dict[str, torch.Tensor], name: str, where: Path, library: str) -> None:
-    """Leave the bias of a projection out; UserError where it is not zero, since our projection has none."""
-    bias = weights.pop(name, None)
+def take_projection(
+    weights: dict[str, torch.Tensor], theirs: dict[str, str], layer: str, where: Path, library: str
+) -> None:
+    """Rename a layer of the file to our projection, in place; UserError where its bias is not zero: ours has none."""
+    theirs[PROJECTION] = f"{layer}.weight"
+    if f"{layer}.weight" in weights:
+        weights[PROJECTION] = weights.pop(f"{layer}.weight")
+    bias = weights.pop(f"{layer}.bias", None)
     if bias is not None and bias.any():
-        raise UserError(f"{where}: '{name}' is not zero, and our projection has no bias; {library} can load this model")
-
-
-def _layer(theirs: str, *ours: str, bias: bool = True, scale: str | None = None) -> list[Entry]:
-    parts = ("weight", "bias") if bias else ("weight",)
-    return [Entry(f"{theirs}.{part}", tuple(f"{name}.{part}" for name in ours), scale=scale) for part in parts]
-
-
-def _bias_shape(weights: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
-    weight = weights.get(name.removesuffix("bias") + "weight")
-    return (0,) if weight is None else tuple(weight.shape[:1])
+        raise UserError(
+            f"{where}: '{layer}.bias' is not zero, and our projection has no bias; {library} can load this model"
+        )

@@ -40,7 +40,7 @@ from contrastive.interop.formats.transformers_weights import (
     plain,
     without_head,
 )
-from contrastive.interop.parity import Outputs, cropped, padded
+from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.log import warn
 from contrastive.models import (
     DualEncoder,
@@ -55,6 +55,7 @@ from contrastive.models.dual_encoder import unit_length
 
 WEIGHTS = "model.safetensors"
 PROCESSORS = {"siglip": "SiglipProcessor", "clip": "CLIPProcessor"}
+MODELS = {ModelConfig: DualEncoder, ImageModelConfig: ImageModel, TextModelConfig: TextModel}
 PIPELINE_LENGTH = 64  # what transformers' zero-shot pipeline pads texts to for every SigLIP model
 
 
@@ -87,7 +88,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     if mean_head:
         weights = without_head(weights)
     config = our_config(description, mean_head, _eos_id(description, folder))
-    model = _model(config)
+    model = MODELS[type(config)](config)
     family = "clip" if description.family == "clip" else "siglip"
     ours, theirs = to_ours(key_table(model.state_dict(), family), weights, folder / WEIGHTS)
     fill(model, ours, folder / WEIGHTS, theirs)
@@ -116,12 +117,6 @@ def _eos_id(description: Description, folder: Path) -> int | None:
     return eos_id
 
 
-def _model(config: ModelConfig | ImageModelConfig | TextModelConfig) -> DualEncoder | ImageModel | TextModel:
-    if isinstance(config, ImageModelConfig):
-        return ImageModel(config)
-    return TextModel(config) if isinstance(config, TextModelConfig) else DualEncoder(config)
-
-
 def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     """Write the model, its preprocessing and its tokenizer into an existing, empty folder.
 
@@ -139,7 +134,8 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     preprocess, tokenizer = (
         None if isinstance(part, Absent) else part for part in (bundle.preprocess, bundle.tokenizer)
     )
-    notes, size = _substitutes(parts, family), 0
+    weights, notes = _weights(bundle, parts, family)
+    size = 0
     if parts.image is not None:
         size = parts.image.image_size
         if preprocess is not None:
@@ -157,44 +153,16 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
         else:
             notes.append(f"{bundle.path} has no tokenizer, so its files were left out")
     write_json(folder / "config.json", their_config(parts, family, size, tokenizer))
-    save_file(_weights(bundle, parts, family), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     return notes + _advice(bundle, parts, family)
 
 
-def _weights(bundle: Bundle, parts: Parts, family: str) -> dict[str, torch.Tensor]:
-    """The state dict by their names."""
+def _weights(bundle: Bundle, parts: Parts, family: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The state dict by their names, and what of the model it says in other terms."""
     classifier_head = ("head.weight", "head.bias")
     state = {name: tensor for name, tensor in weights_of(bundle.model).items() if name not in classifier_head}
-    if family == "siglip" and parts.part == "both":
-        state.setdefault("logit_bias", torch.zeros(()))
-    elif family == "clip":
-        state.pop("logit_bias", None)  # zero, or it would not fit
-    state = (as_siglip if family == "siglip" else as_clip)(state, parts.image, parts.text)
-    return to_theirs(key_table(state, family), state)
-
-
-def _substitutes(parts: Parts, family: str) -> list[str]:
-    """What of the model is written in other terms, with the same outputs."""
-    image, text, notes = parts.image, parts.text, []
-    if image is not None:
-        if image.position == "sincos":
-            notes.append("the fixed sin-cos positions are written as learned ones")
-        if image.pool == "average":
-            notes.append("the mean over patches is written as an attention head that attends to all alike")
-        if image.patch_bias and family == "clip":
-            notes.append("the bias of the patch embedding is added to the positions")
-        if not image.patch_bias and family == "siglip":
-            notes.append("the patch embedding, which has no bias, gets one of zero")
-        if parts.part == "both" and not image.projection and family == "clip":
-            notes.append("the image tower, which has no projection, gets the identity")
-    if text is not None:
-        if not text.projection and (family == "siglip" or parts.part == "both"):
-            notes.append("the text tower, which has no projection, gets the identity")
-        elif not text.projection_bias and family == "siglip":
-            notes.append("the text projection, which has no bias, gets one of zero")
-    if parts.part == "both" and parts.logit_bias is None and family == "siglip":
-        notes.append("the logits, which have no bias, get one of zero")
-    return notes
+    state, notes = (as_siglip if family == "siglip" else as_clip)(state, parts.image, parts.text)
+    return to_theirs(key_table(state, family), state), notes
 
 
 def _advice(bundle: Bundle, parts: Parts, family: str) -> list[str]:
@@ -220,10 +188,8 @@ def _advice(bundle: Bundle, parts: Parts, family: str) -> list[str]:
     return notes
 
 
-def outputs(
-    folder: Path, images: list[Image.Image], texts: list[str], pixels: torch.Tensor | None, tokens: torch.Tensor | None
-) -> Outputs:
-    """What transformers makes of the folder: its model of `pixels` and `tokens`, its processors of the rest.
+def outputs(folder: Path, probe: Probe) -> Outputs:
+    """What transformers makes of the folder: its model of pixels and tokens, its processors of images and texts.
 
     Raises:
         UserError: a key of the model is missing or unknown to the library.
@@ -238,14 +204,14 @@ def outputs(
         wrong = [f"{kind} {key}" for kind, keys in loaded.items() for key in keys]
         if wrong:
             raise UserError(f"transformers' {name} does not take the weights in {folder}: {wrong[0]}")
-        made, ids = _processed(folder, images, texts)
+        made, ids = _processed(folder, probe.images, probe.texts)
         model.eval()
-        full = pixels
-        if pixels is not None:
+        full = probe.pixels
+        if full is not None:
             side = content.get("vision_config", content)["image_size"]
-            full, made = padded(pixels, (side, side)), None if made is None else cropped(made, pixels)
+            full, made = padded(full, (side, side)), None if made is None else cropped(made, full)
         with torch.inference_mode():
-            image, text, logits = _embeddings(model, name, full, tokens)
+            image, text, logits = _embeddings(model, name, full, probe.tokens)
     return Outputs(image, text, logits, made, ids)
 
 

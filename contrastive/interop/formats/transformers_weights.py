@@ -3,61 +3,45 @@
 Keys are renamed; parts that one side lacks become exact substitutes of the same function in the shape of the other's.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
 
-from contrastive.interop.formats.key_table import Entry
+from contrastive.interop.formats.key_table import Entry, renamed_table
 from contrastive.models import ImageTowerConfig, TextTowerConfig
 
-# In this order; each name is ours at first and theirs at the end.
-NAMES = {
-    "image_tower.": "vision_model.",
-    "text_tower.": "text_model.",
-    "vision_model.norm.": "vision_model.post_layernorm.",
-    "text_model.norm.": "text_model.final_layer_norm.",
-    "vision_model.pre_norm.": "vision_model.pre_layrnorm.",
-    "head.norm.": "head.layernorm.",
-    "transformer.blocks.": "encoder.layers.",
-    ".norm1.": ".layer_norm1.",
-    ".norm2.": ".layer_norm2.",
-    ".attention.": ".self_attn.",
-    "head.self_attn.": "head.attention.",
-    "class_token": "embeddings.class_embedding",
-    "patch_embed.": "embeddings.patch_embedding.",
-    "token_embedding.": "embeddings.token_embedding.",
-    "position_embedding": "embeddings.position_embedding.weight",
-}
+RENAMES = (
+    (r"^image_tower\.", "vision_model."),
+    (r"^text_tower\.", "text_model."),
+    (r"^vision_model\.norm\.", "vision_model.post_layernorm."),
+    (r"^text_model\.norm\.", "text_model.final_layer_norm."),
+    (r"^vision_model\.pre_norm\.", "vision_model.pre_layrnorm."),  # as they spell it
+    (r"\.head\.norm\.", ".head.layernorm."),
+    (r"\.head\.attention\.[qkv]_proj\.", ".head.attention.in_proj_"),  # torch's MultiheadAttention
+    (r"transformer\.blocks\.(\d+)\.attention\.", r"transformer.blocks.\1.self_attn."),
+    (r"transformer\.blocks\.", "encoder.layers."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"class_token", "embeddings.class_embedding"),
+    (r"patch_embed\.", "embeddings.patch_embedding."),
+    (r"token_embedding\.", "embeddings.token_embedding."),
+    (r"position_embedding", "embeddings.position_embedding.weight"),
+)
 PROJECTIONS = {
-    "clip": {"vision_model.projection.": "visual_projection.", "text_model.projection.": "text_projection."},
-    "siglip": {"text_model.projection.": "text_model.head."},
+    "clip": (
+        (r"^vision_model\.projection\.", "visual_projection."),
+        (r"^text_model\.projection\.", "text_projection."),
+    ),
+    "siglip": ((r"^text_model\.projection\.", "text_model.head."),),
 }
 PREFIXES = {"image": "vision_model.", "text": "text_model."}
 SCALARS = ("logit_scale", "logit_bias")
 HEAD = "vision_model.head."
-HEAD_QUERY = re.compile(r"(.*head\.attention\.)q_proj\.(weight|bias)$")
 
 
 def key_table(names: Iterable[str], family: str) -> list[Entry]:
-    """Return what each of our names is called in a model of 'siglip' or 'clip'.
-
-    The pooling head is torch's MultiheadAttention, which stacks queries, keys and values.
-    """
-    table, names = {**NAMES, **PROJECTIONS[family]}, list(names)
-    entries = []
-    for name in names:
-        theirs = name
-        for old, new in table.items():
-            theirs = theirs.replace(old, new)
-        query = HEAD_QUERY.match(theirs)
-        if query:
-            stacked = tuple(name.replace("q_proj", f"{part}_proj") for part in "qkv")
-            entries.append(Entry(f"{query[1]}in_proj_{query[2]}", stacked))
-        elif not re.search(r"head\.attention\.[kv]_proj", name):
-            unit_axes = int(name in SCALARS and family == "siglip")
-            entries.append(Entry(theirs, (name,), unit_axes=unit_axes))
-    return entries
+    """Return what each of our names is called in a model of 'siglip' or 'clip'."""
+    unit_axes = dict.fromkeys(SCALARS, 1) if family == "siglip" else {}
+    return renamed_table(names, (*RENAMES, *PROJECTIONS[family]), unit_axes=unit_axes)
 
 
 def plain(file: Mapping[str, torch.Tensor], part: str, patch_size: int) -> dict[str, torch.Tensor]:
@@ -105,35 +89,54 @@ def without_head(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def as_siglip(
     weights: Mapping[str, torch.Tensor], image: ImageTowerConfig | None, text: TextTowerConfig | None
-) -> dict[str, torch.Tensor]:
-    """Return weights by our names, for towers that all have a patch bias, an attention head and a text projection."""
-    adapted = dict(weights)
-    if image is not None:
-        adapted.setdefault("image_tower.patch_embed.bias", torch.zeros(image.width))
-        if image.pool == "average":
-            adapted |= {f"image_tower.head.{name}": tensor for name, tensor in _mean_head(image).items()}
-    if text is not None:
-        if not text.projection:
-            adapted["text_tower.projection.weight"] = torch.eye(text.width)
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return weights by our names, for towers that all have a patch bias, an attention head and a text projection.
+
+    The notes say in plain sentences what of the model that puts in other terms.
+    """
+    adapted, notes = dict(weights), _position_notes(image)
+    if image is not None and image.pool == "average":
+        adapted |= {f"image_tower.head.{name}": tensor for name, tensor in _mean_head(image).items()}
+        notes.append("the mean over patches is written as an attention head that attends to all alike")
+    if image is not None and not image.patch_bias:
+        adapted["image_tower.patch_embed.bias"] = torch.zeros(image.width)
+        notes.append("the patch embedding, which has no bias, gets one of zero")
+    if text is not None and not text.projection:
+        adapted["text_tower.projection.weight"] = torch.eye(text.width)
+        adapted["text_tower.projection.bias"] = torch.zeros(text.width)
+        notes.append("the text tower, which has no projection, gets the identity")
+    elif text is not None and not text.projection_bias:
         rows = adapted["text_tower.projection.weight"].shape[0]
-        adapted.setdefault("text_tower.projection.bias", torch.zeros(rows))
-    return adapted
+        adapted["text_tower.projection.bias"] = torch.zeros(rows)
+        notes.append("the text projection, which has no bias, gets one of zero")
+    if image is not None and text is not None and "logit_bias" not in adapted:
+        adapted["logit_bias"] = torch.zeros(())
+        notes.append("the logits, which have no bias, get one of zero")
+    return adapted, notes
 
 
 def as_clip(
     weights: Mapping[str, torch.Tensor], image: ImageTowerConfig | None, text: TextTowerConfig | None
-) -> dict[str, torch.Tensor]:
-    """Return weights by our names, for towers without patch bias, and both projected if both are here."""
-    adapted, both = dict(weights), image is not None and text is not None
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return weights by our names, for towers without patch bias, and both projected if both are here; and notes."""
+    adapted, notes, both = dict(weights), _position_notes(image), image is not None and text is not None
+    adapted.pop("logit_bias", None)  # zero, or it would not fit
     bias = adapted.pop("image_tower.patch_embed.bias", None)
     if bias is not None:  # every patch gets it, and every patch gets a position
         positions = adapted["image_tower.position_embedding"].clone()
         positions[1:] += bias
         adapted["image_tower.position_embedding"] = positions
-    for tower, config in (("image_tower", image), ("text_tower", text)):
+        notes.append("the bias of the patch embedding is added to the positions")
+    for tower, config in (("image", image), ("text", text)):
         if both and not config.projection:
-            adapted[f"{tower}.projection.weight"] = torch.eye(config.width)
-    return adapted
+            adapted[f"{tower}_tower.projection.weight"] = torch.eye(config.width)
+            notes.append(f"the {tower} tower, which has no projection, gets the identity")
+    return adapted, notes
+
+
+def _position_notes(image: ImageTowerConfig | None) -> list[str]:
+    fixed = image is not None and image.position == "sincos"
+    return ["the fixed sin-cos positions are written as learned ones"] if fixed else []
 
 
 def _mean_head(image: ImageTowerConfig) -> dict[str, torch.Tensor]:
