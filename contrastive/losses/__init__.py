@@ -1,9 +1,13 @@
-"""Contrastive losses over a global batch of image and text features."""
+"""Contrastive losses over a global batch of image and text features, by name."""
 
-from contrastive.losses.base import LOSSES, LossConfig
+from typing import Protocol
+
+from torch import nn
+
 from contrastive.losses.checks import NonFiniteFeatures
 from contrastive.losses.sigmoid import SigmoidLoss, SigmoidLossConfig
 from contrastive.losses.softmax import SoftmaxLoss, SoftmaxLossConfig
+from contrastive.registry import Registry
 
 __all__ = [
     "LOSSES",
@@ -14,3 +18,26 @@ __all__ = [
     "SoftmaxLoss",
     "SoftmaxLossConfig",
 ]
+
+
+class LossConfig(Protocol):
+    """The options of a loss: a frozen dataclass registered in LOSSES, with these members."""
+
+    duplicates: str
+    """`auto` lets the run decide by its data: `positive` where captions are class prompts."""
+    max_logit_scale: float | None
+    """The run clamps the factor on the similarities to at most this after each step; None: no clamp."""
+
+    def initial_logits(self, global_batch_size: int) -> tuple[float, float | None]:
+        """Return the initial factor on the similarities and the initial logit bias (None: no bias)."""
+
+    def chance_loss(self, global_batch_size: int) -> float:
+        """Return the loss of features that tell nothing apart: where a run that does not learn sits."""
+
+    def build(self) -> nn.Module:
+        """Return the loss, called as loss(image, text, logit_scale, logit_bias, caption_ids=...)."""
+
+
+LOSSES: Registry[type[LossConfig]] = Registry("loss")
+LOSSES.register("sigmoid")(SigmoidLossConfig)
+LOSSES.register("softmax")(SoftmaxLossConfig)

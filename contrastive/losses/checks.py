@@ -1,11 +1,12 @@
 """Input of a loss looked at before any collective, so that what is wrong is said by all ranks and none hangs."""
 
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 
 from contrastive.distributed.collectives import gather_integers, rank, world_size
-from contrastive.losses.base import Duplicates
+
+Duplicates = Literal["negative", "ignore", "positive"]
 
 _NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
 _FINE, _REFUSED, _NOT_FINITE = range(3)  # and on: which of _NAMES it is

@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from contrastive.distributed.collectives import all_gather_even, all_reduce_max, all_reduce_sum, world_size
-from contrastive.losses.base import LOSSES, Duplicates
-from contrastive.losses.checks import checked_duplicates
-from contrastive.losses.sweep import Gradient, Labels, row_products, sweep, tiles_for
-from contrastive.losses.tiles import LN_2, LOG2_E
+from contrastive.losses.all_pairs import LN_2, LOG2_E, AllPairs, Tile, row_products, uncompiled
+from contrastive.losses.checks import Duplicates, checked_duplicates
 
 
 class SoftmaxLoss(nn.Module):
@@ -56,64 +54,60 @@ class SoftmaxLoss(nn.Module):
         """
         if logit_bias is not None:
             raise ValueError("SoftmaxLoss takes no logit_bias: it cancels, and would never get a gradient")
-        from contrastive.losses.function import swept_loss
-
-        pairs = image_features, text_features, logit_scale, logit_bias
-        return swept_loss(_two_sweeps, *pairs, caption_ids, self.duplicates)
+        inputs = image_features, text_features, logit_scale, logit_bias, caption_ids, self.duplicates
+        return uncompiled(_softmax_loss)(*inputs)
 
 
-def _two_sweeps(image, text, scale, bias: None, *, labels: Labels, wants: tuple[bool, bool]):
-    """Return (Σ over this rank's pairs of the mean of both cross entropies, its Gradient): four matrix products.
+def _softmax_loss(*inputs) -> torch.Tensor:
+    pairs = AllPairs(*inputs)
+    with torch.autocast(pairs.image.device.type, enabled=False):
+        return pairs.differentiable(_sum(pairs))
+
+
+@torch.no_grad()
+def _sum(pairs: AllPairs) -> torch.Tensor:
+    """Return Σ over this rank's pairs of the mean of both cross entropies: four matrix products a tile.
 
     The first sweep finds the log-sum-exps of rows and columns, the second, if any gradient is wanted, the gradient
     of both cross entropies together.
-
-    Args:
-        image, text: (B/W, E), both bfloat16, float32 or float64. scale: 0-dim, float32 at least.
     """
-    tiles = tiles_for(image)
-    row_lse, column_lse, matched = _log_sum_exps(image, text, scale, labels, tiles)
-    if labels.duplicates == "positive":
-        weight = labels.target_weight()
-        loss = ((row_lse + column_lse[labels.own]) / 2 - matched * weight).sum() * LN_2
+    row_lse, column_lse, matched = _log_sum_exps(pairs)
+    if pairs.duplicates == "positive":
+        weight = _target_weight(pairs)
+        loss_sum = ((row_lse + column_lse[pairs.own]) / 2 - matched * weight).sum() * LN_2
         matched = weight
     else:
         # The log-sum-exps lack the own logit, by which all is known of the loss and its gradient without
         # subtracting numbers near 1: −log p = softplus(others − own), p − 1 = −σ(others − own).
-        own_logits = row_products(image, text) * (scale.double() * LOG2_E)
-        margins = torch.stack([row_lse - own_logits, column_lse[labels.own] - own_logits]) * LN_2
-        loss = F.softplus(margins, threshold=700).sum() / 2  # by default it is cut at 20
+        own_logits = row_products(pairs.image, pairs.text) * (pairs.scale.double() * LOG2_E)
+        margins = torch.stack([row_lse - own_logits, column_lse[pairs.own] - own_logits]) * LN_2
+        loss_sum = F.softplus(margins, threshold=700).sum() / 2  # by default it is cut at 20
         row_lse = torch.logaddexp2(row_lse, own_logits)
         column_lse = torch.logaddexp2(column_lse, all_gather_even(own_logits))
         matched = -margins.sigmoid().mean(dim=0)
-    if not any(wants):
-        return loss, Gradient()
-    row_lse, column_lse, matched = (vector.to(scale.dtype) for vector in (row_lse, column_lse, matched))
-
-    def visit(t):
-        return tiles.softmax_gradient(t.x, t.y, scale, row_lse[t.rows], column_lse[t.columns], matched[t.rows], t.pairs)
-
-    return loss, sweep(image, text, labels, tiles, visit, wants)
+    if any(pairs.wants):
+        row_lse, column_lse, matched = (vector.to(pairs.scale.dtype) for vector in (row_lse, column_lse, matched))
+        for tile in pairs.tiles(gradients=True):
+            lse = row_lse[tile.rows], column_lse[tile.columns]
+            tile.add_gradient(gradient_tile(tile, pairs.scale, *lse, matched[tile.rows]))
+    return loss_sum
 
 
-def _log_sum_exps(image, text, scale, labels: Labels, tiles):
+def _log_sum_exps(pairs: AllPairs):
     """Return log-sum-exps of own rows (B/W,) and all columns (B,), and sums of matched logits (B/W,), base 2.
 
-    All are float64. What they are of is said in `TorchTiles.softmax_statistics`.
+    All are float64. What they are of is said in `statistics_tile`.
     """
-    nothing = {"dtype": torch.float64, "device": image.device}
-    row_lse = torch.full((len(image),), -torch.inf, **nothing)
-    column_lse = torch.full((world_size() * len(text),), -torch.inf, **nothing)
-    matched = torch.zeros(len(image), **nothing)
-
-    def visit(t):
-        of_rows, of_columns, tile_matched = tiles.softmax_statistics(t.x, t.y, scale, t.pairs)
-        row_lse[t.rows] = torch.logaddexp2(row_lse[t.rows], of_rows)
-        column_lse[t.columns] = torch.logaddexp2(column_lse[t.columns], of_columns)
+    nothing = {"dtype": torch.float64, "device": pairs.image.device}
+    row_lse = torch.full((len(pairs.image),), -torch.inf, **nothing)
+    column_lse = torch.full((world_size() * len(pairs.text),), -torch.inf, **nothing)
+    matched = torch.zeros(len(pairs.image), **nothing)
+    for tile in pairs.tiles():
+        of_rows, of_columns, tile_matched = statistics_tile(tile, pairs.scale)
+        row_lse[tile.rows] = torch.logaddexp2(row_lse[tile.rows], of_rows)
+        column_lse[tile.columns] = torch.logaddexp2(column_lse[tile.columns], of_columns)
         if tile_matched is not None:
-            matched[t.rows] += tile_matched
-
-    sweep(image, text, labels, tiles, visit)
+            matched[tile.rows] += tile_matched
     if world_size() > 1:  # each rank has seen its own rows only
         largest = all_reduce_max(column_lse)
         largest = largest.masked_fill(largest == -torch.inf, 0)
@@ -121,7 +115,68 @@ def _log_sum_exps(image, text, scale, labels: Labels, tiles):
     return row_lse, column_lse, matched
 
 
-@LOSSES.register("softmax")
+def _target_weight(pairs: AllPairs) -> torch.Tensor:
+    """Return one over the number of captions equal to each of this rank's, float64 (B/W,)."""
+    ids = pairs.column_ids.sort().values
+    count = torch.searchsorted(ids, pairs.row_ids, right=True) - torch.searchsorted(ids, pairs.row_ids)
+    return 1 / count.double()
+
+
+def statistics_tile(tile: Tile, scale: torch.Tensor):
+    """Return the log-sum-exps of the rows (r,) and columns (c,) of a tile, and Σ of matched logits (r,) or None.
+
+    All are float64, for they gather over many tiles, and of the logits to the base 2, scale · log₂e · x·yᵀ.
+    With duplicates `positive` the matched logits are those of a row's positives. Otherwise there are none, and
+    the log-sum-exps leave out each row's own pair: what a softmax near 1 lacks of 1 is known exactly only from
+    the others.
+    """
+    if tile.kernels is not None:
+        return tile.kernels.statistics_tile(tile, scale)
+    z, work = tile.matrices(2)
+    _base_two_logits(tile, scale, z)
+    matched = None
+    if tile.duplicates == "positive":
+        matched = torch.mul(tile.same(), z, out=work).sum(1).double()
+    else:
+        tile.own(z).fill_(-torch.inf)
+    return _log2_sum_exp2(z, work, dim=1), _log2_sum_exp2(z, work, dim=0), matched
+
+
+def gradient_tile(tile: Tile, scale, row_lse, column_lse, matched) -> torch.Tensor:
+    """Return ½ (P_rows + P_columns) − target of a tile: B times the gradient of the loss by scale · x·yᵀ.
+
+    Args:
+        row_lse, column_lse: (r,), (c,) to the base 2, of all logits of the whole batch.
+        matched: (r,). With duplicates `positive`, the target of each of a row's positives. Otherwise the
+            gradient of its own logit, to be put where it belongs instead of being computed here.
+    """
+    if tile.kernels is not None:
+        return tile.kernels.gradient_tile(tile, scale, row_lse, column_lse, matched)
+    z, work = tile.matrices(2)
+    _base_two_logits(tile, scale, z)
+    # The half goes into the exponent: 2^(z − 1) = ½ 2^z.
+    torch.sub(z, (row_lse + 1)[:, None], out=work).exp2_()
+    z.sub_(column_lse + 1).exp2_().add_(work)
+    if tile.duplicates == "positive":
+        z -= torch.mul(tile.same(), matched[:, None], out=work)
+    else:
+        tile.own(z).copy_(tile.own_rows(matched))
+    return z
+
+
+def _base_two_logits(tile: Tile, scale: torch.Tensor, out: torch.Tensor) -> None:
+    torch.mm(tile.x * (scale * LOG2_E), tile.y.T, out=out)
+    if tile.duplicates == "ignore":
+        out.masked_fill_(tile.left_out(), -torch.inf)
+
+
+def _log2_sum_exp2(z: torch.Tensor, work: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return log₂ Σ 2^z along `dim`, float64; work, of the shape of z, is overwritten."""
+    largest = z.amax(dim, keepdim=True)
+    largest.masked_fill_(largest == -torch.inf, 0)  # all left out: −inf − −inf would be NaN
+    return torch.sub(z, largest, out=work).exp2_().sum(dim).double().log2_() + largest.squeeze(dim)
+
+
 @dataclass(frozen=True)
 class SoftmaxLossConfig:
     """CLIP's softmax loss."""

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from contrastive.losses import SigmoidLoss, SoftmaxLoss, reference, sweep
+from contrastive.losses import SigmoidLoss, SoftmaxLoss, all_pairs, reference
 
 NAMES = ["sigmoid", "softmax"]
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(sweep, "CPU_TILE", 5)  # so that small batches have whole, cut and off-diagonal tiles
+    monkeypatch.setattr(all_pairs, "CPU_TILE", 5)  # so that small batches have whole, cut and off-diagonal tiles
 
 
 def leaves(name, batch=13, dim=6, dtype=torch.float64):

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contrastive.losses import LOSSES, SigmoidLoss, SigmoidLossConfig, SoftmaxLoss, SoftmaxLossConfig, reference, sweep
+from contrastive.losses import (
+    LOSSES,
+    SigmoidLoss,
+    SigmoidLossConfig,
+    SoftmaxLoss,
+    SoftmaxLossConfig,
+    all_pairs,
+    reference,
+)
 
 
 def features(batch, dim, seed, num_captions):
@@ -58,7 +66,7 @@ def compare(name, duplicates, image, text, ids, scale, bias):
 def test_losses_equal_the_oracle(batch, dim, seed, num_captions, scale, bias, name, duplicates, tile):
     image, text, ids = features(batch, dim, seed, num_captions)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "CPU_TILE", tile)
+        patch.setattr(all_pairs, "CPU_TILE", tile)
         expected, ours = compare(name, duplicates, image, text, ids, scale, bias)
     for a, b in zip(expected, ours, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from contrastive.distributed import collectives
 from contrastive.distributed.collectives import all_gather_rows
-from contrastive.losses import LOSSES, SigmoidLoss, sweep
+from contrastive.losses import LOSSES, SigmoidLoss, all_pairs
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 
 BATCH = 24
@@ -61,10 +61,10 @@ def join(rank, world_size, folder):
 def run_rank(rank, world_size, folder):
     torch.set_num_threads(1)
     join(rank, world_size, folder)
-    sweep.CPU_TILE = 5  # tiles that end inside a rank's rows, and inside a gathered block
+    all_pairs.CPU_TILE = 5  # tiles that end inside a rank's rows, and inside a gathered block
     results = {}
     for exchange, kind in EXCHANGES.items():
-        sweep.every_block = kind
+        all_pairs.every_block = kind
         for case in CASES:
             results[exchange, *case] = loss_and_gradients(*case, rank, world_size)
     uneven = all_gather_rows(torch.full((rank + 1, 2), float(rank)))

@@ -1,16 +1,20 @@
-"""TritonTiles against TorchTiles in float64. test_triton_tiles.py runs this file in processes of its own.
+"""TritonTiles against the same tiles in plain torch and float64.
 
-Triton decides when a kernel is defined whether it is interpreted or compiled, by TRITON_INTERPRET.
+test_triton_tiles.py runs this file in processes of its own. Triton decides when a kernel is
+defined whether it is interpreted or compiled, by TRITON_INTERPRET.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
 
 from contrastive.losses import triton_kernels
-from contrastive.losses.tiles import TilePairs, TorchTiles
+from contrastive.losses.all_pairs import Buffers, Tile
+from contrastive.losses.sigmoid import sigmoid_tile
+from contrastive.losses.softmax import gradient_tile, statistics_tile
 from contrastive.losses.triton_tiles import TritonTiles
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -42,7 +46,7 @@ def one_configuration(monkeypatch):
         monkeypatch.setattr(kernel, "configs", kernel.configs[-1:])
 
 
-def tile(rows, columns, dim, dtype=torch.float32):
+def features(rows, columns, dim, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     return [
         torch.nn.functional.normalize(torch.randn(n, dim, generator=generator), dim=1).to(DEVICE, dtype)
@@ -50,27 +54,28 @@ def tile(rows, columns, dim, dtype=torch.float32):
     ]
 
 
-def pairs_of(rows, columns, diagonal, duplicates):
+def tile_of(rows, columns, dim, diagonal, duplicates, dtype=torch.float32):
     # Row i and its column i + diagonal have one caption, as pairs of a data set do.
     row_ids, column_ids = torch.arange(rows, device=DEVICE), torch.arange(columns, device=DEVICE) - diagonal
-    return TilePairs(diagonal, duplicates, row_ids % 7, column_ids % 7)
+    return Tile(*features(rows, columns, dim, dtype), diagonal, duplicates, row_ids % 7, column_ids % 7)
 
 
 def scalar(value):
     return torch.tensor(value, device=DEVICE)
 
 
-def doubled(arguments):
-    return [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+def oracle(function, tile, *arguments):
+    """Return what plain torch answers in float64."""
+    x, y = tile.x.double(), tile.y.double()
+    arguments = [a.double() if torch.is_tensor(a) else a for a in arguments]
+    return function(replace(tile, x=x, y=y, buffers=Buffers(x, len(x), len(y))), *arguments)
 
 
-def both(method, x, y, *arguments, **keywords):
-    """Return what TritonTiles and TorchTiles in float64 answer, each on buffers that hold rubbish before."""
-    ours = TritonTiles(x, len(x) + 3, len(y) + 5)
+def both(function, tile, *arguments):
+    """Return what TritonTiles, on buffers that hold rubbish before, and plain torch in float64 answer."""
+    ours = TritonTiles(tile.x, len(tile.x) + 3, len(tile.y) + 5)
     ours._gradient.fill_(torch.nan)
-    oracle = TorchTiles(x.double(), len(x), len(y))
-    results = getattr(ours, method)(x, y, *arguments, **keywords)
-    return results, getattr(oracle, method)(x.double(), y.double(), *doubled(arguments), **keywords)
+    return function(replace(tile, kernels=ours), *arguments), oracle(function, tile, *arguments)
 
 
 def check_norm(ours, expected, tolerance=1e-6):
@@ -102,10 +107,8 @@ def check_statistics(ours, expected):
 @pytest.mark.parametrize("duplicates", DUPLICATES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sigmoid(shape, duplicates, dtype):
-    *size, diagonal = shape
-    x, y = tile(*size, dtype)
-    pairs = pairs_of(*size[:2], diagonal, duplicates)
-    (loss, total, gradient), expected = both("sigmoid", x, y, scalar(10.0), scalar(-4.0), pairs, gradient=True)
+    tile = tile_of(*shape, duplicates, dtype)
+    (loss, total, gradient), expected = both(sigmoid_tile, tile, scalar(10.0), scalar(-4.0), True)
     assert loss.dtype == total.dtype == torch.float64 and loss.shape == total.shape == ()
     check_norm(loss, expected[0])
     # Positives and negatives cancel in the sum: its error is held against the sum of magnitudes.
@@ -116,9 +119,8 @@ def test_sigmoid(shape, duplicates, dtype):
 @needs_numbers
 @pytest.mark.parametrize("duplicates", DUPLICATES)
 def test_sigmoid_without_gradient(duplicates):
-    x, y = tile(17, 33, 5)
-    pairs = pairs_of(17, 33, 3, duplicates)
-    (loss, *rest), expected = both("sigmoid", x, y, scalar(10.0), scalar(-4.0), pairs, gradient=False)
+    tile = tile_of(17, 33, 5, 3, duplicates)
+    (loss, *rest), expected = both(sigmoid_tile, tile, scalar(10.0), scalar(-4.0), False)
     assert loss.dtype == torch.float64 and rest == [None, None]
     check_norm(loss, expected[0])
 
@@ -128,15 +130,13 @@ def test_sigmoid_without_gradient(duplicates):
 @pytest.mark.parametrize("duplicates", DUPLICATES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_softmax(shape, duplicates, dtype):
-    *size, diagonal = shape
-    x, y = tile(*size, dtype)
-    pairs = pairs_of(*size[:2], diagonal, duplicates)
-    ours, expected = both("softmax_statistics", x, y, scalar(14.0), pairs)
+    tile = tile_of(*shape, duplicates, dtype)
+    ours, expected = both(statistics_tile, tile, scalar(14.0))
     check_statistics(ours, expected)
     # The rest of the batch adds to each sum, so that none is empty.
     lse = [torch.logaddexp2(o, torch.ones_like(o)).float() for o in ours[:2]]
-    matched = torch.linspace(-1, 1, len(x), device=DEVICE)
-    gradient, expected = both("softmax_gradient", x, y, scalar(14.0), *lse, matched, pairs)
+    matched = torch.linspace(-1, 1, len(tile.x), device=DEVICE)
+    gradient, expected = both(gradient_tile, tile, scalar(14.0), *lse, matched)
     check_gradient(gradient, expected, dtype)
 
 
@@ -147,69 +147,70 @@ def test_extreme_logits_keep_their_digits():
     x = torch.linspace(-0.5, 0.7, 40, device=DEVICE)[:, None]
     y = torch.ones(40, 1, device=DEVICE)
     for duplicates in DUPLICATES:
-        pairs = TilePairs(0, duplicates, torch.arange(40, device=DEVICE) // 2, torch.arange(40, device=DEVICE) // 2)
-        ours, expected = both("sigmoid", x, y, scalar(100.0), scalar(-10.0), pairs, gradient=True)
+        tile = Tile(x, y, 0, duplicates, torch.arange(40, device=DEVICE) // 2, torch.arange(40, device=DEVICE) // 2)
+        ours, expected = both(sigmoid_tile, tile, scalar(100.0), scalar(-10.0), True)
         check_norm(ours[0], expected[0])
         torch.testing.assert_close(ours[2].double(), expected[2], rtol=2e-5, atol=0)
-        check_statistics(*both("softmax_statistics", x, y, scalar(100.0), pairs))
+        check_statistics(*both(statistics_tile, tile, scalar(100.0)))
 
 
 @needs_numbers
 @pytest.mark.parametrize("bias", [-20.0, -15.0, -8.0, 0.0, 15.0])
 def test_small_losses_keep_their_digits(bias):
     x, y = torch.zeros(64, 4, device=DEVICE), torch.zeros(64, 4, device=DEVICE)
-    loss = TritonTiles(x, 64, 64).sigmoid(x, y, scalar(10.0), scalar(bias), TilePairs(100), False)[0]
+    loss = TritonTiles(x, 64, 64).sigmoid_tile(Tile(x, y, 100), scalar(10.0), scalar(bias), False)[0]
     expected = 64 * 64 * (max(bias, 0) + math.log1p(math.exp(-abs(bias))))
     assert abs(loss.item() - expected) <= 3e-6 * expected  # rounding a base-2 logit of 29 is worth 1.3e-6 of e^z
 
 
 @needs_numbers
 def test_rows_and_columns_wholly_left_out():
-    x, y = tile(20, 40, 8)
+    x, y = features(20, 40, 8)
     ids = torch.arange(20, device=DEVICE)
-    pairs = TilePairs(100, "ignore", ids, torch.full((40,), 5, device=DEVICE))
-    rows, columns, _ = TritonTiles(x, 20, 40).softmax_statistics(x, y, scalar(10.0), pairs)
+    tile = Tile(x, y, 100, "ignore", ids, torch.full((40,), 5, device=DEVICE))
+    rows, columns, _ = TritonTiles(x, 20, 40).statistics_tile(tile, scalar(10.0))
     assert rows[5] == -torch.inf and torch.equal(rows.isfinite(), ids != 5) and columns.isfinite().all()
     lse = rows.clamp(min=0).float(), columns.float()
-    gradient, expected = both("softmax_gradient", x, y, scalar(10.0), *lse, torch.ones_like(lse[0]), pairs)
+    gradient, expected = both(gradient_tile, tile, scalar(10.0), *lse, torch.ones_like(lse[0]))
     assert not expected[5].any() and not gradient[5].any()
     check_norm(gradient, expected)
-    nobody = TilePairs(100, "ignore", torch.full((20,), 5, device=DEVICE), pairs.column_ids)
-    rows, columns, _ = TritonTiles(x, 20, 40).softmax_statistics(x, y, scalar(10.0), nobody)
+    nobody = replace(tile, row_ids=torch.full((20,), 5, device=DEVICE))
+    rows, columns, _ = TritonTiles(x, 20, 40).statistics_tile(nobody, scalar(10.0))
     assert (rows == -torch.inf).all() and (columns == -torch.inf).all()
-    results = TritonTiles(x, 20, 40).sigmoid(x, y, scalar(10.0), scalar(-4.0), nobody, True)
+    results = TritonTiles(x, 20, 40).sigmoid_tile(nobody, scalar(10.0), scalar(-4.0), True)
     assert all(not r.any() for r in results)
 
 
 @needs_numbers
 def test_features_may_be_slices():
-    wide = [f.repeat(1, 2) for f in tile(40, 50, 24)]
+    wide = [f.repeat(1, 2) for f in features(40, 50, 24)]
     x, y = wide[0][3:, 5:29], wide[1][:, 1:25]
-    results, expected = both("sigmoid", x, y, scalar(10.0), scalar(-4.0), TilePairs(2), gradient=True)
+    results, expected = both(sigmoid_tile, Tile(x, y, 2), scalar(10.0), scalar(-4.0), True)
     check_norm(results[0], expected[0])
     check_norm(results[2], expected[2])
 
 
 @needs_numbers
 def test_calls_share_one_buffer():
-    x, y = tile(40, 50, 24)
-    tiles = TritonTiles(x, 40, 50)
-    arguments = (scalar(10.0), scalar(-4.0), TilePairs(0), True)
+    x, y = features(40, 50, 24)
+    tiles, corner = TritonTiles(x, 40, 50), Tile(x[:9], y[:7], 0)
+    arguments = (scalar(10.0), scalar(-4.0), True)
     vector = torch.zeros(50, device=DEVICE)
-    softmax = tiles.softmax_gradient(x, y, scalar(10.0), vector[:40], vector, vector[:40], TilePairs(0))
-    whole = tiles.sigmoid(x, y, *arguments)[2]
-    part = tiles.sigmoid(x[:9], y[:7], *arguments)[2]
+    softmax = tiles.gradient_tile(Tile(x, y, 0), scalar(10.0), vector[:40], vector, vector[:40])
+    whole = tiles.sigmoid_tile(Tile(x, y, 0), *arguments)[2]
+    part = tiles.sigmoid_tile(corner, *arguments)[2]
     assert whole.data_ptr() == part.data_ptr() == softmax.data_ptr()
-    check_norm(part, TorchTiles(x.double(), 9, 7).sigmoid(x[:9].double(), y[:7].double(), *doubled(arguments))[2])
+    check_norm(part, oracle(sigmoid_tile, corner, *arguments)[2])
 
 
 @needs_numbers
 def test_nan_reaches_the_results():
-    x, y = tile(20, 40, 8)
+    x, y = features(20, 40, 8)
     x[3, 2] = torch.nan
-    loss, total, gradient = TritonTiles(x, 20, 40).sigmoid(x, y, scalar(10.0), scalar(-4.0), TilePairs(0), True)
+    tile = Tile(x, y, 0)
+    loss, total, gradient = TritonTiles(x, 20, 40).sigmoid_tile(tile, scalar(10.0), scalar(-4.0), True)
     assert loss.isnan() and total.isnan() and gradient[3].isnan().all() and not gradient[4].isnan().any()
-    rows, columns, _ = TritonTiles(x, 20, 40).softmax_statistics(x, y, scalar(10.0), TilePairs(0))
+    rows, columns, _ = TritonTiles(x, 20, 40).statistics_tile(tile, scalar(10.0))
     assert rows[3].isnan() and columns.isnan().sum() == 39  # all but its own, which is left out
 
 
@@ -222,11 +223,11 @@ def test_the_interpreter_ran_the_kernels(monkeypatch):
     monkeypatch.setattr(
         interpreter.GridExecutor, "__call__", lambda self, *a, **k: ran.append(self.fn.__name__) or call(self, *a, **k)
     )
-    x, y = tile(20, 40, 8)
-    tiles, pairs = TritonTiles(x, 20, 40), TilePairs(0)
-    tiles.sigmoid(x, y, scalar(10.0), scalar(-4.0), pairs, True)
-    rows, columns, _ = tiles.softmax_statistics(x, y, scalar(10.0), pairs)
-    tiles.softmax_gradient(x, y, scalar(10.0), rows.float(), columns.float(), rows.float(), pairs)
+    x, y = features(20, 40, 8)
+    tiles, tile = TritonTiles(x, 20, 40), Tile(x, y, 0)
+    tiles.sigmoid_tile(tile, scalar(10.0), scalar(-4.0), True)
+    rows, columns, _ = tiles.statistics_tile(tile, scalar(10.0))
+    tiles.gradient_tile(tile, scalar(10.0), rows.float(), columns.float(), rows.float())
     merge = "merge_log_sum_exp_kernel"
     assert ran == ["sigmoid_kernel", "softmax_statistics_kernel", merge, merge, "softmax_gradient_kernel"]
 
@@ -283,14 +284,14 @@ def test_every_configuration(number, dtype, monkeypatch):
 
 @needs_gpu
 def test_calls_can_be_captured_in_a_graph():
-    x, y = tile(300, 700, 96, torch.bfloat16)
-    tiles, arguments = TritonTiles(x, 300, 700), (scalar(10.0), scalar(-4.0), TilePairs(0), True)
-    tiles.sigmoid(x, y, *arguments)
+    x, y = features(300, 700, 96, torch.bfloat16)
+    tiles, tile, arguments = TritonTiles(x, 300, 700), Tile(x, y, 0), (scalar(10.0), scalar(-4.0), True)
+    tiles.sigmoid_tile(tile, *arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss, _, gradient = tiles.sigmoid(x, y, *arguments)
+        loss, _, gradient = tiles.sigmoid_tile(tile, *arguments)
     x.neg_()
     graph.replay()
-    expected = TorchTiles(x.double(), 300, 700).sigmoid(x.double(), y.double(), *doubled(arguments))
+    expected = oracle(sigmoid_tile, tile, *arguments)
     check_norm(loss, expected[0])
     check_gradient(gradient, expected[2], torch.bfloat16)
