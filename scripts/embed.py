@@ -16,8 +16,8 @@ from contrastive.command_line import Parser, at_least
 from contrastive.data.sources import open_source
 from contrastive.distributed.runtime import joined_ranks, prepare_process
 from contrastive.errors import UserError
-from contrastive.evaluate.embedding_cache import check_texts, fill_store, has_captions
 from contrastive.evaluate.embedding_store import SAMPLES_PER_SHARD, StoreOptions, claim_store
+from contrastive.evaluate.evaluated_model import check_texts, fill_store, has_captions
 from contrastive.log import is_main_process, run_script, say, warn
 
 SHOWN_KEYS = 3

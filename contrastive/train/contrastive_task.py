@@ -237,7 +237,7 @@ class ContrastiveTask(TrainingTask):
         ]
 
     def report(self, device: torch.device) -> dict:
-        from contrastive.evaluate.examples import collect_examples
+        from contrastive.evaluate.report import collect_examples
 
         shown = self.held_out[-1] if self.held_out else self.source
         return collect_examples(self.model, shown, self.preprocess, self.tokenizer, device)

@@ -12,8 +12,8 @@ from small_model import save_small_model, script_caller
 
 import contrastive
 from contrastive.data.sources import open_source
-from contrastive.evaluate.embedding_cache import has_captions, load_embeddings
 from contrastive.evaluate.embeddings import embed_images
+from contrastive.evaluate.evaluated_model import has_captions, load_embeddings
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from small_model import save_small_model
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.evaluate import embedding_cache
-from contrastive.evaluate.embedding_cache import fill_store, load_embeddings
+from contrastive.evaluate import evaluated_model
 from contrastive.evaluate.embedding_store import StoreOptions, claim_store, model_key, store_config
 from contrastive.evaluate.embeddings import embed_images, embed_texts
+from contrastive.evaluate.evaluated_model import fill_store, load_embeddings
 
 NAMES = list(COLOURS)
 BOTH = ("images", "texts")
@@ -198,7 +198,7 @@ def test_other_preprocessing_is_refused(tmp_path, bundle):
 
 def test_goes_on_after_a_kill_with_the_shards_that_are_there(tmp_path, bundle, embedded, monkeypatch):
     written = []
-    whole = embedding_cache.write_shard
+    whole = evaluated_model.write_shard
 
     def killed(path, *args, **options):
         if len(written) == 2:
@@ -209,7 +209,7 @@ def test_goes_on_after_a_kill_with_the_shards_that_are_there(tmp_path, bundle, e
         written.append(path.name)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(embedding_cache, "write_shard", killed)
+        patch.setattr(evaluated_model, "write_shard", killed)
         fill(tmp_path, bundle, source_of(20))
     assert written == ["images-00000.parquet", "images-00001.parquet"]
     with pytest.raises(UserError, match="images are unfinished; run scripts/embed.py"):
@@ -313,7 +313,7 @@ def _fill_on_rank(rank, world_size, port, folder, out):
     store = claim_store(Path(out), bundle, source, StoreOptions(samples_per_shard=4))
     fill_store(store, bundle, source, BOTH, device="cpu", batch_size=3)
     if rank == 1:  # a fault of one rank is known to all: none waits for ever
-        embedding_cache.write_shard = _refuse
+        evaluated_model.write_shard = _refuse
     again = claim_store(Path(out + "-again"), bundle, source, StoreOptions(samples_per_shard=4))
     try:
         fill_store(again, bundle, source, BOTH, device="cpu")

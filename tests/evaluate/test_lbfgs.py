@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from contrastive.evaluate.lbfgs import HISTORY, MAX_TRIALS, Descent
+from contrastive.evaluate.logistic import HISTORY, MAX_TRIALS, Descent
 
 
 def minimise(function, start, *, curvature=None, tolerance=1e-9, max_iterations=1000):

@@ -8,8 +8,7 @@ import pytest
 import torch
 from colour_model import COLOURS, ColourSource, bundle
 
-from contrastive.evaluate.examples import collect_examples
-from contrastive.evaluate.report import write_report
+from contrastive.evaluate.report import collect_examples, write_report
 from contrastive.evaluate.report_charts import line_chart, short
 
 EVIL = "</style><script>alert(\"x\")</script> & 'quoted'"

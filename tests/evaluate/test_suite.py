@@ -14,9 +14,8 @@ from contrastive.errors import UserError
 from contrastive.evaluate import evaluated_model as evaluated_module
 from contrastive.evaluate.classification import zero_shot
 from contrastive.evaluate.comparison import ModelEntry
-from contrastive.evaluate.embedding_cache import fill_store
 from contrastive.evaluate.embedding_store import StoreOptions, claim_store
-from contrastive.evaluate.evaluated_model import EvaluatedModel
+from contrastive.evaluate.evaluated_model import EvaluatedModel, fill_store
 from contrastive.evaluate.retrieval import retrieval
 from contrastive.evaluate.suite import Suite, read_suite, run_suite, task_from
 from contrastive.interop.bundle import Bundle
