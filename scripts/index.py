@@ -22,9 +22,9 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from contrastive.config import parse
-from contrastive.data.shards.indexing import index_shards
-from contrastive.data.shards.shard_manifest import Entry, is_index, known_shards, read_index, total
-from contrastive.data.shards.verify_index import verify_shards
+from contrastive.data.shards.indexing import index_shards, verify_shards
+from contrastive.data.shards.shard_index import IndexedShard
+from contrastive.data.shards.shard_manifest import find_shards, is_index, read_index, total
 from contrastive.data.sources.paths import expand_paths, expand_urls, is_remote
 from contrastive.errors import UserError
 from contrastive.log import run_script
@@ -66,17 +66,17 @@ def shards_of(spec: str) -> list[str]:
     return locations
 
 
-def indexed(spec: str) -> list[Entry]:
+def indexed(spec: str) -> list[IndexedShard]:
     """Return what the index says of the shards that `spec` names, as they may no longer be."""
     if is_index(spec):
         return read_index(spec)
-    entries = known_shards(shards_of(spec))
+    entries = find_shards(shards_of(spec))
     if None in entries:
         raise UserError(f"{spec}: {entries.count(None)} shards have no index; run scripts/index.py without --verify")
     return entries
 
 
-def describe(entries: Sequence[Entry]) -> str:
+def describe(entries: Sequence[IndexedShard]) -> str:
     refused = sum((Counter(entry.summary.refused) for entry in entries), Counter())
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(refused.items()))
     folders = sorted({os.path.dirname(entry.index_path) for entry in entries})

@@ -14,8 +14,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from contrastive.config import parse
-from contrastive.data.shards.shard_sample import PackOptions
-from contrastive.data.shards.shard_writing import SAMPLES_PER_SHARD, write_shards
+from contrastive.data.shards.shard_writing import SAMPLES_PER_SHARD, PackOptions, write_shards
 from contrastive.data.sources import open_source
 from contrastive.log import run_script
 

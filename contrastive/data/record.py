@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from contrastive.data.shards.shard_cache import Wanted
+    from contrastive.data.shards.remote import Wanted
 
 
 class BadSample(Exception):
@@ -130,7 +130,7 @@ class Source:
 
         A later call replaces what has not begun. Local shards are left to the operating system.
         """
-        from contrastive.data.shards.shard_cache import prefetch
+        from contrastive.data.shards.remote import prefetch
 
         prefetch(self.wanted(shards))
 

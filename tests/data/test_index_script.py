@@ -13,7 +13,7 @@ import pytest
 from shard_writing import pairs, write_tar
 from web_server import WebServer
 
-from contrastive.data.shards.shard_cache import copy_path
+from contrastive.data.shards.remote import copy_path
 from contrastive.data.shards.shard_manifest import INDEX_FOLDER, read_index
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError

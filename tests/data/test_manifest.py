@@ -11,8 +11,8 @@ from shard_writing import pairs, write_tar
 
 from contrastive.data.shards import indexing, shard_index
 from contrastive.data.shards.indexing import index_shards
+from contrastive.data.shards.shard_index import load_index
 from contrastive.data.shards.shard_manifest import INDEX_FOLDER, IndexFolder, read_index
-from contrastive.data.shards.stored_index import load_index
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 
@@ -85,7 +85,7 @@ def test_an_interrupted_build_goes_on(shards, walked, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(indexing, "index_shard", stopped)
-        patched.setattr(indexing._Plan, "_write", lambda plan: None)  # as a kill would
+        patched.setattr(indexing, "_write", lambda built: None)  # as a kill would
         with pytest.raises(KeyboardInterrupt):
             open_source(f"{shards}/*.tar")
     assert not (shards / INDEX_FOLDER / "manifest.json").exists()

@@ -12,7 +12,7 @@ from contrastive.data.order import DrawnOrder, Order, check_cursor
 from contrastive.data.order_choice import MixtureOrder, order_for
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sharded_order import ShardedOrder
-from contrastive.data.shards import shard_cache
+from contrastive.data.shards import remote
 from contrastive.data.sources import open_source
 from contrastive.data.sources.mixture import Mixture, split_mixture
 from contrastive.errors import UserError
@@ -215,7 +215,7 @@ def test_source_lays_parts_end_to_end_and_names_them_in_keys():
 
 def test_prefetch_asks_once_for_the_remote_shards_of_all_parts(monkeypatch):
     asked = []
-    monkeypatch.setattr(shard_cache, "prefetch", asked.append)
+    monkeypatch.setattr(remote, "prefetch", asked.append)
     parts = [Memory(name, 9, remote=name != "near") for name in ("far", "near", "also far")]
     for part in parts[::2]:
         part.wanted = lambda numbers, name=part.name: [(name, number) for number in numbers]

@@ -13,10 +13,10 @@ from shard_writing import pairs, write_tar
 from torch.utils.data import DataLoader
 from web_server import WebServer
 
-from contrastive.data.shards import remote, shard_cache
+from contrastive.data.shards import remote
 from contrastive.data.shards.indexing import index_shards
-from contrastive.data.shards.shard_cache import copy_path, open_copy
-from contrastive.data.shards.shard_reader import _open_remote
+from contrastive.data.shards.remote import copy_path, open_copy
+from contrastive.data.shards.shard_source import _open_remote
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 
@@ -97,7 +97,7 @@ def test_a_copy_evicted_while_it_is_opened_is_fetched_anew(web, monkeypatch):
             gone.append(os.unlink(copy_path(url)))
         return flock(descriptor, operation)
 
-    monkeypatch.setattr(shard_cache.fcntl, "flock", evicted)
+    monkeypatch.setattr(remote.fcntl, "flock", evicted)
     fetch(url)
     assert web.requests["big0"] == 2 and os.path.exists(copy_path(url))
 
@@ -167,7 +167,7 @@ def fetch(url, size=None):
 
 def test_the_least_recently_used_is_evicted(web, monkeypatch):
     monkeypatch.setenv("CONTRASTIVE_CACHE_GB", "0.035")
-    monkeypatch.setattr(shard_cache, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "FRESH_SECONDS", 0.0)
     urls = big_files(web, 5)
     for url in urls[:3]:
         fetch(url)
@@ -180,14 +180,14 @@ def test_the_least_recently_used_is_evicted(web, monkeypatch):
 
 def test_what_is_open_or_fresh_is_not_evicted(web, monkeypatch, capsys):
     monkeypatch.setenv("CONTRASTIVE_CACHE_GB", "0.025")
-    monkeypatch.setattr(shard_cache, "_warned", False)
+    monkeypatch.setattr(remote, "_warned", False)
     urls = big_files(web, 5)
     fetch(urls[0])
     fetch(urls[1])
     fetch(urls[2])
     assert cached(web)[-3:] == ["big0", "big1", "big2"]  # all fresh: rather too full than without what is needed
     assert "more than the 0.025 GB of CONTRASTIVE_CACHE_GB" in capsys.readouterr().err
-    monkeypatch.setattr(shard_cache, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "FRESH_SECONDS", 0.0)
     held = open_copy(urls[1])
     os.utime(copy_path(urls[1]), (1, 1))  # the least recently used of all
     fetch(urls[3])
@@ -199,7 +199,7 @@ def test_what_is_open_or_fresh_is_not_evicted(web, monkeypatch, capsys):
 
 def test_downloads_under_way_count_and_dead_ones_go(web, monkeypatch):
     monkeypatch.setenv("CONTRASTIVE_CACHE_GB", "0.025")
-    monkeypatch.setattr(shard_cache, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "FRESH_SECONDS", 0.0)
     urls = big_files(web, 2)
     fetch(urls[0])
     dead = Path(copy_path(f"{web.url}/dead") + ".part")
@@ -210,7 +210,7 @@ def test_downloads_under_way_count_and_dead_ones_go(web, monkeypatch):
     dead.write_bytes(bytes(SIZE))
     os.utime(dead, (1, 1))
     with FileLock(str(dead.with_suffix(".lock"))):  # now it is alive
-        assert not shard_cache._evict(str(dead))
+        assert not remote._evict(str(dead))
     assert dead.exists() and [name for name in cached(web) if "big" in name] == ["big0", "big1"]
 
 
@@ -225,7 +225,7 @@ def test_a_shard_larger_than_the_cache_is_refused(web, monkeypatch):
 def test_a_limit_that_is_none(text, monkeypatch):
     monkeypatch.setenv("CONTRASTIVE_CACHE_GB", text)
     with pytest.raises(UserError, match=f"CONTRASTIVE_CACHE_GB is '{text}'"):
-        shard_cache.cache_limit()
+        remote.cache_limit()
 
 
 def test_a_copy_of_another_size_is_fetched_anew(web):
@@ -239,7 +239,7 @@ def test_a_copy_of_another_size_is_fetched_anew(web):
 def test_a_download_under_way_has_its_room_reserved(web, monkeypatch):
     (url,) = big_files(web, 1)
     web.faults["big0"] = ["slow"]
-    shard_cache.prefetch([(url, SIZE, None)])
+    remote.prefetch([(url, SIZE, None)])
     part = Path(copy_path(url) + ".part")
     wait_until(lambda: part.exists() and part.stat().st_size == SIZE)
     assert part.stat().st_size == SIZE and web.requests["big0"] == 1

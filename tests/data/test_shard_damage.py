@@ -5,7 +5,7 @@ import os
 import pytest
 from shard_writing import damaged, whole_shard, write_tar
 
-from contrastive.data.shards.shard_reader import _open_local
+from contrastive.data.shards.shard_source import _open_local
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 

@@ -6,7 +6,7 @@ import pytest
 from contrastive.data.order_choice import order_for
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sharded_order import ShardedOrder
-from contrastive.data.shards import shard_cache
+from contrastive.data.shards import remote
 from contrastive.data.sources import open_source
 from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.data.sources.mixture import Mixture
@@ -118,7 +118,7 @@ def test_remote_shards_keep_windows_and_prefetching(share, prompts):
 
 def test_a_share_of_a_mixture_of_remote_shards_is_fetched_ahead(monkeypatch):
     asked = []
-    monkeypatch.setattr(shard_cache, "prefetch", asked.append)
+    monkeypatch.setattr(remote, "prefetch", asked.append)
     near = ClassPrompts(open_source("digits:test").stored, ("{}",))
     source = labelled_share(Mixture("mix", [Afar(), near, Afar("far")], (1, 1, 2)), 0.3)
     assert source.remote and [part.remote for part in source.parts] == [True, False, True]

@@ -21,8 +21,7 @@ from shard_writing import write_tar
 
 from contrastive.data.captions import MAX_CAPTION_CHARS
 from contrastive.data.decode import decode
-from contrastive.data.shards.shard_sample import PackOptions
-from contrastive.data.shards.shard_writing import write_shards
+from contrastive.data.shards.shard_writing import PackOptions, write_shards
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 
@@ -292,7 +291,8 @@ def test_script_goes_on_after_it_was_interrupted(tmp_path):
     heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, **heed) as running:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("out/*.tar")) and time.monotonic() < deadline:
+        while not all(list(tmp_path.glob(f"out/{name}")) for name in ("*.tar", ".*.tmp")):
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         running.send_signal(signal.SIGINT)
         error = running.communicate(timeout=20)[1]

@@ -7,9 +7,9 @@ import pytest
 from shard_writing import pairs, write_tar
 from web_server import WebServer
 
-from contrastive.data.shards import remote, shard_cache
+from contrastive.data.shards import remote
 from contrastive.data.shards.indexing import index_shards
-from contrastive.data.shards.shard_reader import _open_remote
+from contrastive.data.shards.shard_source import _open_remote
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 
@@ -34,7 +34,7 @@ def web(tmp_path):
     urls = [f"{server.url}/{number}.tar" for number in range(3)]
     index_shards(urls, digest=True)
     for url in urls:
-        (tmp_path / "cache" / "shards" / shard_cache.copy_path(url)).unlink()
+        (tmp_path / "cache" / "shards" / remote.copy_path(url)).unlink()
     server.requests.clear()
     yield server
     server.close()

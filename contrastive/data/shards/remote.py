@@ -1,7 +1,8 @@
-"""Download one file whole, and check that it came whole."""
+"""Files from afar: downloaded whole, checked, and kept in a bounded cache that all processes of a machine share."""
 
+import contextlib
+import fcntl
 import hashlib
-import http.client
 import os
 import queue
 import shlex
@@ -9,18 +10,27 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from contrastive.errors import UserError
+from contrastive.files import cache_folder
+from contrastive.log import warn
 
 TIMEOUT = 30.0  # seconds: to connect, and for each read to bring something
 ATTEMPTS = 6
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between attempts: doubled from the first up to the longest
+FRESH_SECONDS = 60.0  # a copy younger than this may have been fetched for a reader that has yet to open it
 _CHUNK = 4 * 2**20
 _TRANSIENT = (408, 425, 429)  # besides all of 5xx
 _ADVICE = {401: "it asks for credentials", 403: "access is denied", 404: "there is no such file"}
+_PREFETCH_THREADS = 2
+_PART = ".part"
+
+Wanted = tuple[str, int, str | None]  # URL, size in bytes, sha256
 
 
 class _Transient(Exception):
@@ -70,8 +80,9 @@ def download(
 
 def _attempt(url: str, path: str, size: int | None, sha256: str | None, reserve: Callable[[int], None]) -> None:
     digest, received = hashlib.sha256(), 0
-    open_remote = _open_http if url.startswith(("http://", "https://")) else _open_store
-    with open_remote(url) as (length, read):
+    opened = _http if url.startswith(("http://", "https://")) else _store
+    length, source, read = _guarded(url, lambda: opened(url))
+    with source:
         if None not in (size, length) and size != length:
             raise UserError(f"{url} has {length} bytes, but {size} when indexed; {_index_again(url)}")
         expected = size if length is None else length
@@ -79,7 +90,7 @@ def _attempt(url: str, path: str, size: int | None, sha256: str | None, reserve:
             reserve(expected)
         # Not truncated: the room reserved stays taken while the file fills.
         with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
-            while chunk := read():
+            while chunk := _guarded(url, read):
                 received += len(chunk)
                 digest.update(chunk)
                 file.write(chunk)
@@ -95,63 +106,52 @@ def _index_again(url: str) -> str:
     return f"if it was replaced, run `python scripts/index.py {shlex.quote(url)} --force`"
 
 
-Opened = tuple[int | None, Callable[[], bytes]]  # length in bytes where known, and what reads the next chunk
+# The length in bytes where it is known, what to close, and what reads the next chunk.
+Opened = tuple[int | None, Any, Callable[[], bytes]]
 
 
-@contextmanager
-def _open_http(url: str) -> Iterator[Opened]:
-    with _request(url) as response:
-        length = response.headers.get("Content-Length")
-        yield (int(length) if length else None), lambda: _from_server(lambda: response.read(_CHUNK))
-
-
-def _request(url: str) -> http.client.HTTPResponse:
+def _http(url: str) -> Opened:
     request = urllib.request.Request(url, headers={"User-Agent": "contrastive", "Accept-Encoding": "identity"})
+    response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    length = response.headers.get("Content-Length")
+    return (int(length) if length else None), response, lambda: response.read(_CHUNK)
+
+
+def _store(url: str) -> Opened:
+    """Open a file of an object store; every call is bounded in time, whatever its library's own settings."""
+    from fsspec.core import url_to_fs
+
+    fs, path = _within(TIMEOUT, url_to_fs, url)
+    length = _within(TIMEOUT, fs.info, path).get("size")
+    # Without read-ahead, which would fetch more than is asked for.
+    file = _within(TIMEOUT, lambda: fs.open(path, "rb", cache_type="none"))
+    return length, file, lambda: _within(TIMEOUT, file.read, _CHUNK)
+
+
+def _within(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that may never return; TimeoutError when it has not within the time."""
+    answer: Future = Future()
+
+    def call():
+        try:
+            answer.set_result(function(*arguments))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return answer.result(seconds)
+
+
+def _guarded(url: str, call: Callable[[], Any]) -> Any:
+    """Tell what will not pass (UserError) from what may (_Transient); an OSError is left to mean the local disk."""
     try:
-        return _from_server(lambda: urllib.request.urlopen(request, timeout=TIMEOUT))
+        return call()
     except urllib.error.HTTPError as error:
         fault = f"the server answers {error.code} {error.reason}"
         error.close()
         if error.code >= 500 or error.code in _TRANSIENT:
             raise _Transient(fault) from None
         raise UserError(f"{url}: {fault}; {_ADVICE.get(error.code, 'check the address')}") from None
-
-
-def _from_server(call: Callable[[], Any]) -> Any:
-    """Tell a fault of the connection from one of the local disk, both of which are OSErrors."""
-    try:
-        return call()
-    except urllib.error.HTTPError:
-        raise
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)  # urllib wraps what goes wrong before the first byte
-        if isinstance(reason, TimeoutError):
-            raise _Transient(f"nothing came for {TIMEOUT:g} s") from None
-        raise _Transient(f"the connection failed ({reason or type(error).__name__})") from None
-
-
-@contextmanager
-def _open_store(url: str) -> Iterator[Opened]:
-    """Open a file of an object store; every call is bounded in time, whatever its library's own settings."""
-    fs, path = _of_store(url, _filesystem, url)
-    length = _of_store(url, fs.info, path).get("size")
-    # Without read-ahead, which would fetch more than is asked for.
-    file = _of_store(url, lambda: fs.open(path, "rb", cache_type="none"))
-    try:
-        yield length, lambda: _of_store(url, file.read, _CHUNK)
-    finally:
-        file.close()
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
-    return url_to_fs(url)
-
-
-def _of_store(url: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return _within(TIMEOUT, function, *arguments)
     except FileNotFoundError:
         raise UserError(f"{url}: there is no such file; check the address") from None
     except PermissionError as error:
@@ -160,30 +160,189 @@ def _of_store(url: str, function: Callable[..., Any], *arguments: Any) -> Any:
         raise UserError(f"{url}: a package for this protocol is missing: {_line(error)}") from None
     except ValueError as error:
         raise UserError(f"{url}: cannot be opened: {_line(error)}") from None
-    except queue.Empty:
-        raise _Transient(f"nothing came for {TIMEOUT:g} s") from None
     except Exception as error:  # every store has its own classes
         if "Credentials" in type(error).__name__:
             raise UserError(f"{url}: {_line(error)}") from None
-        raise _Transient(_line(error)) from None
+        reason = getattr(error, "reason", error)  # urllib wraps what goes wrong before the first byte
+        if isinstance(reason, TimeoutError):
+            raise _Transient(f"nothing came for {TIMEOUT:g} s") from None
+        raise _Transient(f"the connection failed ({_line(reason)})") from None
 
 
-def _line(error: Exception) -> str:
+def _line(error: Exception | str) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _within(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function that may never return; queue.Empty when it has not within the time."""
-    answer: queue.Queue = queue.Queue(1)
+# The cache
 
-    def call():
-        try:
-            answer.put((function(*arguments), None))
-        except BaseException as error:
-            answer.put((None, error))
 
-    threading.Thread(target=call, daemon=True).start()
-    value, error = answer.get(timeout=seconds)
-    if error is not None:
-        raise error
-    return value
+def open_copy(url: str, size: int | None = None, sha256: str | None = None) -> int:
+    """Return a descriptor of the local copy of a remote shard, downloaded first where it is not there.
+
+    A copy that is open is not evicted (the descriptor holds a shared lock on it). Of all processes that want one
+    shard, one downloads it and the others wait.
+
+    Raises:
+        UserError: it cannot be downloaded, or is not of this size or sha256; or no room for it.
+    """
+    path = copy_path(url)
+    while True:
+        descriptor = _open_shared(path, size)
+        if descriptor is not None:
+            return descriptor
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            there = _open_shared(path, size)
+            if there is None:
+                _fetch(url, path, size, sha256)
+            else:  # another process was first
+                os.close(there)
+
+
+def copy_path(url: str) -> str:
+    """Return where the copy of a remote shard is, or will be."""
+    digest = hashlib.blake2b(url.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+    return os.path.join(cache_folder(), "shards", digest)
+
+
+def _open_shared(path: str, size: int | None) -> int | None:
+    """Open a copy and hold it; None where there is none of this size, or it was evicted in between."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    state = os.fstat(descriptor)
+    if state.st_nlink and size in (None, state.st_size):
+        with contextlib.suppress(PermissionError):  # another user's copy
+            os.utime(descriptor)
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _fetch(url: str, path: str, size: int | None, sha256: str | None) -> None:
+    part = path + _PART
+    try:
+        download(url, part, size=size, sha256=sha256, reserve=lambda needed: _make_room(part, needed))
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(
+            f"{url}: cannot be kept in the cache {cache_folder()} ({error.strerror}); "
+            "name another folder with CONTRASTIVE_CACHE or a smaller size with CONTRASTIVE_CACHE_GB"
+        ) from None
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)
+
+
+def cache_limit() -> int:
+    """Return the bytes that the copies may take: $CONTRASTIVE_CACHE_GB, 100 by default."""
+    text = os.environ.get("CONTRASTIVE_CACHE_GB", "100")
+    try:
+        limit = int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        limit = 0
+    if limit <= 0:
+        raise UserError(f"CONTRASTIVE_CACHE_GB is '{text}'; set it to a number of gigabytes above 0")
+    return limit
+
+
+_warned = False
+
+
+def _make_room(part: str, needed: int) -> None:
+    """Evict until `needed` bytes fit, least recently used first, and reserve them as the size of `part`."""
+    global _warned
+    limit, folder = cache_limit(), os.path.dirname(part)
+    if needed > limit:
+        raise UserError(f"a shard of {needed} bytes does not fit; raise CONTRASTIVE_CACHE_GB from {limit / 1e9:g}")
+    with FileLock(os.path.join(folder, "evict.lock")):
+        copies = _copies(folder, part)
+        total = needed + sum(size for _, size, _ in copies)
+        for used, size, path in copies:
+            if total <= limit:
+                break
+            if time.time() - used >= FRESH_SECONDS and _evict(path):
+                total -= size
+        with open(part, "wb") as file:
+            file.truncate(needed)
+    if total > limit and not _warned:
+        _warned = True
+        warn(
+            f"the shards in use take {total / 1e9:.2f} GB, more than the {limit / 1e9:g} GB of CONTRASTIVE_CACHE_GB; "
+            "raise it, or lower data.lanes"
+        )
+
+
+def _copies(folder: str, part: str) -> list[tuple[float, int, str]]:
+    """Return (last use, bytes, path) of the copies and of downloads under way but for `part`, longest unused first."""
+    found = []
+    with os.scandir(folder) as files:
+        for file in files:
+            if not file.name.endswith(".lock") and file.path != part:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((file.stat().st_mtime, file.stat().st_size, file.path))
+    return sorted(found)
+
+
+def _evict(path: str) -> bool:
+    """Remove a copy that nobody reads, or what a download that was killed has left; False where it is in use."""
+    try:
+        if path.endswith(_PART):
+            with FileLock(f"{path.removesuffix(_PART)}.lock", timeout=0):
+                os.unlink(path)
+            return True
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+    except (Timeout, BlockingIOError):
+        return False
+    except FileNotFoundError:
+        pass
+    return True
+
+
+def prefetch(shards: Sequence[Wanted]) -> None:
+    """Download shards in the background, in this order; replaces what an earlier call asked for and has not begun.
+
+    No more than half of the cache is asked for at once, by all ranks of this machine together: more would evict what
+    another has fetched and not yet read. What fails is left to the reader to find out.
+    """
+    global _prefetcher
+    if _prefetcher is None or _prefetcher.process != os.getpid():  # threads do not survive a fork
+        if not shards:
+            return
+        _prefetcher = _Prefetcher()
+    _prefetcher.ask(shards)
+
+
+class _Prefetcher:
+    """Background threads of one process, which end with it."""
+
+    def __init__(self):
+        self.process = os.getpid()
+        self._wanted: queue.SimpleQueue[Wanted] = queue.SimpleQueue()
+        for _ in range(_PREFETCH_THREADS):
+            threading.Thread(target=self._work, daemon=True, name="prefetch").start()
+
+    def ask(self, shards: Sequence[Wanted]) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._wanted.get_nowait()
+        ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's, accelerate's
+        room = cache_limit() // 2 // ranks
+        for shard in shards:
+            room -= shard[1]
+            if room < 0:
+                break
+            self._wanted.put(shard)
+
+    def _work(self) -> None:
+        while True:
+            shard = self._wanted.get()
+            with contextlib.suppress(Exception):  # the reader meets the same fault, and says so
+                os.close(open_copy(*shard))
+
+
+_prefetcher: _Prefetcher | None = None

@@ -1,18 +1,22 @@
-"""Where the samples of one WebDataset shard lie: offsets and sizes, from one pass over its headers."""
+"""Where the samples of one WebDataset shard lie: found by one pass over its headers, kept in an .npz beside it."""
 
 import json
 import os
 import re
+import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from contrastive.data.shards.packed_bytes import PackedBytes
 from contrastive.data.shards.tar_members import BLOCK, Member, iter_members
 from contrastive.data.sources.image_file import IMAGE_SUFFIXES
 from contrastive.errors import UserError
-from contrastive.files import sha256
+from contrastive.files import sha256, write_whole
 
 ROLES = ("image", "txt", "json", "cls")
 # Why a sample is refused; the place in the tuple is what the index stores.
@@ -23,6 +27,36 @@ _SUFFIXES = frozenset(suffix.encode() for suffix in (*IMAGE_SUFFIXES, *ROLES[1:]
 _META = re.compile(rb"__[^/]*__($|/)")  # not samples, by WebDataset's convention
 _LARGEST = 2**31 - 1  # of int32; a member of this size or above is refused anyway
 _MAX_FIELDS = 100
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
+_MEND = "run scripts/index.py on the data with --force"
+# An index of 10,000 samples takes half a megabyte; this many are at hand in each process.
+_MAX_LOADED = 128
+
+
+class PackedBytes:
+    """A sequence of byte strings in two arrays: a few bytes each, shared with forked workers.
+
+    A list of a million str is a million objects, and every worker that only reads them copies their pages,
+    because a read changes the reference count.
+
+    ends: where each string ends, int64 (n,). blob: all of them joined, uint8.
+    """
+
+    def __init__(self, ends: np.ndarray, blob: np.ndarray):
+        self.ends, self.blob = ends, blob
+
+    @classmethod
+    def of(cls, strings: Iterable[bytes]) -> "PackedBytes":
+        strings = list(strings)
+        ends = np.cumsum([len(string) for string in strings], dtype=np.int64)
+        return cls(ends, np.frombuffer(b"".join(strings), dtype=np.uint8))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> bytes:
+        start = self.ends[index - 1] if index else 0
+        return self.blob[start : self.ends[index]].tobytes()
 
 
 @dataclass(frozen=True)
@@ -65,7 +99,15 @@ class ShardSummary:
     labels: int
     label_names: int
     fields: tuple[str, ...]
-    refused: dict[str, int]
+    refused: dict[str, int] = field(hash=False)
+
+
+class IndexedShard(NamedTuple):
+    """One shard: where it is (path or URL), where its index is, and what is known of it."""
+
+    location: str
+    index_path: str
+    summary: ShardSummary
 
 
 def index_shard(path: str, digest: bool = False) -> tuple[ShardIndex, ShardSummary]:
@@ -91,7 +133,7 @@ def index_shard(path: str, digest: bool = False) -> tuple[ShardIndex, ShardSumma
     index = ShardIndex(
         spans=spans,
         refusals=np.array([REFUSALS.index(group.refusal) for group in groups], dtype=np.uint8),
-        keys=PackedBytes(group.key for group in groups),
+        keys=PackedBytes.of(group.key for group in groups),
     )
     summary = ShardSummary(*before, sha256(path) if digest else None, len(index), **_count(path, index))
     if _state(path) != before:
@@ -107,6 +149,46 @@ def _state(path: str) -> tuple[int, int]:
     if state.st_size > _LARGEST * BLOCK:
         raise UserError(f"{path} is larger than a shard may be (1 TB); split it")
     return state.st_size, state.st_mtime_ns
+
+
+@dataclass
+class _Group:
+    """The members of one sample."""
+
+    key: bytes
+    members: dict[bytes, Member]
+    refusal: str = ""
+
+
+def _group(path: str) -> list[_Group]:
+    groups, by_key = [], {}
+    for member in iter_members(path):
+        parts = split_key(member.name)
+        if parts is None or parts[1] not in _SUFFIXES or _META.match(member.name):
+            continue
+        key, suffix = parts
+        if not groups or groups[-1].key != key:
+            groups.append(_Group(key, {}))
+            # The same key again further on: nobody can tell which members belong together.
+            if key in by_key:
+                by_key[key].refusal = groups[-1].refusal = "duplicate_member"
+            by_key[key] = groups[-1]
+        group = groups[-1]
+        if suffix in group.members:
+            group.refusal = "duplicate_member"
+        elif not member.is_file:
+            group.refusal = "not_a_file"
+        elif b".." in key.split(b"/"):
+            group.refusal = "unsafe_name"
+        group.members[suffix] = member
+    return groups
+
+
+def split_key(name: bytes) -> tuple[bytes, bytes] | None:
+    """Split a member's name at the first dot of its base name; None for a name without key or suffix."""
+    folder, slash, base = name.rpartition(b"/")
+    stem, dot, suffix = base.partition(b".")
+    return (folder + slash + stem, suffix.lower()) if stem and dot else None
 
 
 def _count(path: str, index: ShardIndex) -> dict:
@@ -149,39 +231,60 @@ def _read_json(descriptor: int, offset: int, size: int) -> dict:
     return content
 
 
-def split_key(name: bytes) -> tuple[bytes, bytes] | None:
-    """Split a member's name at the first dot of its base name; None for a name without key or suffix."""
-    folder, slash, base = name.rpartition(b"/")
-    stem, dot, suffix = base.partition(b".")
-    return (folder + slash + stem, suffix.lower()) if stem and dot else None
+# The index as a file
 
 
-@dataclass
-class _Group:
-    key: bytes
-    members: dict[bytes, Member]
-    refusal: str = ""
+def save_index(path: str, index: ShardIndex, summary: ShardSummary) -> None:
+    """Write an index and its summary to one .npz, whole or not at all."""
+    arrays = {
+        "spans": index.spans,
+        "refusals": index.refusals,
+        "key_ends": index.keys.ends,
+        "key_blob": index.keys.blob,
+        "summary": np.frombuffer(json.dumps(asdict(summary)).encode(), dtype=np.uint8),
+    }
+    write_whole(Path(path), lambda file: np.savez_compressed(file, **arrays))
 
 
-def _group(path: str) -> list[_Group]:
-    groups, by_key = [], {}
-    for member in iter_members(path):
-        parts = split_key(member.name)
-        if parts is None or parts[1] not in _SUFFIXES or _META.match(member.name):
-            continue
-        key, suffix = parts
-        if not groups or groups[-1].key != key:
-            groups.append(_Group(key, {}))
-            # The same key again further on: nobody can tell which members belong together.
-            if key in by_key:
-                by_key[key].refusal = groups[-1].refusal = "duplicate_member"
-            by_key[key] = groups[-1]
-        group = groups[-1]
-        if suffix in group.members:
-            group.refusal = "duplicate_member"
-        elif not member.is_file:
-            group.refusal = "not_a_file"
-        elif b".." in key.split(b"/"):
-            group.refusal = "unsafe_name"
-        group.members[suffix] = member
-    return groups
+def load_summary(path: str) -> ShardSummary | None:
+    """Return the summary that `save_index` wrote, None where there is none or the file is damaged."""
+    try:
+        with np.load(path) as stored:
+            return summary_from(json.loads(stored["summary"].tobytes()))
+    except _DAMAGE:
+        return None
+
+
+# One table a process, outside the source: nothing to pickle.
+@lru_cache(maxsize=_MAX_LOADED)
+def load_index(shard: IndexedShard) -> ShardIndex:
+    """Return the index that `save_index` wrote for a shard in this state.
+
+    Raises:
+        UserError: it is missing or damaged, or belongs to another state of the shard.
+    """
+    path, asked = shard.index_path, shard.summary
+    try:
+        with np.load(path) as stored:
+            found = summary_from(json.loads(stored["summary"].tobytes()))
+            keys = PackedBytes(stored["key_ends"], stored["key_blob"])
+            index = ShardIndex(stored["spans"], stored["refusals"], keys)
+    except FileNotFoundError:
+        raise UserError(f"{path}: the index of this shard is missing; {_MEND}") from None
+    except _DAMAGE as error:
+        raise UserError(f"{path}: the index of this shard is damaged ({error}); {_MEND}") from None
+    replaced = None not in (found.sha256, asked.sha256) and found.sha256 != asked.sha256
+    if replaced or (found.size, found.mtime_ns, len(index)) != (asked.size, asked.mtime_ns, asked.samples):
+        raise UserError(f"{path}: the index of this shard is not the one that its manifest lists; {_MEND}")
+    return index
+
+
+def summary_from(values: dict) -> ShardSummary:
+    """Build a summary from `dataclasses.asdict`'s values, as JSON keeps them."""
+    return ShardSummary(**{**values, "fields": _shared(tuple(values["fields"]))})
+
+
+@lru_cache(maxsize=1024)
+def _shared(fields: tuple[str, ...]) -> tuple[str, ...]:
+    """One tuple for the same fields of 40,000 shards."""
+    return fields

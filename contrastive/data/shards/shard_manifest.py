@@ -8,27 +8,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from pathlib import Path
 
-from contrastive.data.shards.shard_index import ShardSummary
-from contrastive.data.shards.stored_index import summary_from, write_whole
+from contrastive.data.shards.shard_index import IndexedShard, ShardSummary, summary_from
 from contrastive.data.sources.paths import folder_and_name, is_remote
 from contrastive.errors import UserError
-from contrastive.files import cache_folder
+from contrastive.files import cache_folder, write_whole
 
 INDEX_FOLDER, MANIFEST = ".contrastive-index", "manifest.json"
 _FORMAT, _VERSION = "contrastive shard index", 1
 _BESIDE = ".."
-
-
-class Entry(NamedTuple):
-    """One shard: where it is (path or URL), where its index is, and what is known of it."""
-
-    location: str
-    index_path: str
-    summary: ShardSummary
 
 
 @dataclass(frozen=True)
@@ -41,20 +32,25 @@ class IndexFolder:
     path: str
     shards: str
 
-    def read(self) -> dict[str, ShardSummary]:
-        """Return the summary of each shard by name; none where there is no manifest, or one of another version."""
-        manifest = _read(os.path.join(self.path, MANIFEST))
-        return {} if manifest is None else _summaries(manifest, self.path)
+    def read(self) -> dict[str, IndexedShard]:
+        """Return each shard by name; none where there is no manifest, or one of another version."""
+        _, summaries = _read(self.path) or (None, {})
+        return {name: self.shard(name, summary) for name, summary in summaries.items()}
 
-    def add(self, summaries: dict[str, ShardSummary]) -> None:
+    def add(self, summaries: Mapping[str, ShardSummary]) -> None:
         """Write the manifest with these shards besides those that it lists. The caller holds the lock."""
-        merged = self.read() | summaries
+        merged = {name: shard.summary for name, shard in self.read().items()} | dict(summaries)
         base = _BESIDE if os.path.basename(self.path) == INDEX_FOLDER else self.shards
         rows = (json.dumps({"name": name, **asdict(merged[name])}) for name in sorted(merged))
         head = json.dumps({"format": _FORMAT, "version": _VERSION, "shards_in": base})
         # One shard a line, for people who look.
-        text = head[:-1] + ', "shards": [\n' + ",\n".join(rows) + "\n]}\n"
-        write_whole(os.path.join(self.path, MANIFEST), lambda file: file.write(text.encode()))
+        write_whole(Path(self.path, MANIFEST), head[:-1] + ', "shards": [\n' + ",\n".join(rows) + "\n]}\n")
+
+    def shard(self, name: str, summary: ShardSummary) -> IndexedShard:
+        return IndexedShard(self.location(name), self.index_path(name), summary)
+
+    def location(self, name: str) -> str:
+        return f"{self.shards}/{name}" if is_remote(self.shards) else os.path.join(self.shards, name)
 
     def index_path(self, name: str) -> str:
         """Return where the places of the samples of a shard are kept."""
@@ -63,42 +59,27 @@ class IndexFolder:
             safe = f"{safe[:100]}-{_hash(name)}"
         return os.path.join(self.path, f"{safe}.npz")
 
-    def entry(self, name: str, summary: ShardSummary) -> Entry:
-        return Entry(self.location(name), self.index_path(name), summary)
-
-    def location(self, name: str) -> str:
-        return f"{self.shards}/{name}" if is_remote(self.shards) else os.path.join(self.shards, name)
-
 
 def index_folders(shards: str) -> tuple[IndexFolder, ...]:
     """Return where the index of a folder of shards may be, the preferred place first.
 
     Beside local shards; else, and for remote ones, in the cache.
     """
-    if is_remote(shards):
-        return (IndexFolder(_in_cache(shards), shards),)
-    shards = os.path.abspath(shards)
-    return IndexFolder(os.path.join(shards, INDEX_FOLDER), shards), IndexFolder(_in_cache(shards), shards)
+    in_cache = IndexFolder(os.path.join(cache_folder(), "index", _hash(shards)), shards)
+    return (in_cache,) if is_remote(shards) else (IndexFolder(os.path.join(shards, INDEX_FOLDER), shards), in_cache)
 
 
-def by_folder(locations: Iterable[str]) -> dict[str, list[str]]:
-    """Group paths or URLs by the folder they lie in, each with its names, in their order."""
-    grouped: dict[str, list[str]] = {}
-    for location in locations:
-        folder, name = folder_and_name(location)
-        grouped.setdefault(folder, []).append(name)
-    return grouped
-
-
-def known_shards(locations: Sequence[str]) -> list[Entry | None]:
-    """Return what the manifests say of shards, as they may no longer be; None for one that no manifest lists."""
-    found = {}
-    for shards, names in by_folder(locations).items():
-        known = [(folder, folder.read()) for folder in index_folders(shards)]
-        for name in names:
-            entries = (folder.entry(name, summaries[name]) for folder, summaries in known if name in summaries)
-            found[shards, name] = next(entries, None)
-    return [found[folder_and_name(location)] for location in locations]
+def find_shards(
+    locations: Sequence[str], fits: Callable[[IndexedShard], bool] = lambda shard: True
+) -> list[IndexedShard | None]:
+    """Return what the manifests say of shards (paths or URLs): the first entry of each that `fits`, or None."""
+    listed: dict[str, list[dict[str, IndexedShard]]] = {}
+    found = []
+    for folder, name in map(folder_and_name, locations):
+        if folder not in listed:
+            listed[folder] = [index.read() for index in index_folders(folder)]
+        found.append(next((shards[name] for shards in listed[folder] if name in shards and fits(shards[name])), None))
+    return found
 
 
 def is_index(path: str) -> bool:
@@ -113,7 +94,7 @@ def is_index(path: str) -> bool:
         return False
 
 
-def read_index(path: str) -> list[Entry]:
+def read_index(path: str) -> list[IndexedShard]:
     """Return all shards that an index folder (or its manifest.json) lists, in its order; none is looked at.
 
     Raises:
@@ -121,46 +102,37 @@ def read_index(path: str) -> list[Entry]:
     """
     path = os.path.abspath(os.path.expanduser(path))
     folder = os.path.dirname(path) if os.path.basename(path) == MANIFEST else path
-    manifest = _read(os.path.join(folder, MANIFEST))
+    manifest = _read(folder)
     if manifest is None:
         raise UserError(f"{path} is no index of shards of this version; make one with scripts/index.py")
-    shards = manifest["shards_in"]
-    index = IndexFolder(folder, shards if is_remote(shards) else os.path.normpath(os.path.join(folder, shards)))
-    summaries = _summaries(manifest, folder)
+    base, summaries = manifest
     if not summaries:
         raise UserError(f"{path} lists no shard; run scripts/index.py on the data")
-    return [index.entry(name, summary) for name, summary in summaries.items()]
+    index = IndexFolder(folder, base if is_remote(base) else os.path.normpath(os.path.join(folder, base)))
+    return [index.shard(name, summary) for name, summary in summaries.items()]
 
 
-def _read(path: str) -> dict | None:
-    """Return the content of a manifest; None where there is none, or one of another version."""
+def _read(folder: str) -> tuple[str, dict[str, ShardSummary]] | None:
+    """Return where the shards lie and the summary of each by name; None without a manifest, or of another version."""
+    path = os.path.join(folder, MANIFEST)
     try:
         with open(path, "rb") as file:
             manifest = json.load(file)
         if manifest["format"] != _FORMAT:
             raise ValueError("it is some other file")
+        if manifest.get("version") != _VERSION:
+            return None
+        return manifest["shards_in"], {row.pop("name"): summary_from(row) for row in manifest["shards"]}
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as an index of shards ({error}); delete it and index again") from None
-    return manifest if manifest.get("version") == _VERSION else None
-
-
-def _summaries(manifest: dict, folder: str) -> dict[str, ShardSummary]:
-    try:
-        return {row.pop("name"): summary_from(row) for row in manifest["shards"]}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: its manifest is damaged ({error}); delete it and index again") from None
-
-
-def _in_cache(shards: str) -> str:
-    return os.path.join(cache_folder(), "index", _hash(shards))
 
 
 def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
-def total(entries: Sequence[Entry], field: str) -> int:
-    """Return the sum of a count over shards."""
-    return sum(getattr(entry.summary, field) for entry in entries)
+def total(shards: Sequence[IndexedShard], count: str) -> int:
+    """Return the sum of a count of the summaries over shards."""
+    return sum(getattr(shard.summary, count) for shard in shards)

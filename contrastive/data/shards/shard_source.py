@@ -1,18 +1,19 @@
 """WebDataset shards as a map-style source: samples read from the tar files by offset, nothing extracted."""
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from contrastive.data.record import BadSample, Record, Source, check_index
-from contrastive.data.shards.shard_cache import Wanted
-from contrastive.data.shards.shard_index import CAPTION_FIELDS
-from contrastive.data.shards.shard_manifest import Entry, total
-from contrastive.data.shards.shard_reader import Sample
+from contrastive.data.shards.remote import Wanted, open_copy
+from contrastive.data.shards.shard_index import CAPTION_FIELDS, MAX_TEXT_BYTES, REFUSALS, IndexedShard, load_index
+from contrastive.data.shards.shard_manifest import total
 from contrastive.data.sources.class_names import class_names_beside
 from contrastive.data.sources.columns import weighted_names
 from contrastive.data.sources.image_file import MAX_IMAGE_BYTES
@@ -32,7 +33,7 @@ class Shards(Source):
 
     Args:
         name: the specification, for messages.
-        entries: of the shards' manifests; see `local_shards`, `remote_shards` and `read_index`.
+        shards: see `index_shards`, `remote_shards` and `read_index`.
         caption_field: the field of the JSON that holds the caption or the list of them, or several with weights,
             'alt=1,synthetic=3'.
 
@@ -40,24 +41,22 @@ class Shards(Source):
         UserError: no sample with the caption field.
     """
 
-    def __init__(self, name: str, entries: Sequence[Entry], caption_field: str | None = None):
+    def __init__(self, name: str, shards: Sequence[IndexedShard], caption_field: str | None = None):
         self.name = name
-        self._entries = tuple(entries)
-        locations = [entry.location for entry in self._entries]
+        self._shards = tuple(shards)
+        locations = [shard.location for shard in shards]
         self._shard_names = short_names(locations)
-        self.shard_sizes = np.array([entry.summary.samples for entry in self._entries], dtype=np.int64)
+        self.shard_sizes = np.array([shard.summary.samples for shard in shards], dtype=np.int64)
         self._ends = np.cumsum(self.shard_sizes)
         self.remote = any(map(is_remote, locations))
-        first = self._entries[0]
-        class_names = class_names_beside(
-            Path(os.path.dirname(first.index_path if is_remote(first.location) else first.location))
-        )
-        self.labelled = bool(total(entries, "labels") or (class_names and total(entries, "label_names")))
+        beside = shards[0].index_path if is_remote(locations[0]) else locations[0]
+        class_names = class_names_beside(Path(beside).parent)
+        self.labelled = bool(total(shards, "labels") or (class_names and total(shards, "label_names")))
         self.class_names = class_names if self.labelled else None
         self._caption_fields = self._find_fields(caption_field) if caption_field else ()
-        self.captioned = bool(caption_field or total(entries, "captions"))
-        named = zip(self._shard_names, self._entries, strict=True)
-        identity = "\n".join(f"{short} {entry.summary.size} {entry.summary.samples}" for short, entry in named)
+        self.captioned = bool(caption_field or total(shards, "captions"))
+        named = zip(self._shard_names, shards, strict=True)
+        identity = "\n".join(f"{short} {shard.summary.size} {shard.summary.samples}" for short, shard in named)
         self.fingerprint = hashlib.blake2b(identity.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
@@ -68,47 +67,46 @@ class Shards(Source):
         image = sample.read("image", MAX_IMAGE_BYTES)
         if image is None:
             raise BadSample("missing_image", sample.key)
-        fields = sample.json()
-        captions, weights = self._captions(sample, fields)
-        return Record(sample.key, image, captions, self._label(sample, fields), weights)
+        captions, weights = self._captions(sample)
+        return Record(sample.key, image, captions, self._label(sample), weights)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        sample = self._sample(index)
-        return self._captions(sample, sample.json())[0]
+        return self._captions(self._sample(index))[0]
 
     def label(self, index: int) -> int | None:
         if not self.labelled:
             check_index(self, index)
             return None
-        sample = self._sample(index)
-        return self._label(sample, sample.json())
+        return self._label(self._sample(index))
 
     def wanted(self, shards: Sequence[int]) -> list[Wanted]:
-        entries = (self._entries[number] for number in shards)
-        return [(e.location, e.summary.size, e.summary.sha256) for e in entries if is_remote(e.location)]
+        remote = (self._shards[number] for number in shards if is_remote(self._shards[number].location))
+        return [(shard.location, shard.summary.size, shard.summary.sha256) for shard in remote]
 
-    def _sample(self, index: int) -> Sample:
+    def _sample(self, index: int) -> "ShardSample":
         index = check_index(self, index)
         number = int(np.searchsorted(self._ends, index, side="right"))
         row = index - int(self._ends[number] - self.shard_sizes[number])
-        return Sample(self._entries[number], row, self._shard_names[number])
+        return ShardSample(self._shards[number], row, self._shard_names[number])
 
-    def _captions(self, sample: Sample, fields: dict) -> Captions:
+    def _captions(self, sample: "ShardSample") -> Captions:
         if len(self._caption_fields) > 1:
-            return _of_several(self._caption_fields, fields, sample.key)
-        for field in (name for name, _ in self._caption_fields or ((usual, 1.0) for usual in CAPTION_FIELDS)):
-            texts = _texts(fields.get(field), sample.key)
+            return _of_several(self._caption_fields, sample.fields, sample.key)
+        for name in (name for name, _ in self._caption_fields) if self._caption_fields else CAPTION_FIELDS:
+            texts = _texts(sample.fields.get(name), sample.key)
             if texts and any(map(str.strip, texts)):
-                return texts, _weights(fields.get("weights"), len(texts), sample.key) if field == "captions" else None
+                weights = sample.fields.get("weights") if name == "captions" else None
+                return texts, _weights(weights, len(texts), sample.key)
         text = sample.text("txt")
         # The end of the line belongs to the file, not to the caption.
         return () if text is None else (text.rstrip("\r\n"),), None
 
-    def _label(self, sample: Sample, fields: dict) -> int | None:
+    def _label(self, sample: "ShardSample") -> int | None:
         if not self.labelled:
             return None
-        stored = sample.text("cls")
-        value = fields.get("label") if stored is None else stored.strip()
+        value, stored = sample.fields.get("label"), sample.text("cls")
+        if stored is not None:
+            value = stored.strip()
         if value is None:
             return None
         if self.class_names and value in self.class_names:
@@ -120,7 +118,7 @@ class Shards(Source):
         return value
 
     def _find_fields(self, asked: str) -> tuple[tuple[str, float], ...]:
-        present = sorted({name for entry in self._entries for name in entry.summary.fields})
+        present = sorted({name for shard in self._shards for name in shard.summary.fields})
         weighted = ((asked, 1.0),) if asked in present else weighted_names(asked)
         for field, _ in weighted:
             if field not in present:
@@ -156,3 +154,75 @@ def _weights(value: object, count: int, key: str) -> tuple[float, ...] | None:
     if not good or not 0 < sum(numbers) < math.inf:
         raise BadSample("bad_weights", key)
     return tuple(map(float, numbers))
+
+
+class ShardSample:
+    """Row `row` of a shard, read by offset; `key` names it in messages. BadSample where the index refuses it."""
+
+    def __init__(self, shard: IndexedShard, row: int, shard_name: str):
+        self.shard, self.row, self.index = shard, row, load_index(shard)
+        self.key = f"{shard_name}/{self.index.keys[row].decode('utf-8', 'backslashreplace')}"
+        if self.index.refusals[row]:
+            raise BadSample(REFUSALS[self.index.refusals[row]], self.key)
+
+    def read(self, role: str, limit: int) -> bytes | None:
+        """Return the member's bytes, None where the sample has none. BadSample 'too_large' above `limit`."""
+        offset, size = self.index.span(self.row, role)
+        if size < 0:
+            return None
+        if size > limit:
+            raise BadSample("too_large", self.key)
+        file = (_open_remote if is_remote(self.shard.location) else _open_local)(self.shard)
+        data = os.pread(file.descriptor, size, offset)
+        if len(data) != size:
+            raise UserError(f"{self.shard.location} became shorter while in use, at byte {offset}; start again")
+        return data
+
+    def text(self, role: str) -> str | None:
+        data = self.read(role, MAX_TEXT_BYTES)
+        try:
+            return None if data is None else data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise BadSample("bad_utf8", self.key) from None
+
+    @cached_property
+    def fields(self) -> dict:
+        """The fields of KEY.json, an empty dict where there is none. BadSample 'bad_json'."""
+        text = self.text("json")
+        try:
+            fields = {} if text is None else json.loads(text)
+        except (ValueError, RecursionError):
+            raise BadSample("bad_json", self.key) from None
+        if not isinstance(fields, dict):
+            raise BadSample("bad_json", self.key)
+        return fields
+
+
+class _OpenFile:
+    """A file descriptor that closes with its last user, so that one may be evicted while another reads."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self):
+        os.close(self.descriptor)
+
+
+# An open copy stays in the cache: with few of them a process, its limit holds.
+@lru_cache(maxsize=8)
+def _open_remote(shard: IndexedShard) -> _OpenFile:
+    return _OpenFile(open_copy(shard.location, shard.summary.size, shard.summary.sha256))
+
+
+# One table a process, outside the source: nothing to pickle, and pread shares no position after a fork.
+@lru_cache(maxsize=128)
+def _open_local(shard: IndexedShard) -> _OpenFile:
+    location, _, summary = shard
+    try:
+        file = _OpenFile(os.open(location, os.O_RDONLY))
+    except OSError as error:
+        raise UserError(f"{location}: the shard can no longer be opened ({error.strerror})") from None
+    state = os.fstat(file.descriptor)
+    if (state.st_size, state.st_mtime_ns) != (summary.size, summary.mtime_ns):
+        raise UserError(f"{location} was changed after it was indexed; start again, or run scripts/index.py")
+    return file

@@ -1,45 +1,55 @@
-"""Write any source as WebDataset shards."""
+"""Write any source as WebDataset shards: 00000.tar, 00001.tar, ..., classes.json and report.json."""
 
-import multiprocessing
+import io
+import json
 import os
-import signal
-import sys
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
-from multiprocessing.context import BaseContext
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import simplejpeg
 import torch
+from PIL import Image
 
-from contrastive.data.record import BadSample, Source
-from contrastive.data.shards.shard_folder import REPORT, ShardFolder, Tally, describe, write_json
-from contrastive.data.shards.shard_sample import PackOptions, class_labels, pack
+from contrastive.data.captions import caption_fault, drawn_order
+from contrastive.data.decode import decode
+from contrastive.data.preprocess import resize
+from contrastive.data.record import BadSample, Record, Source
+from contrastive.data.shards.parallel import in_parallel
 from contrastive.data.sources import open_source
-from contrastive.distributed import end_with_parent
 from contrastive.errors import UserError
-from contrastive.log import console, say
+from contrastive.files import claim_folder, locked, write_json
+from contrastive.log import say
 
 SAMPLES_PER_SHARD = 10_000
-_POLL_SECONDS = 0.2
-_COUNTED_AT_ONCE = 32
+_PROGRESS = ".progress"
+_PLAN = f"{_PROGRESS}/plan.json"
+_KEYS_SHOWN = 20
+# What open_clip and the webdataset library decode too. They pass over a .gif or .tif without a word.
+_KEPT = re.compile(rb"(?P<jpg>\xff\xd8\xff)|(?P<png>\x89PNG\r\n\x1a\n)|(?P<webp>RIFF.{4}WEBP)", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What every worker process knows."""
+class PackOptions:
+    """How samples are stored.
 
-    source: Source
-    folder: ShardFolder
-    options: PackOptions
-    samples_per_shard: int
-    done: Any  # shared counter of samples, for the progress bar
-    stop: Any  # shared event: leave the shard as it is
+    short_side: images whose short side has more pixels are scaled down to it and stored as JPEG; None keeps all.
+    quality: of those JPEGs.
+    """
 
+    short_side: int | None = None
+    quality: int = 90
 
-_job: _Job | None = None
+    def __post_init__(self):
+        if self.short_side is not None and self.short_side < 1:
+            raise UserError(f"short_side {self.short_side} is not a number of pixels; use 1 or more")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"quality {self.quality} is not in 1..100; 90 is usual")
 
 
 def write_shards(
@@ -73,148 +83,268 @@ def write_shards(
         raise UserError(f"{source.name}: write shards of each part by itself; the weights are for training")
     if samples_per_shard < 1 or (workers is not None and workers < 1):
         raise UserError("samples_per_shard and workers have to be 1 or more")
-    source = source.stored
-    num_shards = -(-len(source) // samples_per_shard)
-    output = ShardFolder(folder, num_shards)
+    shards = _NewShards(folder, source.stored, options, samples_per_shard)
     plan = {
-        "samples_of_the_source": len(source),
-        "fingerprint_of_the_source": source.fingerprint,
+        "samples_of_the_source": len(shards.source),
+        "fingerprint_of_the_source": shards.source.fingerprint,
         "samples_per_shard": samples_per_shard,
         **asdict(options),
         **(asked or {}),
     }
-    with output.claim(plan):
-        if source.class_names:
-            write_json(folder / "classes.json", list(source.class_names))
-        missing = [number for number in range(num_shards) if output.finished(number) is None]
-        if missing:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            workers = min(workers or cores, len(missing))
-            _write_missing(source, output, options, samples_per_shard, missing, workers)
-        return _report(source, output, plan, kept=num_shards - len(missing))
+    with _claimed(folder, plan):
+        if shards.source.class_names:
+            write_json(folder / "classes.json", list(shards.source.class_names))
+        missing = [number for number in range(len(shards)) if shards.finished(number) is None]
+        for _ in in_parallel("writing shards", shards.write, missing, workers, done=len(shards) - len(missing)):
+            pass
+        return _report(shards, plan, kept=len(shards) - len(missing))
 
 
-def _write_missing(
-    source: Source, output: ShardFolder, options: PackOptions, samples_per_shard: int, missing: list[int], workers: int
-) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+@contextmanager
+def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
+    """Make the folder ours for as long as the context lasts, or go on with one that the same plan began.
 
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    job = _Job(source, output, options, samples_per_shard, context.Value("q", 0), context.Event())
-    kept = len(source) - sum(len(_indices(job, number)) for number in missing)
-    columns = (TextColumn("writing shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(source), completed=kept)
-        _run(job, missing, workers, context, lambda: bar.update(task, completed=kept + job.done.value))
-
-
-def _run(job: _Job, missing: list[int], workers: int, context: BaseContext, show: Callable[[], None]) -> None:
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,))
-    try:
-        # The pool is told of a few shards only: whatever it has been told of it starts, even when all should end.
-        waiting, running = iter(missing), set()
-        while True:
-            while len(running) < workers and (number := next(waiting, None)) is not None:
-                running.add(pool.submit(_write_shard, number))
-            if not running:
-                return
-            finished, running = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
-            _raise_failure(finished)
-            show()
-    except BrokenProcessPool:
-        raise UserError(
-            f"a process that wrote to {job.folder.path} was killed, perhaps for its memory; the same command goes on "
-            "from the shards that are finished, with fewer workers if need be"
-        ) from None
-    finally:
-        job.stop.set()
-        pool.shutdown(cancel_futures=True)
+    Raises:
+        UserError: it holds something else, was begun by another plan, or another process writes to it.
+    """
+    claim = partial(claim_folder, folder, _PLAN, of="such a run", mend="give a folder that is new or empty")
+    claim()
+    with locked(folder / ".lock", f"another process is writing shards to {folder}; wait for it to end"):
+        begun = claim() or plan  # only now nobody else can begin it
+        for name, value in plan.items():
+            if begun.get(name) != value:
+                raise UserError(
+                    f"{folder} was begun with {name.replace('_', ' ')} {begun.get(name)}, now it is {value}; "
+                    "use the old one to go on, or give another folder"
+                )
+        (folder / _PROGRESS).mkdir(exist_ok=True)
+        write_json(folder / _PLAN, plan)
+        yield
 
 
-def _raise_failure(finished: set[Future]) -> None:
-    for future in finished:
-        future.result()
+@dataclass
+class Tally:
+    """What became of the samples of one shard, or of several.
+
+    rejected, rejected_captions: by reason, how many and the first _KEYS_SHOWN keys, in the order of the source.
+    A rejected caption is one of a sample that has others, or a label.
+    """
+
+    samples: int = 0
+    resized: int = 0
+    bytes: int = 0
+    rejected: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rejected_captions: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, later: "Tally") -> None:
+        """Take in the tally of samples that come after those counted so far."""
+        self.samples += later.samples
+        self.resized += later.resized
+        self.bytes += later.bytes
+        for mine, theirs in ((self.rejected, later.rejected), (self.rejected_captions, later.rejected_captions)):
+            for reason, found in theirs.items():
+                _reject(mine, reason, *found["keys"], count=found["count"])
 
 
-def _start_worker(job: _Job) -> None:
-    global _job
-    _job = job
-    torch.set_num_threads(1)
-    # Ctrl-C is for the parent: it sets `stop`, and each worker leaves its shard.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent(signal.SIGKILL)
+def _reject(faults: dict[str, dict[str, Any]], reason: str, *keys: str, count: int = 1) -> None:
+    found = faults.setdefault(reason, {"count": 0, "keys": []})
+    found["count"] += count
+    found["keys"] += keys[: _KEYS_SHOWN - len(found["keys"])]
 
 
-def _indices(job: _Job, number: int) -> range:
-    first = number * job.samples_per_shard
-    return range(first, min(first + job.samples_per_shard, len(job.source)))
+@dataclass(frozen=True)
+class _NewShards:
+    """The shards of a source in a folder, with a record of each finished one in a hidden folder beside them."""
+
+    folder: Path
+    source: Source
+    options: PackOptions
+    samples_per_shard: int
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.samples_per_shard)
+
+    def path(self, number: int) -> Path:
+        digits = max(5, len(str(len(self) - 1)))
+        return self.folder / f"{number:0{digits}d}.tar"
+
+    def pattern(self) -> str:
+        """Return the specification that names all shards: a brace range, or a glob where it would have gaps."""
+        if not all(self.path(number).exists() for number in range(len(self))):
+            return str(self.folder / "*.tar")
+        last = self.path(len(self) - 1)
+        return str(self.folder / f"{{{self.path(0).stem}..{last.stem}}}.tar" if len(self) > 1 else last)
+
+    def finished(self, number: int) -> Tally | None:
+        """Return the tally of a shard that was finished and is still there in full, else None."""
+        try:
+            tally = Tally(**json.loads(self._record(number).read_text("utf-8")))
+            size = self.path(number).stat().st_size if tally.samples else 0
+        except (OSError, ValueError, TypeError):  # none, or one from a disk that was full
+            return None
+        return tally if size == tally.bytes else None
+
+    def write(self, number: int) -> None:
+        """Write a shard, which has its name when it is whole, and record it; one without samples leaves no file."""
+        from webdataset import TarWriter
+
+        path, tally, labels = self.path(number), Tally(), class_labels(self.source)
+        temporary = path.with_name(f".{path.name}.tmp")
+        first = number * self.samples_per_shard
+        with temporary.open("wb") as file:
+            # No time, no user: the same samples are the same bytes.
+            with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
+                for index in range(first, min(first + self.samples_per_shard, len(self.source))):
+                    members = self._members(index, tally, labels)
+                    if members:
+                        tar.write({"__key__": f"{index:09d}", **members})
+            file.flush()
+            os.fsync(file.fileno())
+        if tally.samples:
+            tally.bytes = temporary.stat().st_size
+            os.replace(temporary, path)
+        else:
+            temporary.unlink()
+        write_json(self._record(number), vars(tally))
+
+    def _members(self, index: int, tally: Tally, labels: tuple[str, ...] | None) -> dict[str, bytes] | None:
+        """Return the members of a sample, or None for one that cannot be used."""
+        try:
+            record = self.source[index]
+            members, bad_captions, resized = pack(record, self.options, labels)
+        except BadSample as fault:
+            _reject(tally.rejected, fault.reason, fault.key)
+            return None
+        for reason in bad_captions:
+            _reject(tally.rejected_captions, reason, record.key)
+        tally.samples += 1
+        tally.resized += resized
+        return members
+
+    def _record(self, number: int) -> Path:
+        return self.folder / _PROGRESS / f"{self.path(number).stem}.json"
 
 
-def _write_shard(number: int) -> None:
-    from webdataset import TarWriter
-
-    job, tally = _job, Tally()
-    labels = class_labels(job.source)
-    with job.folder.temporary(number).open("wb") as file:
-        # No time, no user: the same samples are the same bytes.
-        with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
-            for index in _indices(job, number):
-                if job.stop.is_set():
-                    return
-                members = _members(job, index, tally, labels)
-                if members:
-                    tar.write({"__key__": f"{index:09d}", **members})
-                if index % _COUNTED_AT_ONCE == 0:
-                    with job.done.get_lock():
-                        job.done.value += _COUNTED_AT_ONCE
-        file.flush()
-        os.fsync(file.fileno())
-    job.folder.finish(number, tally)
-
-
-def _members(job: _Job, index: int, tally: Tally, labels: tuple[str, ...] | None) -> dict[str, bytes] | None:
-    """Return the members of a sample, or None for one that cannot be used."""
-    try:
-        record = job.source[index]
-        packed = pack(record, job.options, labels)
-    except BadSample as fault:
-        tally.reject(fault.reason, fault.key)
-        return None
-    for reason in packed.bad_captions:
-        tally.reject_caption(reason, record.key)
-    tally.samples += 1
-    tally.resized += packed.resized
-    return packed.members
-
-
-def _report(source: Source, output: ShardFolder, plan: dict[str, Any], kept: int) -> dict[str, Any]:
+def _report(shards: _NewShards, plan: dict[str, Any], kept: int) -> dict[str, Any]:
     """Write and show what was done, after our own reader has opened it, which also makes its index."""
-    total, shards = Tally(), {}
-    for number in range(output.num_shards):
-        tally = output.finished(number)
+    total, sizes = Tally(), {}
+    for number in range(len(shards)):
+        tally = shards.finished(number)
         total.add(tally)
         if tally.samples:
-            shards[output.name(number)] = {"samples": tally.samples, "bytes": tally.bytes}
-    report = {"made_from": {"source": source.name, **plan}, **vars(total), "shards": shards}
-    write_json(output.path / REPORT, report)
-    seen = len(source)
-    if total.rejected:
-        say(f"rejected {total.num_rejected():,} of {seen:,} samples; more keys in {output.path / REPORT}:")
-    for line in describe(total.rejected):
-        say(f"  {line}")
-    if total.rejected_captions:
-        say("captions left out of samples that are kept:")
-    for line in describe(total.rejected_captions):
-        say(f"  {line}")
+            sizes[shards.path(number).name] = {"samples": tally.samples, "bytes": tally.bytes}
+    name, seen, path = shards.source.name, len(shards.source), shards.folder / "report.json"
+    report = {"made_from": {"source": name, **plan}, **vars(total), "shards": sizes}
+    write_json(path, report)
+    rejected = sum(found["count"] for found in total.rejected.values())
+    _say_faults(f"rejected {rejected:,} of {seen:,} samples; more keys in {path}:", total.rejected)
+    _say_faults("captions left out of samples that are kept:", total.rejected_captions)
     if not total.samples:
-        raise UserError(f"{source.name}: none of its {seen:,} samples can be used; see {output.path / REPORT}")
-    reread = len(open_source(output.pattern()))
-    if reread != total.samples:
-        raise UserError(f"{output.path} holds {reread:,} samples where {total.samples:,} were written; delete it")
+        raise UserError(f"{name}: none of its {seen:,} samples can be used; see {path}")
+    if (reread := len(open_source(shards.pattern()))) != total.samples:
+        raise UserError(f"{shards.folder} holds {reread:,} samples where {total.samples:,} were written; delete it")
     again = f" ({kept} of them were there)" if kept else ""
     resized = f", {total.resized:,} resized" if total.resized else ""
     say(
         f"{total.samples:,} samples{resized}, {total.bytes / 2**20:,.1f} MiB, "
-        f"in {len(shards)} shards{again}: '{output.pattern()}'"
+        f"in {len(sizes)} shards{again}: '{shards.pattern()}'"
     )
     return report
+
+
+def _say_faults(head: str, faults: dict[str, dict[str, Any]]) -> None:
+    """Where there are any, print a line for each reason, the commonest first: '3 missing_image: a.jpg, b.jpg, ...'."""
+    if faults:
+        say(head)
+    for reason, found in sorted(faults.items(), key=lambda item: -item[1]["count"]):
+        keys = [re.sub(r"\s+", " ", key) for key in found["keys"][:3]]
+        more = ", ..." if found["count"] > len(keys) else ""
+        say(f"  {found['count']:,} {reason}: {', '.join(keys)}{more}")
+
+
+# One sample
+
+
+def pack(
+    record: Record, options: PackOptions, class_labels: tuple[str, ...] | None
+) -> tuple[dict[str, bytes], tuple[str, ...], bool]:
+    """Return the members of a sample by suffix, why captions were left out, and whether the image was resized.
+
+    The members are an image, and KEY.txt, KEY.json and KEY.cls as far as the sample needs them.
+
+    A JPEG, PNG or WebP that needs no resize keeps its bytes, once it has been decoded without an error; other
+    images become lossless PNG. The first caption is in KEY.txt; KEY.json holds {"captions": [...]}, and
+    "weights" where there are any, if that says more than the text does.
+
+    Args:
+        class_labels: what KEY.cls holds for each class (see `class_labels`); None: the label's number.
+
+    Raises:
+        BadSample: an image that cannot be read, or neither a usable caption nor a label.
+    """
+    captions, weights, bad_captions = _usable_captions(record)
+    try:
+        suffix, image, resized = _pack_image(record.image, options)
+    except BadSample as fault:
+        raise BadSample(fault.reason, record.key) from fault
+    members = {suffix: image}
+    if captions:
+        members["txt"] = captions[0].encode()
+        # A text loses a byte-order mark and the end of its line when it is read back.
+        plain = captions[0].rstrip("\r\n") == captions[0] and not captions[0].startswith("\ufeff")
+        if len(captions) > 1 or weights is not None or not plain:
+            fields = {"captions": captions} | ({"weights": weights} if weights is not None else {})
+            members["json"] = json.dumps(fields, ensure_ascii=False).encode()
+    if record.label is not None:
+        members["cls"] = (class_labels[record.label] if class_labels else str(record.label)).encode()
+    return members, bad_captions, resized
+
+
+def class_labels(source: Source) -> tuple[str, ...] | None:
+    """Return None where KEY.cls can hold the number of the class, else the names it has to hold.
+
+    A number that is also the name of another class, as folders '1', '10', '2' have it, would be read as the name.
+    """
+    names = source.class_names or ()
+    unclear = any(str(number) in names and names[number] != str(number) for number in range(len(names)))
+    return names if unclear else None
+
+
+def _usable_captions(record: Record) -> tuple[list[str], list[float] | None, tuple[str, ...]]:
+    """Return the captions to store, their weights, and the faults of the others."""
+    captions = record.captions
+    weights = record.caption_weights or (1.0,) * len(captions)
+    if record.caption_weights is not None:
+        drawn_order(record, 0.0)  # refuses weights that mean nothing
+    faults = [caption_fault(caption) for caption in captions]
+    kept = [place for place, fault in enumerate(faults) if fault is None and weights[place]]
+    if not kept and record.label is None:
+        raise BadSample(next(filter(None, faults), "missing_caption"), record.key)
+    stored = [weights[place] for place in kept] if record.caption_weights is not None and kept else None
+    return [captions[place] for place in kept], stored, tuple(filter(None, faults))
+
+
+def _pack_image(image: bytes | Image.Image | np.ndarray, options: PackOptions) -> tuple[str, bytes, bool]:
+    """Return the suffix and the bytes of an image file, and whether the picture was scaled down. Raises BadSample."""
+    kept = _KEPT.match(image) if isinstance(image, bytes) else None
+    if kept and options.short_side is None:
+        decode(image, min_side=1)  # at the smallest scale: all of the data is read, few pixels are made
+        return kept.lastgroup, image, False
+    pixels = decode(image)
+    height, width = pixels.shape[1:]
+    short = min(height, width)
+    if options.short_side is not None and short > options.short_side:
+        scale = options.short_side / short
+        rows = _rows(resize(pixels, max(1, round(height * scale)), max(1, round(width * scale))))
+        jpeg = simplejpeg.encode_jpeg(rows, options.quality, colorspace="RGB", colorsubsampling="420", fastdct=False)
+        return "jpg", jpeg, True
+    if kept:
+        return kept.lastgroup, image, False
+    png = io.BytesIO()
+    Image.fromarray(_rows(pixels)).save(png, "PNG")
+    return "png", png.getvalue(), False
+
+
+def _rows(pixels: torch.Tensor) -> np.ndarray:
+    """From (3, H, W) to (H, W, 3)."""
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())

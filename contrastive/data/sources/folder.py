@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from contrastive.data.record import BadSample, Record, Source, check_index
-from contrastive.data.shards.packed_bytes import PackedBytes
+from contrastive.data.shards.shard_index import PackedBytes
 from contrastive.data.sources.image_file import IMAGE_SUFFIXES, read_image_file
 from contrastive.errors import UserError
 
@@ -38,7 +38,7 @@ class ImageFolder(Source):
         if self.class_names:
             number = {folder: label for label, folder in enumerate(self.class_names)}
             self._labels = np.array([number[path.split(os.sep, 1)[0]] for path in images], dtype=np.int64)
-        self._paths = PackedBytes(os.fsencode(path) for path in images)
+        self._paths = PackedBytes.of(os.fsencode(path) for path in images)
         listing = "\0".join((*images, *sorted(texts if captioned else ())))
         self.fingerprint = hashlib.blake2b(os.fsencode(listing), digest_size=8).hexdigest()
 

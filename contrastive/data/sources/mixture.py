@@ -19,7 +19,7 @@ from contrastive.data.record import BadSample, Record, Source, check_index
 from contrastive.errors import UserError
 
 if TYPE_CHECKING:
-    from contrastive.data.shards.shard_cache import Wanted
+    from contrastive.data.shards.remote import Wanted
 
 _WEIGHT = re.compile(r"(.+)=([-+.\d]*)")
 _MAX_SUM = 1_000_000  # positions of a block, which are shuffled at once

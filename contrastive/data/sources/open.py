@@ -123,10 +123,10 @@ def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
     if len(suffixes) > 1:
         raise UserError(f"{spec} matches files of several kinds ({', '.join(suffixes)}); name one kind")
     if suffixes[0] == ".tar":
-        from contrastive.data.shards.indexing import local_shards
+        from contrastive.data.shards.indexing import index_shards
         from contrastive.data.shards.shard_source import Shards
 
-        return Shards(spec, local_shards(paths), columns.caption)
+        return Shards(spec, index_shards(paths, digest=False), columns.caption)
     if suffixes[0] in _TABLES:
         from contrastive.data.sources.table import open_table
 
