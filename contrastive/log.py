@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import distributed
 
 from contrastive.errors import UserError
+from contrastive.files import write_whole
 
 console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
@@ -53,7 +54,7 @@ def _escaped(message: str) -> str:
 
 
 class MetricsLog:
-    """Rows of `metrics.jsonl`: one JSON object a line, appended and flushed.
+    """Rows of `metrics.jsonl`: one JSON object a line, appended and flushed; use as a context manager.
 
     Args:
         path: the file; rows of steps after `keep_until` are dropped when it exists, because a resumed run
@@ -64,9 +65,7 @@ class MetricsLog:
     def __init__(self, path: Path, keep_until: int):
         rows = [row for row in read_metrics(path) if row["step"] <= keep_until] if path.exists() else []
         self._known = {(row["kind"], row["step"]) for row in rows}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
 
     def has(self, kind: str, step: int) -> bool:
@@ -77,7 +76,10 @@ class MetricsLog:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
         self._file.close()
 
 

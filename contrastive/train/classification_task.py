@@ -20,7 +20,7 @@ from contrastive.errors import UserError
 from contrastive.interop.bundle import save_classifier
 from contrastive.models import ImageClassifier, ImageTowerConfig
 from contrastive.train.options import RunConfig, check_run, check_shares
-from contrastive.train.task import TrainingTask, millions, seed_step
+from contrastive.train.task import TrainingTask, describe_image_tower, seed_step
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,12 @@ class ClassificationTask(TrainingTask):
         """'accuracy': percent of this rank's share of the batch, as it was varied."""
         return {"accuracy": self._accuracy}
 
-    def evaluate(self, runtime: Runtime) -> dict[str, float]:
+    def score(self, source: Source, **how) -> tuple[str, dict[str, float]]:
         from contrastive.evaluate.classification import classification
 
-        figures, options = {}, self.config.evaluation
-        how = {"device": runtime.device, "batch_size": options.batch_size, "limit": options.limit}
-        for source in self.held_out:
-            result = classification(self, source, **how)
-            figures |= {
-                f"classification/{source.name}/{name}": result[name]
-                for name in ("acc1", "acc5", "mean_per_class_recall")
-                if name in result
-            }
-        return figures
+        result = classification(self, source, **how)
+        names = ("acc1", "acc5", "mean_per_class_recall")
+        return "classification", {name: result[name] for name in names if name in result}
 
     def save(
         self, folder: Path, weights: Mapping[str, torch.Tensor], ema: Mapping[str, torch.Tensor] | None = None
@@ -126,15 +119,10 @@ class ClassificationTask(TrainingTask):
         save_classifier(folder, weights, self.model.config, self.preprocess.config, names, ema)
 
     def describe(self) -> list[tuple[str, str]]:
-        image = self.model.config.image
-        frozen = "" if any(p.requires_grad for p in self.model.image_tower.parameters()) else ", frozen"
+        model = self.model.config
         return [
-            (
-                "image tower",
-                f"{millions(self.model.image_tower)}: {image.image_size} px, patch {image.patch_size}, "
-                f"width {image.width}, depth {image.depth}{frozen}",
-            ),
-            ("head", f"{self.model.config.num_classes} classes on {self.model.config.embed_dim} channels"),
+            describe_image_tower(self.model.image_tower, model.image, "frozen"),
+            ("head", f"{model.num_classes} classes on {model.embed_dim} channels"),
         ]
 
 

@@ -25,7 +25,7 @@ from contrastive.interop.bundle import save_model
 from contrastive.losses import LOSSES, LossConfig
 from contrastive.models import DualEncoder, Features, ModelConfig, list_models, model_config
 from contrastive.train.options import RunConfig, check_above_zero, check_run, check_shares, resolve_run
-from contrastive.train.task import TrainingTask, millions, seed_step
+from contrastive.train.task import TrainingTask, describe_image_tower, millions, seed_step
 
 
 @dataclass(frozen=True)
@@ -195,25 +195,17 @@ class ContrastiveTask(TrainingTask):
             "logit_bias": None if bias is None else bias.item(),
         }
 
-    def evaluate(self, runtime: Runtime) -> dict[str, float]:
-        """`zero_shot/SOURCE/acc1`, ... of labelled held-out sources; of others `retrieval/SOURCE/image_to_text_r1`, ...
+    def score(self, source: Source, **how) -> tuple[str, dict[str, float]]:
+        """`zero_shot` acc1, ... of a labelled source; of another `retrieval` image_to_text_r1, ...
 
         In float32, as the weights are: what zero_shot.py will say of the final model.
         """
         from contrastive.evaluate.classification import zero_shot
         from contrastive.evaluate.retrieval import retrieval
 
-        figures, options = {}, self.config.evaluation
-        how = {"device": runtime.device, "batch_size": options.batch_size, "limit": options.limit}
-        for source in self.held_out:
-            score, kind = (retrieval, "retrieval") if source.class_names is None else (zero_shot, "zero_shot")
-            result = score(self, source, **how)
-            figures |= {
-                f"{kind}/{source.name}/{name}": value
-                for name, value in result.items()
-                if isinstance(value, float) and name != "chance"
-            }
-        return figures
+        kind, evaluator = ("retrieval", retrieval) if source.class_names is None else ("zero_shot", zero_shot)
+        result = evaluator(self, source, **how)
+        return kind, {name: value for name, value in result.items() if isinstance(value, float) and name != "chance"}
 
     def save(
         self, folder: Path, weights: Mapping[str, torch.Tensor], ema: Mapping[str, torch.Tensor] | None = None
@@ -221,19 +213,11 @@ class ContrastiveTask(TrainingTask):
         save_model(folder, weights, self.model.config, self.preprocess.config, self.tokenizer, ema)
 
     def describe(self) -> list[tuple[str, str]]:
-        image, text = self.config.model.image, self.config.model.text
-        locked = ", locked" if self.config.lock == "image" else ""
+        text = self.config.model.text
+        size = f"{text.vocab_size:,} tokens, length {text.context_length}, width {text.width}, depth {text.depth}"
         return [
-            (
-                "image tower",
-                f"{millions(self.model.image_tower)}: {image.image_size} px, patch {image.patch_size}, "
-                f"width {image.width}, depth {image.depth}{locked}",
-            ),
-            (
-                "text tower",
-                f"{millions(self.model.text_tower)}: {text.vocab_size:,} tokens, length {text.context_length}, "
-                f"width {text.width}, depth {text.depth}",
-            ),
+            describe_image_tower(self.model.image_tower, self.config.model.image, "locked"),
+            ("text tower", f"{millions(self.model.text_tower)}: {size}"),
         ]
 
     def report(self, device: torch.device) -> dict:

@@ -183,8 +183,7 @@ class WiseFT(ClassificationTask):
 
     def _scores(self, runtime: Runtime) -> dict[str, float]:
         """acc@1 by data: with the head on held-out data, zero-shot elsewhere."""
-        options = self.config.evaluation
-        how = {"device": runtime.device, "batch_size": options.batch_size, "limit": options.limit}
+        how = self.how_to_evaluate(runtime)
         scores = {source.name: classification(self, source, **how)["acc1"] for source in self.held_out}
         self.bundle.model.to(runtime.device)
         return scores | {

@@ -3,7 +3,8 @@
 import math
 import signal
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -68,27 +69,19 @@ class Trainer:
             UserError: the loss is not finite for several steps, too many samples are bad, or a checkpoint cannot be
                 written.
         """
-        wrapped, loader = self.runtime.wrap(self.model), self._loader()
-        if self.runtime.is_main:
-            self.metrics = MetricsLog(self.folder / "metrics.jsonl", self.step)
-        try:
-            return self._fit(wrapped, loader)
-        finally:
-            if self.metrics is not None:
-                self.metrics.close()
-
-    def _fit(self, wrapped: nn.Module, loader: DataLoader) -> bool:
         config, total = self.config, self.config.train.steps
+        wrapped, loader = self.runtime.wrap(self.model), self._loader()
         timer = StepTimer(config.train.global_batch_size)
         advice = Advice(self.task.chance_loss, self.task.advice, total)
-        with StopRequest() as stop, ProgressBar(self.step, total) as bar:
+        log = MetricsLog(self.folder / "metrics.jsonl", self.step) if self.runtime.is_main else nullcontext()
+        with log as self.metrics, stop_requests() as stops, ProgressBar(self.step, total) as bar:
             if self.step == 0:
                 self._save()  # so that --resume works from the first step on
             elif not gather_objects(self.metrics is not None and self.metrics.has("eval", self.step))[0]:
                 self._evaluate_if_due()  # a kill came between the save and the evaluation
             for batch in loader:
                 timer.data_arrived()
-                row, stopping = self._one_step(wrapped, batch, stop)
+                row, stopping = self._one_step(wrapped, batch, stops)
                 timer.step_done()
                 if self.step % config.train.log_every == 0 or self.step == total:
                     row |= {"samples_per_second": timer.samples_per_second, "data_wait": timer.data_wait}
@@ -105,7 +98,7 @@ class Trainer:
                 timer.pause_over()
         return True
 
-    def _one_step(self, wrapped: nn.Module, batch: dict, stop: "StopRequest") -> tuple[dict, bool]:
+    def _one_step(self, wrapped: nn.Module, batch: dict, stops: list[int]) -> tuple[dict, bool]:
         """Do one optimizer step; return its row for the log and whether any rank was asked to stop."""
         config, runtime = self.config, self.runtime
         factor = config.schedule.factor(self.step, config.train.steps)
@@ -120,7 +113,7 @@ class Trainer:
             loss = torch.tensor(math.nan, device=runtime.device)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm).item()
         # One small sum tells every rank the same: the global loss, whether anyone was asked to stop, bad samples.
-        own = [loss.double(), *loss.new_tensor([stop.as_number(), int(batch["replaced"].sum())]).double()]
+        own = [loss.double(), *loss.new_tensor([len(stops), int(batch["replaced"].sum())]).double()]
         loss_sum, requests, replaced = all_reduce_sum(torch.stack(own)).tolist()
         mean_loss = loss_sum / runtime.world_size
         self._update(mean_loss, norm)
@@ -216,32 +209,25 @@ class Trainer:
         return taken
 
 
-class StopRequest:
-    """Set by SIGTERM, SIGUSR1 or Ctrl-C, so that the run can save first; a second Ctrl-C interrupts at once.
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect SIGTERM, SIGUSR1 and Ctrl-C in a list, so that the run can save first; a second Ctrl-C ends it at once.
 
-    Any one rank's request stops all of them at the same step: the loop sums `as_number` over ranks.
+    Any one rank's request stops all of them at the same step: the loop sums how many there are over the ranks.
     """
+    received: list[int] = []
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def as_number(self) -> float:
-        return float(self.received is not None)
-
-    def _note(self, number, frame) -> None:
-        if self.received == signal.SIGINT and number == signal.SIGINT:
+    def note(number, frame) -> None:
+        if number == signal.SIGINT in received:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class BadSamples:

@@ -13,13 +13,18 @@ from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
 from contrastive.data.samples import SampleDataset
 from contrastive.distributed.runtime import Runtime
+from contrastive.models import ImageTowerConfig
+from contrastive.train.options import RunConfig
 
 
 class TrainingTask(ABC):
     """A model with its data and its loss. Subclasses: ContrastiveTask, ClassificationTask."""
 
+    config: RunConfig
     source: Source
     """What it is trained on."""
+    held_out: list[Source]
+    """What it is evaluated on."""
     model: nn.Module
     """The weights, not wrapped for several ranks."""
     preprocess: Preprocess
@@ -53,8 +58,24 @@ class TrainingTask(ABC):
         return {}
 
     @abstractmethod
+    def score(self, source: Source, **how) -> tuple[str, dict[str, float]]:
+        """Return the kind of evaluation and its figures in percent by name, the same on every rank.
+
+        Args:
+            source: one of `held_out`. how: device, batch_size and limit, as the evaluators take them.
+        """
+
     def evaluate(self, runtime: Runtime) -> dict[str, float]:
         """Return figures in percent by 'KIND/SOURCE/NAME'; the same on every rank, all of which call it."""
+        figures = {}
+        for source in self.held_out:
+            kind, scores = self.score(source, **self.how_to_evaluate(runtime))
+            figures |= {f"{kind}/{source.name}/{name}": value for name, value in scores.items()}
+        return figures
+
+    def how_to_evaluate(self, runtime: Runtime) -> dict:
+        options = self.config.evaluation
+        return {"device": runtime.device, "batch_size": options.batch_size, "limit": options.limit}
 
     def conclude(self, folder: Path, runtime: Runtime) -> None:  # noqa: B027
         """Do what is left after the last step, before the model is saved; called on every rank.
@@ -81,6 +102,13 @@ class TrainingTask(ABC):
 def millions(module: nn.Module) -> str:
     """Return the number of parameters, as '12.3 M'."""
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+
+
+def describe_image_tower(tower: nn.Module, image: ImageTowerConfig, when_fixed: str) -> tuple[str, str]:
+    """Return a line of `describe`; `when_fixed` ends that of a tower that does not learn."""
+    fixed = "" if any(p.requires_grad for p in tower.parameters()) else f", {when_fixed}"
+    size = f"{image.image_size} px, patch {image.patch_size}, width {image.width}, depth {image.depth}"
+    return "image tower", f"{millions(tower)}: {size}{fixed}"
 
 
 def seed_step(seed: int, step: int, rank: int, part: int = 0) -> None:
