@@ -19,20 +19,16 @@ from tyro.conf import Positional, arg
 
 from contrastive.config import parse
 from contrastive.data.augment import AugmentConfig
-from contrastive.data.captions import Cleaning, sampled_captions
 from contrastive.data.inspection import QUANTITIES, chosen_indices, measure, see, summary
-from contrastive.data.record import Source
+from contrastive.data.settings import CaptionOptions
 from contrastive.data.sources import open_source
-from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from contrastive.errors import UserError
 from contrastive.log import console, run_script, say, warn
 from contrastive.visualize.inspection_page import PAGE, claim, facts, spark, write_inspection
 
-CONTEXT_LENGTH = 64
 
-
-@dataclass(frozen=True)
-class InspectConfig:
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(CaptionOptions):
     """What to look at, and the options of training that change what the model sees."""
 
     spec: Annotated[Positional[str], arg(metavar="SPEC")]
@@ -47,18 +43,6 @@ class InspectConfig:
     """Side of the square that the model sees, in pixels."""
     image_column: str | None = None
     """Column of a table that holds the image or its path; none: found by its usual names."""
-    caption_column: str | None = None
-    """Column (or field of KEY.json) of the captions, or several with weights: alt=1,synthetic=3; none: usual names."""
-    caption_templates: tuple[str, ...] = ("{}",)
-    """Texts of which one is drawn for each caption, which takes the place of {}."""
-    clean: Cleaning = "none"
-    """Cleaning of captions: clip (mends, lower-cases), canonicalize (SigLIP's)."""
-    prompts: str = "auto"
-    """Prompt templates for labelled data: a set's name, a file with one template a line, or auto."""
-    tokenizer: str = "bpe"
-    """bpe trained on the captions, clip, or a tokenizer folder."""
-    vocab_size: int = 8192
-    """Largest vocabulary of a bpe trained on the captions."""
     context_length: int | None = None
     """Ids of a text; none: 77 for clip, what a saved tokenizer says, else 64."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -66,11 +50,10 @@ class InspectConfig:
     """Of the order and the augmentation, as train.seed; and of the subset that is measured."""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("samples", "shown", "image_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, expected 1 or more")
-        if not self.caption_templates or not all("{}" in template for template in self.caption_templates):
-            raise UserError("--caption_templates: each needs {} for the caption")
 
 
 def main(args: list[str]) -> None:
@@ -80,7 +63,7 @@ def main(args: list[str]) -> None:
     folder = Path(config.output or Path("inspect", re.sub(r"\W+", "-", config.spec).strip("-") or "data"))
     claim(folder, source.name)
     indices = chosen_indices(source, config.samples, config.seed)
-    tokenizer = _tokenizer(config, source)
+    tokenizer = config.make_tokenizer(source, config.context_length)
     columns = (TextColumn("reading samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(indices))
@@ -103,13 +86,6 @@ def main(args: list[str]) -> None:
     write_inspection(folder, figures, seen, tokenizer)
     _print(figures)
     say(f"look at {folder / PAGE}")
-
-
-def _tokenizer(config: InspectConfig, source: Source) -> Tokenizer:
-    length = config.context_length
-    if config.tokenizer != "bpe":
-        return load_tokenizer(config.tokenizer, length, None if config.clean == "none" else config.clean)
-    return train_bpe(sampled_captions(source), config.vocab_size, length or CONTEXT_LENGTH, config.clean)
 
 
 def _print(figures: dict) -> None:

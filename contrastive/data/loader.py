@@ -109,7 +109,6 @@ class _Steps:
         self.global_batch_size = dataset.order.global_batch_size
         self.local_batch_size = self.global_batch_size // world_size
         self.steps = range(start_step, start_step + num_steps)
-        self.far = self.source.remote and hasattr(self.order, "shards_ahead")
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -117,7 +116,7 @@ class _Steps:
     def __iter__(self) -> Iterator[range]:
         ahead = max(1, _SAMPLES_AHEAD // self.local_batch_size)
         for step in self.steps:
-            if self.far and (step - self.steps.start) % max(1, ahead // 8) == 0:
+            if self.source.remote and (step - self.steps.start) % max(1, ahead // 8) == 0:
                 num_steps = min(ahead, self.steps.stop - step)
                 self.source.prefetch(self.order.shards_ahead(step, num_steps, self.rank, self.world_size))
             first = step * self.global_batch_size + self.rank * self.local_batch_size

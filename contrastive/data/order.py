@@ -1,7 +1,7 @@
 """Which sample stands where in the training stream: a pure function of (seed, epoch, position)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,13 @@ class SampleOrder(ABC):
         batch = self.global_batch_size
         slots = np.arange(rank * batch // world_size, (rank + 1) * batch // world_size)
         return (np.arange(step, step + num_steps)[:, None] * batch + slots).ravel()
+
+    def shards_ahead(self, step: int, num_steps: int, rank: int = 0, world_size: int = 1) -> Sequence[Any]:
+        """Return the source's numbers of the shards that a rank reads in `num_steps` steps from `step` on.
+
+        Each comes once, the first needed first; none where the order does not go by shards.
+        """
+        return ()
 
     def epoch_of(self, step: int) -> int:
         """Return the epoch in which the batch of `step` begins."""

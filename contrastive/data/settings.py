@@ -3,15 +3,23 @@
 from dataclasses import dataclass, field
 
 from contrastive.data.augment import AugmentConfig
-from contrastive.data.captions import Cleaning
+from contrastive.data.captions import Cleaning, sampled_captions
 from contrastive.data.preprocess import PreprocessOptions
+from contrastive.data.record import Source
+from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from contrastive.errors import UserError
+
+CONTEXT_LENGTH = 64
 
 
 @dataclass(frozen=True)
 class ImageDataConfig:
     """How images are found, ordered, varied and handed to the model."""
 
+    train: str = ""
+    """What to train on."""
+    eval: tuple[str, ...] = ()
+    """What is held out to score on."""
     image_column: str | None = None
     """Column of a table that holds the image or its path; none: found by its usual names."""
     preprocess: PreprocessOptions = field(default_factory=PreprocessOptions)
@@ -37,14 +45,9 @@ class ImageDataConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig(ImageDataConfig):
-    """Where pairs come from and how they reach the model."""
+class CaptionOptions:
+    """Where captions are found and how they become tokens."""
 
-    train: str = "scenes"
-    """Training pairs: scenes, digits, shards ('path/{0000..0099}.tar'), hf:NAME, a table, an image folder; or
-    several with weights: 'shards/{00..09}.tar=2,pairs.csv=1'."""
-    eval: tuple[str, ...] = ()
-    """Held-out sources: labelled ones are scored zero-shot, captioned ones by retrieval."""
     caption_column: str | None = None
     """Column (or field of KEY.json) of the captions, or several with weights: alt=1,synthetic=3; none: usual names."""
     caption_templates: tuple[str, ...] = ("{}",)
@@ -54,17 +57,42 @@ class DataConfig(ImageDataConfig):
     (SigLIP's)."""
     prompts: str = "auto"
     """Prompt templates for labelled data: a set's name, a file with one template a line, or auto."""
-    tokenizer: str = "auto"
-    """bpe trained on the captions, clip, or a tokenizer folder; auto: clip for models with its vocabulary, else bpe."""
+    tokenizer: str = "bpe"
+    """bpe trained on the captions, clip, or a tokenizer folder."""
     vocab_size: int = 8192
-    """Largest vocabulary of a bpe trained on the run's captions."""
+    """Largest vocabulary of a bpe trained on the captions."""
 
     def __post_init__(self):
         for template in self.caption_templates:
             if "{}" not in template:
-                raise UserError(f"data.caption_templates: '{template}' has no '{{}}' for the caption")
+                raise UserError(f"caption_templates: '{template}' has no '{{}}' for the caption; each needs {{}}")
         if not self.caption_templates:
-            raise UserError("data.caption_templates is empty; leave it out for captions as they are")
+            raise UserError("caption_templates is empty; leave it out for captions as they are")
+
+    def make_tokenizer(self, source: Source, context_length: int | None) -> Tokenizer:
+        """Return what `tokenizer` names; a bpe is trained on the captions of `source`.
+
+        context_length: ids of a text; None: 64 for bpe, 77 for clip, what a saved tokenizer says.
+
+        Raises:
+            UserError: as `load_tokenizer` and `train_bpe`.
+        """
+        if self.tokenizer == "bpe":
+            return train_bpe(sampled_captions(source), self.vocab_size, context_length or CONTEXT_LENGTH, self.clean)
+        return load_tokenizer(self.tokenizer, context_length, None if self.clean == "none" else self.clean)
+
+
+@dataclass(frozen=True)
+class DataConfig(CaptionOptions, ImageDataConfig):
+    """Where pairs come from and how they reach the model."""
+
+    train: str = "scenes"
+    """Training pairs: scenes, digits, shards ('path/{0000..0099}.tar'), hf:NAME, a table, an image folder; or
+    several with weights: 'shards/{00..09}.tar=2,pairs.csv=1'."""
+    eval: tuple[str, ...] = ()
+    """Held-out sources: labelled ones are scored zero-shot, captioned ones by retrieval."""
+    tokenizer: str = "auto"
+    """bpe trained on the captions, clip, or a tokenizer folder; auto: clip for models with its vocabulary, else bpe."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from contrastive.data.captions import sampled_captions
 from contrastive.data.record import Source
 from contrastive.data.sources import open_source
-from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from contrastive.data.tokenizer import Tokenizer, load_tokenizer
 from contrastive.interop.bundle import Bundle
 from contrastive.log import say
 from contrastive.models import DualEncoder, ImageTowerConfig, TextTowerConfig
@@ -112,6 +111,4 @@ def _tokenizer(config: PretrainConfig, source: Source, checkpoint: Path | None, 
     name = config.data.tokenizer
     if name == "auto":
         name = "clip" if config.model.text.vocab_size == CLIP_VOCABULARY else "bpe"
-    if name != "bpe":
-        return load_tokenizer(name, length, None if config.data.clean == "none" else config.data.clean)
-    return train_bpe(sampled_captions(source), config.data.vocab_size, length, config.data.clean)
+    return replace(config.data, tokenizer=name).make_tokenizer(source, length)
