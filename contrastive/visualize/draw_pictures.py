@@ -17,6 +17,7 @@ from contrastive.visualize.drawing import (
     balanced,
     bare,
     colour_bar,
+    frame,
     mosaic,
     new_figure,
     shortened,
@@ -36,7 +37,6 @@ MAX_WRITTEN = 16
 # Inches.
 LABEL_WIDTH = 2.3
 SIDE = 5.6
-HEAD, FOOT = 0.34, 0.97
 
 
 def draw_maps(
@@ -105,14 +105,23 @@ def draw_positions(similarity: torch.Tensor, *, title: str) -> "Figure":
     # The gap has to be seen between maps of many cells, too.
     gap = max(1, columns // 8)
     tiles = mosaic(chosen, len(shown_columns), gap)
-    figure, axes = _sheet(tiles.shape[0] / tiles.shape[1], title, has_bar=True)
-    axes.imshow(np.ma.masked_invalid(tiles), cmap=heat.colours, norm=heat.norm, interpolation="nearest", aspect="auto")
-    _count(axes.xaxis, shown_columns, columns, gap)
-    _count(axes.yaxis, shown_rows, rows, gap)
-    axes.set_xlabel("column of the patch", fontsize=7.5, color=INK)
-    axes.set_ylabel("row of the patch", fontsize=7.5, color=INK)
-    height = figure.get_figheight()
-    bar = figure.add_axes((0.62 / SIDE, 0.36 / height, 3.2 / SIDE, 0.1 / height))
+    left, head, foot = 0.5, 0.34, 0.97
+    width = SIDE - left - MARGIN
+    height = width * tiles.shape[0] / tiles.shape[1]
+    total = head + height + foot
+    figure = new_figure(SIDE, total, title)
+    axes = figure.add_axes((left / SIDE, foot / total, width / SIDE, height / total))
+    heat.show(axes, np.ma.masked_invalid(tiles))
+    axes.spines[:].set_visible(False)
+    for axis, name, numbers, size in (
+        (axes.xaxis, "column", shown_columns, columns),
+        (axes.yaxis, "row", shown_rows, rows),
+    ):
+        # Their numbers at the middle of the maps of so many cells.
+        axis.set_ticks([place * (size + gap) + (size - 1) / 2 for place in range(len(numbers))], map(str, numbers))
+        axis.set_tick_params(length=0, labelsize=7)
+        axis.set_label_text(f"{name} of the patch", fontsize=7.5, color=INK)
+    bar = figure.add_axes((0.62 / SIDE, 0.36 / total, 3.2 / SIDE, 0.1 / total))
     colour_bar(figure, bar, heat, "cosine of the position embeddings")
     return figure
 
@@ -133,31 +142,10 @@ def draw_filters(filters: torch.Tensor, *, title: str) -> "Figure":
 def _draw_filters(filters: torch.Tensor, title: str) -> "Figure":
     columns = max(1, min(len(filters), math.ceil(math.sqrt(1.75 * len(filters)))))
     tiles = mosaic(filters / 2 + 0.5, columns, gap=max(1, filters.shape[-1] // 8))
-    figure, axes = _sheet(tiles.shape[0] / tiles.shape[1], title, has_bar=False)
-    axes.imshow(np.nan_to_num(tiles, nan=1.0), interpolation="nearest", aspect="auto")
-    bare(axes)
-    return figure
-
-
-def _sheet(proportion: float, title: str, has_bar: bool):
-    """A figure `SIDE` inches wide with one axes of that height to width."""
-    left, foot = (0.5, FOOT) if has_bar else (MARGIN, MARGIN)
-    width = SIDE - left - MARGIN
-    height = width * proportion
-    total = HEAD + height + foot
-    figure = new_figure(SIDE, total)
-    figure.text(MARGIN / SIDE, 1 - 0.12 / total, title, va="top", fontsize=10, color=INK, parse_math=False)
-    axes = figure.add_axes((left / SIDE, foot / total, width / SIDE, height / total))
-    return figure, axes
-
-
-def _count(axis, numbers: list[int], size: int, gap: int) -> None:
-    """Write the numbers of the shown positions at the middle of their maps of so many cells."""
-    places = [place * (size + gap) + (size - 1) / 2 for place in range(len(numbers))]
-    axis.set_ticks(places, [str(number) for number in numbers])
-    axis.set_tick_params(length=0, labelsize=7)
-    for spine in axis.axes.spines.values():
-        spine.set_visible(False)
+    panel = SIDE - 2 * MARGIN
+    sheet = Sheet(1, 1, tiles.shape, title=title, panel=panel, title_lines=0, has_bar=False)
+    sheet.show(0, 0, np.nan_to_num(tiles, nan=1.0))
+    return sheet.figure
 
 
 def draw_embeddings(untrained: torch.Tensor, trained: torch.Tensor, *, title: str) -> "Figure":
@@ -165,14 +153,11 @@ def draw_embeddings(untrained: torch.Tensor, trained: torch.Tensor, *, title: st
     values = Heat(torch.cat([untrained, trained]), centre=True, over_images=False, cut=0.002)
     cosines = [features @ features.T for features in (untrained, trained)]
     alike = Heat(torch.stack(cosines), over_images=False, high=1.0)
-    figure = new_figure(10, 5.3)
-    figure.text(0.012, 0.977, title, va="top", fontsize=10, color=INK, parse_math=False)
+    figure = new_figure(10, 5.3, title)
     for row, (name, features) in enumerate((("untrained", untrained), ("this model", trained))):
         bottom = 0.55 - row * 0.425
         left = figure.add_axes((0.045, bottom, 0.6, 0.31))
-        left.imshow(
-            features.cpu().numpy(), cmap=values.colours, norm=values.norm, aspect="auto", interpolation="nearest"
-        )
+        values.show(left, features.cpu().numpy())
         left.set_title(
             f"{name}: effective rank {effective_rank(features):.1f} of at most {min(features.shape)}, "
             f"mean cosine of two images {mean_cosine(features):.2f}",
@@ -181,14 +166,13 @@ def draw_embeddings(untrained: torch.Tensor, trained: torch.Tensor, *, title: st
             color=INK,
         )
         right = figure.add_axes((0.755, bottom, 0.165, 0.31))
-        right.imshow(cosines[row].cpu().numpy(), cmap=alike.colours, norm=alike.norm, interpolation="nearest")
+        alike.show(right, cosines[row].cpu().numpy(), aspect="equal")
         for axes in (left, right):
             axes.tick_params(labelsize=7, length=2)
             axes.spines[:].set_visible(False)
         left.set_ylabel("image", fontsize=7.5)
-        left.yaxis.get_major_locator().set_params(integer=True)
-        right.xaxis.get_major_locator().set_params(integer=True)
-        right.yaxis.get_major_locator().set_params(integer=True)
+        for axis in (left.yaxis, right.xaxis, right.yaxis):
+            axis.get_major_locator().set_params(integer=True)
     left.set_xlabel("dimension of the embedding", fontsize=7.5)
     right.set_xlabel("image", fontsize=7.5)
     colour_bar(figure, figure.add_axes((0.66, 0.125, 0.009, 0.735)), values, "value", "vertical")
@@ -218,8 +202,7 @@ def draw_match(
     width = LABEL_WIDTH + 2 * MARGIN + (2 if side_by_side else 1) * (across + 0.85)
     width = max(width, LABEL_WIDTH + 0.08 * len(probability_title))
     height = 0.4 + (1 if side_by_side else 2) * block + MARGIN
-    figure = new_figure(width, height)
-    figure.text(MARGIN / width, 1 - 0.12 / height, title, va="top", fontsize=10, color=INK, parse_math=False)
+    figure = new_figure(width, height, title)
     parts = (
         ("cosine", cosines, Heat(cosines, over_images=False, colours="Blues")),
         (probability_title, probabilities, Heat(probabilities, over_images=False, low=0.0, high=1.0, colours="Blues")),
@@ -241,7 +224,7 @@ def draw_match(
         _cells(cells, values.T.cpu().numpy(), heat, written=count <= MAX_WRITTEN)
         for number, text in enumerate(own):
             if text is not None:
-                _frame(cells, number, text)
+                frame(cells, (number - 0.5, text - 0.5), 1, 1, ((2.6, "white"), (1.2, "#0a7f5a")))
         cells.set_yticks(range(len(texts)), [wrapped(text, 36, 2) for text in texts] if named else [])
         for label in cells.get_yticklabels():
             label.set(fontsize=7.5, parse_math=False, linespacing=1.0)
@@ -251,7 +234,7 @@ def draw_match(
 
 
 def _cells(axes, values: np.ndarray, heat: Heat, written: bool) -> None:
-    axes.imshow(values, cmap=heat.colours, norm=heat.norm, aspect="auto", interpolation="nearest")
+    heat.show(axes, values)
     bare(axes)
     axes.tick_params(length=0)
     if not written:
@@ -259,11 +242,3 @@ def _cells(axes, values: np.ndarray, heat: Heat, written: bool) -> None:
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if heat.norm(value) > 0.55 else "black"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-
-
-def _frame(axes, column: int, row: int) -> None:
-    from matplotlib.patches import Rectangle
-
-    style = {"fill": False, "clip_on": False}
-    for line, colour in ((2.6, "white"), (1.2, "#0a7f5a")):
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, edgecolor=colour, linewidth=line, **style))

@@ -50,16 +50,14 @@ class Sheet:
         least = 0.075 * len(title) + 2 * MARGIN
         self.width = max(2 * MARGIN + columns * (panel + GAP) - GAP, least, 4.2 if has_bar else 0)
         self.height = self.head + self.foot + rows * (self.panel_height + self.over + GAP)
-        self.figure = new_figure(self.width, self.height)
+        self.figure = new_figure(self.width, self.height, title)
         self._axes = self.figure.add_axes((0, 0, 1, 1))  # in inches, from the top left corner
         self._axes.set(xlim=(0, self.width), ylim=(self.height, 0), autoscale_on=False)
         self._axes.set_axis_off()
-        self._axes.text(MARGIN, 0.12, title, va="top", fontsize=10, color=INK, parse_math=False)
 
     def show(self, row: int, column: int, rgb: np.ndarray, title: str = "") -> tuple[float, float]:
         """Draw an image (H, W, 3), uint8 or float in 0..1, into a panel; return its left and top in inches."""
-        left = MARGIN + column * (self.panel + GAP)
-        top = self.head + row * (self.panel_height + self.over + GAP) + self.over
+        left, top = self._corner(row, column)
         extent = (left, left + self.panel, top + self.panel_height, top)
         self._axes.imshow(rgb, interpolation="nearest", aspect="auto", extent=extent)
         if title:
@@ -70,14 +68,14 @@ class Sheet:
 
     def frame(self, row: int, column: int, cell: tuple[int, int], grid: tuple[int, int]) -> None:
         """Frame one (row, column) of a panel that is divided into a grid of (rows, columns)."""
-        from matplotlib.patches import Rectangle
+        (left, top), height, width = self._corner(row, column), self.panel_height / grid[0], self.panel / grid[1]
+        place = (left + cell[1] * width, top + cell[0] * height)
+        frame(self._axes, place, width, height, ((2.4, "black"), (1.1, "#5cf2ff")))  # seen on light and on dark
 
-        height, width = self.panel_height / grid[0], self.panel / grid[1]
-        left = MARGIN + column * (self.panel + GAP) + cell[1] * width
-        top = self.head + row * (self.panel_height + self.over + GAP) + self.over + cell[0] * height
-        for line, colour in ((2.4, "black"), (1.1, "#5cf2ff")):  # seen on light and on dark
-            style = {"fill": False, "edgecolor": colour, "linewidth": line}
-            self._axes.add_patch(Rectangle((left, top), width, height, **style))
+    def _corner(self, row: int, column: int) -> tuple[float, float]:
+        """Left and top of a panel in inches."""
+        top = self.head + row * (self.panel_height + self.over + GAP) + self.over
+        return MARGIN + column * (self.panel + GAP), top
 
     def bar(self, heat: "Heat", label: str) -> None:
         """Draw the colour bar at the foot."""
@@ -129,6 +127,10 @@ class Heat:
             pure = self.colours(np.linspace(0, 1, 256))[:, :3]
             self.bar_colours = ListedColormap(HEAT_SHARE * pure + (1 - HEAT_SHARE) * 0.5)
 
+    def show(self, axes: "Axes", values: np.ndarray, aspect: str = "auto") -> None:
+        """Draw values (rows, columns) as cells that fill `axes`."""
+        axes.imshow(values, cmap=self.colours, norm=self.norm, aspect=aspect, interpolation="nearest")
+
     def over(self, image: torch.Tensor, values: torch.Tensor) -> np.ndarray:
         """Lay values (rows, columns) over an image uint8 (3, H, W) in grey: float (H, W, 3) in 0..1.
 
@@ -143,8 +145,8 @@ class Heat:
         return HEAT_SHARE * spread + (1 - HEAT_SHARE) * grey[..., None]
 
 
-def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure of so many inches that draws without a display."""
+def new_figure(width: float, height: float, title: str) -> "Figure":
+    """Return a figure of so many inches with nothing but a title, which draws without a display."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -152,6 +154,8 @@ def new_figure(width: float, height: float) -> "Figure":
     with rc_context(FONT):
         figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
+    place = (MARGIN / width, 1 - 0.12 / height)
+    figure.text(*place, title, va="top", fontsize=10, color=INK, parse_math=False)
     return figure
 
 
@@ -174,6 +178,16 @@ def bare(axes: "Axes") -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
+
+
+def frame(
+    axes: "Axes", place: tuple[float, float], width: float, height: float, lines: Sequence[tuple[float, str]]
+) -> None:
+    """Frame a rectangle, one line (its width, its colour) upon the other."""
+    from matplotlib.patches import Rectangle
+
+    for line, colour in lines:
+        axes.add_patch(Rectangle(place, width, height, fill=False, clip_on=False, linewidth=line, edgecolor=colour))
 
 
 def colour_bar(figure: "Figure", axes: "Axes", heat: Heat, label: str, orientation: str = "horizontal") -> None:

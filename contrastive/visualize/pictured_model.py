@@ -28,10 +28,12 @@ from contrastive.visualize.attention import (
     rollout_reading,
     trace,
 )
-from contrastive.visualize.representations import evenly_spread, patch_embeddings, random_tower
+from contrastive.visualize.representations import evenly_spread, patch_embeddings, random_tower, text_similarity
 
 MAX_SHOWN = 12
 """Images that are looked into patch by patch; whole embeddings are of all."""
+MAX_DATA_TEXTS = 6
+"""Texts out of the data in the heat maps; those asked for are all shown."""
 MAX_CLASS_TEXTS = 12
 """A data set of more classes than that gives the captions of its images as texts, not its class names."""
 
@@ -82,6 +84,10 @@ class PicturedModel:
     def block(self) -> int:
         """The block that is looked into, from 0."""
         return layer_index(self.tower, -1 if self.layer is None else self.layer)
+
+    @property
+    def block_name(self) -> str:
+        return f"block {self.block + 1} of {len(self.tower.transformer.blocks)}"
 
     @property
     def num_shown(self) -> int:
@@ -146,6 +152,16 @@ class PicturedModel:
     def text_features(self) -> torch.Tensor:
         """(T, E), unit length."""
         return self.model.encode_text(self.tokenizer(list(self.inputs.texts)).to(self.pixels.device))
+
+    @cached_property
+    def text_maps(self) -> tuple[torch.Tensor, tuple[str, ...]]:
+        """(S, T', rows, columns) cosines of patches and the T' texts that are shown, and these texts."""
+        texts, chosen = self.inputs.texts, list(range(len(self.inputs.texts)))
+        if self.inputs.texts_of_data:  # those of the images that are shown come first
+            own = [text for text in self.inputs.own[: self.num_shown] if text is not None]
+            chosen = sorted(list(dict.fromkeys([*own, *chosen]))[:MAX_DATA_TEXTS])
+        maps = text_similarity(self.patches, self.text_features[chosen])
+        return maps.unflatten(-1, self.grid).cpu(), tuple(texts[text] for text in chosen)
 
     @cached_property
     def untrained(self) -> ImageTower:

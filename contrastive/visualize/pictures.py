@@ -26,11 +26,8 @@ from contrastive.visualize.representations import (
     pca_colours,
     position_similarity,
     strongest_filters,
-    text_similarity,
 )
 
-MAX_DATA_TEXTS = 6
-"""Texts out of the data in the heat maps; those asked for are all shown."""
 MAX_FILTERS = 128
 ATTENTION_CUT = 0.002
 PEAKED = 10.0
@@ -67,9 +64,9 @@ def attention_heads(pictured: PicturedModel) -> Picture:
     if pictured.layer is None and config.pool == "attention":
         title, what = "What the pooling probe attends to", "the learned probe of the attention pooling attends to"
     elif config.pool == "class":
-        title, what = f"What the class token attends to in {_block(pictured)}", "the class token attends to"
+        title, what = f"What the class token attends to in {pictured.block_name}", "the class token attends to"
     else:
-        title = f"What the patches attend to on average in {_block(pictured)}"
+        title = f"What the patches attend to on average in {pictured.block_name}"
         what = "all patches attend to on average (no token of a block stands for the image in this tower)"
     figure = _head_maps(pictured, pictured.reading, f"{title}, {pictured.name}")
     return Picture(
@@ -86,7 +83,7 @@ def attention_heads(pictured: PicturedModel) -> Picture:
 
 def attention_query(pictured: PicturedModel) -> Picture:
     row, column = pictured.patch
-    title = f"What one patch attends to in {_block(pictured)}"
+    title = f"What one patch attends to in {pictured.block_name}"
     figure = _head_maps(pictured, pictured.queried, f"{title}, {pictured.name}", pictured.patch)
     return Picture(
         name="attention_query",
@@ -124,7 +121,7 @@ def text_patches(pictured: PicturedModel) -> Picture | LeftOut:
     title = "Which patches look like a text"
     if missing := _no_texts(pictured):
         return LeftOut(title, missing)
-    maps, texts = _text_maps(pictured)
+    maps, texts = pictured.text_maps
     figure = draw_maps(
         *pictured.shown,
         maps,
@@ -151,7 +148,7 @@ def text_patches_difference(pictured: PicturedModel) -> Picture | LeftOut:
     title = "Which patches look more like a text than like the others"
     if missing := _no_texts(pictured, least=2):
         return LeftOut(title, missing)
-    maps, texts = _text_maps(pictured)
+    maps, texts = pictured.text_maps
     maps = above_mean(maps)
     heat = Heat(maps, centre=True)
     unit = "cosine of patch and text, minus the patch's mean over the texts"
@@ -321,16 +318,6 @@ def _head_maps(pictured: PicturedModel, maps: torch.Tensor, title: str, marked: 
     return draw_maps(*pictured.shown, maps, labels, heat, title=title, unit=unit, marked=marked)
 
 
-def _text_maps(pictured: PicturedModel) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """(S, T, rows, columns) cosines of the images and texts that are shown, and these texts."""
-    inputs, chosen = pictured.inputs, list(range(len(pictured.inputs.texts)))
-    if inputs.texts_of_data:  # those of the images that are shown come first
-        own = [text for text in inputs.own[: pictured.num_shown] if text is not None]
-        chosen = sorted(list(dict.fromkeys([*own, *chosen]))[:MAX_DATA_TEXTS])
-    maps = text_similarity(pictured.patches, pictured.text_features[chosen])
-    return maps.unflatten(-1, pictured.grid).cpu(), tuple(inputs.texts[text] for text in chosen)
-
-
 def _no_texts(pictured: PicturedModel, least: int = 1) -> str | None:
     """Why there is no picture with texts, if so."""
     if pictured.tokenizer is None:
@@ -340,10 +327,6 @@ def _no_texts(pictured: PicturedModel, least: int = 1) -> str | None:
     if len(pictured.inputs.texts) < least:
         return "one text has no others to differ from; give --text twice or more"
     return None
-
-
-def _block(pictured: PicturedModel) -> str:
-    return f"block {pictured.block + 1} of {len(pictured.tower.transformer.blocks)}"
 
 
 def _images(pictured: PicturedModel, every: bool = False) -> str:
