@@ -16,6 +16,9 @@ ALIASES = {"mnist": "digits", "imagenet1k": "imagenet"}
 """Other names of sets."""
 
 IMAGENET = "imagenet"
+CLASS_FILES = ("classes.json", "classnames.txt")
+"""Files of class names beside data: a list of strings, or one name a line."""
+
 _WORDNET_ID = re.compile(r"n\d{8}")
 # CLIP's list of 1,000 names says 'missile' and 'sunglasses' twice each, so that no model can tell those apart;
 # the second missile and the first sunglasses get WordNet's own name back.
@@ -100,7 +103,23 @@ def load_class_names(name_or_file: str | Path, own_names: Sequence[str] | None =
         known = class_set(str(name_or_file))
         places = known.places(own_names or ())
         return known.names if places is None else tuple(known.names[place] for place in places)
-    return _checked(name_or_file, _read_file(Path(name_or_file)))
+    path = Path(name_or_file).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"{name_or_file}: neither a file nor a set of class names ({', '.join(class_sets())})."
+            f"{did_you_mean(str(name_or_file), class_sets())}"
+        )
+    return _names_in(path)
+
+
+def class_names_beside(folder: str | Path) -> tuple[str, ...] | None:
+    """Return the class names that lie with the data: those of the first of `CLASS_FILES` in `folder`; None without one.
+
+    Raises:
+        UserError: as from `load_class_names`.
+    """
+    paths = (Path(folder, name) for name in CLASS_FILES)
+    return next((_names_in(path) for path in paths if path.is_file()), None)
 
 
 @functools.cache
@@ -120,30 +139,30 @@ def _key(name: str) -> str:
     return "".join(character for character in name.lower() if character.isalnum())
 
 
-def _read_file(path: Path) -> object:
+def _names_in(path: Path) -> tuple[str, ...]:
+    """Return the class names that a file lists, a JSON list or one a line.
+
+    Raises:
+        UserError: not text, something else in it, an empty name, or a name that comes twice.
+    """
     try:
-        text = path.expanduser().read_text(encoding="utf-8-sig")
-        return json.loads(text) if path.suffix == ".json" else text.rstrip().split("\n")
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: neither a file nor a set of class names ({', '.join(class_sets())})."
-            f"{did_you_mean(str(path), class_sets())}"
-        ) from None
+        text = path.read_text("utf-8-sig")
+        names = json.loads(text) if path.suffix == ".json" else text.rstrip().split("\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
+    except ValueError as error:  # bad UTF-8 or bad JSON
         raise UserError(f"{path}: not a list of names, one a line or as JSON ({error})") from None
-
-
-def _checked(where: str | Path, names: object) -> tuple[str, ...]:
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{where}: must be a JSON list of strings, one name for each class in order")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"{path}: class names must be a list of strings, one a class, in the order of the labels; "
+            "a JSON list, or one a line"
+        )
     first_line: dict[str, int] = {}
     for line, name in enumerate((name.strip() for name in names), start=1):
         if not name:
-            raise UserError(f"{where}: class {line} has no name; blank lines shift the others")
+            raise UserError(f"{path}: class {line} has no name; blank lines shift the others")
         if name in first_line:
             pair = f"class {first_line[name]} and class {line}"
-            raise UserError(f"{where}: '{name}' names both {pair}; each class needs its own name")
+            raise UserError(f"{path}: '{name}' names both {pair}; class name '{name}' is there twice")
         first_line[name] = line
     return tuple(first_line)

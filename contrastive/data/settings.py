@@ -100,8 +100,8 @@ class LabelledDataConfig(ImageDataConfig):
     """Where labelled images come from and how they reach the classifier."""
 
     train: str = "mnist"
-    """Labelled images: mnist, fashion_mnist, cifar10, cifar100, a folder of their files, shards, hf:NAME, a table or
-    class folders."""
+    """Labelled images: a well-known set (mnist, cifar10, food101, ...), a folder of MNIST's or CIFAR's files, shards,
+    hf:NAME, a table or class folders."""
     eval: tuple[str, ...] = ()
     """Held-out labelled images; none: the test split of the training data, where it has one."""
     share: float = 1.0

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from contrastive.data.record import BadSample
 from contrastive.data.sources import SOURCES, open_source
-from contrastive.data.sources.digits import Digits
+from contrastive.data.sources.arrays import Digits
 
 # Digits
 

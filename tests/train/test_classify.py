@@ -185,7 +185,7 @@ def test_the_name_of_a_preset_given_again_changes_nothing_on_resume(tmp_path):
 
 
 def test_labels_out_of_range_stop_the_run_and_are_named(config, tmp_path, monkeypatch):
-    from contrastive.data.sources.digits import Digits
+    from contrastive.data.sources.arrays import Digits
 
     monkeypatch.setattr(Digits, "label", lambda self, index: 10 if index % 2 else int(self._labels[index]))
     with pytest.raises(UserError, match=r"bad_label \(digits-"):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
+from contrastive.data.class_sets import CLASS_FILES
 from contrastive.data.shards.parallel import in_parallel, num_cores
 from contrastive.data.shards.remote import copy_path, download, open_copy
 from contrastive.data.shards.shard_index import (
@@ -22,7 +23,6 @@ from contrastive.data.shards.shard_index import (
     save_index,
 )
 from contrastive.data.shards.shard_manifest import IndexFolder, find_shards, index_folders
-from contrastive.data.sources.class_names import CLASS_FILES
 from contrastive.data.sources.paths import folder_and_name, is_remote
 from contrastive.errors import UserError
 from contrastive.log import say, warn

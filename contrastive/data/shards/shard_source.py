@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from contrastive.data.class_sets import class_names_beside
 from contrastive.data.record import BadSample, Record, Source, check_index
 from contrastive.data.shards.remote import Wanted, open_copy
 from contrastive.data.shards.shard_index import CAPTION_FIELDS, MAX_TEXT_BYTES, REFUSALS, IndexedShard, load_index
 from contrastive.data.shards.shard_manifest import total
-from contrastive.data.sources.class_names import class_names_beside
 from contrastive.data.sources.columns import weighted_names
 from contrastive.data.sources.image_file import MAX_IMAGE_BYTES
 from contrastive.data.sources.paths import is_remote, short_names

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -15,31 +15,28 @@ MAX_TEXT_BYTES = 2**20
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "dev"}
 
 
-class ImageFolder(Source):
-    """Either ROOT/class_name/*.jpg (at any depth below the class folder), or images each with a .txt beside.
+class ImageFiles(Source):
+    """Files of images, with labels or with captions in .txt files beside them. The fingerprint covers the paths.
 
-    One .txt beside an image is enough to make it a captioned folder; images without one have no caption.
-    Class names are the sorted names of the first-level folders. Hidden files and folders are left out. The
-    fingerprint covers the relative paths.
-
-    Raises:
-        UserError: no images; neither captions nor class folders; splits or a single folder for classes.
+    Args:
+        root: the folder that `paths` are relative to.
+        labels: int64, one an image. None: captions are looked for.
+        texts: the paths of the captions.
     """
 
-    def __init__(self, name: str, root: str):
-        self.name = name
-        self._root = root
-        images, texts, folders = _scan(root)
-        if not images:
-            raise UserError(f"{name}: {_nothing_found(root)}")
-        captioned = not texts.isdisjoint(_text_path(path) for path in images)
-        self.class_names = None if captioned else _class_names(name, images, folders)
-        self._labels = None
-        if self.class_names:
-            number = {folder: label for label, folder in enumerate(self.class_names)}
-            self._labels = np.array([number[path.split(os.sep, 1)[0]] for path in images], dtype=np.int64)
-        self._paths = PackedBytes.of(os.fsencode(path) for path in images)
-        listing = "\0".join((*images, *sorted(texts if captioned else ())))
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        paths: Sequence[str],
+        labels: np.ndarray | None = None,
+        class_names: tuple[str, ...] | None = None,
+        texts: Sequence[str] = (),
+    ):
+        self.name, self.class_names = name, class_names
+        self._root, self._labels = root, labels
+        self._paths = PackedBytes.of(os.fsencode(path) for path in paths)
+        listing = "\0".join((*paths, *texts))
         self.fingerprint = hashlib.blake2b(os.fsencode(listing), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
@@ -73,6 +70,26 @@ class ImageFolder(Source):
         relative = self._paths[check_index(self, index)]
         path = os.path.join(self._root, os.fsdecode(relative))
         return path, relative.decode("utf-8", "backslashreplace")
+
+
+def open_folder(name: str, root: str) -> ImageFiles:
+    """Open either ROOT/class_name/*.jpg (at any depth below the class folder), or images each with a .txt beside.
+
+    One .txt beside an image is enough to make it a captioned folder; images without one have no caption.
+    Class names are the sorted names of the first-level folders. Hidden files and folders are left out.
+
+    Raises:
+        UserError: no images; neither captions nor class folders; splits or a single folder for classes.
+    """
+    images, texts, folders = _scan(root)
+    if not images:
+        raise UserError(f"{name}: {_nothing_found(root)}")
+    if not texts.isdisjoint(_text_path(path) for path in images):
+        return ImageFiles(name, root, images, texts=sorted(texts))
+    class_names = _class_names(name, images, folders)
+    number = {folder: label for label, folder in enumerate(class_names)}
+    labels = np.array([number[path.split(os.sep, 1)[0]] for path in images], dtype=np.int64)
+    return ImageFiles(name, root, images, labels, class_names)
 
 
 def _scan(root: str) -> tuple[list[str], set[str], list[str]]:

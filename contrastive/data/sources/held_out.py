@@ -4,6 +4,7 @@ import fnmatch
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from contrastive.data.sources.mixture import split_mixture
@@ -11,14 +12,13 @@ from contrastive.data.sources.mixture import split_mixture
 HELD_OUT = ("test", "val", "valid", "validation", "dev")
 """Names of held-out splits, the preferred one first."""
 
-_WITH_TEST = ("digits", "scenes", "mnist", "fashion_mnist", "cifar10", "cifar100")
 _TRAIN = re.compile(r"train(?![a-z])")  # 'train-00000', but not 'training'
 
 
 def held_out_spec(spec: str) -> str | None:
     """Return the specification of the held-out split that belongs to `spec`, the training split; None without one.
 
-        digits, mnist:train             digits:test, mnist:test
+        digits, mnist:train, imagenette digits:test, mnist:test, imagenette:val
         FOLDER, FOLDER:train            FOLDER:test, of MNIST's files, CIFAR's, or saved by datasets
         DIR/train                       DIR/test, where there is such a folder; else val, ...
         DIR/train-{00..09}.tar          DIR/test*.tar, where there are such files; else val*.tar, ...
@@ -27,12 +27,16 @@ def held_out_spec(spec: str) -> str | None:
     Splits are looked for by the names of `HELD_OUT`, in that order. Of a mixture, and of data that are no training
     split themselves, there is none.
     """
+    from contrastive.data.sources.torchvision_sets import SETS
+
     spec = spec.strip()
     if not spec or len(split_mixture(spec)[0]) > 1:
         return None
     scheme, _, argument = spec.partition(":")
-    if scheme in _WITH_TEST:
+    if scheme in ("digits", "scenes"):
         return f"{scheme}:test" if argument in ("", "train") else None
+    if scheme in SETS:
+        return _first(scheme, SETS[scheme].splits) if argument in ("", "train", "trainval") else None
     if scheme == "hf":
         return _on_hub(argument)
     if "://" in spec:
@@ -47,9 +51,9 @@ def held_out_spec(spec: str) -> str | None:
 
 
 def _of_folder(folder: str, inside: str, split: str) -> str | None:
-    from contrastive.data.sources.cifar_batches import is_cifar_folder
+    from contrastive.data.sources.arrays import is_idx_folder
     from contrastive.data.sources.hugging_face import is_saved_dataset
-    from contrastive.data.sources.idx import is_idx_folder
+    from contrastive.data.sources.torchvision_sets import is_cifar_folder
 
     if split != "train":
         return None
@@ -73,7 +77,7 @@ def _on_hub(argument: str) -> str | None:
         return None
 
 
-def _first(name: str, splits: tuple[str, ...] | list[str]) -> str | None:
+def _first(name: str, splits: Collection[str]) -> str | None:
     return next((f"{name}:{split}" for split in HELD_OUT if split in splits), None)
 
 

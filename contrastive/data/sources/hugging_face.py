@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from contrastive.data.class_sets import class_names_beside
 from contrastive.data.sources.cells import is_caption_type, is_image_type, read_labels
-from contrastive.data.sources.class_names import class_names_beside
 from contrastive.data.sources.column_source import ColumnSource, TablePart
 from contrastive.data.sources.columns import Columns, find_columns
 from contrastive.errors import UserError, did_you_mean

@@ -22,7 +22,7 @@ from contrastive.registry import Registry
 SOURCES: Registry[Callable[[str, Columns], Source]] = Registry("data source")
 
 FORMS = (
-    "scenes[:SPLIT], digits[:SPLIT], mnist|fashion_mnist|cifar10|cifar100[:SPLIT], 'shards/{0000..0099}.tar', "
+    "scenes[:SPLIT], digits[:SPLIT], a well-known set as cifar10[:SPLIT], mnist or food101, 'shards/{0000..0099}.tar', "
     "PAIRS.csv|tsv|jsonl|parquet, a folder of images, of MNIST's or CIFAR's files, or saved by datasets, "
     "hf:NAME[:SPLIT]"
 )
@@ -36,12 +36,12 @@ def open_source(
     """Open the source that `spec` names.
 
     Args:
-        spec: 'scenes[:SPLIT]', 'digits[:SPLIT]', 'hf:NAME[:SPLIT]', 'mnist', 'fashion_mnist', 'cifar10' or
-            'cifar100' with ':train' or ':test' (see open_download), or another registered scheme; a path, glob
-            or brace range of .tar shards or of .csv, .tsv, .jsonl, .parquet tables; a URL or brace range of URLs
-            of shards (s3://, gs://, https://, hf://); an index folder of shards; a folder saved by `datasets`, or
-            of MNIST's idx files, or of CIFAR's batches (':SPLIT' after it where it has splits); a folder of images
-            in class folders or with captions; several of these with weights, 'A=2,B=1' (see Mixture).
+        spec: 'scenes[:SPLIT]', 'digits[:SPLIT]', 'hf:NAME[:SPLIT]', a well-known set as 'mnist[:SPLIT]' (see
+            torchvision_sets), or another registered scheme; a path, glob or brace range of .tar shards or of .csv,
+            .tsv, .jsonl, .parquet tables; a URL or brace range of URLs of shards (s3://, gs://, https://, hf://); an
+            index folder of shards; a folder saved by `datasets`, or of MNIST's idx files, or of CIFAR's batches
+            (':SPLIT' after it where it has splits); a folder of images in class folders or with captions; several of
+            these with weights, 'A=2,B=1' (see Mixture).
         image_column, caption_column: of tables and data sets; None looks for the usual names. For shards,
             `caption_column` is the field of KEY.json. Sources without columns pass over both.
         prompts: how class names become captions: a set of templates or a file (see `load_templates`). 'auto'
@@ -102,10 +102,10 @@ def _open_remote(spec: str, columns: Columns) -> Source:
 
 
 def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) -> Source:
-    from contrastive.data.sources.cifar_batches import is_cifar_folder, open_cifar
-    from contrastive.data.sources.folder import ImageFolder
+    from contrastive.data.sources.arrays import is_idx_folder, open_idx
+    from contrastive.data.sources.folder import open_folder
     from contrastive.data.sources.hugging_face import is_saved_dataset, open_saved
-    from contrastive.data.sources.idx import is_idx_folder, open_idx
+    from contrastive.data.sources.torchvision_sets import is_cifar_folder, open_cifar
 
     if is_saved_dataset(folder):
         return open_saved(spec, folder, split, columns)
@@ -115,7 +115,7 @@ def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) ->
         return open_cifar(spec, folder, split or "train")
     if split is not None:
         raise UserError(f"{spec}: only a folder saved by datasets, or of MNIST or CIFAR, has splits; give '{folder}'")
-    return ImageFolder(spec, folder)
+    return open_folder(spec, folder)
 
 
 def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
@@ -172,19 +172,9 @@ def _open_scenes(argument: str, columns: Columns) -> Source:
 
 @SOURCES.register("digits")
 def _open_digits(argument: str, columns: Columns) -> Source:
-    from contrastive.data.sources.digits import Digits
+    from contrastive.data.sources.arrays import Digits
 
     return Digits(argument or "train")
-
-
-def _open_download(dataset: str, argument: str, columns: Columns) -> Source:
-    from contrastive.data.sources.downloads import open_download
-
-    return open_download(dataset, argument)
-
-
-for _dataset in ("mnist", "fashion_mnist", "cifar10", "cifar100"):
-    SOURCES.register(_dataset)(partial(_open_download, _dataset))
 
 
 @SOURCES.register("hf")
@@ -192,3 +182,18 @@ def _open_hf(argument: str, columns: Columns) -> Source:
     from contrastive.data.sources.hugging_face import open_hub
 
     return open_hub(argument, columns)
+
+
+def _open_named(dataset: str, argument: str, columns: Columns) -> Source:
+    from contrastive.data.sources.torchvision_sets import open_named
+
+    return open_named(dataset, argument)
+
+
+# The keys of torchvision_sets.SETS, which a test compares: that module is not imported for their sake.
+for _dataset in (
+    "mnist", "fashion_mnist", "kmnist", "letters", "cifar10", "cifar100", "caltech101", "country211", "dtd", "eurosat",
+    "fer2013", "fgvc_aircraft", "flowers102", "food101", "gtsrb", "imagenette", "pcam", "pets", "rendered_sst2",
+    "stanford_cars", "stl10", "sun397", "svhn",
+):  # fmt: skip
+    SOURCES.register(_dataset)(partial(_open_named, _dataset))

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from contrastive.data.class_sets import class_names_beside
 from contrastive.data.sources.cells import ArrowCells, is_caption_type, is_image_type, is_text_type, read_labels
-from contrastive.data.sources.class_names import class_names_beside
 from contrastive.data.sources.column_source import ColumnSource, TablePart
 from contrastive.data.sources.columns import Columns
 from contrastive.data.sources.parquet_images import ParquetImages
