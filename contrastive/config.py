@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from contrastive.errors import UserError, did_you_mean
+from contrastive.files import read_yaml
 from contrastive.option_types import accepts, run_tyro, type_name
 from contrastive.registry import Registry
 
@@ -183,16 +182,7 @@ def _without_tuples(value: Any) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    content = read_yaml(path, "the configuration")
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path}: expected `key: value` lines, got {type(content).__name__}")
     return flatten(content or {})

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import yaml
 from filelock import FileLock, Timeout
 
 from contrastive.errors import UserError
@@ -76,6 +77,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object: {again}")
     return content
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Return what a YAML file of the user's holds; `what` it is, for messages: 'the configuration'.
+
+    Raises:
+        UserError: it cannot be read, is no text, or not YAML, with the line.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -3,8 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from torch import distributed
@@ -12,6 +13,7 @@ from torch import distributed
 from contrastive.errors import UserError
 from contrastive.files import write_whole
 
+T = TypeVar("T")
 console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
@@ -30,6 +32,17 @@ def warn(message: str) -> None:
     """Print one line on the main process, marked as a warning."""
     if is_main_process():
         console.print(f"[yellow]warning:[/yellow] {_escaped(message)}")
+
+
+def bar(items: Iterable[T], text: str, total: int | None = None, *, shown: bool = True) -> Iterable[T]:
+    """Iterate over `items` under a progress bar, on the first rank's terminal; it goes away at the end.
+
+    total: how many items there are, where they have no length.
+    """
+    from rich.progress import track
+
+    hidden = not (shown and is_main_process() and console.is_terminal)
+    return track(items, text, total, console=console, disable=hidden, transient=True)
 
 
 def run_script(prog: str, main: Callable[[list[str]], None]) -> None:

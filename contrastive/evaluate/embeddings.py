@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.progress import track
 from torch import nn
 
 from contrastive.data.captions import caption_fault
@@ -21,7 +20,7 @@ from contrastive.data.loader import eval_loader
 from contrastive.data.record import BadSample, Source
 from contrastive.distributed import collectives
 from contrastive.errors import UserError
-from contrastive.log import console
+from contrastive.log import bar
 
 T = TypeVar("T")
 Space = Literal["projected", "pooled"]
@@ -265,11 +264,9 @@ def image_batches(
     Features of space 'projected' are of unit length; 'pooled' ones are as the tower gives them.
     """
     loader = eval_loader(source, preprocess, indices, batch_size=batch_size, num_workers=num_workers)
-    num_batches = -(-len(indices) // batch_size)
-    hidden = not (progress and collectives.rank() == 0 and console.is_terminal)
     options = {"normalize": False, "project": False} if space == "pooled" else {}
     in_bf16 = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
-    for batch in track(loader, "embedding images", num_batches, console=console, disable=hidden, transient=True):
+    for batch in bar(loader, "embedding images", -(-len(indices) // batch_size), shown=progress):
         features = torch.empty(0, 0)
         if len(batch["index"]):
             pixels = preprocess.normalize(batch["image"].to(device, non_blocking=True))

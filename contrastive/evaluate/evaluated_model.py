@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from contrastive.data.record import BadSample, Source
 from contrastive.data.sources import open_source
@@ -38,7 +37,7 @@ from contrastive.evaluate.embeddings import (
     image_batches,
     usable_captions,
 )
-from contrastive.log import console
+from contrastive.log import bar
 from contrastive.results import folder_name
 
 PROBED = 100
@@ -213,8 +212,7 @@ def _samples(store: EmbeddingStore, bundle, source, indices: np.ndarray, **loadi
 def _fill_texts(
     store: EmbeddingStore, bundle, source, shards: list[int], *, device, batch_size: int, progress: bool
 ) -> None:
-    hidden = not (progress and rank() == 0 and console.is_terminal)
-    for number in track(shards, "embedding texts", console=console, disable=hidden, transient=True):
+    for number in bar(shards, "embedding texts", shown=progress):
         columns: dict[str, list] = {"index": [], "caption": [], "text": []}
         left_out = []
         for index in store.indices(number).tolist():

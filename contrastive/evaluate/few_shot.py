@@ -9,16 +9,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import ranked
-from contrastive.evaluate.embeddings import EmbeddingSet
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.outcome import Outcome
 from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, counts, hit_figures, probe_device
 from contrastive.evaluate.tasks import TASKS
-from contrastive.log import console
+from contrastive.log import bar
 
 SHOTS = (1, 5, 10, 25)
 L2 = 2.0**10
@@ -89,8 +87,7 @@ def _draws(
 ) -> tuple[dict[int, list[dict[str, float]]], torch.Tensor]:
     """Figures of each draw by shots, and the classes (N,) predicted by seed 0 with the most shots."""
     found: dict[int, list[dict[str, float]]] = {number: [] for number in used}
-    hidden = not (progress and console.is_terminal)
-    for seed in track(range(seeds), "few-shot", console=console, disable=hidden, transient=True):
+    for seed in bar(range(seeds), "few-shot", shown=progress):
         drawn = draw(given.train_labels, given.num_classes, seed)
         for number in used:
             rows = torch.cat([places[:number] for places in drawn])
@@ -172,11 +169,8 @@ class FewShot(ProbeTask):
     def check(self) -> None:
         check_options(self.shots, self.seeds)
 
-    def fit(self, subject: EvaluatedModel, sets: Sequence[EmbeddingSet], num_classes: int) -> dict:
-        train, test = sets
-        given = (train.features, train.labels, test.features, test.labels)
-        how = {"device": subject.device, "progress": subject.progress}
-        return few_shot(*given, shots=self.shots, seeds=self.seeds, num_classes=num_classes, **how)
+    def fit(self, *arrays: torch.Tensor, **how) -> dict:
+        return few_shot(*arrays, shots=self.shots, seeds=self.seeds, **how)
 
     def headline(self, result: dict) -> tuple[str, ...]:
         return tuple(f"shot{number}_acc1" for number in result["shots"])

@@ -5,7 +5,7 @@ N samples, C classes, E embed_dim.
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,6 @@ import torch
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.evaluate.classification import ranked
-from contrastive.evaluate.embeddings import EmbeddingSet
-from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, counts, hit_figures
 from contrastive.evaluate.tasks import TASKS
 from contrastive.registry import Registry
@@ -144,10 +142,8 @@ class HeadTask(ProbeTask):
     def check(self) -> None:
         build_head(self.head, self.options)
 
-    def fit(self, subject: EvaluatedModel, sets: Sequence[EmbeddingSet], num_classes: int) -> dict:
-        train, test = sets
-        given = (train.features, train.labels, test.features, test.labels)
-        return head_probe(self.head, *given, options=self.options, num_classes=num_classes)
+    def fit(self, *arrays: torch.Tensor, num_classes: int, **how) -> dict:
+        return head_probe(self.head, *arrays, options=self.options, num_classes=num_classes)
 
 
 for _name, _head in {

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import ranked
-from contrastive.evaluate.embeddings import EmbeddingSet
-from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, counts, hit_figures, probe_device
 from contrastive.evaluate.tasks import TASKS
-from contrastive.log import console
+from contrastive.log import bar
 
 NEIGHBOURS = (10, 20, 100, 200)
 USUAL = 20
@@ -98,15 +95,11 @@ def _ranked(
     ranks: dict[int, list[torch.Tensor]] = {number: [] for number in used}
     predictions = []
     size = max(1, BLOCK_ELEMENTS // max(len(given.train), max(used) * given.num_classes))
-    blocks = track(
-        _votes(given, used, temperature, device, size),
-        "nearest neighbours",
-        -(-len(given.test) // size),
-        console=console,
-        disable=not (progress and console.is_terminal),
-        transient=True,
+    blocks = given.test_labels.split(size)
+    votes_of_blocks = bar(
+        _votes(given, used, temperature, device, size), "nearest neighbours", len(blocks), shown=progress
     )
-    for votes, labels in zip(blocks, given.test_labels.split(size), strict=True):
+    for votes, labels in zip(votes_of_blocks, blocks, strict=True):
         for number in used:
             rank, predicted = ranked(votes[number].cpu(), labels)
             ranks[number].append(rank)
@@ -145,11 +138,8 @@ class Knn(ProbeTask):
     def check(self) -> None:
         check_options(self.k, self.temperature)
 
-    def fit(self, subject: EvaluatedModel, sets: Sequence[EmbeddingSet], num_classes: int) -> dict:
-        train, test = sets
-        given = (train.features, train.labels, test.features, test.labels)
-        how = {"device": subject.device, "progress": subject.progress}
-        return knn(*given, k=self.k, temperature=self.temperature, num_classes=num_classes, **how)
+    def fit(self, *arrays: torch.Tensor, **how) -> dict:
+        return knn(*arrays, k=self.k, temperature=self.temperature, **how)
 
     def headline(self, result: dict) -> tuple[str, ...]:
         return (f"k{result['k']}_acc1",)

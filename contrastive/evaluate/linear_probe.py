@@ -3,7 +3,7 @@
 N samples, C classes, E embed_dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,8 +12,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import ranked
-from contrastive.evaluate.embeddings import EmbeddingSet
-from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.logistic import (
     MAX_ITERATIONS,
     LinearProbe,
@@ -238,9 +236,6 @@ class LinearProbeTask(ProbeTask):
     def data_used(self) -> tuple[str, ...]:
         return super().data_used + (() if self.val is None else (self.val,))
 
-    def fit(self, subject: EvaluatedModel, sets: Sequence[EmbeddingSet], num_classes: int) -> dict:
-        train, test, *val = sets
-        options = {"val": val[0].features, "val_labels": val[0].labels} if val else {}
-        given = (train.features, train.labels, test.features, test.labels)
-        how = {"device": subject.device, "progress": subject.progress}
-        return linear_probe(*given, num_classes=num_classes, **options, **how)
+    def fit(self, *arrays: torch.Tensor, **how) -> dict:
+        val, val_labels = arrays[4:] or (None, None)
+        return linear_probe(*arrays[:4], val=val, val_labels=val_labels, **how)

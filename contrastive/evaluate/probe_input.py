@@ -4,14 +4,13 @@ N samples, C classes, E embed_dim.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import ranked
-from contrastive.evaluate.embeddings import EmbeddingSet, Space
+from contrastive.evaluate.embeddings import Space
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.outcome import Outcome, classification_outcome, per_class_counts
 from contrastive.evaluate.tasks import EvaluationTask, Need
@@ -39,8 +38,12 @@ class ProbeTask(EvaluationTask):
         return [Need(data, self.space) for data in self.data_used]
 
     @abstractmethod
-    def fit(self, subject: EvaluatedModel, sets: Sequence[EmbeddingSet], num_classes: int) -> dict:
-        """Fit and score; `sets` are the labelled embeddings of `data_used`.
+    def fit(self, *arrays: torch.Tensor, **how) -> dict:
+        """Fit and score.
+
+        Args:
+            arrays: features (N, E) and labels (N,) of each of `data_used` in turn.
+            how: num_classes, device, progress.
 
         Returns:
             Figures in percent and details by name, and 'predicted': (N,) int64, the classes of the test set.
@@ -57,7 +60,9 @@ class ProbeTask(EvaluationTask):
                 raise UserError(f"{train.name} and {other.name} have different classes; {self.title} needs the same")
         known = [len(one.class_names) for one in sets if one.class_names is not None]
         num_classes = known[0] if known else 1 + max(int(one.labels.max()) for one in sets)
-        result = {**self.fit(subject, sets, num_classes), "skipped": dict(test.skipped)}
+        arrays = [array for one in sets for array in (one.features, one.labels)]
+        found = self.fit(*arrays, num_classes=num_classes, device=subject.device, progress=subject.progress)
+        result = {**found, "skipped": dict(test.skipped)}
         per_class = per_class_counts(result.pop("predicted"), test.labels, num_classes)
         return classification_outcome(result, per_class, self.headline(result))
 

@@ -74,7 +74,8 @@ def retrieval_ranks(
     if num_texts == 0 or not torch.bincount(text_image, minlength=num_images).all():
         raise ValueError("retrieval_metrics needs at least one text for each image")
     images, texts, owners = image_features.to(device), text_features.to(device), text_image.to(device)
-    return _ranks_of_texts(images, texts, owners).cpu(), _ranks_of_images(images, texts, owners).cpu()
+    each_image = torch.arange(num_images, device=owners.device)
+    return _ranks(images, each_image, texts, owners).cpu(), _ranks(texts, owners, images, each_image).cpu()
 
 
 def rank_metrics(image_ranks: torch.Tensor, text_ranks: torch.Tensor) -> dict[str, float]:
@@ -187,30 +188,20 @@ def _embed_captioned(
     return replace(found, texts=TextEmbeddings(features, torch.tensor(row), torch.tensor(caption), texts))
 
 
-def _ranks_of_texts(
-    image_features: torch.Tensor, text_features: torch.Tensor, text_image: torch.Tensor
+def _ranks(
+    queries: torch.Tensor, query_image: torch.Tensor, candidates: torch.Tensor, candidate_image: torch.Tensor
 ) -> torch.Tensor:
-    """(N,): how many texts of other images are at least as near as the nearest own one."""
-    rows = max(1, BLOCK_ELEMENTS // len(text_features))
+    """How many candidates of other images are at least as near to each query as the nearest of its own image.
+
+    Args:
+        queries: (n, E), of the images `query_image` (n,). candidates: (m, E), of the images `candidate_image` (m,).
+    """
+    rows = max(1, BLOCK_ELEMENTS // len(candidates))
     ranks = []
-    for start in range(0, len(image_features), rows):
-        scores = image_features[start : start + rows] @ text_features.T
-        rows_of_block = torch.arange(start, start + len(scores), device=scores.device)
-        own = text_image[None, :] == rows_of_block[:, None]
+    for block, images in zip(queries.split(rows), query_image.split(rows), strict=True):
+        scores = block @ candidates.T
+        own = candidate_image[None, :] == images[:, None]
         best = scores.masked_fill(~own, -float("inf")).amax(dim=1, keepdim=True)
         # Not strictly below, so that ties and NaNs count as ahead.
         ranks.append((~(scores < best) & ~own).sum(dim=1))
-    return torch.cat(ranks)
-
-
-def _ranks_of_images(
-    image_features: torch.Tensor, text_features: torch.Tensor, text_image: torch.Tensor
-) -> torch.Tensor:
-    """(M,): how many other images are at least as near as the text's own one."""
-    rows = max(1, BLOCK_ELEMENTS // len(image_features))
-    ranks = []
-    for start in range(0, len(text_features), rows):
-        scores = text_features[start : start + rows] @ image_features.T
-        own = scores.gather(1, text_image[start : start + rows, None])
-        ranks.append((~(scores < own)).sum(dim=1) - 1)
     return torch.cat(ranks)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.evaluate import few_shot, heads, knn, linear_probe  # noqa: F401 - they register their tasks
 from contrastive.evaluate.comparison import Comparison, ModelEntry, TaskResult
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.tasks import TASKS, EvaluationTask
+from contrastive.files import read_yaml
 from contrastive.log import console, say
 from contrastive.option_types import accepts, type_name
 
@@ -34,14 +34,7 @@ def read_suite(path: Path) -> Suite:
     Raises:
         UserError: an unreadable file, an unknown task or key (with a suggestion), a value of the wrong type.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the suite {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    content = read_yaml(path, "the suite")
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), list) or not content["tasks"]:
         raise UserError(
             f"{path}: expected `tasks:` and a list of tasks, each as {{task: zero_shot, data: digits:test}}"
