@@ -143,7 +143,7 @@ def test_the_example_does_what_the_model_does(exported, tmp_path):
 def test_the_example_cuts_as_we_do(size, changes):
     bundle = small_bundle("clip")
     bundle = replace(bundle, preprocess=Preprocess(replace(bundle.preprocess.config, **changes)))
-    options = json.loads(json.dumps(writing.describe(bundle)))["preprocess"]
+    options = json.loads(json.dumps(writing.description_of(bundle)))["preprocess"]
     image = picture(*size)
     ours, theirs = bundle.preprocess(image), example.preprocess(image, options)
     assert theirs.shape == (3, 32, 32) and theirs.dtype == np.float32

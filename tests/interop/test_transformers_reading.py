@@ -130,7 +130,7 @@ def test_a_file_of_deltas_is_read_as_the_library_reads_it(content, tmp_path):
 
     (tmp_path / "config.json").write_text(json.dumps(content))
     theirs = AutoConfig.from_pretrained(tmp_path)
-    found = ours.describe(tmp_path)
+    found = ours.read_description(tmp_path)
     for part, section in (("image", "vision_config"), ("text", "text_config")):
         if found.part not in ("both", part):
             continue

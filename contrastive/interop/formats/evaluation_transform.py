@@ -69,7 +69,7 @@ def read_timm_transform(cfg: Mapping, size: tuple[int, int], kept: tuple[int, in
         )
     mean = per_channel("pretrained_cfg.mean", cfg.get("mean") or TIMM_MEAN, where)
     std = per_channel("pretrained_cfg.std", cfg.get("std") or TIMM_STD, where)
-    return _preprocess(TIMM_MODES[mode], math.floor(size[0] / crop_pct), size, kept, (mean, std), interpolation)
+    return made_preprocess(TIMM_MODES[mode], math.floor(size[0] / crop_pct), size, kept, (mean, std), interpolation)
 
 
 def read_open_clip_transform(
@@ -101,7 +101,7 @@ def read_open_clip_transform(
     mean = per_channel("preprocess_cfg.mean", cfg.get("mean") or CLIP_MEAN, where)
     std = per_channel("preprocess_cfg.std", cfg.get("std") or CLIP_STD, where)
     interpolation = "bicubic" if interpolation == "random" else interpolation  # as open_clip in evaluation
-    return _preprocess(OPEN_CLIP_MODES[mode], size[0], size, kept, (mean, std), interpolation)
+    return made_preprocess(OPEN_CLIP_MODES[mode], size[0], size, kept, (mean, std), interpolation)
 
 
 def _is_possible(squashes: bool, size: tuple[int, int], kept: tuple[int, int]) -> bool:
@@ -110,9 +110,23 @@ def _is_possible(squashes: bool, size: tuple[int, int], kept: tuple[int, int]) -
     return (square and not cut_off) or (squashes and (square or not cut_off))
 
 
-def _preprocess(
-    resize: str, scaled: int, size: tuple[int, int], kept: tuple[int, int], statistics: tuple, interpolation: str
+def made_preprocess(
+    resize: str,
+    scaled: int,
+    size: tuple[int, int],
+    kept: tuple[int, int],
+    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    interpolation: str,
+    cut: str = "round",
 ) -> Preprocess:
+    """Return ours of a library's evaluation transform.
+
+    Args:
+        resize, interpolation, cut: as PreprocessConfig has them; what patches do not fill is a corner to be cut.
+        scaled: pixels of the short side, or of both sides of a square, before a crop.
+        size, kept: (height, width) that the model takes, and those that its patches fill.
+        statistics: mean and std.
+    """
     square = size[0] == size[1]
     return Preprocess(
         PreprocessConfig(
@@ -122,7 +136,7 @@ def _preprocess(
             std=statistics[1],
             interpolation=interpolation,
             short_side=scaled if square and scaled != kept[0] else None,
-            cut="round" if tuple(size) == tuple(kept) else "corner",
+            cut=cut if tuple(size) == tuple(kept) else "corner",
         )
     )
 

@@ -12,7 +12,7 @@ from contrastive.interop.formats.state_dicts import check_floating
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorNames:
     """One tensor of theirs and what it is called here."""
 
     theirs: str
@@ -36,12 +36,12 @@ def renamed_table(
     transposed: Iterable[str] = (),
     unit_axes: Mapping[str, int] | None = None,
     scales: Renames = (),
-) -> list[Entry]:
+) -> list[TensorNames]:
     """Return the table of the tensors of ours that have these names.
 
     Args:
         renames: from our names to theirs. Names of ours that become one are stacked under it, in their order.
-        transposed, unit_axes: of which of their names; see `Entry`.
+        transposed, unit_axes: of which of their names; see `TensorNames`.
         scales: from their name to that of its scale, where it has one.
     """
     stacked: dict[str, list[str]] = {}
@@ -51,7 +51,7 @@ def renamed_table(
     for theirs, ours in stacked.items():
         scale = _renamed(theirs, scales)
         axes = (unit_axes or {}).get(theirs, 0)
-        table.append(Entry(theirs, tuple(ours), theirs in transposed, axes, None if scale == theirs else scale))
+        table.append(TensorNames(theirs, tuple(ours), theirs in transposed, axes, None if scale == theirs else scale))
     return table
 
 
@@ -62,7 +62,7 @@ def _renamed(name: str, renames: Renames) -> str:
 
 
 def to_ours(
-    table: Iterable[Entry], file: Mapping[str, torch.Tensor], where: Path
+    table: Iterable[TensorNames], file: Mapping[str, torch.Tensor], where: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors by our names, float32, and what each of our names is called in the file.
 
@@ -89,7 +89,7 @@ def to_ours(
     return weights | rest, theirs
 
 
-def to_theirs(table: Iterable[Entry], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_theirs(table: Iterable[TensorNames], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return our tensors by their names, each with its own memory, as safetensors wants them."""
     file = {}
     for entry in table:
@@ -101,7 +101,7 @@ def to_theirs(table: Iterable[Entry], weights: Mapping[str, torch.Tensor]) -> di
     return file
 
 
-def _scaled(tensor: torch.Tensor, entry: Entry, file: Mapping[str, torch.Tensor], where: Path) -> torch.Tensor:
+def _scaled(tensor: torch.Tensor, entry: TensorNames, file: Mapping[str, torch.Tensor], where: Path) -> torch.Tensor:
     scale = file.get(entry.scale)
     if scale is None or scale.shape != tensor.shape[:1]:
         problem = "is missing" if scale is None else f"is {tuple(scale.shape)}, not {tuple(tensor.shape[:1])}"
@@ -114,7 +114,7 @@ def _without_unit_axes(tensor: torch.Tensor, count: int) -> torch.Tensor:
     return tensor.reshape(tensor.shape[count:]) if tensor.shape[:count] == (1,) * count else tensor
 
 
-def _parts(tensor: torch.Tensor, entry: Entry, where: Path) -> tuple[torch.Tensor, ...]:
+def _parts(tensor: torch.Tensor, entry: TensorNames, where: Path) -> tuple[torch.Tensor, ...]:
     count = len(entry.ours)
     if count == 1:
         return (tensor,)

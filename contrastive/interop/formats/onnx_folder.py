@@ -55,7 +55,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
             text = bundle.config.text
             tokens = torch.full((2, text.context_length), text.eos_id or 0)
             write_graph(TextGraph(bundle.model, dtype), TOKENS, tokens, folder / f"text_tower{suffix}.onnx")
-    write_json(folder / "config.json", describe(bundle))
+    write_json(folder / "config.json", description_of(bundle))
     if isinstance(bundle.tokenizer, Absent):
         notes.append("no tokenizer.json: the source has no tokenizer, so texts have to come as ids")
     elif bundle.tokenizer is not None:
@@ -73,7 +73,7 @@ def input_size(bundle: Bundle) -> tuple[int, int]:
     return bundle.preprocess.config.size
 
 
-def describe(bundle: Bundle) -> dict:
+def description_of(bundle: Bundle) -> dict:
     """What config.json holds: all that is not in the graphs."""
     model, preprocess = bundle.model, None
     if bundle.preprocess is not None and not isinstance(bundle.preprocess, Absent):

@@ -11,10 +11,10 @@ from contrastive.errors import UserError, did_you_mean
 from contrastive.interop.formats.evaluation_transform import size_option, whole_patches
 from contrastive.interop.formats.option_kinds import unlike
 from contrastive.interop.formats.timm_vit import mlp_ratio
+from contrastive.interop.formats.tokenizer_reading import CLIP_EOS, CLIP_PAD, CLIP_VOCABULARY
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.models.attention import Activation
 
-CLIP_VOCABULARY, CLIP_EOS, CLIP_PAD = 49_408, 49_407, 0
 THEIR_POOLS = {"class": "tok", "average": "avg"}
 # Options that are the same number on both sides, by open_clip's name.
 IMAGE_NUMBERS = {"patch_size": "patch_size", "width": "width", "layers": "depth", "patch_dropout": "patch_dropout"}
@@ -61,13 +61,16 @@ def read_sections(model_cfg: Any, where: Path) -> tuple[dict, dict, dict]:
         model_cfg: what the file has under this key, whatever it is.
 
     Raises:
-        UserError: an option that open_clip has not, or of another type than open_clip's own class says.
+        UserError: an option that open_clip has not, or of another type than open_clip's own class says; or options that
+            our towers have not, all of which are named.
     """
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
     model = _completed("model_cfg", model_cfg, ModelCfg, where)
     vision = _completed("vision_cfg", model_cfg.get("vision_cfg", {}), CLIPVisionCfg, where)
-    return model, vision, _completed("text_cfg", model_cfg.get("text_cfg", {}), CLIPTextCfg, where)
+    text = _completed("text_cfg", model_cfg.get("text_cfg", {}), CLIPTextCfg, where)
+    _check_expressible(model, vision, text, where)
+    return model, vision, text
 
 
 def _completed(section: str, given: Any, config_class: type, where: Path) -> dict:
@@ -104,10 +107,9 @@ def _is(value: Any, kind: Any) -> bool:
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
-def check_expressible(
+def _check_expressible(
     model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], where: Path
 ) -> None:
-    """Raise UserError where our towers cannot be this model; it names every option."""
     problems = ["multimodal_cfg (CoCa)"] if model["multimodal_cfg"] else []
     if not vision["timm_model_name"]:
         problems += _strange("vision_cfg", vision, _strange_vision(vision))
@@ -167,7 +169,37 @@ def image_options(vision: Mapping[str, Any], quick_gelu: bool, where: Path) -> t
     return config, size
 
 
-def text_options(text: Mapping[str, Any], given: Mapping[str, Any], quick_gelu: bool, where: Path) -> TextTowerConfig:
+def _block_options(section: str, cfg: Mapping[str, Any], quick_gelu: bool, where: Path) -> dict[str, Any]:
+    """Our options of the blocks of either tower; UserError for an activation or a LayerNorm that ours have not."""
+    act_kwargs, norm_kwargs = cfg["act_kwargs"] or {}, cfg["norm_kwargs"] or {}
+    activation: Activation = "quick_gelu" if quick_gelu else "gelu"
+    if act_kwargs == {"approximate": "tanh"} and not quick_gelu:
+        activation = "gelu_tanh"
+    elif act_kwargs and (quick_gelu or act_kwargs != {"approximate": "none"}):
+        with_quick = " with quick_gelu" if quick_gelu else ""
+        raise UserError(f"{where}: {section}.act_kwargs {act_kwargs}{with_quick} is no activation of ours")
+    eps = norm_kwargs.get("eps", 1e-5)
+    if norm_kwargs.keys() - {"eps"} or not isinstance(eps, float):
+        raise UserError(f"{where}: {section}.norm_kwargs {norm_kwargs}: our LayerNorm has eps alone, a number")
+    return {"activation": activation, "norm_eps": eps, "mlp_dim": int(cfg["width"] * cfg["mlp_ratio"])}
+
+
+def model_options(
+    model: Mapping[str, Any], image: ImageTowerConfig, text: Mapping[str, Any], where: Path
+) -> ModelConfig:
+    """Return our options of the whole; open_clip holds the initial scale as a logarithm."""
+    scale = model["init_logit_scale"]  # a logarithm, whose last digits are not exact
+    return ModelConfig(
+        embed_dim=model["embed_dim"],
+        image=image,
+        text=_text_options(text, model["text_cfg"] or {}, model["quick_gelu"], where),
+        init="clip" if model["init_logit_bias"] is None else "siglip",
+        init_logit_scale=None if scale is None else round(math.exp(scale), 9),
+        init_logit_bias=None if model["init_logit_bias"] is None else float(model["init_logit_bias"]),
+    )
+
+
+def _text_options(text: Mapping[str, Any], given: Mapping[str, Any], quick_gelu: bool, where: Path) -> TextTowerConfig:
     """Return our options for a text tower.
 
     Pooling at the highest id of a text ('argmax') is pooling at its end-of-text token exactly where that is the
@@ -197,34 +229,6 @@ def text_options(text: Mapping[str, Any], given: Mapping[str, Any], quick_gelu: 
     )
 
 
-def _block_options(section: str, cfg: Mapping[str, Any], quick_gelu: bool, where: Path) -> dict[str, Any]:
-    """Our options of the blocks of either tower; UserError for an activation or a LayerNorm that ours have not."""
-    act_kwargs, norm_kwargs = cfg["act_kwargs"] or {}, cfg["norm_kwargs"] or {}
-    activation: Activation = "quick_gelu" if quick_gelu else "gelu"
-    if act_kwargs == {"approximate": "tanh"} and not quick_gelu:
-        activation = "gelu_tanh"
-    elif act_kwargs and (quick_gelu or act_kwargs != {"approximate": "none"}):
-        with_quick = " with quick_gelu" if quick_gelu else ""
-        raise UserError(f"{where}: {section}.act_kwargs {act_kwargs}{with_quick} is no activation of ours")
-    eps = norm_kwargs.get("eps", 1e-5)
-    if norm_kwargs.keys() - {"eps"} or not isinstance(eps, float):
-        raise UserError(f"{where}: {section}.norm_kwargs {norm_kwargs}: our LayerNorm has eps alone, a number")
-    return {"activation": activation, "norm_eps": eps, "mlp_dim": int(cfg["width"] * cfg["mlp_ratio"])}
-
-
-def model_options(model: Mapping[str, Any], image: ImageTowerConfig, text: TextTowerConfig) -> ModelConfig:
-    """Return our options of the whole; open_clip holds the initial scale as a logarithm."""
-    scale = model["init_logit_scale"]  # a logarithm, whose last digits are not exact
-    return ModelConfig(
-        embed_dim=model["embed_dim"],
-        image=image,
-        text=text,
-        init="clip" if model["init_logit_bias"] is None else "siglip",
-        init_logit_scale=None if scale is None else round(math.exp(scale), 9),
-        init_logit_bias=None if model["init_logit_bias"] is None else float(model["init_logit_bias"]),
-    )
-
-
 def is_native(image: ImageTowerConfig, text: TextTowerConfig) -> bool:
     """Whether open_clip's own image tower can be this one; `quick_gelu` is one switch for both towers."""
     shape = image.class_token and image.projection and not image.patch_bias and image.pool in THEIR_POOLS
@@ -236,16 +240,6 @@ def text_problems(text: TextTowerConfig) -> list[str]:
     if text.pool == "average":
         return ["model.text.pool 'average' (its text towers pool at one token; train with 'eos' or 'last')"]
     return []
-
-
-def write_model(config: ModelConfig) -> dict:
-    """Return the entries of model_cfg beside the towers."""
-    options = {"embed_dim": config.embed_dim, "quick_gelu": config.text.activation == "quick_gelu"}
-    if config.init_logit_scale is not None:
-        options["init_logit_scale"] = math.log(config.init_logit_scale)
-    if config.init_logit_bias is not None:
-        options["init_logit_bias"] = config.init_logit_bias
-    return options
 
 
 def write_native_image(image: ImageTowerConfig, size: tuple[int, int]) -> dict:
@@ -260,9 +254,14 @@ def write_native_image(image: ImageTowerConfig, size: tuple[int, int]) -> dict:
     }
 
 
-def write_text(text: TextTowerConfig) -> dict:
-    """Return text_cfg of a tower that `text_problems` finds nothing in."""
-    return {
+def write_model(config: ModelConfig, native: bool, vision_cfg: dict, tokenizer_cfg: dict) -> dict:
+    """Return model_cfg of a model that `text_problems` finds nothing in; `tokenizer_cfg` goes into its text_cfg."""
+    text, options = config.text, {}
+    if config.init_logit_scale is not None:
+        options["init_logit_scale"] = math.log(config.init_logit_scale)
+    if config.init_logit_bias is not None:
+        options["init_logit_bias"] = config.init_logit_bias
+    text_cfg = {
         **{theirs: getattr(text, ours) for theirs, ours in TEXT_NUMBERS.items()},
         "no_causal_mask": not text.causal,
         "pool_type": "last" if text.pool == "last" else "argmax" if text.eos_id == text.vocab_size - 1 else "eos",
@@ -270,6 +269,14 @@ def write_text(text: TextTowerConfig) -> dict:
         "proj_bias": text.projection and text.projection_bias,
         **{name: getattr(text, name) for name in ("eos_id", "pad_id") if getattr(text, name) is not None},
         **_write_block(text),
+    }
+    return {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": text.activation == "quick_gelu",
+        **options,
+        "custom_text": not native,
+        "vision_cfg": vision_cfg,
+        "text_cfg": text_cfg | tokenizer_cfg,
     }
 
 

@@ -33,16 +33,13 @@ from contrastive.interop.formats.evaluation_transform import (
     write_timm_transform,
 )
 from contrastive.interop.formats.open_clip_config import (
-    check_expressible,
     image_options,
     is_native,
     model_options,
     read_sections,
-    text_options,
     text_problems,
     write_model,
     write_native_image,
-    write_text,
 )
 from contrastive.interop.formats.open_clip_weights import (
     HUB,
@@ -88,15 +85,13 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     if "model_cfg" not in description:
         raise UserError(f"{where} has no model_cfg: put the options of the model under that key")
     model_cfg, vision, text = read_sections(description["model_cfg"], where)
-    check_expressible(model_cfg, vision, text, where)
-    given_text = description["model_cfg"].get("text_cfg", {})
-    quick_gelu, trunk = model_cfg["quick_gelu"], None
+    trunk = None
     if vision["timm_model_name"]:
         trunk = build_trunk(vision, model_cfg["embed_dim"], folder, where)
         image, size = describe_trunk(trunk, vision, where)
     else:
-        image, size = image_options(vision, quick_gelu, where)
-    config = model_options(model_cfg, image, text_options(text, given_text, quick_gelu, where))
+        image, size = image_options(vision, model_cfg["quick_gelu"], where)
+    config = model_options(model_cfg, image, text, where)
     model = _built(config, where)
     kept = whole_patches(size, image.patch_size)
     model.image_tower.set_input_size(kept)
@@ -158,12 +153,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     else:
         vision_cfg, more = _write_trunk(bundle, folder, place)
         notes += more
-    model_cfg = {
-        **write_model(model.config),
-        "custom_text": not native,
-        "vision_cfg": vision_cfg,
-        "text_cfg": write_text(text) | tokenizer_cfg,
-    }
+    model_cfg = write_model(model.config, native, vision_cfg, tokenizer_cfg)
     preprocess_cfg = write_open_clip_transform(preprocess, image.patch_size)
     write_json(folder / CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
     save_file(written_weights(model, native), folder / WEIGHTS[0])

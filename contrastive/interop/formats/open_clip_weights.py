@@ -10,9 +10,9 @@ from torch import nn
 
 from contrastive.errors import UserError
 from contrastive.files import read_json
-from contrastive.interop.formats.key_table import Entry, renamed_table, to_ours, to_theirs
+from contrastive.interop.formats.key_table import TensorNames, renamed_table, to_ours, to_theirs
 from contrastive.interop.formats.state_dicts import weights_of
-from contrastive.interop.formats.timm_vit import build_on_meta, describe
+from contrastive.interop.formats.timm_vit import build_on_meta, describe_vit
 from contrastive.interop.formats.timm_weights import PROJECTION, take_projection, tower_to_ours, tower_to_theirs
 from contrastive.log import warn
 from contrastive.models import DualEncoder, ImageTowerConfig
@@ -88,7 +88,7 @@ def written_weights(model: DualEncoder, native: bool) -> dict[str, torch.Tensor]
 
 def _table(
     names: Iterable[str], prefix: str, has_trunk: bool, scaled: Mapping[str, bool] | None = None, unit_axes: int = 0
-) -> list[Entry]:
+) -> list[TensorNames]:
     """The table of all but a tower of timm.
 
     Args:
@@ -143,7 +143,7 @@ def build_trunk(cfg: Mapping[str, Any], embed_dim: int, folder: Path, where: Pat
 def describe_trunk(trunk: nn.Module, cfg: Mapping[str, Any], where: Path) -> tuple[ImageTowerConfig, tuple[int, int]]:
     """Return our options for the tower and the (height, width) of its images, which are vision_cfg's."""
     side = cfg["image_size"]
-    image, size = describe(trunk, where, (side, side) if isinstance(side, int) else tuple(side))
+    image, size = describe_vit(trunk, where, (side, side) if isinstance(side, int) else tuple(side))
     return replace(image, projection=cfg["timm_proj"] != "none"), size
 
 

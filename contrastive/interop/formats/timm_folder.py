@@ -27,7 +27,7 @@ from contrastive.interop.formats.evaluation_transform import (
     write_timm_transform,
 )
 from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
-from contrastive.interop.formats.timm_vit import build_on_meta, describe, timm_description, timm_name, timm_problems
+from contrastive.interop.formats.timm_vit import build_on_meta, describe_vit, timm_description, timm_name, timm_problems
 from contrastive.interop.formats.timm_weights import (
     HEAD_KEY,
     PROJECTION,
@@ -73,7 +73,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
         raise UserError(f"{folder} holds weights of a ViT of timm, which alone do not say its shape: {HOW_TO_NAME_IT}")
     description = read_json(file)
     skeleton = build_on_meta(f"local-dir:{folder}", file)
-    image, size = describe(skeleton, file)
+    image, size = describe_vit(skeleton, file)
     file_weights = read_safetensors(folder)
     names = _label_names(skeleton.pretrained_cfg.get("label_names"), skeleton.num_classes, file)
     kind = head_kind(description, skeleton.num_classes, names, file_weights, file)

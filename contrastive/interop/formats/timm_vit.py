@@ -45,7 +45,7 @@ def build_on_meta(name: str, where: Path, **arguments) -> nn.Module:
         raise UserError(f"{where}: timm cannot build its model: {reason}") from None
 
 
-def describe(
+def describe_vit(
     model: nn.Module, where: Path, size: tuple[int, int] | None = None
 ) -> tuple[ImageTowerConfig, tuple[int, int]]:
     """Return our options for a ViT of timm, its classifier left aside, and the (height, width) of its images in pixels.
@@ -208,10 +208,12 @@ def _registered_name(config: ImageTowerConfig, size: tuple[int, int]) -> str | N
 
     if size[0] != size[1]:
         return None
+    # The keys tell of LayerScale, missing biases and the like, which can be read but not written.
+    keys = {entry.theirs for entry in timm_table(timm_names(config))}
     kind = "siglip" if config.pool == "attention" else "siglip_gap" if not config.class_token else "clip*"
     for pattern in (f"vit_*_patch{config.patch_size}_{kind}_{size[0]}", f"vit_*_patch{config.patch_size}_{size[0]}"):
         for name in timm.list_models(pattern):
-            if _is(name, config, size):
+            if _is(name, config, size, keys):
                 return name
     return None
 
@@ -222,14 +224,12 @@ def mlp_ratio(width: int, mlp_dim: int) -> float:
     return ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width
 
 
-def _is(name: str, config: ImageTowerConfig, size: tuple[int, int]) -> bool:
+def _is(name: str, config: ImageTowerConfig, size: tuple[int, int], keys: set[str]) -> bool:
     model = build_on_meta(name, Path(name), num_classes=0)
     try:
-        found, taken = describe(model, Path(name))
+        found, taken = describe_vit(model, Path(name))
     except UserError:  # a ViT of another kind
         return False
-    # The keys tell of LayerScale, missing biases and the like, which can be read but not written.
-    keys = {entry.theirs for entry in timm_table(timm_names(config))}
     same = _comparable(found) == _comparable(config) and tuple(taken) == tuple(size)
     return same and keys == model.state_dict().keys() and not model.no_embed_class
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.interop.formats.key_table import Entry, renamed_table, to_ours, to_theirs
+from contrastive.interop.formats.key_table import TensorNames, renamed_table, to_ours, to_theirs
 from contrastive.log import warn
 from contrastive.models import ImageModel, ImageModelConfig, ImageTowerConfig
 
@@ -46,7 +46,7 @@ def timm_names(config: ImageTowerConfig) -> list[str]:
         return list(ImageModel(ImageModelConfig(config.width, plain)).state_dict())
 
 
-def timm_table(names: Iterable[str], prefix: str = "", layer_scale: bool = False) -> list[Entry]:
+def timm_table(names: Iterable[str], prefix: str = "", layer_scale: bool = False) -> list[TensorNames]:
     """Return the table of an image tower.
 
     Args:

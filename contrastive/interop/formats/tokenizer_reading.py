@@ -8,11 +8,11 @@ from contrastive.data.tokenizer import Tokenizer, TransformersTokenizer, clip_to
 from contrastive.errors import UserError
 from contrastive.files import read_json
 from contrastive.interop.bundle import Absent
-from contrastive.interop.formats.open_clip_config import CLIP_VOCABULARY
 from contrastive.interop.formats.option_kinds import is_number
 from contrastive.models import TextTowerConfig
 
-CLIP_EOS = "<|endoftext|>"
+CLIP_VOCABULARY, CLIP_EOS, CLIP_PAD = 49_408, 49_407, 0
+CLIP_END_OF_TEXT = "<|endoftext|>"
 """What ends a text of CLIP where tokenizer_config.json does not say so."""
 VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
 # open_clip's cleaning and ours. What its HFTokenizer does by default leaves the case alone.
@@ -116,7 +116,7 @@ def highest_id(folder: Path) -> int | None:
 def end_of_text_id(folder: Path) -> int | None:
     """The id of the token that ends a text of a CLIP folder, without loading its tokenizer; None as above."""
     try:
-        named = _read_if_there(folder / "tokenizer_config.json").get("eos_token", CLIP_EOS)
+        named = _read_if_there(folder / "tokenizer_config.json").get("eos_token", CLIP_END_OF_TEXT)
     except UserError:
         return None
     named = named.get("content") if isinstance(named, dict) else named

@@ -11,6 +11,8 @@ from pathlib import Path
 from contrastive.errors import UserError
 from contrastive.files import read_json
 from contrastive.interop.formats.option_kinds import is_count, is_number
+from contrastive.interop.formats.tokenizer_reading import end_of_text_id, highest_id
+from contrastive.log import warn
 from contrastive.models import ImageModelConfig, ImageTowerConfig, ModelConfig, TextModelConfig, TextTowerConfig
 
 STEMS = {"siglip": "Siglip", "siglip2": "Siglip2", "clip": "CLIP"}
@@ -74,7 +76,7 @@ def library_defaults(family: str, section: str) -> dict:
     return {name: parameters[name].default for name in READ if name in parameters}
 
 
-def describe(folder: Path) -> Description:
+def read_description(folder: Path) -> Description:
     """Read config.json.
 
     Raises:
@@ -249,11 +251,8 @@ def _blocks(options: dict, where: str) -> dict:
     return {**numbers, "activation": ACTIVATIONS[activation], "norm_eps": options["layer_norm_eps"]}
 
 
-def pooled_id(description: Description, highest: int | None) -> int | None:
-    """The id at which the text tower pools; None where it is no id.
-
-    Args:
-        highest: the highest id that the folder's tokenizer gives; None where that is not known.
+def pooled_id(description: Description) -> int | None:
+    """The id at which the text tower pools, None where it is no id; where it is a guess that is said.
 
     Raises:
         UserError: it is not in the vocabulary, or there are several.
@@ -262,10 +261,27 @@ def pooled_id(description: Description, highest: int | None) -> int | None:
         return None
     eos, vocab_size = description.text["eos_token_id"], description.text["vocab_size"]
     if eos == LEGACY_EOS:
-        return vocab_size - 1 if highest is None else min(highest, vocab_size - 1)
-    if not isinstance(eos, int) or isinstance(eos, bool) or not 0 <= eos < vocab_size:
+        return _highest_pooled_id(description.file, vocab_size - 1)
+    if type(eos) is not int or not 0 <= eos < vocab_size:
         raise UserError(
             f"{description.where('text')}eos_token_id is {eos}, which is no id of a vocabulary of {vocab_size}: set "
             "it to the id of the tokenizer's end-of-text token"
         )
     return eos
+
+
+def _highest_pooled_id(file: Path, last: int) -> int:
+    """What a tower that pools at the highest id of each text pools at: the end of text, if that is the highest.
+
+    Args:
+        last: the last id of the vocabulary, which can be padded.
+    """
+    highest = highest_id(file.parent)
+    eos_id = last if highest is None else min(highest, last)
+    if not end_of_text_id(file.parent) == highest == eos_id:
+        warn(
+            f"{file}: eos_token_id {LEGACY_EOS} means the highest id of each text to the library; here it "
+            f"is always {eos_id}, a guess, as no tokenizer here has its end-of-text token as its highest id: set "
+            "eos_token_id to that token's id"
+        )
+    return eos_id

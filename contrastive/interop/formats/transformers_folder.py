@@ -12,50 +12,44 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from contrastive import models
 from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle
 from contrastive.interop.formats.evaluation_transform import taken_size
 from contrastive.interop.formats.key_table import to_ours, to_theirs
 from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
-from contrastive.interop.formats.tokenizer_reading import end_of_text_id, highest_id, read_transformers_tokenizer
+from contrastive.interop.formats.tokenizer_reading import read_transformers_tokenizer
 from contrastive.interop.formats.tokenizer_writing import write_tokenizer
 from contrastive.interop.formats.transformers_architecture import Parts, fitting_family, their_config
 from contrastive.interop.formats.transformers_config import (
-    LEGACY_EOS,
-    Description,
-    describe,
     image_side,
     lacks_head,
     native_size,
     our_config,
     pooled_id,
+    read_description,
 )
 from contrastive.interop.formats.transformers_preprocess import FILE, read_preprocess, write_preprocess
 from contrastive.interop.formats.transformers_weights import (
+    HEAD,
     as_clip,
     as_siglip,
     is_mean_head,
     key_table,
     plain,
-    without_head,
 )
 from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.log import warn
-from contrastive.models import (
-    DualEncoder,
-    ImageClassifier,
-    ImageModel,
-    ImageModelConfig,
-    ModelConfig,
-    TextModel,
-    TextModelConfig,
-)
 from contrastive.models.dual_encoder import unit_length
 
 WEIGHTS = "model.safetensors"
 PROCESSORS = {"siglip": "SiglipProcessor", "clip": "CLIPProcessor"}
-MODELS = {ModelConfig: DualEncoder, ImageModelConfig: ImageModel, TextModelConfig: TextModel}
+MODELS = {
+    models.ModelConfig: models.DualEncoder,
+    models.ImageModelConfig: models.ImageModel,
+    models.TextModelConfig: models.TextModel,
+}
 PIPELINE_LENGTH = 64  # what transformers' zero-shot pipeline pads texts to for every SigLIP model
 
 
@@ -77,7 +71,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     Raises:
         UserError: another architecture, an option that our towers lack, or weights that do not fit.
     """
-    description = describe(folder)
+    description = read_description(folder)
     file = read_safetensors(folder, (WEIGHTS,))
     if description.part != "both" and description.projected is None:
         description = replace(description, projected=any(name.endswith("_projection.weight") for name in file))
@@ -86,8 +80,8 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     without_pooling = has_image and lacks_head(description)
     mean_head = has_image and (without_pooling or is_mean_head(weights))
     if mean_head:
-        weights = without_head(weights)
-    config = our_config(description, mean_head, _eos_id(description, folder))
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(HEAD)}
+    config = our_config(description, mean_head, pooled_id(description))
     model = MODELS[type(config)](config)
     family = "clip" if description.family == "clip" else "siglip"
     ours, theirs = to_ours(key_table(model.state_dict(), family), weights, folder / WEIGHTS)
@@ -100,21 +94,6 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     if has_text:
         tokenizer = read_transformers_tokenizer(folder, config.text) if with_tokenizer else NOT_LOADED
     return Bundle(model.eval(), preprocess, tokenizer, config, folder)
-
-
-def _eos_id(description: Description, folder: Path) -> int | None:
-    """What the text tower pools at; where that is a guess it is said."""
-    if description.family != "clip" or description.text["eos_token_id"] != LEGACY_EOS:
-        return pooled_id(description, None)
-    highest = highest_id(folder)
-    eos_id = pooled_id(description, highest)
-    if eos_id is not None and not end_of_text_id(folder) == highest == eos_id:
-        warn(
-            f"{description.file}: eos_token_id {LEGACY_EOS} means the highest id of each text to the library; here it "
-            f"is always {eos_id}, a guess, as no tokenizer here has its end-of-text token as its highest id: set "
-            "eos_token_id to that token's id"
-        )
-    return eos_id
 
 
 def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
@@ -167,7 +146,7 @@ def _weights(bundle: Bundle, parts: Parts, family: str) -> tuple[dict[str, torch
 
 def _advice(bundle: Bundle, parts: Parts, family: str) -> list[str]:
     notes = []
-    if isinstance(bundle.model, ImageClassifier):
+    if isinstance(bundle.model, models.ImageClassifier):
         notes.append("only the image tower was written: transformers has no class for it with this head")
     if parts.text is None or family != "siglip":
         return notes

@@ -6,7 +6,7 @@ from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP
 from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent
-from contrastive.interop.formats.evaluation_transform import taken_size
+from contrastive.interop.formats.evaluation_transform import made_preprocess, taken_size, whole_patches
 from contrastive.interop.formats.option_kinds import is_count, is_number
 
 FILE, NESTED_FILE = "preprocessor_config.json", "processor_config.json"
@@ -58,12 +58,12 @@ def read_preprocess(folder: Path, image_size: int, patch_size: int) -> Preproces
             "from, or make a contrastive.data.preprocess.Preprocess of your own"
         )
     try:
-        return Preprocess(_config(options, image_size, patch_size))
+        return _preprocess(options, image_size, patch_size)
     except UserError as error:
         return Absent(f"{file}: {error}")
 
 
-def _config(options: dict, image_size: int, patch_size: int) -> PreprocessConfig:
+def _preprocess(options: dict, image_size: int, patch_size: int) -> Preprocess:
     """UserError says, without the file, what we do not do."""
     options = _filled(options, image_size)
     size, crop_size = _size(options, "size", "short side"), _size(options, "crop_size", "square")
@@ -88,22 +88,12 @@ def _config(options: dict, image_size: int, patch_size: int) -> PreprocessConfig
     scaled = size["height"] if short is None else short
     if scaled < image_size:
         raise UserError(f"size {options['size']} is smaller than crop_size, which would put a black border around")
-    mean, std = _normalisation(options)
-    config = {
-        "resize": "squash" if short is None else "crop",
-        "mean": mean,
-        "std": std,
-        "interpolation": RESAMPLE[resample],
-    }
-    left_over = image_size % patch_size
-    if left_over:
-        if scaled != image_size or short is not None:
-            raise UserError(
-                f"a crop to {image_size} pixels, which patches of {patch_size} do not fill, is not supported"
-            )
-        return PreprocessConfig(image_size - left_over, short_side=image_size, cut="corner", **config)
-    cut = "floor" if cropped else "round"  # without a crop there is nothing to cut
-    return PreprocessConfig(image_size, short_side=None if scaled == image_size else scaled, cut=cut, **config)
+    whole = (image_size, image_size)
+    kept = whole_patches(whole, patch_size)
+    if kept != whole and (scaled != image_size or short is not None):
+        raise UserError(f"a crop to {image_size} pixels, which patches of {patch_size} do not fill, is not supported")
+    resize, cut = "squash" if short is None else "crop", "floor" if cropped else "round"  # without a crop: no matter
+    return made_preprocess(resize, scaled, whole, kept, _normalisation(options), RESAMPLE[resample], cut)
 
 
 def _filled(options: dict, image_size: int) -> dict:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from contrastive.interop.formats.key_table import Entry, renamed_table
+from contrastive.interop.formats.key_table import TensorNames, renamed_table
 from contrastive.models import ImageTowerConfig, TextTowerConfig
 
 RENAMES = (
@@ -36,9 +36,10 @@ PROJECTIONS = {
 PREFIXES = {"image": "vision_model.", "text": "text_model."}
 SCALARS = ("logit_scale", "logit_bias")
 HEAD = "vision_model.head."
+"""What the keys of the pooling head begin with."""
 
 
-def key_table(names: Iterable[str], family: str) -> list[Entry]:
+def key_table(names: Iterable[str], family: str) -> list[TensorNames]:
     """Return what each of our names is called in a model of 'siglip' or 'clip'."""
     unit_axes = dict.fromkeys(SCALARS, 1) if family == "siglip" else {}
     return renamed_table(names, (*RENAMES, *PROJECTIONS[family]), unit_axes=unit_axes)
@@ -80,11 +81,6 @@ def is_mean_head(weights: Mapping[str, torch.Tensor]) -> bool:
         and torch.equal(packed[2 * width :], eye)
         and torch.equal(out, eye)
     )
-
-
-def without_head(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights, by their names, without those of the pooling head."""
-    return {name: tensor for name, tensor in weights.items() if not name.startswith(HEAD)}
 
 
 def as_siglip(
