@@ -14,6 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -40,18 +41,21 @@ CLIP_WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 class Tokenizer(ABC):
     """Text to int64 (B, context_length), and back. Picklable, and safe in forked processes.
 
-    kind: 'bpe' (trained on the run's captions), 'clip', or 'transformers'.
+    core: what the library has for it. kind: 'bpe' (trained on the run's captions), 'clip', or 'transformers'.
     vocab_size: rows that a token embedding needs.
     bos_id: None where no such token is placed.
     clean: what is done to texts first (see `clean_text`); saved, so that every use of a model cleans alike.
     """
 
     clean: Cleaning = "none"
+    _hides_special_tokens = True  # in a decoded text
 
-    def __init__(self, kind: str, vocab_size: int, context_length: int, pad_id: int, eos_id: int, bos_id: int | None):
+    def __init__(
+        self, core: Any, kind: str, vocab_size: int, context_length: int, pad_id: int, eos_id: int, bos_id: int | None
+    ):
         if context_length < 3:
             raise UserError(f"context length {context_length} leaves no room for text; set it to 3 or more")
-        self.kind, self.vocab_size, self.context_length = kind, vocab_size, context_length
+        self.core, self.kind, self.vocab_size, self.context_length = core, kind, vocab_size, context_length
         self.pad_id, self.eos_id, self.bos_id = pad_id, eos_id, bos_id
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
@@ -78,7 +82,7 @@ class Tokenizer(ABC):
             ids = ids[: ids.index(self.eos_id)]
         if ids and ids[0] == self.bos_id:
             ids = ids[1:]
-        return self._decode(ids).strip()
+        return self.core.decode(ids, skip_special_tokens=self._hides_special_tokens).strip()
 
     def save(self, folder: str | Path) -> None:
         """Write the vocabulary and a small JSON of the options; `load_tokenizer(folder)` reads them back."""
@@ -96,22 +100,20 @@ class Tokenizer(ABC):
         """Return rows of at most context_length ids, each ended by eos, not padded."""
 
     @abstractmethod
-    def _decode(self, ids: list[int]) -> str: ...
-
-    @abstractmethod
     def _save(self, folder: Path) -> None: ...
 
 
 class BpeTokenizer(Tokenizer):
     """A BPE of the `tokenizers` library: CLIP's or a trained one. Every row begins with bos."""
 
+    _hides_special_tokens = False  # a text that names them means their characters
+
     def __init__(self, core: tokenizers.Tokenizer, kind: str, context_length: int):
         names = (CLIP_EOS, CLIP_BOS) if kind == "clip" else (EOS, BOS)
         eos_id, bos_id = (core.token_to_id(name) for name in names)
         # CLIP pads with 0, the id of '!': harmless, as nothing behind eos is looked at.
         pad_id = 0 if kind == "clip" else core.token_to_id(PAD)
-        super().__init__(kind, core.get_vocab_size(), context_length, pad_id, eos_id, bos_id)
-        self.core = core
+        super().__init__(core, kind, core.get_vocab_size(), context_length, pad_id, eos_id, bos_id)
 
     def _encode(self, texts):
         if self.kind == "clip":
@@ -119,9 +121,6 @@ class BpeTokenizer(Tokenizer):
         room = self.context_length - 2
         encoded = (self.core.encode(text, add_special_tokens=False).ids for text in texts)
         return [[self.bos_id, *ids[:room], self.eos_id] for ids in encoded]
-
-    def _decode(self, ids):
-        return self.core.decode(ids, skip_special_tokens=False)
 
     def _save(self, folder):
         self.core.save(str(folder / MODEL_FILE))
@@ -148,8 +147,7 @@ class TransformersTokenizer(Tokenizer):
         core.padding_side = core.truncation_side = "right"
         vocab_size = max(core.get_vocab().values()) + 1
         bos_id = core.bos_token_id if ids[0] == core.bos_token_id else None
-        super().__init__("transformers", vocab_size, context_length, core.pad_token_id, core.eos_token_id, bos_id)
-        self.core = core
+        super().__init__(core, "transformers", vocab_size, context_length, core.pad_token_id, core.eos_token_id, bos_id)
         self.add_eos = add_eos
         self.ends_with_eos = ids[-1] == core.eos_token_id
 
@@ -162,9 +160,6 @@ class TransformersTokenizer(Tokenizer):
         return [
             row if row and row[-1] == self.eos_id else [*row[: self.context_length - 1], self.eos_id] for row in rows
         ]
-
-    def _decode(self, ids):
-        return self.core.decode(ids, skip_special_tokens=True)
 
     def _options(self):
         return {**super()._options(), "add_eos": self.add_eos}

@@ -1,4 +1,4 @@
-"""Which caption is drawn, how it is cleaned, and that training, evaluation and later use clean alike."""
+"""Which caption is drawn, which a tokenizer is trained on, how they are cleaned: alike in training and in use."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from contrastive.data.augment import AugmentConfig
-from contrastive.data.captions import caption_id, clean_text, drawn_order
+from contrastive.data.captions import caption_id, clean_text, drawn_order, sampled_captions
 from contrastive.data.order import Order
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.samples import PairDataset
@@ -230,3 +230,31 @@ def test_prompts_take_the_place_of_captions_and_their_weights():
 
     sample = ClassPrompts(Labelled(["a", "b", "c"], (1.0, 2.0, 3.0)), ("a {}", "one {}"))[0]
     assert drawn_order(sample, 0.9) == ("one dog", "a dog")
+
+
+class Counting(Source):
+    def __init__(self, count, remote):
+        self.count, self.remote = count, remote
+
+    def __len__(self):
+        return self.count
+
+    def captions(self, index):
+        if index == 3:
+            raise BadSample("bad_json")
+        return (index, -index - 1)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_all_of_a_small_source(remote):
+    wanted = [c for index in range(30_000) if index != 3 for c in (index, -index - 1)]
+    assert list(sampled_captions(Counting(30_000, remote))) == wanted
+
+
+def test_evenly_spread_when_local_and_in_runs_when_far():
+    """400 million samples in shards of 10,000: a sample here and there, or 16 shards at most."""
+    local, far = ([c for c in sampled_captions(Counting(400_000_000, remote)) if c >= 0] for remote in (False, True))
+    assert (len(local), len(far)) == (50_000, 49_999)  # sample 3 is bad, and in the runs only
+    assert {b - a for a, b in zip(local, local[1:], strict=False)} == {8000}
+    assert len({index // 10_000 for index in far}) <= 16
+    assert max(far) > 340_000_000

@@ -139,6 +139,7 @@ class Scenes(Source):
 
 def render(scene: Scene, image_size: int) -> np.ndarray:
     """The scene as uint8 (image_size, image_size, 3) RGB."""
+    # All arrays from here on are float32, and numbers of Python leave them so.
     canvas = _draw_backdrop(scene.backdrop, image_size)
     for thing in scene.things:
         _draw_thing(canvas, thing, image_size)
@@ -152,14 +153,14 @@ def _draw_backdrop(backdrop: Backdrop, image_size: int) -> np.ndarray:
     tone = np.array(backdrop.tone, dtype=np.float32).reshape(3, 1, 1)
     if backdrop.kind == "plain":
         return np.repeat(tone, image_size * image_size, axis=1).reshape(3, image_size, image_size)
-    return tone + _pattern(backdrop, image_size) * np.float32(backdrop.contrast)
+    return tone + _pattern(backdrop, image_size) * backdrop.contrast
 
 
 def _pattern(backdrop: Backdrop, size: int) -> np.ndarray:
     """How far each pixel departs from the tone, about -1..1; float32 (size, size)."""
     if backdrop.kind == "gradient":
         # Steep enough to be seen, yet no corner so light that a colour would fade into it.
-        return _along(backdrop.angle, size) * np.float32(2.2)
+        return _along(backdrop.angle, size) * 2.2
     if backdrop.kind == "noise":
         tile = _noise_tile(max(1, size // 24))
         room = tile.shape[0] - size + 1
@@ -175,21 +176,21 @@ def _pattern(backdrop: Backdrop, size: int) -> np.ndarray:
 
 def _square_wave(position: np.ndarray, period: float, shift: float, image_size: int) -> np.ndarray:
     """A wave between -1 and 1 whose edges are one pixel wide."""
-    wave = np.sin(position * np.float32(2 * math.pi / period) + np.float32(2 * math.pi * shift))
-    wave *= np.float32(period * image_size / math.pi)
+    wave = np.sin(position * (2 * math.pi / period) + 2 * math.pi * shift)
+    wave *= period * image_size / math.pi
     return np.clip(wave, -1, 1, out=wave)
 
 
 def _along(degrees: float, image_size: int) -> np.ndarray:
     """How far each pixel lies along the direction `degrees`, from the centre; float32 (size, size)."""
-    steps = _pixel_centres(image_size) - np.float32(0.5)
+    steps = _pixel_centres(image_size) - 0.5
     radians = math.radians(degrees)
-    return (steps * np.float32(math.cos(radians)))[None, :] + (steps * np.float32(math.sin(radians)))[:, None]
+    return (steps * math.cos(radians))[None, :] + (steps * math.sin(radians))[:, None]
 
 
 @lru_cache(maxsize=8)
 def _pixel_centres(image_size: int) -> np.ndarray:
-    return (np.arange(image_size, dtype=np.float32) + 0.5) / np.float32(image_size)
+    return (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
 
 
 @lru_cache(maxsize=8)
@@ -207,13 +208,13 @@ def _draw_thing(canvas: np.ndarray, thing: Thing, image_size: int) -> None:
     left, right = max(0, int(x - reach)), min(image_size, int(x + reach) + 1)
     top, bottom = max(0, int(y - reach)), min(image_size, int(y + reach) + 1)
     centres = _pixel_centres(image_size)
-    dx = (centres[left:right] - np.float32(thing.x)) / np.float32(thing.radius)
-    dy = (np.float32(thing.y) - centres[top:bottom]) / np.float32(thing.radius)  # up, as the shapes want it
-    cos, sin = np.float32(math.cos(math.radians(thing.turn))), np.float32(math.sin(math.radians(thing.turn)))
+    dx = (centres[left:right] - thing.x) / thing.radius
+    dy = (thing.y - centres[top:bottom]) / thing.radius  # up, as the shapes want it
+    cos, sin = math.cos(math.radians(thing.turn)), math.sin(math.radians(thing.turn))
     u = (dx * cos)[None, :] + (dy * sin)[:, None]
     v = (dy * cos)[:, None] - (dx * sin)[None, :]
     # One pixel of blending around the edge.
-    cover = np.float32(0.5) - _DISTANCES[thing.shape](u, v) * np.float32(thing.radius * image_size)
+    cover = 0.5 - _DISTANCES[thing.shape](u, v) * (thing.radius * image_size)
     np.clip(cover, 0, 1, out=cover)
     ink = np.array(RGB[thing.colour], dtype=np.float32) + np.array(thing.tint, dtype=np.float32)
     area = canvas[:, top:bottom, left:right]
@@ -227,47 +228,46 @@ def _draw_thing(canvas: np.ndarray, thing: Thing, image_size: int) -> None:
 def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     u, v = np.abs(u), np.abs(v)
     # The union of two bars is what lies in the long reach of one side and the short reach of the other.
-    return np.maximum(np.maximum(u, v) - np.float32(0.95), np.minimum(u, v) - np.float32(0.28))
+    return np.maximum(np.maximum(u, v) - 0.95, np.minimum(u, v) - 0.28)
 
 
 def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    v = v + np.float32(0.2)  # the middle of the height, rather than the centroid, sits at the centre
-    side = np.float32(math.sqrt(3) / 2) * np.abs(u) + np.float32(0.5) * v
-    return np.maximum(-v, side) - np.float32(0.53)
+    v = v + 0.2  # the middle of the height, rather than the centroid, sits at the centre
+    side = math.sqrt(3) / 2 * np.abs(u) + 0.5 * v
+    return np.maximum(-v, side) - 0.53
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     # Fold the plane into one half of one of the five arms, then measure to that arm's edge.
     u = np.abs(u)
-    cos, sin = np.float32(math.cos(math.pi / 5)), np.float32(math.sin(math.pi / 5))
+    cos, sin = math.cos(math.pi / 5), math.sin(math.pi / 5)
     for across in (cos, -cos):
         beyond = 2 * np.maximum(u * across - v * sin, 0)
         u, v = u - beyond * across, v + beyond * sin
     inner = 0.42
     edge_u, edge_v = inner * math.sin(math.pi / 5), inner * math.cos(math.pi / 5) - 1
     length = math.hypot(edge_u, edge_v)
-    return (v - 1) * np.float32(edge_u / length) - np.abs(u) * np.float32(edge_v / length)
+    return (v - 1) * (edge_u / length) - np.abs(u) * (edge_v / length)
 
 
 def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     # A square on its tip with a half disc on each of its two upper sides.
-    scale = np.float32(1.5)
-    u, v = np.abs(u) / scale, v / scale
-    tip = (u + np.abs(v + np.float32(0.05)) - np.float32(0.5)) * np.float32(math.sqrt(0.5))
-    lobe = np.hypot(u - np.float32(0.25), v - np.float32(0.2)) - np.float32(math.sqrt(2) / 4)
-    return np.minimum(tip, lobe) * scale
+    u, v = np.abs(u) / 1.5, v / 1.5
+    tip = (u + np.abs(v + 0.05) - 0.5) * math.sqrt(0.5)
+    lobe = np.hypot(u - 0.25, v - 0.2) - math.sqrt(2) / 4
+    return np.minimum(tip, lobe) * 1.5
 
 
 def _crescent(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    outer = np.sqrt(u * u + v * v) - np.float32(0.98)
-    bite = np.hypot(u - np.float32(0.5), v) - np.float32(0.76)
+    outer = np.sqrt(u * u + v * v) - 0.98
+    bite = np.hypot(u - 0.5, v) - 0.76
     return np.maximum(outer, -bite)
 
 
 _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "circle": lambda u, v: np.sqrt(u * u + v * v) - np.float32(0.96),
-    "ring": lambda u, v: np.abs(np.sqrt(u * u + v * v) - np.float32(0.76)) - np.float32(0.22),
-    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - np.float32(0.8),
+    "circle": lambda u, v: np.sqrt(u * u + v * v) - 0.96,
+    "ring": lambda u, v: np.abs(np.sqrt(u * u + v * v) - 0.76) - 0.22,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.8,
     "triangle": _triangle,
     "star": _star,
     "cross": _cross,
