@@ -15,7 +15,7 @@ from contrastive.interop.bundle import Absent
 from contrastive.interop.loading import read
 from contrastive.models.image_encoder import ImageEncoder
 
-Picture = Image.Image | np.ndarray | bytes | str | Path
+ImageLike = Image.Image | np.ndarray | bytes | str | Path
 
 
 def load_image_encoder(
@@ -91,7 +91,9 @@ class ImageProcessor:
         self._preprocess = preprocess
         self._original = preprocess if original is None else original  # sizes are made from it, not one from another
 
-    def __call__(self, images: Picture | list[Picture], return_tensors: str | None = None) -> torch.Tensor | PixelBatch:
+    def __call__(
+        self, images: ImageLike | list[ImageLike], return_tensors: str | None = None
+    ) -> torch.Tensor | PixelBatch:
         """Preprocess one image or several; see the class. An image that cannot be read raises BadSample."""
         if return_tensors not in (None, "pt"):
             raise UserError(f"return_tensors is {return_tensors!r}; 'pt' is what there is")
@@ -105,7 +107,7 @@ class ImageProcessor:
 
     preprocess = __call__
 
-    def _pixels(self, image: Picture) -> torch.Tensor:
+    def _pixels(self, image: ImageLike) -> torch.Tensor:
         if isinstance(image, (str, Path)):
             image = Path(image).read_bytes()
         if not isinstance(image, (Image.Image, np.ndarray, bytes)):

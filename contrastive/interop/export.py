@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from contrastive.errors import UserError, did_you_mean
-from contrastive.files import write_new_folder
+from contrastive.files import check_writable, write_new_folder
 from contrastive.interop.bundle import Bundle
 from contrastive.interop.hub import PREFIX, push
 from contrastive.interop.loading import load
@@ -116,9 +115,7 @@ def check_out(out: Path) -> Path:
         raise UserError(f"{out} exists and is not empty; nothing is overwritten: name another folder")
     if place == Path.cwd():  # it would be renamed away from under the user
         raise UserError(f"{out} is the folder that you are in: name another")
-    nearest = next(parent for parent in place.parents if parent.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"cannot write to {out}; name another folder")
+    check_writable(place.parent, "name another folder")
     return place
 
 

@@ -143,27 +143,23 @@ def _download(name: str, repo: str, revision: str) -> Path:
     except UserError:
         raise
     except RevisionNotFoundError:
-        raise UserError(f"{name}: {repo} has no branch, tag or commit '{revision}'") from None
+        why = f"{repo} has no branch, tag or commit '{revision}'"
     except GatedRepoError:
-        raise UserError(f"{name}: access has to be asked for on its page, then `hf auth login`") from None
+        why = "access has to be asked for on its page, then `hf auth login`"
     except RepositoryNotFoundError:
-        raise UserError(
-            f"{name}: no such model on the hub, or a private one: mend the name, or `hf auth login`"
-        ) from None
+        why = "no such model on the hub, or a private one: mend the name, or `hf auth login`"
     except Exception as error:  # no network: another class for every client and reason
-        folder = _cached(repo, revision)
-        if folder is None:
-            why = _first_line(error)
-            if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
-                raise UserError(
-                    f"{name}: cannot write to the cache ({why}): make room or mend its rights, or set HF_HOME to "
-                    "another folder"
-                ) from None
-            raise UserError(
-                f"{name}: the hub cannot be reached, and the cache does not have it ({why}): fetch it where there is a "
-                "network (hf download), and give the folder"
-            ) from None
-        return folder
+        folder, reason = _cached(repo, revision), _first_line(error)
+        if folder is not None:
+            return folder
+        if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+            why = (
+                f"cannot write to the cache ({reason}): make room or mend its rights, or set HF_HOME to another folder"
+            )
+        else:
+            why = f"the hub cannot be reached, and the cache does not have it ({reason}): fetch it where there is a "
+            why += "network (hf download), and give the folder"
+    raise UserError(f"{name}: {why}")
 
 
 def _cached(repo: str, revision: str) -> Path | None:

@@ -1,11 +1,13 @@
 """scripts/export.py as a user calls it: each format, refusals, and nothing left behind where it fails."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from contrastive.errors import UserError
 from contrastive.interop.export import export
 from contrastive.interop.formats import open_clip_folder as open_clip_writing
 from contrastive.interop.formats import transformers_folder as writing
-from contrastive.interop.parity import Check, parity_table
+from contrastive.interop.parity import Check, embedding_limit, parity_table
+from contrastive.models import ImageModel, ImageModelConfig
 from scripts.export import main
 
 LOADED_BY = {"transformers": "AutoModel", "open_clip": "create_model_and_transforms", "timm": "create_model"}
@@ -217,6 +220,40 @@ def test_the_table_tells_what_failed():
     with console.capture() as captured:
         console.print(parity_table([Check("logits", "max difference", 2.5e-3, 1e-5), Check("a", "cosine", 1.0, 0.99)]))
     assert "2.5e-3" in captured.get() and "≤ 1e-5" in captured.get() and "≥ 0.99" in captured.get()
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "path", "value", "what"),
+    [
+        ("siglip", "config.json", ("vision_config", "layer_norm_eps"), 1e-5, "image embeddings are"),
+        ("siglip", "config.json", ("text_config", "layer_norm_eps"), 1e-5, "text embeddings are"),
+        ("siglip", "preprocessor_config.json", ("image_mean",), [0.49] * 3, "pixels are not the model's .mean differ"),
+        ("clip", "preprocessor_config.json", ("image_std",), [0.27] * 3, "pixels are not the model's .mean differ"),
+    ],
+)
+def test_a_small_fault_is_found(kind, file, path, value, what, tmp_path, monkeypatch):
+    right = writing.write
+
+    def wrong(bundle, folder, place):
+        notes = right(bundle, folder, place)
+        options = section = json.loads((folder / file).read_text())
+        for name in path[:-1]:
+            section = section[name]
+        assert section[path[-1]] != value
+        section[path[-1]] = value
+        (folder / file).write_text(json.dumps(options))
+        return notes
+
+    monkeypatch.setattr(writing, "write", wrong)
+    with pytest.raises(UserError, match=what):
+        export(small_bundle(kind), "transformers", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("depth", "limit"), [(1, 2e-6), (12, 4e-6), (27, 8e-6), (60, 1e-5)])
+def test_the_limit_grows_with_depth(depth, limit):
+    bundle = small_bundle("image")
+    config = ImageModelConfig(32, replace(bundle.config.image, depth=depth))
+    assert embedding_limit(replace(bundle, model=ImageModel(config))) == pytest.approx(limit)
 
 
 def current_umask():

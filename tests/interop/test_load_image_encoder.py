@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,7 +23,9 @@ from contrastive.interop.bundle import Absent, save_classifier, save_model
 from contrastive.interop.encoder import ImageProcessor
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ImageTowerConfig, ModelConfig
 from contrastive.models import TextTowerConfig as Text
+from contrastive.models.image_encoder import ImageEncoder
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "image-encoder.md"
 IMAGE = ImageTowerConfig(image_size=32, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=32)
 CLIP = replace(IMAGE, pool="class", class_token=True, pre_norm=True, projection=True)
 
@@ -268,3 +271,15 @@ def test_a_resized_model_is_saved_with_its_size_or_not_at_all(tmp_path):
         save(model.config, "wrong")
     save(replace(model.config, image=model.image_tower.config), "right")
     assert contrastive.load(tmp_path / "right").config.image.image_size == 64
+
+
+def test_the_docs_page_runs_as_it_stands(tmp_path):
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE.read_text(), flags=re.MULTILINE)
+    code = "\n".join(re.sub(r"^    ", "", line) for block in blocks for line in block.splitlines())
+    assert code.count("load_image_encoder") == 4
+    names = {"image": picture(), "torch": torch}
+    exec(code.replace("runs/mine", str(save_dual(tmp_path / "model"))), names)
+    assert names["tokens"].shape == (1, 16, 16) and names["grid"].shape == (1, 16, 4, 4)
+    assert len(names["states"]) == 4 and names["pooled"].shape == (1, 16) and names["batch"].shape == (2, 3, 32, 32)
+    assert [x.shape for x in names["last_two"]] == [(1, 16, 4, 4)] * 2
+    assert isinstance(names["encoder"], ImageEncoder) and names["encoder"].grid_size == (8, 8)

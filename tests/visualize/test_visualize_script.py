@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from models import call_visualize, save_dual, save_plain
 from PIL import Image
+from towers import call_visualize, save_dual, save_plain
 
 import contrastive
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
