@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from contrastive.data.record import BadSample, Record
-from contrastive.data.sources.image_file import IMAGE_SUFFIXES, read_image_file
+from contrastive.data.sources.paths import IMAGE_SUFFIXES, read_image_file
 from contrastive.errors import UserError, did_you_mean
 from contrastive.evaluate.embeddings import check_text_tower, embed_images, embed_texts, pick_indices
 

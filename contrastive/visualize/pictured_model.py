@@ -14,7 +14,7 @@ from contrastive.data.preprocess import Preprocess
 from contrastive.data.prompts import default_templates, fill
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sources import open_source
-from contrastive.data.sources.image_file import IMAGE_SUFFIXES, read_image_file
+from contrastive.data.sources.paths import IMAGE_SUFFIXES, read_image_file
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.log import warn

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from contrastive.data.record import BadSample
 from contrastive.data.sources import open_source
-from contrastive.data.sources.parquet_images import ParquetImages
+from contrastive.data.sources.tables import ParquetImages
 
 # Tables
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from contrastive.data.shards.tar_members import BLOCK, Member, iter_members
-from contrastive.data.sources.image_file import IMAGE_SUFFIXES
+from contrastive.data.sources.paths import IMAGE_SUFFIXES
 from contrastive.errors import UserError
 from contrastive.files import sha256, write_whole
 

@@ -16,8 +16,7 @@ from contrastive.data.shards.remote import Wanted, open_copy
 from contrastive.data.shards.shard_index import CAPTION_FIELDS, MAX_TEXT_BYTES, REFUSALS, IndexedShard, load_index
 from contrastive.data.shards.shard_manifest import total
 from contrastive.data.sources.columns import weighted_names
-from contrastive.data.sources.image_file import MAX_IMAGE_BYTES
-from contrastive.data.sources.paths import is_remote, short_names
+from contrastive.data.sources.paths import MAX_IMAGE_BYTES, is_remote, short_names
 from contrastive.errors import UserError
 
 Captions = tuple[tuple[str, ...], tuple[float, ...] | None]

@@ -1,10 +1,21 @@
-"""Which columns of a table hold the image, the captions and the label."""
+"""Columns of a table, of whichever kind, as samples: which hold image, captions and label, and what their cells say."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
+
+from contrastive.data.record import BadSample, Record, Source, check_index
+from contrastive.data.sources.paths import MAX_IMAGE_BYTES, read_image_file
 from contrastive.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 IMAGE_COLUMNS = (
     "image", "img", "image_path", "filepath", "file_path", "path", "file_name", "filename", "jpg", "png", "webp",
@@ -19,7 +30,7 @@ class Columns:
     """The names of the columns. None: to be found by its usual names, or there is none.
 
     caption: a name, or several with weights, as `weighted_names` takes them. weighted: what `find_columns` made
-    of that.
+    of that. The fingerprints of tables hold the others as they are printed.
     """
 
     image: str | None = None
@@ -27,40 +38,9 @@ class Columns:
     label: str | None = None
     weighted: tuple[tuple[str, float], ...] = field(default=(), repr=False)
 
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """The names of the caption columns that were found."""
-        return tuple(name for name, _ in self.weighted)
-
     def names(self) -> list[str]:
         """The names there are."""
-        return [name for name in (self.image, *self.captions, self.label) if name]
-
-
-def weighted_names(text: str) -> tuple[tuple[str, float], ...]:
-    """Split 'alt=1,synthetic=3' into names and their weights; a name without one weighs 1.
-
-    Raises:
-        UserError: an empty or repeated name, or a weight that is not a number above 0.
-    """
-    parts = [(name.strip(), equals, weight.strip()) for name, equals, weight in _partitions(text)]
-    names = [name for name, _, _ in parts]
-    if "" in names or len(set(names)) < len(names):
-        raise UserError(f"caption_column '{text}' names a column twice, or not at all; write it as 'alt=1,synthetic=3'")
-    weighted = []
-    for name, equals, weight in parts:
-        try:
-            value = float(weight) if equals else 1.0
-        except ValueError:
-            value = math.nan
-        if not 0 < value < math.inf:
-            raise UserError(f"caption_column '{text}': the weight of '{name}' is '{weight}', not a number above 0")
-        weighted.append((name, value))
-    return tuple(weighted)
-
-
-def _partitions(text: str) -> list[tuple[str, str, str]]:
-    return [part.rpartition("=") if "=" in part else (part, "", "") for part in text.split(",")]
+        return [name for name in (self.image, *dict(self.weighted), self.label) if name]
 
 
 def find_columns(names: Sequence[str], asked: Columns, where: str) -> Columns:
@@ -74,7 +54,13 @@ def find_columns(names: Sequence[str], asked: Columns, where: str) -> Columns:
     twice = [name for index, name in enumerate(names) if name in names[:index]]
     if twice:
         raise UserError(f"{where}: column '{twice[0]}' is there twice; the columns are: {', '.join(names)}")
-    weighted = _find_captions(names, asked.caption, where)
+    if asked.caption is None or asked.caption in names:  # a name may hold ',' or '='
+        caption = asked.caption or _find(names, None, CAPTION_COLUMNS, where)
+        weighted = ((caption, 1.0),) if caption else ()
+    else:
+        weighted = weighted_names(asked.caption)
+        for name, _ in weighted:
+            _find(names, name, (), where)
     found = Columns(
         image=_find(names, asked.image, IMAGE_COLUMNS, where),
         caption=weighted[0][0] if len(weighted) == 1 else asked.caption,
@@ -89,19 +75,213 @@ def find_columns(names: Sequence[str], asked: Columns, where: str) -> Columns:
     return found
 
 
-def _find_captions(names: Sequence[str], asked: str | None, where: str) -> tuple[tuple[str, float], ...]:
-    if asked is None or asked in names:  # a name may hold ',' or '='
-        found = asked or _find(names, None, CAPTION_COLUMNS, where)
-        return ((found, 1.0),) if found else ()
-    return tuple((_find(names, name, CAPTION_COLUMNS, where), weight) for name, weight in weighted_names(asked))
-
-
 def _find(names: Sequence[str], asked: str | None, usual: Sequence[str], where: str) -> str | None:
-    if asked is not None:
-        if asked not in names:
-            raise UserError(
-                f"{where}: no column '{asked}'; the columns are: {', '.join(names)}.{did_you_mean(asked, names)}"
-            )
-        return asked
+    if asked is not None and asked not in names:
+        hint = did_you_mean(asked, names)
+        raise UserError(f"{where}: no column '{asked}'; the columns are: {', '.join(names)}.{hint}")
     by_lower = {name.lower(): name for name in reversed(names)}
-    return next((by_lower[name] for name in usual if name in by_lower), None)
+    return asked or next((by_lower[name] for name in usual if name in by_lower), None)
+
+
+def weighted_names(text: str) -> tuple[tuple[str, float], ...]:
+    """Split 'alt=1,synthetic=3' into names and their weights; a name without one weighs 1.
+
+    Raises:
+        UserError: an empty or repeated name, or a weight that is not a number above 0.
+    """
+    weighted: dict[str, float] = {}
+    for part in text.split(","):
+        name, weight = (side.strip() for side in (part.rpartition("=")[::2] if "=" in part else (part, "1")))
+        if not name or name in weighted:
+            raise UserError(
+                f"caption_column '{text}' names a column twice, or not at all; write it as 'alt=1,synthetic=3'"
+            )
+        try:
+            weighted[name] = float(weight)
+        except ValueError:
+            weighted[name] = math.nan
+        if not 0 < weighted[name] < math.inf:
+            raise UserError(f"caption_column '{text}': the weight of '{name}' is '{weight}', not a number above 0")
+    return tuple(weighted.items())
+
+
+def check_types(columns: Columns, types: Mapping[str, pa.DataType], where: str) -> None:
+    """Raise UserError where the image column holds no images, or a caption column no texts."""
+    from pyarrow import types as kinds
+
+    held = types[columns.image]
+    # The image format of `datasets` is a struct of bytes and path.
+    packed = kinds.is_struct(held) and "bytes" in {field.name for field in held}
+    if not (packed or is_text(held) or kinds.is_binary(held) or kinds.is_large_binary(held)):
+        raise UserError(
+            f"{where}: column '{columns.image}' holds {held}; images must be paths, bytes or an Image feature"
+        )
+    for caption, _ in columns.weighted:
+        held = types[caption]
+        is_list = kinds.is_list(held) or kinds.is_large_list(held) or kinds.is_fixed_size_list(held)
+        inner = held.value_type if is_list else held
+        if not (is_text(inner) or kinds.is_null(inner)):
+            raise UserError(f"{where}: column '{caption}' holds {held}; captions must be texts or lists of texts")
+
+
+def is_text(column_type: pa.DataType) -> bool:
+    from pyarrow import types
+
+    return types.is_string(column_type) or types.is_large_string(column_type) or types.is_string_view(column_type)
+
+
+def read_labels(
+    column: pa.ChunkedArray, class_names: tuple[str, ...] | None, where: str
+) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Return (labels int64, -1 for none, and class names), or (None, None) for a column that is no label.
+
+    A text column is a class name a row; its classes are `class_names`, or the sorted distinct texts. Class
+    names without a single label are dropped.
+
+    Raises:
+        UserError: a label outside `class_names`, or bad UTF-8.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_binary(column.type) or is_text(column.type):
+        try:
+            return _number_names(column.cast(pa.string()), class_names, where)
+        except (pa.ArrowInvalid, UnicodeDecodeError):
+            raise UserError(f"{where}: the labels are not UTF-8 text") from None
+    if not pa.types.is_integer(column.type):
+        return None, None
+    labels = pc.fill_null(column.cast(pa.int64()), -1).to_numpy()
+    if labels.max(initial=-1) < 0:
+        return None, None
+    if class_names and labels.max() >= len(class_names):
+        raise UserError(f"{where}: label {labels.max()}, but there are {len(class_names)} class names")
+    return np.maximum(labels, -1), class_names
+
+
+def _number_names(
+    column: pa.ChunkedArray, class_names: tuple[str, ...] | None, where: str
+) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    present = sorted(name for name in pc.unique(column).to_pylist() if name)
+    unknown = sorted(set(present) - set(class_names or present))
+    if unknown:
+        raise UserError(
+            f"{where}: label '{unknown[0]}' is not among the {len(class_names)} class names."
+            f"{did_you_mean(unknown[0], class_names)}"
+        )
+    if not present:
+        return None, None
+    class_names = class_names or tuple(present)
+    numbers = pc.index_in(column, value_set=pa.array(class_names, pa.string()))
+    return pc.fill_null(numbers, -1).to_numpy().astype(np.int64), class_names
+
+
+class Cells(Protocol):
+    """One column: the Python value of a row. Picklable, safe to fork."""
+
+    def __getitem__(self, row: int) -> Any: ...
+
+
+class ArrowCells:
+    """A column that is in memory."""
+
+    def __init__(self, column: pa.ChunkedArray):
+        self._column = column
+
+    def __getitem__(self, row: int) -> Any:
+        return self._column[row].as_py()
+
+
+class TablePart(NamedTuple):
+    """Consecutive rows with one origin. label: names it in keys. folder: relative image paths start there."""
+
+    label: str
+    folder: str
+    num_rows: int
+
+
+class ColumnSource(Source):
+    """Rows of an image column with captions, labels or both.
+
+    Args:
+        name: the specification, for messages.
+        parts: where the rows come from, in order.
+        images: cells of bytes, of a path, relative to the part's folder, or of {'bytes', 'path'}.
+        captions: columns whose cells are a text or a list of texts, each with its weight; the texts of one cell
+            share it evenly, and nulls are left out.
+        labels: int64, one a row, -1 for none; or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[TablePart],
+        images: Cells,
+        captions: Sequence[tuple[Cells, float]],
+        labels: np.ndarray | None,
+        class_names: tuple[str, ...] | None,
+        fingerprint: str,
+    ):
+        self.name, self.class_names, self.fingerprint = name, class_names, fingerprint
+        self._parts = tuple(parts)
+        self._ends = np.cumsum([part.num_rows for part in parts])
+        self._images, self._captions, self._labels = images, tuple(captions), labels
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        part, key = self._locate(index)
+        image = _image_bytes(_read(self._images, index, key), part.folder, key)
+        captions, weights = self._weighted_captions(index)
+        return Record(key, image, captions, self.label(index), weights if len(self._captions) > 1 else None)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._weighted_captions(index)[0]
+
+    def label(self, index: int) -> int | None:
+        index = check_index(self, index)
+        if self._labels is None or self._labels[index] < 0:
+            return None
+        return int(self._labels[index])
+
+    def _weighted_captions(self, index: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        _, key = self._locate(index)
+        captions, weights = [], []
+        for cells, weight in self._captions:
+            value = _read(cells, index, key)
+            texts = [text for text in (value if isinstance(value, list) else [value]) if text is not None]
+            if not all(isinstance(text, str) for text in texts):
+                raise BadSample("bad_caption", key)
+            captions += texts
+            weights += [weight / len(texts)] * len(texts) if texts else []
+        return tuple(captions), tuple(weights)
+
+    def _locate(self, index: int) -> tuple[TablePart, str]:
+        """The part of the row, and its key: the part's label and the row in it, counted from 0."""
+        index = check_index(self, index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        part = self._parts[number]
+        return part, f"{part.label}:{index - int(self._ends[number]) + part.num_rows}"
+
+
+def _read(cells: Cells, row: int, key: str) -> Any:
+    try:
+        return cells[row]
+    except UnicodeDecodeError:  # bad UTF-8, which Arrow keeps until it is read
+        raise BadSample("bad_utf8", key) from None
+
+
+def _image_bytes(value: Any, folder: str, key: str) -> bytes:
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, bytes):
+        if len(value) > MAX_IMAGE_BYTES:
+            raise BadSample("too_large", key)
+        return value
+    if not value:
+        raise BadSample("missing_image", key)
+    return read_image_file(os.path.join(folder, value), key)

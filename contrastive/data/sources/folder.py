@@ -8,7 +8,7 @@ import numpy as np
 
 from contrastive.data.record import BadSample, Record, Source, check_index
 from contrastive.data.shards.shard_index import PackedBytes
-from contrastive.data.sources.image_file import IMAGE_SUFFIXES, read_image_file
+from contrastive.data.sources.paths import IMAGE_SUFFIXES, read_image_file
 from contrastive.errors import UserError
 
 MAX_TEXT_BYTES = 2**20

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contrastive.data.class_sets import class_names_beside
-from contrastive.data.sources.cells import is_caption_type, is_image_type, read_labels
-from contrastive.data.sources.column_source import ColumnSource, TablePart
-from contrastive.data.sources.columns import Columns, find_columns
+from contrastive.data.sources.columns import (
+    Columns,
+    ColumnSource,
+    TablePart,
+    check_types,
+    find_columns,
+    read_labels,
+)
 from contrastive.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -98,8 +103,7 @@ def _from_dataset(name: str, dataset: Dataset, folder: str | None, asked: Column
     if isinstance(features[columns.image], datasets.Image):
         # Undecoded: our own decoder sees the bytes, and no picture goes through Pillow twice.
         dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
-    types = dataset.features.arrow_schema
-    _check_types(name, types, columns)
+    check_types(columns, {field.name: field.type for field in dataset.features.arrow_schema}, name)
     labels = class_names = None
     if columns.label:
         known = getattr(features[columns.label], "names", None)
@@ -115,16 +119,6 @@ def _from_dataset(name: str, dataset: Dataset, folder: str | None, asked: Column
         class_names=class_names,
         fingerprint=fingerprint,
     )
-
-
-def _check_types(name: str, types: Any, columns: Columns) -> None:
-    held = types.field(columns.image).type
-    if not is_image_type(held):
-        raise UserError(f"{name}: column '{columns.image}' holds {held}; images must be an Image feature or paths")
-    for caption in columns.captions:
-        held = types.field(caption).type
-        if not is_caption_type(held):
-            raise UserError(f"{name}: column '{caption}' holds {held}; captions must be texts or lists of texts")
 
 
 def _fingerprint(dataset: Dataset) -> str:

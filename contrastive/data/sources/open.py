@@ -128,7 +128,7 @@ def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
 
         return Shards(spec, index_shards(paths, digest=False), columns.caption)
     if suffixes[0] in _TABLES:
-        from contrastive.data.sources.table import open_table
+        from contrastive.data.sources.tables import open_table
 
         return open_table(spec, paths, columns)
     raise UserError(f"{spec}: files of kind '{suffixes[0]}' are not read; use .tar, {', '.join(_TABLES)} or a folder")

@@ -1,11 +1,18 @@
-"""From a path, a URL, a glob or a brace range to the files it names."""
+"""From a path, a URL, a glob or a brace range to the files it names; and to the bytes of one image file."""
 
 import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from contrastive.data.record import BadSample
 from contrastive.errors import UserError, did_you_mean
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+# No photograph is larger as a file; one that is would cost every worker that much memory.
+MAX_IMAGE_BYTES = 256 * 2**20
+# Protocols of fsspec that give whole files; a chain of them ('a::b') or a command ('pipe:') is not one.
+REMOTE = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "file", "memory")
 
 
 def expand_paths(spec: str) -> list[str]:
@@ -35,10 +42,6 @@ def expand_paths(spec: str) -> list[str]:
     if missing:
         raise UserError(f"no file or folder '{spec}'{_where(spec)}")
     return paths
-
-
-# Protocols of fsspec that give whole files; a chain of them ('a::b') or a command ('pipe:') is not one.
-REMOTE = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "file", "memory")
 
 
 def is_remote(location: str) -> bool:
@@ -73,6 +76,20 @@ def short_names(paths: Sequence[str]) -> tuple[str, ...]:
         return tuple(path.partition("://")[2] for path in paths)
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     return tuple(os.path.relpath(path, folder) for path in paths)
+
+
+def read_image_file(path: str, key: str) -> bytes:
+    """Return the bytes of the file. Raises BadSample: 'missing_image', 'unreadable_image', 'too_large'."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_IMAGE_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise BadSample("missing_image", key) from None
+    except (OSError, ValueError):  # ValueError: a name that holds a zero byte
+        raise BadSample("unreadable_image", key) from None
+    if len(data) > MAX_IMAGE_BYTES:
+        raise BadSample("too_large", key)
+    return data
 
 
 def _expand_braces(spec: str) -> list[str]:

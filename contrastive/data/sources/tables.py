@@ -1,0 +1,256 @@
+"""Tables of image-text pairs or labelled images: CSV, TSV, JSON lines, Parquet.
+
+The small columns (paths, captions, labels) are read at once. Images that a Parquet file holds stay where they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from contrastive.data.class_sets import class_names_beside
+from contrastive.data.sources.columns import (
+    ArrowCells,
+    Columns,
+    ColumnSource,
+    TablePart,
+    check_types,
+    find_columns,
+    is_text,
+    read_labels,
+)
+from contrastive.data.sources.paths import short_names
+from contrastive.errors import UserError
+from contrastive.files import sha256
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_BLOCK_BYTES = 32 * 2**20  # no row may be longer: captions of megabytes do occur
+# Decoded row groups that one process keeps. Rows are compressed by the group, so a set that fits is read
+# once, and of a larger one each visit to another group costs its decoding.
+CACHE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One table.
+
+    columns: which were read. rows: those columns, without embedded images. image_type: of the image column,
+    text where it holds paths. class_names: from the file itself. digest: changes with the content.
+    """
+
+    path: str
+    columns: Columns
+    rows: pa.Table
+    image_type: pa.DataType
+    class_names: tuple[str, ...] | None
+    digest: str
+
+
+def open_table(name: str, paths: Sequence[str], asked: Columns) -> ColumnSource:
+    """Open tables with the same columns, one after the other.
+
+    Image paths are relative to the table's folder. Class names come from the `datasets` metadata of a
+    Parquet file, else from classes.json or classnames.txt beside the first table, else they are the distinct
+    texts of the label column.
+
+    Raises:
+        UserError: an empty or damaged table, a missing column, or one of another kind than it should be.
+    """
+    files = [_read_table(path, asked) for path in paths]
+    first, rows, labels_of_files = files[0], _joined(files), short_names(paths)
+    columns = first.columns
+    types = {held.name: held.type for held in rows.schema} | {columns.image: first.image_type}
+    check_types(columns, types, name)
+    labels = class_names = None
+    if columns.label:
+        known = first.class_names or class_names_beside(os.path.dirname(first.path))
+        labels, class_names = read_labels(rows.column(columns.label), known, name)
+    identity = "\n".join(f"{short} {columns} {file.digest}" for short, file in zip(labels_of_files, files, strict=True))
+    return ColumnSource(
+        name=name,
+        parts=[
+            TablePart(short, os.path.dirname(file.path), file.rows.num_rows)
+            for short, file in zip(labels_of_files, files, strict=True)
+        ],
+        images=_path_cells(rows, columns, name) if is_text(first.image_type) else ParquetImages(paths, columns.image),
+        captions=[(ArrowCells(rows.column(caption)), weight) for caption, weight in columns.weighted],
+        labels=labels,
+        class_names=class_names,
+        fingerprint=hashlib.blake2b(identity.encode("utf-8", "replace"), digest_size=8).hexdigest(),
+    )
+
+
+def _joined(files: Sequence[TableFile]) -> pa.Table:
+    import pyarrow as pa
+
+    first = files[0]
+    for file in files:
+        same = file.columns == first.columns and file.image_type == first.image_type
+        if not same or file.class_names != first.class_names:
+            raise UserError(f"{file.path}: its columns or class names differ from those of {first.path}")
+    try:
+        return pa.concat_tables([file.rows for file in files], promote_options="permissive")
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{first.path} and the tables after it have different columns ({reason})") from None
+
+
+def _path_cells(rows: pa.Table, columns: Columns, where: str) -> ArrowCells:
+    column = rows.column(columns.image)
+    first = column[0].as_buffer()
+    if first is not None and first.to_pybytes().startswith((b"http://", b"https://")):
+        raise UserError(
+            f"{where}: column '{columns.image}' holds web addresses; download the images first, "
+            "as img2dataset does into .tar shards"
+        )
+    return ArrowCells(column)
+
+
+def _read_table(path: str, asked: Columns) -> TableFile:
+    import pyarrow as pa
+
+    suffix = os.path.splitext(path)[1].lower()
+    try:
+        if not os.path.getsize(path):
+            raise UserError(f"{path} is empty")
+        if suffix == ".parquet":
+            file = _read_parquet(path, asked)
+        else:
+            file = _read_jsonl(path, asked) if suffix == ".jsonl" else _read_csv(path, asked, _DELIMITERS[suffix])
+    except (OSError, csv.Error, pa.ArrowException) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path}: cannot be read as {suffix[1:]} ({reason})") from None
+    if not file.rows.num_rows:
+        raise UserError(f"{path} has no rows")
+    return file
+
+
+def _read_csv(path: str, asked: Columns, delimiter: str) -> TableFile:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from pyarrow import csv as arrow_csv
+
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        columns = find_columns(next(csv.reader(file, delimiter=delimiter), []), asked, path)
+    # As bytes, then unchecked: a row of bad UTF-8 costs one sample when it is read, not the table now.
+    raw = {name: pa.binary() for name in (columns.image, *dict(columns.weighted))}
+    rows = arrow_csv.read_csv(
+        path,
+        read_options=arrow_csv.ReadOptions(block_size=_BLOCK_BYTES),
+        parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=arrow_csv.ConvertOptions(include_columns=columns.names(), column_types=raw),
+    )
+    unchecked = pc.CastOptions(target_type=pa.string(), allow_invalid_utf8=True)
+    for name in raw:
+        rows = rows.set_column(rows.column_names.index(name), name, rows.column(name).cast(options=unchecked))
+    return TableFile(path, columns, rows, pa.string(), None, sha256(path))
+
+
+def _read_jsonl(path: str, asked: Columns) -> TableFile:
+    from pyarrow import json as arrow_json
+
+    rows = arrow_json.read_json(path, read_options=arrow_json.ReadOptions(block_size=_BLOCK_BYTES))
+    columns = find_columns(rows.column_names, asked, path)
+    rows = rows.select(columns.names())
+    return TableFile(path, columns, rows, rows.column(columns.image).type, None, sha256(path))
+
+
+def _read_parquet(path: str, asked: Columns) -> TableFile:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, memory_map=True) as file:
+        schema = file.schema_arrow
+        columns = find_columns(schema.names, asked, path)
+        image_type = _plain(schema.field(columns.image).type)
+        wanted = [name for name in columns.names() if name != columns.image or is_text(image_type)]
+        rows = file.read(columns=wanted)
+    for place, name in enumerate(rows.column_names):
+        rows = rows.set_column(place, name, rows.column(name).cast(_plain(rows.column(name).type)))
+    return TableFile(path, columns, rows, image_type, _hub_class_names(schema, columns.label), _footer_digest(path))
+
+
+def _plain(column_type: pa.DataType) -> pa.DataType:
+    """The type of the values where they are stored by number (pandas' categories)."""
+    import pyarrow as pa
+
+    return column_type.value_type if pa.types.is_dictionary(column_type) else column_type
+
+
+def _hub_class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None:
+    """The names of a ClassLabel, as `datasets` writes them into the schema."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(features[label]["names"]) if features[label]["_type"] == "ClassLabel" else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _footer_digest(path: str) -> str:
+    """Of the file's size and its footer, which holds the place, size and range of every column of every group."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(-8, os.SEEK_END)
+        footer_bytes = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - footer_bytes, os.SEEK_END)
+        return hashlib.sha256(f"{size} ".encode() + file.read(footer_bytes)).hexdigest()
+
+
+class ParquetImages:
+    """Cells of one column, read by row group when first touched; nothing is held before that.
+
+    Args:
+        paths: of the Parquet files. column: its name.
+        cache_bytes: how much of decoded row groups a process keeps, the last used ones.
+    """
+
+    def __init__(self, paths: Sequence[str], column: str, cache_bytes: int = CACHE_BYTES):
+        import pyarrow.parquet as pq
+
+        self._column, self._cache_bytes = column, cache_bytes
+        self._groups, sizes = [], []
+        for path in paths:
+            metadata = pq.read_metadata(path)
+            self._groups += [(path, group) for group in range(metadata.num_row_groups)]
+            sizes += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self._decoded: dict[int, pa.ChunkedArray] = {}
+
+    def __getitem__(self, row: int) -> Any:
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        return self._group(number)[row - int(self._ends[number] - self._sizes[number])].as_py()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_decoded": {}}
+
+    def _group(self, number: int) -> pa.ChunkedArray:
+        decoded = self._decoded.pop(number, None)
+        if decoded is None:
+            decoded = self._read(number)
+            held = decoded.nbytes + sum(group.nbytes for group in self._decoded.values())
+            while self._decoded and held > self._cache_bytes:
+                held -= self._decoded.pop(next(iter(self._decoded))).nbytes
+        self._decoded[number] = decoded  # last: the most recently used
+        return decoded
+
+    def _read(self, number: int) -> pa.ChunkedArray:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path, group = self._groups[number]
+        try:
+            # Opened anew: no file is shared with a forked worker. One thread: workers are the parallelism.
+            with pq.ParquetFile(path, memory_map=True) as file:
+                return file.read_row_group(group, columns=[self._column], use_threads=False).column(0)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path}: row group {group} cannot be read ({str(error).splitlines()[0]})") from None
