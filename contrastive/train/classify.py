@@ -11,8 +11,8 @@ from contrastive.config import preset
 from contrastive.data.decode import decode
 from contrastive.data.record import BadSample, Source
 from contrastive.data.sources import open_source
+from contrastive.data.sources.derived import labelled_share
 from contrastive.data.sources.held_out import held_out_spec
-from contrastive.data.subset import labelled_share
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import check_same_classes
 from contrastive.evaluate.embeddings import pick_indices

@@ -15,7 +15,7 @@ from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.samples import PairDataset
 from contrastive.data.settings import DataConfig
 from contrastive.data.sources import open_source
-from contrastive.data.sources.class_prompts import ClassPrompts
+from contrastive.data.sources.derived import ClassPrompts
 from contrastive.data.tokenizer import clip_tokenizer, load_tokenizer, train_bpe
 from contrastive.errors import UserError
 

@@ -14,7 +14,7 @@ from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sharded_order import ShardedOrder
 from contrastive.data.shards import remote
 from contrastive.data.sources import open_source
-from contrastive.data.sources.mixture import Mixture, split_mixture
+from contrastive.data.sources.derived import Mixture, split_mixture
 from contrastive.errors import UserError
 
 

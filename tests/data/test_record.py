@@ -8,9 +8,7 @@ import pytest
 
 import contrastive
 from contrastive.data.record import Record, Source, Wrapped
-from contrastive.data.sources.class_prompts import ClassPrompts
-from contrastive.data.sources.mixture import Mixture
-from contrastive.data.subset import LabelledSubset
+from contrastive.data.sources.derived import ClassPrompts, LabelledSubset, Mixture
 
 MEMBERS = sorted(
     {name for name in (*vars(Source), *Source.__annotations__) if not name.startswith("_")} | {"__len__", "__getitem__"}

@@ -8,9 +8,7 @@ from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sharded_order import ShardedOrder
 from contrastive.data.shards import remote
 from contrastive.data.sources import open_source
-from contrastive.data.sources.class_prompts import ClassPrompts
-from contrastive.data.sources.mixture import Mixture
-from contrastive.data.subset import LabelledSubset, labelled_share
+from contrastive.data.sources.derived import ClassPrompts, LabelledSubset, Mixture, labelled_share
 from contrastive.errors import UserError
 
 

@@ -17,7 +17,7 @@ from contrastive.data.order_choice import order_for
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.samples import PairDataset
 from contrastive.data.sharded_order import ShardedOrder
-from contrastive.data.sources.mixture import Mixture
+from contrastive.data.sources.derived import Mixture
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 

@@ -8,8 +8,7 @@ import torch
 
 from contrastive.data.record import Source
 from contrastive.data.sources import open_source
-from contrastive.data.sources.class_prompts import ClassPrompts
-from contrastive.data.sources.mixture import Mixture
+from contrastive.data.sources.derived import ClassPrompts, Mixture
 from contrastive.data.tokenizer import train_bpe
 from contrastive.losses.sigmoid import SigmoidLossConfig
 from contrastive.train.contrastive_task import PretrainConfig, num_distinct, resolve

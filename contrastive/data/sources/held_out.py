@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from contrastive.data.sources.mixture import split_mixture
+from contrastive.data.sources.derived import split_mixture
 
 HELD_OUT = ("test", "val", "valid", "validation", "dev")
 """Names of held-out splits, the preferred one first."""

@@ -8,9 +8,8 @@ import numpy as np
 
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import BadSample, Source
-from contrastive.data.sources.class_prompts import ClassPrompts
 from contrastive.data.sources.columns import Columns
-from contrastive.data.sources.mixture import Mixture, split_mixture
+from contrastive.data.sources.derived import ClassPrompts, Mixture, split_mixture
 from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote
 from contrastive.errors import UserError, did_you_mean
 from contrastive.registry import Registry

@@ -1,4 +1,4 @@
-"""Several sources as one, each with a weight: 'a/{00..09}.tar=2,b.csv=1'."""
+"""Sources made of others: captions from class names, a share of the labels, several mixed by weight."""
 
 from __future__ import annotations
 
@@ -15,14 +15,124 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from contrastive.data.record import BadSample, Record, Source, check_index
+from contrastive.data.prompts import fill
+from contrastive.data.record import BadSample, Record, Source, Wrapped, check_index
 from contrastive.errors import UserError
 
 if TYPE_CHECKING:
     from contrastive.data.shards.remote import Wanted
 
 _WEIGHT = re.compile(r"(.+)=([-+.\d]*)")
-_MAX_SUM = 1_000_000  # positions of a block, which are shuffled at once
+_MAX_SUM = 1_000_000  # positions of a mixture's block, which are shuffled at once
+
+
+class ClassPrompts(Wrapped):
+    """A labelled source whose captions are every template filled with the sample's class name.
+
+    Args:
+        source: has `class_names`.
+        templates: each with '{}' for the name.
+
+    A sample without a label has no caption.
+    """
+
+    def __init__(self, source: Source, templates: tuple[str, ...]):
+        super().__init__(source)
+        self.templates, self.prompted, self.captioned = templates, True, True
+        self._filled = tuple(fill(templates, name) for name in source.class_names)
+        identity = "\n".join((source.fingerprint, *templates))
+        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+
+    @property
+    def stored(self) -> Source:
+        return self.source.stored
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.source[index]
+        captions = self._captions(record.label, record.key)
+        group = self.class_names[record.label] if captions else None
+        return replace(record, captions=captions, caption_weights=None, caption_group=group)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._captions(self.source.label(index))
+
+    def _captions(self, label: int | None, key: str = "") -> tuple[str, ...]:
+        if label is None:
+            return ()
+        if not 0 <= label < len(self._filled):
+            raise BadSample("bad_label", key)
+        return self._filled[label]
+
+
+class LabelledSubset(Wrapped):
+    """A fixed random share of each class of `source`, at least one sample of each.
+
+    Args:
+        share: above 0, at most 1. A smaller share is part of a larger one.
+
+    Samples without a label, or whose label cannot be read, are left out.
+
+    Raises:
+        UserError: a share that is none, or no label in the source.
+    """
+
+    def __init__(self, source: Source, share: float):
+        if not 0 < share <= 1:
+            raise UserError(f"data.share is {share}; it must be above 0 and at most 1")
+        super().__init__(source)
+        self.share = share
+        self.name = f"{source.name} ({100 * share:g} %)"
+        self._indices = _pick(source, share)
+        if source.shard_sizes is not None:
+            # The shards keep their numbers, by which the order asks for them, with fewer samples in each or none.
+            ends = np.searchsorted(self._indices, np.cumsum(source.shard_sizes))
+            self.shard_sizes = np.diff(ends, prepend=0)
+        identity = source.fingerprint.encode() + self._indices.tobytes()
+        self.fingerprint = hashlib.blake2b(identity, digest_size=8).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self._place(index)]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(self._place(index))
+
+    def label(self, index: int) -> int | None:
+        return self.source.label(self._place(index))
+
+    @property
+    def stored(self) -> Source:
+        return LabelledSubset(self.source.stored, self.share) if self.prompted else self
+
+    def _place(self, index: int) -> int:
+        return int(self._indices[check_index(self, index)])
+
+
+def labelled_share(source: Source, share: float) -> Source:
+    """Return the share of a source as above; of a mixture, that of each part, so that the weights stay."""
+    if len(source.parts) > 1:
+        parts = [LabelledSubset(part, share) for part in source.parts]
+        return Mixture(f"{source.name} ({100 * share:g} %)", parts, source.weights)
+    return LabelledSubset(source, share)
+
+
+def _pick(source: Source, share: float) -> np.ndarray:
+    labels = np.full(len(source), -1, dtype=np.int64)
+    for index in range(len(source)):
+        try:
+            label = source.label(index)
+        except BadSample:
+            continue
+        labels[index] = -1 if label is None else label
+    rng, chosen = np.random.default_rng(0), []
+    for label in np.unique(labels[labels >= 0]):
+        own = rng.permutation(np.flatnonzero(labels == label))
+        chosen.append(own[: max(1, round(share * len(own)))])
+    if not chosen:
+        raise UserError(f"{source.name} has no labels to take a share of")
+    return np.sort(np.concatenate(chosen))
 
 
 class Mixture(Source):
