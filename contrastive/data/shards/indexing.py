@@ -12,7 +12,7 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 
 from contrastive.data.class_sets import CLASS_FILES
-from contrastive.data.shards.parallel import in_parallel, num_cores
+from contrastive.data.shards.parallel import in_parallel
 from contrastive.data.shards.remote import copy_path, download, open_copy
 from contrastive.data.shards.shard_index import (
     IndexedShard,
@@ -134,15 +134,9 @@ def _build(
 ) -> dict[str, IndexedShard]:
     """Index the shards and add them to the manifests, as far as it goes; return them as they were asked for."""
     built, faults = {}, []
-    for job in jobs:
-        # What an interrupted build has left is in no manifest yet.
-        summary = load_summary(job.folder.index_path(job.name))
-        if summary is not None and fits(shard := job.folder.shard(job.name, summary)):
-            built[job] = shard
-    left = [job for job in jobs if job not in built]
-    index = partial(_index_one, digest=digest)
+    index = partial(_index_one, fits=fits, digest=digest)
     try:
-        for job, shard in in_parallel("indexing shards", index, left, _num_workers(workers), done=len(built)):
+        for job, shard in in_parallel("indexing shards", index, jobs, workers, most=_MAX_WORKERS):
             if isinstance(shard, str):
                 faults.append(shard)
             else:
@@ -153,14 +147,17 @@ def _build(
     return {job.asked: shard for job, shard in built.items()}
 
 
-def _index_one(job: _Job, digest: bool) -> IndexedShard | str:
+def _index_one(job: _Job, fits: Callable[[IndexedShard], bool], digest: bool) -> IndexedShard | str:
     """Index one shard and store that. What the user can mend comes back as the message."""
-    location = job.folder.location(job.name)
-    try:
-        index, summary = (_index_copy if is_remote(location) else index_shard)(location, digest)
-        save_index(job.folder.index_path(job.name), index, summary)
-    except UserError as error:
-        return str(error)
+    location, path = job.folder.location(job.name), job.folder.index_path(job.name)
+    # An interrupted build leaves indexes that are in no manifest yet.
+    summary = load_summary(path)
+    if summary is None or not fits(job.folder.shard(job.name, summary)):
+        try:
+            index, summary = (_index_copy if is_remote(location) else index_shard)(location, digest)
+            save_index(path, index, summary)
+        except UserError as error:
+            return str(error)
     return job.folder.shard(job.name, summary)
 
 
@@ -212,7 +209,7 @@ def verify_shards(shards: Sequence[IndexedShard], workers: int | None = None) ->
     Raises:
         UserError: names the first shard that is missing, altered or was never hashed, and says how many are.
     """
-    verified = in_parallel("verifying shards", _fault, shards, _num_workers(workers))
+    verified = in_parallel("verifying shards", _fault, shards, workers, most=_MAX_WORKERS)
     _raise_first([fault for _, fault in verified if fault], "fail too")
 
 
@@ -240,10 +237,6 @@ def _fault(shard: IndexedShard) -> str | None:
         f"{location} was altered in place: its size is the same, its sha256 is not. Restore it, or index it as it is: "
         f"`python scripts/index.py {shlex.quote(location)} --force`"
     )
-
-
-def _num_workers(asked: int | None) -> int:
-    return asked or min(num_cores(), _MAX_WORKERS)
 
 
 def _raise_first(faults: list[str], what: str) -> None:

@@ -21,34 +21,36 @@ Done = TypeVar("Done")
 
 
 def in_parallel(
-    what: str, function: Callable[[Job], Done], jobs: Sequence[Job], workers: int | None = None, done: int = 0
+    what: str,
+    function: Callable[[Job], Done],
+    jobs: Sequence[Job],
+    workers: int | None = None,
+    *,
+    most: int | None = None,
+    done: int = 0,
 ) -> Iterator[tuple[Job, Done]]:
     """Yield each job with what `function` returns for it, in the order they are done.
 
     Args:
         what: is done, for the progress bar.
         function: handed to each process once, however large what it holds.
-        workers: processes; None: one a core. With one, this process does it.
+        workers: processes; None: one a core, and no more than `most`. With one, this process does the work.
         done: jobs that were done before, for the bar.
 
     Raises:
         UserError: a process was killed. What `function` raises comes out here too, and ends the others at once.
     """
-    count = min(workers or num_cores(), len(jobs))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(workers or min(cores, most or cores), len(jobs))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     shown = console.is_terminal and is_main_process()
-    # Without a thread that refreshes it, which a fork would leave in the middle of what it does.
+    # Without a thread that refreshes it: a fork would catch that thread with the console's lock in its hand.
     with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not shown) as bar:
         task = bar.add_task(what, total=done + len(jobs), completed=done)
         finished = _in_processes(function, jobs, count) if count > 1 else ((job, function(job)) for job in jobs)
         for job, result in finished:
             bar.update(task, advance=1, refresh=True)
             yield job, result
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_processes(function: Callable[[Job], Done], jobs: Sequence[Job], count: int) -> Iterator[tuple[Job, Done]]:

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import lru_cache
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -309,40 +310,31 @@ def prefetch(shards: Sequence[Wanted]) -> None:
     No more than half of the cache is asked for at once, by all ranks of this machine together: more would evict what
     another has fetched and not yet read. What fails is left to the reader to find out.
     """
-    global _prefetcher
-    if _prefetcher is None or _prefetcher.process != os.getpid():  # threads do not survive a fork
-        if not shards:
-            return
-        _prefetcher = _Prefetcher()
-    _prefetcher.ask(shards)
-
-
-class _Prefetcher:
-    """Background threads of one process, which end with it."""
-
-    def __init__(self):
-        self.process = os.getpid()
-        self._wanted: queue.SimpleQueue[Wanted] = queue.SimpleQueue()
-        for _ in range(_PREFETCH_THREADS):
-            threading.Thread(target=self._work, daemon=True, name="prefetch").start()
-
-    def ask(self, shards: Sequence[Wanted]) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._wanted.get_nowait()
-        ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's, accelerate's
-        room = cache_limit() // 2 // ranks
-        for shard in shards:
-            room -= shard[1]
-            if room < 0:
-                break
-            self._wanted.put(shard)
-
-    def _work(self) -> None:
+    if not shards and not _ahead.cache_info().currsize:
+        return  # nothing is far away: no threads are needed
+    ahead = _ahead(os.getpid())
+    with contextlib.suppress(queue.Empty):
         while True:
-            shard = self._wanted.get()
-            with contextlib.suppress(Exception):  # the reader meets the same fault, and says so
-                os.close(open_copy(*shard))
+            ahead.get_nowait()
+    room = cache_limit() // 2 // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's, accelerate's
+    for shard in shards:
+        room -= shard[1]
+        if room < 0:
+            break
+        ahead.put(shard)
 
 
-_prefetcher: _Prefetcher | None = None
+@lru_cache(maxsize=1)
+def _ahead(process: int) -> queue.SimpleQueue:
+    """Return the queue of shards that background threads of this process fetch; a fork has none of its parent's."""
+    ahead = queue.SimpleQueue()
+    for _ in range(_PREFETCH_THREADS):
+        threading.Thread(target=_fetch_ahead, args=(ahead,), daemon=True, name="prefetch").start()
+    return ahead
+
+
+def _fetch_ahead(ahead: queue.SimpleQueue) -> None:
+    while True:
+        shard = ahead.get()
+        with contextlib.suppress(Exception):  # the reader meets the same fault, and says so
+            os.close(open_copy(*shard))
