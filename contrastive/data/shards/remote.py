@@ -290,11 +290,8 @@ def _copies(folder: str, part: str) -> list[tuple[float, int, str]]:
 def _evict(path: str) -> bool:
     """Remove a copy that nobody reads, or what a download that was killed has left; False where it is in use."""
     try:
-        if path.endswith(_PART):
-            with FileLock(f"{path.removesuffix(_PART)}.lock", timeout=0):
-                os.unlink(path)
-            return True
-        with open(path, "rb") as file:
+        # Whoever fetches a shard holds its lock; whoever reads a copy holds one on the copy.
+        with FileLock(f"{path.removesuffix(_PART)}.lock", timeout=0), open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(path)
     except (Timeout, BlockingIOError):

@@ -246,11 +246,17 @@ def save_index(path: str, index: ShardIndex, summary: ShardSummary) -> None:
     write_whole(Path(path), lambda file: np.savez_compressed(file, **arrays))
 
 
+def _load(path: str) -> tuple[ShardIndex, ShardSummary]:
+    with np.load(path) as stored:
+        keys = PackedBytes(stored["key_ends"], stored["key_blob"])
+        summary = summary_from(json.loads(stored["summary"].tobytes()))
+        return ShardIndex(stored["spans"], stored["refusals"], keys), summary
+
+
 def load_summary(path: str) -> ShardSummary | None:
     """Return the summary that `save_index` wrote, None where there is none or the file is damaged."""
     try:
-        with np.load(path) as stored:
-            return summary_from(json.loads(stored["summary"].tobytes()))
+        return _load(path)[1]
     except _DAMAGE:
         return None
 
@@ -265,10 +271,7 @@ def load_index(shard: IndexedShard) -> ShardIndex:
     """
     path, asked = shard.index_path, shard.summary
     try:
-        with np.load(path) as stored:
-            found = summary_from(json.loads(stored["summary"].tobytes()))
-            keys = PackedBytes(stored["key_ends"], stored["key_blob"])
-            index = ShardIndex(stored["spans"], stored["refusals"], keys)
+        index, found = _load(path)
     except FileNotFoundError:
         raise UserError(f"{path}: the index of this shard is missing; {_MEND}") from None
     except _DAMAGE as error:
