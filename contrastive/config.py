@@ -26,21 +26,23 @@ class NamedSection:
     default_for: Callable[[str], Any]
     """Name to the section's options; UserError for an unknown name."""
     names: tuple[str, ...]
-    is_slot: bool
-    """A slot's components have options of their own; presets share one type and differ in values."""
+    registry: Registry | None = None
+    """Of a slot, whose components have options of their own; presets share one type and differ in values."""
+
+    @property
+    def is_slot(self) -> bool:
+        return self.registry is not None
 
 
 def slot(registry: Registry, default: str) -> Any:
     """A field filled by one of the option classes of `registry`; only the chosen one's options exist."""
-    choice = NamedSection(lambda name: registry.get(name)(), registry.names(), is_slot=True)
-    metadata = {"choice": choice, "registry": registry}
-    return dataclasses.field(default_factory=registry.get(default), metadata=metadata)
+    choice = NamedSection(lambda name: registry.get(name)(), registry.names(), registry)
+    return dataclasses.field(default_factory=registry.get(default), metadata={"choice": choice})
 
 
 def preset(default_for: Callable[[str], Any], names: tuple[str, ...], default: Callable[[], Any]) -> Any:
     """A field of one type whose defaults a named preset replaces."""
-    choice = NamedSection(default_for, names, is_slot=False)
-    return dataclasses.field(default_factory=default, metadata={"choice": choice})
+    return dataclasses.field(default_factory=default, metadata={"choice": NamedSection(default_for, names)})
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,9 @@ def rename_flags(args: list[str], short: Mapping[str, str]) -> list[str]:
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain values for YAML, the chosen components by name."""
     plain = dataclasses.asdict(config)
-    for field in dataclasses.fields(config):
-        registry = field.metadata.get("registry")
-        if registry is not None:
-            plain[field.name] = {
-                "name": registry.name_of(type(getattr(config, field.name))),
-                **plain[field.name],
-            }
+    for name, choice in _choices(type(config)).items():
+        if choice.is_slot:
+            plain[name] = {"name": choice.registry.name_of(type(getattr(config, name))), **plain[name]}
     return _without_tuples(plain)
 
 

@@ -1,7 +1,6 @@
 """Supervised classification as a task: labelled images in, cross entropy over the global batch."""
 
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from contrastive.errors import UserError
 from contrastive.interop.bundle import save_classifier
 from contrastive.models import ImageClassifier, ImageTowerConfig
 from contrastive.train.options import RunConfig, check_run, check_shares
-from contrastive.train.task import TrainingTask, describe_image_tower, seed_step
+from contrastive.train.task import TrainingTask, Weights, describe_image_tower, seed_step
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class SupervisedConfig(RunConfig):
 
 def check_supervised(config: SupervisedConfig, image: ImageTowerConfig) -> None:
     """Raise UserError for options that no data can make right."""
-    check_shares({"label_smoothing": config.label_smoothing})
+    check_shares("", config, "label_smoothing")
     for name, value in (("mixup", config.mixup), ("cutmix", config.cutmix)):
         if not value >= 0:
             raise UserError(f"{name} is {value}; it must be 0 (off) or above")
@@ -112,9 +111,7 @@ class ClassificationTask(TrainingTask):
         names = ("acc1", "acc5", "mean_per_class_recall")
         return "classification", {name: result[name] for name in names if name in result}
 
-    def save(
-        self, folder: Path, weights: Mapping[str, torch.Tensor], ema: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
+    def save(self, folder: Path, weights: Weights, ema: Weights | None = None) -> None:
         names = self.source.class_names
         save_classifier(folder, weights, self.model.config, self.preprocess.config, names, ema)
 

@@ -120,7 +120,7 @@ def fit_image(config: TrainClassifierConfig, source: Source) -> ClassifierConfig
     Raises:
         UserError: a size that is not above 0, or not a multiple of the patch size.
     """
-    check_above_zero({"image_size": config.image_size, "patch_size": config.patch_size})
+    check_above_zero("", config, "image_size", "patch_size")
     image = config.model.image
     sizes: dict[str, Any] = {}
     untouched = image.image_size == ImageTowerConfig.image_size

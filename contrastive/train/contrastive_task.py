@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -25,7 +24,7 @@ from contrastive.interop.bundle import save_model
 from contrastive.losses import LOSSES, LossConfig
 from contrastive.models import DualEncoder, Features, ModelConfig, list_models, model_config
 from contrastive.train.options import RunConfig, check_above_zero, check_run, check_shares, resolve_run
-from contrastive.train.task import TrainingTask, describe_image_tower, millions, seed_step
+from contrastive.train.task import TrainingTask, Weights, describe_image_tower, millions, seed_step
 
 
 @dataclass(frozen=True)
@@ -57,16 +56,10 @@ class PretrainConfig(RunConfig):
 
 def check(config: PretrainConfig) -> None:
     """Raise UserError for options that no data can make right."""
-    text = config.model.text
-    check_above_zero(
-        {
-            **{f"model.text.{n}": getattr(text, n) for n in ("context_length", "width", "num_heads", "mlp_dim")},
-            "model.embed_dim": config.model.embed_dim,
-            "model.init_logit_scale": config.model.init_logit_scale,
-            "loss.max_logit_scale": config.loss.max_logit_scale,
-        }
-    )
-    check_shares({"model.text.dropout": text.dropout})
+    check_above_zero("model.text.", config.model.text, "context_length", "width", "num_heads", "mlp_dim")
+    check_above_zero("model.", config.model, "embed_dim", "init_logit_scale")
+    check_above_zero("loss.", config.loss, "max_logit_scale")
+    check_shares("model.text.", config.model.text, "dropout")
     if config.model.init_logit_bias is not None and config.loss.initial_logits(2)[1] is None:
         raise UserError("model.init_logit_bias is for losses with a bias (sigmoid); leave it out")
     if config.init and config.init_image:
@@ -207,9 +200,7 @@ class ContrastiveTask(TrainingTask):
         result = evaluator(self, source, **how)
         return kind, {name: value for name, value in result.items() if isinstance(value, float) and name != "chance"}
 
-    def save(
-        self, folder: Path, weights: Mapping[str, torch.Tensor], ema: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
+    def save(self, folder: Path, weights: Weights, ema: Weights | None = None) -> None:
         save_model(folder, weights, self.model.config, self.preprocess.config, self.tokenizer, ema)
 
     def describe(self) -> list[tuple[str, str]]:

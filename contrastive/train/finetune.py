@@ -73,7 +73,7 @@ def finetune(config: FinetuneConfig) -> bool:
     bundle = load(config.init)
     bundle.check_image_tower("there is nothing to fine-tune")
     check_supervised(config, bundle.config.image)
-    check_shares({"dropout": config.dropout})
+    check_shares("", config, "dropout")
     check_wise_ft(config.wise_ft)
     checkpoint = open_run(config)
     key = weights_key(bundle.model)

@@ -96,23 +96,15 @@ class RunConfig:
 def check_run(config: RunConfig, image: ImageTowerConfig) -> None:
     """Raise UserError for options that no data can make right."""
     train, data = config.train, config.data
-    check_above_zero(
-        {
-            **_named("model.image", image, ("image_size", "patch_size", "width", "num_heads", "mlp_dim")),
-            **_named("train", train, (*LENGTHS, "global_batch_size", "accumulate", "log_every")),
-            **_named("train", train, ("max_grad_norm", "max_skipped")),
-            **_named("optimizer", config.optimizer, ("lr",)),
-            **_named("evaluation", config.evaluation, ("every", "batch_size", "limit")),
-            **_named("checkpoint", config.checkpoint, ("every", "keep")),
-            **_named("data", data, ("timeout", "bad_window", "window", "lanes")),
-        }
-    )
-    check_shares(
-        {
-            **_named("model.image", image, ("dropout", "patch_dropout")),
-            "train.ema_decay": train.ema_decay,
-        }
-    )
+    check_above_zero("model.image.", image, "image_size", "patch_size", "width", "num_heads", "mlp_dim")
+    check_above_zero("train.", train, *LENGTHS, "global_batch_size", "accumulate", "log_every")
+    check_above_zero("train.", train, "max_grad_norm", "max_skipped")
+    check_above_zero("optimizer.", config.optimizer, "lr")
+    check_above_zero("evaluation.", config.evaluation, "every", "batch_size", "limit")
+    check_above_zero("checkpoint.", config.checkpoint, "every", "keep")
+    check_above_zero("data.", data, "timeout", "bad_window", "window", "lanes")
+    check_shares("model.image.", image, "dropout", "patch_dropout")
+    check_shares("train.", train, "ema_decay")
     if not 0 <= data.max_bad_share <= 1:
         raise UserError(f"data.max_bad_share is {data.max_bad_share}; it must be from 0 to 1")
     if not 0 < getattr(config.optimizer, "layer_decay", 1) <= 1:
@@ -126,18 +118,20 @@ def check_run(config: RunConfig, image: ImageTowerConfig) -> None:
     image.check()
 
 
-def check_above_zero(values: dict[str, float | None]) -> None:
-    """Raise UserError for one that is given and not above 0."""
-    for name, value in values.items():
+def check_above_zero(section: str, options: Any, *names: str) -> None:
+    """Raise UserError for an option that is given and not above 0."""
+    for name in names:
+        value = getattr(options, name)
         if value is not None and not value > 0:
-            raise UserError(f"{name} is {value}; it must be above 0")
+            raise UserError(f"{section}{name} is {value}; it must be above 0")
 
 
-def check_shares(values: dict[str, float | None]) -> None:
-    """Raise UserError for one that is given and not in 0..1, 1 left out."""
-    for name, value in values.items():
+def check_shares(section: str, options: Any, *names: str) -> None:
+    """Raise UserError for an option that is given and not in 0..1, 1 left out."""
+    for name in names:
+        value = getattr(options, name)
         if value is not None and not 0 <= value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 0 and below 1")
+            raise UserError(f"{section}{name} is {value}; it must be at least 0 and below 1")
 
 
 def check_division(train: TrainConfig, world_size: int) -> None:
@@ -182,7 +176,3 @@ def _steps(train: TrainConfig, num_samples: int) -> int:
         return train.steps
     samples = train.samples if train.epochs is None else train.epochs * num_samples
     return max(1, round(samples / train.global_batch_size))
-
-
-def _named(section: str, options: Any, names: tuple[str, ...]) -> dict[str, float | None]:
-    return {f"{section}.{name}": getattr(options, name) for name in names}

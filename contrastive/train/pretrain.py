@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-import torch
 from torch import nn
 
 from contrastive.data.record import Source
@@ -12,13 +11,11 @@ from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer
 from contrastive.interop.bundle import Bundle
 from contrastive.log import say
-from contrastive.models import DualEncoder, ImageTowerConfig, TextTowerConfig
+from contrastive.models import DualEncoder
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig, check, resolve
 from contrastive.train.run import open_run, run
 
 CLIP_VOCABULARY = 49_408
-
-Tower = TypeVar("Tower", ImageTowerConfig, TextTowerConfig)
 
 
 def pretrain(config: PretrainConfig) -> bool:
@@ -47,8 +44,11 @@ def pretrain(config: PretrainConfig) -> bool:
     config = resolve(config, source, tokenizer)
     task = ContrastiveTask(config, source, tokenizer, held_out)
     if start is not None and checkpoint is None:
-        say(f"starting from {start.path}: its {'image tower' if config.init is None else 'towers'} and preprocessing")
-        copy_weights(start.model, task.model, image_only=config.init is None)
+        if config.init:
+            _copy_weights(start.model, task.model)
+        else:
+            task.model.image_tower.load_state_dict(start.model.image_tower.state_dict())
+        say(f"starting from {start.path}: its {'towers' if config.init else 'image tower'} and preprocessing")
     return run(config, task, checkpoint)
 
 
@@ -77,27 +77,19 @@ def _with_parts_of(start: Bundle, config: PretrainConfig) -> PretrainConfig:
     return replace(config, model=model, data=data)
 
 
-def _trained_as(asked: Tower, tower: Tower) -> Tower:
-    """Return the tower with the options of `asked` that matter in training alone."""
+def _trained_as(asked: Any, tower: Any) -> Any:
+    """Return a tower's options with those of `asked` that matter in training alone."""
     names = ("dropout", "patch_dropout", "gradient_checkpointing")
     return replace(tower, **{name: getattr(asked, name) for name in names if hasattr(asked, name)})
 
 
-@torch.no_grad()
-def copy_weights(start: nn.Module, model: DualEncoder, image_only: bool) -> None:
-    """Copy the weights that both models have; the bias of the logits may be absent from either.
-
-    Args:
-        image_only: take the image tower and nothing else.
-    """
+def _copy_weights(start: nn.Module, model: DualEncoder) -> None:
+    """Copy the weights that both models have; the bias of the logits may be absent from either."""
     weights = start.state_dict()
-    if image_only:
-        model.image_tower.load_state_dict(start.image_tower.state_dict())
-        return
     if model.logit_bias is None:
         weights.pop("logit_bias", None)
     else:
-        weights.setdefault("logit_bias", model.logit_bias)
+        weights.setdefault("logit_bias", model.logit_bias.detach())
     model.load_state_dict(weights)
 
 

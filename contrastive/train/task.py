@@ -16,6 +16,8 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.models import ImageTowerConfig
 from contrastive.train.options import RunConfig
 
+Weights = Mapping[str, torch.Tensor]
+
 
 class TrainingTask(ABC):
     """A model with its data and its loss. Subclasses: ContrastiveTask, ClassificationTask."""
@@ -85,9 +87,7 @@ class TrainingTask(ABC):
         """
 
     @abstractmethod
-    def save(
-        self, folder: Path, weights: Mapping[str, torch.Tensor], ema: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
+    def save(self, folder: Path, weights: Weights, ema: Weights | None = None) -> None:
         """Write a model folder that `contrastive.load` takes into an existing folder."""
 
     @abstractmethod
