@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from contrastive.data.shards.remote import Wanted
+
+
+SAMPLES_ASKED = 100  # of a source, for captions or labels
 
 
 class BadSample(Exception):
@@ -57,6 +60,18 @@ def check_index(source: Source, index: int) -> int:
     if not 0 <= index < len(source):
         raise IndexError(f"{source.name}: index {index} is outside 0..{len(source) - 1}")
     return index
+
+
+def some_have(source: Source, of: Callable[[int], object]) -> bool:
+    """Return whether `of` says something true of one of at most 100 samples, spread evenly over the source."""
+    count, last = min(SAMPLES_ASKED, len(source)), len(source) - 1
+    for number in range(count):
+        try:
+            if of(number * last // max(1, count - 1)):
+                return True
+        except BadSample:
+            continue
+    return False
 
 
 class Source:

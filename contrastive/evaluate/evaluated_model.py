@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from contrastive.data.record import BadSample, Source
+from contrastive.data.record import BadSample, Source, some_have
 from contrastive.data.sources import open_source
 from contrastive.distributed.collectives import rank, together, world_size
 from contrastive.errors import UserError
@@ -39,8 +39,6 @@ from contrastive.evaluate.embeddings import (
 )
 from contrastive.log import bar
 from contrastive.results import folder_name
-
-PROBED = 100
 
 
 class EvaluatedModel:
@@ -129,15 +127,7 @@ def _parts(texts: bool) -> tuple[Part, ...]:
 
 def has_captions(source) -> bool:
     """Whether samples have captions of their own; prompts made of class names are none."""
-    if source.prompted:
-        return False
-    for index in range(0, len(source), max(1, len(source) // PROBED)):
-        try:
-            if any(text.strip() for text in source.captions(index)):
-                return True
-        except BadSample:
-            continue
-    return False
+    return not source.prompted and some_have(source, lambda index: usable_captions(source, index)[0])
 
 
 def fill_store(

@@ -9,13 +9,12 @@ from rich.table import Table
 
 from contrastive.config import preset
 from contrastive.data.decode import decode
-from contrastive.data.record import BadSample, Source
+from contrastive.data.record import BadSample, Source, some_have
 from contrastive.data.sources import open_source
 from contrastive.data.sources.derived import labelled_share
 from contrastive.data.sources.held_out import held_out_spec
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import check_same_classes
-from contrastive.evaluate.embeddings import pick_indices
 from contrastive.log import console, is_main_process
 from contrastive.models import ClassifierConfig, ImageClassifier, ImageTowerConfig, classifier_config, list_classifiers
 from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
@@ -25,7 +24,6 @@ from contrastive.train.run import open_run, run
 SMALL = 64  # pixels: images up to this size are taken as they are
 PATCHES_PER_SIDE = 8  # of those
 IMAGES_MEASURED = 16  # for their size
-SAMPLES_ASKED = 100  # held-out ones, for labels
 
 C = TypeVar("C", bound=SupervisedConfig)
 
@@ -73,22 +71,11 @@ def open_data(config: C) -> tuple[Source, list[Source], C]:
     held_out = [open_source(spec, image_column=data.image_column) for spec in config.data.eval]
     for other in held_out:
         check_same_classes(source.class_names, source.name, other)
-        if not _labelled(other):
+        if not some_have(other, lambda index, other=other: other.label(index) is not None):
             raise UserError(f"data.eval {other.name} has no class labels; classifiers are scored on labelled images")
     if data.share != 1:
         source = labelled_share(source, data.share)
     return source, held_out, config
-
-
-def _labelled(source: Source) -> bool:
-    """Whether one of some samples, spread over the source, has a label."""
-    for index in pick_indices(len(source), SAMPLES_ASKED).tolist():
-        try:
-            if source.label(index) is not None:
-                return True
-        except BadSample:
-            continue
-    return False
 
 
 def num_classes(source: Source, asked: int | None) -> int:

@@ -4,10 +4,8 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
-
 from contrastive.data.prompts import default_templates, load_templates
-from contrastive.data.record import BadSample, Source
+from contrastive.data.record import Source, some_have
 from contrastive.data.sources.columns import Columns
 from contrastive.data.sources.derived import ClassPrompts, Mixture, split_mixture
 from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote
@@ -26,7 +24,6 @@ FORMS = (
     "hf:NAME[:SPLIT]"
 )
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
-_PROBED = 100
 
 
 def open_source(
@@ -138,9 +135,9 @@ def _as_pairs(source: Source, templates: tuple[str, ...] | None) -> Source:
         raise UserError(f"{source.name} is empty")
     captioned, labelled = source.captioned, source.labelled
     if captioned is None:
-        captioned = _some(source, source.captions)
+        captioned = some_have(source, source.captions)
     if labelled is None:
-        labelled = _some(source, lambda index: source.label(index) is not None)
+        labelled = some_have(source, lambda index: source.label(index) is not None)
     if not captioned and not labelled:
         raise UserError(
             f"{source.name} has neither captions nor labels; name the column of the captions with caption_column, "
@@ -149,17 +146,6 @@ def _as_pairs(source: Source, templates: tuple[str, ...] | None) -> Source:
     if not labelled or not source.class_names or (captioned and templates is None):
         return source
     return ClassPrompts(source, templates or default_templates(source))
-
-
-def _some(source: Source, of: Callable[[int], object]) -> bool:
-    """True when one of some samples, spread over the source, has it."""
-    for index in np.linspace(0, len(source) - 1, num=min(_PROBED, len(source)), dtype=np.int64):
-        try:
-            if of(int(index)):
-                return True
-        except BadSample:
-            continue
-    return False
 
 
 @SOURCES.register("scenes")
