@@ -1,10 +1,18 @@
 """Image and text towers, from scratch on torch."""
 
-from contrastive.models.classifier import ClassifierConfig, ImageClassifier, classifier_config, list_classifiers
-from contrastive.models.dual_encoder import DualEncoder, Features, ModelConfig
+from contrastive.models.encoders import (
+    ClassifierConfig,
+    DualEncoder,
+    Features,
+    ImageClassifier,
+    ImageModel,
+    ImageModelConfig,
+    ModelConfig,
+    TextModel,
+    TextModelConfig,
+)
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
-from contrastive.models.presets import create_model, list_models, model_config
-from contrastive.models.single_tower import ImageModel, ImageModelConfig, TextModel, TextModelConfig
+from contrastive.models.presets import classifier_config, create_model, list_classifiers, list_models, model_config
 from contrastive.models.text_tower import TextTower, TextTowerConfig
 
 __all__ = [

@@ -12,16 +12,14 @@ import torch
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.models import freezing
 from contrastive.models.image_encoder_config import (
     ACTIVATION_NAMES,
     ImageEncoderConfig,
     check_pool,
     hidden_state_numbers,
 )
-from contrastive.models.image_tower import ImageTower
-from contrastive.models.image_trunk import ImageTrunk
-from contrastive.models.pooling import AttentionPooling
+from contrastive.models.image_tower import ImageTower, ImageTrunk
+from contrastive.models.transformer import AttentionPooling
 
 Tokens = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -72,7 +70,7 @@ class ImageEncoder(ImageTrunk):
             super().__init__(kept)
             self.norm = nn.LayerNorm(kept.width, eps=kept.norm_eps) if norm else None
             if pool == "attention":
-                self.head = AttentionPooling(kept.width, kept.num_heads, kept.mlp_dim, kept.activation, kept.norm_eps)
+                self.head = AttentionPooling(kept)
         self._take(tower)
         self.layer, self.numbers = layer, numbers
         self.pool, self.keep_prefix, self.tower_depth = pool, keep_prefix, options.depth
@@ -212,13 +210,31 @@ class ImageEncoder(ImageTrunk):
 
         Frozen means requires_grad False. There is no dropout and no batch statistic, so train() needs no undoing.
         """
-        freezing.freeze(self, blocks)
-        return self
+        below = range(-1, self._count(blocks)) if isinstance(blocks, int) else blocks
+        return self._set_trainable(False, below)
 
     def unfreeze(self, blocks: int | slice | None = None) -> Self:
         """Unfreeze all; with a number n the last n blocks and what is above them; with a slice just those blocks."""
-        freezing.unfreeze(self, blocks)
+        depth = len(self.blocks)
+        above = range(depth - self._count(blocks), depth + 1) if isinstance(blocks, int) else blocks
+        return self._set_trainable(True, above)
+
+    def _set_trainable(self, trainable: bool, stages: range | slice | None) -> Self:
+        depth = len(self.blocks)
+        if isinstance(stages, slice):
+            stages = range(*stages.indices(depth))
+        for name, parameter in self.named_parameters():
+            if stages is None or _stage(name, depth) in stages:
+                parameter.requires_grad_(trainable)
         return self
+
+    def _count(self, blocks: int) -> int:
+        depth = len(self.blocks)
+        if isinstance(blocks, bool) or not 0 <= blocks <= depth:
+            raise UserError(
+                f"{blocks!r} blocks: this encoder has {depth}; give 0 to {depth}, a slice, or nothing for all"
+            )
+        return blocks
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass: less memory, about a third more time; timm's name."""
@@ -297,3 +313,10 @@ class ImageEncoder(ImageTrunk):
             hidden_act=ACTIVATION_NAMES[shape.activation],
             layer_norm_eps=shape.norm_eps,
         )
+
+
+def _stage(name: str, depth: int) -> int:
+    """-1 below the first block, its index in a block, `depth` above the last."""
+    if name.startswith("transformer.blocks."):
+        return int(name.split(".")[2])
+    return depth if name.startswith(("norm.", "head.")) else -1

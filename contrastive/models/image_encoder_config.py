@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from contrastive.errors import UserError
-from contrastive.models.image_tower_config import ImageTowerConfig
+from contrastive.models.image_tower import ImageTowerConfig
 
 POOLS = ("class", "average", "attention", "tower")
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}  # transformers'
@@ -45,30 +45,24 @@ class ImageEncoderConfig:
         return asdict(self)
 
 
-def hidden_state_number(layer: int, depth: int) -> int:
-    """Count a layer from the front: of depth + 1 hidden states, -1 is the last, `depth`.
+def hidden_state_numbers(layer: int | Iterable[int], depth: int) -> tuple[int, ...]:
+    """Count layers from the front, in the order given: of depth + 1 hidden states, -1 is the last, `depth`.
 
     Raises:
-        UserError: no such layer.
+        UserError: no such layer, or none at all.
     """
-    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
-        raise UserError(f"layer is {layer!r}: give an integer or several, such as -2 or (6, 12)")
-    layer = operator.index(layer)
-    if not -depth - 1 <= layer <= depth:
-        raise UserError(
-            f"layer {layer} is not in an image tower of {depth} blocks: use {-depth - 1} to {depth}, where 0 is the "
-            f"input of the first block and {depth} or -1 the output of the last"
-        )
-    return layer % (depth + 1)
-
-
-def hidden_state_numbers(layer: int | Iterable[int], depth: int) -> tuple[int, ...]:
-    """As `hidden_state_number`, of one layer or of several, in the order given."""
-    several = isinstance(layer, Iterable) and not isinstance(layer, str)
-    numbers = tuple(hidden_state_number(one, depth) for one in (layer if several else (layer,)))
-    if not numbers:
+    layers = tuple(layer) if isinstance(layer, Iterable) and not isinstance(layer, str) else (layer,)
+    if not layers:
         raise UserError("layer is empty: give an integer or several, such as -2 or (6, 12)")
-    return numbers
+    for one in layers:
+        if isinstance(one, bool) or not hasattr(one, "__index__"):
+            raise UserError(f"layer is {one!r}: give an integer or several, such as -2 or (6, 12)")
+        if not -depth - 1 <= operator.index(one) <= depth:
+            raise UserError(
+                f"layer {one} is not in an image tower of {depth} blocks: use {-depth - 1} to {depth}, where 0 is the "
+                f"input of the first block and {depth} or -1 the output of the last"
+            )
+    return tuple(operator.index(one) % (depth + 1) for one in layers)
 
 
 def check_pool(pool: str | None, tower: ImageTowerConfig) -> str | None:

@@ -1,30 +1,226 @@
 """The image tower: a Vision Transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words")."""
 
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.models.image_tower_config import ImageTowerConfig
-from contrastive.models.image_trunk import ImageTrunk
-from contrastive.models.pooling import AttentionPooling
+from contrastive.models.transformer import Activation, AttentionPooling, Transformer
+
+
+@dataclass(frozen=True)
+class ImageTowerConfig:
+    """Options of the ViT. The defaults are SigLIP's B/16 at 224 pixels."""
+
+    image_size: int = 224
+    """Height and width of the input in pixels."""
+    patch_size: int = 16
+    """Height and width of a patch in pixels; must divide image_size."""
+    width: int = 768
+    """Channels of every token."""
+    depth: int = 12
+    """Number of transformer blocks."""
+    num_heads: int = 12
+    """Attention heads; must divide width."""
+    mlp_dim: int = 3072
+    """Hidden channels of the MLP."""
+    pool: Literal["class", "average", "attention"] = "attention"
+    """How tokens become one vector: the class token, their mean, or SigLIP's attention head (MAP)."""
+    position: Literal["learned", "sincos"] = "learned"
+    """Learned position embeddings, or fixed two-dimensional sin-cos ones."""
+    class_token: bool = False
+    """Prepend a learned class token; pool=class needs it."""
+    pre_norm: bool = False
+    """LayerNorm before the first block, as in CLIP."""
+    patch_bias: bool = True
+    """Bias in the patch embedding; CLIP has none."""
+    projection: bool = False
+    """Linear projection (no bias) to embed_dim after pooling, as in CLIP; without it width must equal embed_dim."""
+    activation: Activation = "gelu_tanh"
+    """Activation of the MLP."""
+    norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm."""
+    dropout: float = 0.0
+    """Dropout probability after attention and MLP, and on attention weights."""
+    patch_dropout: float = 0.0
+    """Share of patches dropped in training (FLIP); 0.5 halves the tower's work."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, about a third more time."""
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size**2
+
+    def check(self) -> None:
+        """Raise UserError when the options contradict each other."""
+        if self.image_size % self.patch_size:
+            below = max(self.image_size - self.image_size % self.patch_size, self.patch_size)
+            raise UserError(
+                f"model.image.image_size {self.image_size} is not a multiple of model.image.patch_size "
+                f"{self.patch_size}; use {below} or {below + self.patch_size}, or another patch size"
+            )
+        if self.width % self.num_heads:
+            raise UserError(
+                f"model.image.width {self.width} is not a multiple of model.image.num_heads {self.num_heads}"
+            )
+        if self.pool == "class" and not self.class_token:
+            raise UserError("model.image.pool 'class' needs model.image.class_token true")
+        if self.position == "sincos" and self.width % 4:
+            raise UserError(f"model.image.position 'sincos' needs a width divisible by 4, not {self.width}")
+
+
+class PatchEmbedding(nn.Conv2d):
+    """Patches to tokens, without positions: (B, 3, H, W) to (B, D, h, w). Two names are those of timm's."""
+
+    grid_size: tuple[int, int]
+    """Rows and columns of patches in images of the set size."""
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image of the set size."""
+        return self.grid_size[0] * self.grid_size[1]
+
+
+class ImageTrunk(nn.Module):
+    """Pixels (B, 3, H, W) to the hidden states of a ViT, (B, N, D) each.
+
+    Hidden state 0 is what enters the first block, k what leaves block k. The class token, where there is one, comes
+    first. `architecture` holds the options.
+    """
+
+    def __init__(self, config: ImageTowerConfig):
+        super().__init__()
+        config.check()
+        self.architecture = config
+        width = config.width
+        self.patch_embed = PatchEmbedding(3, width, config.patch_size, config.patch_size, bias=config.patch_bias)
+        self.patch_embed.grid_size = (config.grid_size, config.grid_size)
+        self.class_token = nn.Parameter(torch.zeros(width)) if config.class_token else None
+        if config.position == "learned":
+            self.position_embedding = nn.Parameter(torch.zeros(config.num_patches + config.class_token, width))
+        else:
+            self.register_buffer("position_embedding", self._fixed_positions(), persistent=False)
+        self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else None
+        self.transformer = Transformer(config)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches that the positions are made for."""
+        return self.patch_embed.grid_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: 1 with a class token, else 0."""
+        return int(self.architecture.class_token)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the positions are made for."""
+        return self.grid[0] * self.architecture.patch_size, self.grid[1] * self.architecture.patch_size
+
+    def set_input_size(self, size: int | tuple[int, int]) -> None:
+        """Resample the positions once, for images of another size in pixels: a side, or (height, width).
+
+        Learned positions are interpolated from those at hand (bicubic, antialiased), fixed ones computed anew. The
+        position parameter is a new one: call this before an optimizer or DDP takes hold of the parameters. A square
+        size also becomes `architecture.image_size`.
+
+        Raises:
+            UserError: a side is not a multiple of the patch size.
+        """
+        height, width = (operator.index(side) for side in (size if isinstance(size, (tuple, list)) else (size, size)))
+        patch = self.architecture.patch_size
+        for side in (height, width):
+            if side < 1 or side % patch:
+                below = max(side - side % patch, patch)
+                raise UserError(
+                    f"input size {height}×{width}: {side} is not a multiple of the patch size {patch}; "
+                    f"use {below} or {below + patch}"
+                )
+        grid = (height // patch, width // patch)
+        old, self.patch_embed.grid_size = self.grid, grid
+        if height == width:
+            self.architecture = replace(self.architecture, image_size=height)
+        if grid == old:
+            return
+        now = self.position_embedding
+        if self.architecture.position == "learned":
+            prefix, patches = now.detach().tensor_split([self.num_prefix_tokens])
+            resampled = torch.cat([prefix, interpolate_position_embedding(patches, old, grid)])
+            self.position_embedding = nn.Parameter(resampled, requires_grad=now.requires_grad)
+        else:
+            self.position_embedding = self._fixed_positions().to(now)
+
+    def embed_patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) to patch tokens with positions, (B, N, D), class token first when there is one.
+
+        An input of another size than `input_size` gets the positions that `set_input_size` would make. H and W must
+        be multiples of the patch size (UserError).
+        """
+        patch = self.architecture.patch_size
+        if pixels.shape[-2] % patch or pixels.shape[-1] % patch:
+            raise UserError(f"image of {tuple(pixels.shape[-2:])} pixels: both must be multiples of {patch}")
+        x = self.patch_embed(pixels)
+        grid = (x.shape[-2], x.shape[-1])
+        x = x.flatten(2).transpose(1, 2)  # (B, N, D)
+        prefix, patches = self.position_embedding.tensor_split([self.num_prefix_tokens])
+        if self.architecture.position == "learned":
+            patches = interpolate_position_embedding(patches, self.grid, grid)
+        elif grid != self.grid:
+            patches = sincos_position_embedding(*grid, self.architecture.width).to(self.position_embedding)
+        # Under autocast the sum is float32, and so is what the blocks add to: bfloat16 would round it at every block.
+        x = x + patches
+        if self.training and self.architecture.patch_dropout > 0:
+            x = drop_patches(x, self.architecture.patch_dropout)
+        if self.class_token is not None:
+            class_token = (self.class_token + prefix[0]).expand(x.shape[0], 1, -1)
+            x = torch.cat([class_token, x], dim=1)
+        return x
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) to hidden state 0, (B, N, D): after positions and, where there is one, `pre_norm`."""
+        x = self.embed_patches(pixels)
+        return x if self.pre_norm is None else self.pre_norm(x)
+
+    def states(self, pixels: torch.Tensor, wanted: Collection[int]) -> dict[int, torch.Tensor]:
+        """The hidden states of these numbers, (B, N, D) each, none of them normalised by the final LayerNorm."""
+        return self.transformer.states(self.embed(pixels), wanted)
+
+    def pool_tokens(self, x: torch.Tensor, pool: str) -> torch.Tensor:
+        """(B, N, D) to (B, D); 'attention' needs the subclass's `head`."""
+        if pool == "attention":
+            return self.head(x)
+        return x[:, 0] if pool == "class" else x[:, self.num_prefix_tokens :].mean(dim=1)
+
+    def _fixed_positions(self) -> torch.Tensor:
+        fixed = sincos_position_embedding(*self.grid, self.architecture.width)
+        return torch.cat([fixed.new_zeros(self.num_prefix_tokens, self.architecture.width), fixed])
 
 
 class ImageTower(ImageTrunk):
     """ViT: pixels (B, 3, H, W) to one vector per image (B, E). E is embed_dim, D the width."""
 
     def __init__(self, config: ImageTowerConfig, embed_dim: int):
-        config.check()
+        super().__init__(config)
         if not config.projection and config.width != embed_dim:
             raise UserError(
                 f"model.image.width {config.width} differs from model.embed_dim {embed_dim}: "
                 "make them equal or set model.image.projection true"
             )
-        super().__init__(config)
-        width = config.width
-        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         if config.pool == "attention":
-            self.head = AttentionPooling(width, config.num_heads, config.mlp_dim, config.activation, config.norm_eps)
-        self.projection = nn.Linear(width, embed_dim, bias=False) if config.projection else None
+            self.head = AttentionPooling(config)
+        self.projection = nn.Linear(config.width, embed_dim, bias=False) if config.projection else None
 
     @property
     def config(self) -> ImageTowerConfig:
@@ -39,3 +235,56 @@ class ImageTower(ImageTrunk):
         """(B, 3, H, W) normalised pixels to (B, E), not L2-normalised; to (B, D) with project=False."""
         x = self.pool_tokens(self.forward_features(pixels), self.architecture.pool)
         return self.projection(x) if project and self.projection is not None else x
+
+
+def drop_patches(x: torch.Tensor, rate: float) -> torch.Tensor:
+    """Keep a random subset of tokens per image: (B, N, D) to (B, max(1, round(N·(1 − rate))), D).
+
+    Drawn on the tokens' own device. Source: Li et al. 2023, "Scaling Language-Image Pre-training via Masking".
+    """
+    num_keep = max(1, round(x.shape[1] * (1 - rate)))
+    keep = torch.rand(x.shape[:2], device=x.device).topk(num_keep, dim=1).indices
+    return x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
+
+
+def sincos_position_embedding(grid_height: int, grid_width: int, width: int) -> torch.Tensor:
+    """Return the fixed 2-D sin-cos embedding, (grid_height · grid_width, width), float32.
+
+    A quarter of the width each for sin and cos of the column and of the row, temperature 10,000
+    (Beyer et al. 2022, "Better plain ViT baselines"; big_vision `posemb_sincos_2d`). Width must divide by 4.
+    """
+    rows, columns = torch.meshgrid(
+        torch.arange(grid_height, dtype=torch.float64),
+        torch.arange(grid_width, dtype=torch.float64),
+        indexing="ij",
+    )
+    quarter = width // 4
+    frequency = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / max(quarter - 1, 1))
+    x = columns.reshape(-1, 1) * frequency
+    y = rows.reshape(-1, 1) * frequency
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
+
+
+def interpolate_position_embedding(
+    embedding: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> torch.Tensor:
+    """Resample a grid of position embeddings, (h·w, D) to (h'·w', D), bicubic with antialiasing.
+
+    Grids are (rows, columns). The same grid returns the embedding itself (ViT, section 3.2).
+    """
+    if old_grid == new_grid:
+        return embedding
+    rows, columns = (_resampling(old, new, embedding.device) for old, new in zip(old_grid, new_grid, strict=True))
+    grid = embedding.float().unflatten(0, old_grid)  # (h, w, D)
+    with torch.autocast(grid.device.type, enabled=False):
+        return torch.einsum("ih,jw,hwd->ijd", rows, columns, grid).flatten(0, 1).to(embedding.dtype)
+
+
+def _resampling(old: int, new: int, device: torch.device) -> torch.Tensor:
+    """The weights of bicubic resampling along one side, (new, old).
+
+    As a matrix, because the gradient of F.interpolate is not deterministic on CUDA, and torch.compile cannot trace it
+    for sizes that change.
+    """
+    each = torch.eye(old, device=device)[None, None]
+    return F.interpolate(each, size=(new, old), mode="bicubic", antialias=True, align_corners=False)[0, 0]

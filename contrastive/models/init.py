@@ -5,16 +5,9 @@ from typing import Literal
 
 from torch import nn
 
-from contrastive.models.attention import MLP, Attention
 from contrastive.models.image_tower import ImageTower
-from contrastive.models.pooling import AttentionPooling
 from contrastive.models.text_tower import TextTower
-
-
-def initialise(model: nn.Module, style: Literal["clip", "siglip"]) -> None:
-    """Draw all weights of a dual encoder in place from torch's global generator."""
-    for tower in (model.image_tower, model.text_tower):
-        initialise_tower(tower, style)
+from contrastive.models.transformer import MLP, Attention, AttentionPooling
 
 
 def initialise_tower(tower: ImageTower | TextTower, style: Literal["clip", "siglip"]) -> None:

@@ -1,9 +1,9 @@
-"""Named architectures: `clip_vit_b_16`, `siglip_vit_so400m_14`, ..."""
+"""Named architectures: `clip_vit_b_16`, `siglip_vit_so400m_14`, ...; and classifiers: `tiny`, `base`, ..."""
 
 from dataclasses import replace
 
 from contrastive.errors import UserError, did_you_mean
-from contrastive.models.dual_encoder import DualEncoder, ModelConfig
+from contrastive.models.encoders import ClassifierConfig, DualEncoder, ModelConfig
 from contrastive.models.image_tower import ImageTowerConfig
 from contrastive.models.text_tower import TextTowerConfig
 
@@ -65,21 +65,39 @@ def create_model(name: str, **overrides) -> DualEncoder:
     return DualEncoder(config)
 
 
+def list_classifiers() -> list[str]:
+    """Return the names that `classifier_config` takes."""
+    return list(SIZE_NAMES)
+
+
+def classifier_config(name: str) -> ClassifierConfig:
+    """Return the options of 'tiny', 'small', 'base', 'large' or 'huge'; UserError for another name.
+
+    Class token, learned positions, exact GELU. Patches of 16 pixels, of 14 for huge, as in the paper's tables.
+    """
+    if name not in SIZE_NAMES:
+        raise UserError(f"unknown model '{name}'.{did_you_mean(name, SIZE_NAMES)} Known: {', '.join(SIZE_NAMES)}")
+    shape = _shape(SIZE_NAMES[name])
+    patch_size = 14 if name == "huge" else 16
+    image = ImageTowerConfig(patch_size=patch_size, pool="class", class_token=True, activation="gelu", **shape)
+    return ClassifierConfig(image=image)
+
+
+def _shape(size: str) -> dict[str, int]:
+    return dict(zip(("width", "depth", "num_heads", "mlp_dim"), SIZES[size], strict=True))
+
+
 def _clip(size: str, patch_size: int) -> ModelConfig:
-    width, depth, num_heads, mlp_dim = SIZES[size]
     embed_dim, text_width, text_depth, text_heads = CLIP_TEXT[size]
     shared = {"activation": "quick_gelu", "norm_eps": 1e-5}
     image = ImageTowerConfig(
         patch_size=patch_size,
-        width=width,
-        depth=depth,
-        num_heads=num_heads,
-        mlp_dim=mlp_dim,
         pool="class",
         class_token=True,
         pre_norm=True,
         patch_bias=False,
         projection=True,
+        **_shape(size),
         **shared,
     )
     text = TextTowerConfig(
@@ -100,10 +118,9 @@ def _clip(size: str, patch_size: int) -> ModelConfig:
 
 
 def _siglip(size: str, patch_size: int) -> ModelConfig:
-    width, depth, num_heads, mlp_dim = SIZES[size]
-    shape = {"width": width, "depth": depth, "num_heads": num_heads, "mlp_dim": mlp_dim}
+    shape = _shape(size)
     return ModelConfig(
-        embed_dim=width,
+        embed_dim=shape["width"],
         image=ImageTowerConfig(patch_size=patch_size, **shape),
         text=TextTowerConfig(vocab_size=32_000, **shape),
         init="siglip",

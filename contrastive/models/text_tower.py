@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.models.attention import Activation
-from contrastive.models.pooling import pool_average, pool_eos
-from contrastive.models.transformer import Transformer
+from contrastive.models.transformer import Activation, Transformer
 
 
 @dataclass(frozen=True)
@@ -77,17 +75,7 @@ class TextTower(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Parameter(torch.zeros(config.context_length, config.width))
-        self.transformer = Transformer(
-            width=config.width,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            mlp_dim=config.mlp_dim,
-            activation=config.activation,
-            norm_eps=config.norm_eps,
-            dropout=config.dropout,
-            is_causal=config.causal,
-            gradient_checkpointing=config.gradient_checkpointing,
-        )
+        self.transformer = Transformer(config, is_causal=config.causal)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         bias = config.projection_bias
         self.projection = nn.Linear(config.width, embed_dim, bias=bias) if config.projection else None
@@ -114,3 +102,15 @@ class TextTower(nn.Module):
         else:
             x = pool_average(x, tokens, self.config.pad_id)
         return x if self.projection is None else self.projection(x)
+
+
+def pool_eos(x: torch.Tensor, tokens: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Return the token at the first end-of-text position: (B, N, D) and ids (B, N) to (B, D)."""
+    position = (tokens == eos_id).int().argmax(dim=1)
+    return x[torch.arange(x.shape[0], device=x.device), position]
+
+
+def pool_average(x: torch.Tensor, tokens: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """Return the mean over positions that are not padding: (B, N, D) and ids (B, N) to (B, D)."""
+    kept = (tokens != pad_id).unsqueeze(-1).to(x.dtype)
+    return (x * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)

@@ -1,31 +1,95 @@
-"""The pre-norm transformer that both towers share."""
+"""The pre-norm transformer that both towers share, and its parts. B batch, N tokens, D width, H heads."""
 
 from collections.abc import Collection
+from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from contrastive.models.attention import MLP, Activation, Attention
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+
+
+class QuickGELU(nn.Module):
+    """x·σ(1.702x): the GELU approximation of OpenAI's CLIP weights."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
+
+
+class BlockOptions(Protocol):
+    """What the options of a tower, an ImageTowerConfig or a TextTowerConfig, say of its blocks."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    activation: Activation
+    norm_eps: float
+    dropout: float
+    gradient_checkpointing: bool
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention with H heads (Vaswani et al. 2017, section 3.2.2).
+
+    Queries, keys, values and output are separate Linear layers, so that LoRA and weight import reach each.
+    No mask is ever materialised: causal attention uses `is_causal`, which keeps flash kernels eligible.
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, query: torch.Tensor | None = None, is_causal: bool = False):
+        """Attend from `query` (B, M, D), or from x itself, to x (B, N, D). Returns (B, M, D)."""
+        query = x if query is None else query
+        q, k, v = (
+            projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D/H)
+            for projected in (self.q_proj(query), self.k_proj(x), self.v_proj(x))
+        )
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear, activation, Linear: (B, N, D) to (B, N, D)."""
+
+    def __init__(self, width: int, mlp_dim: int, activation: Activation, dropout: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(width, mlp_dim)
+        self.activation = ACTIVATIONS[activation]()
+        self.fc2 = nn.Linear(mlp_dim, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(x)))))
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (ViT, equations 2 and 3)."""
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_dim: int,
-        activation: Activation,
-        norm_eps: float,
-        dropout: float,
-    ):
+    def __init__(self, options: BlockOptions):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attention = Attention(width, num_heads, dropout)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = MLP(width, mlp_dim, activation, dropout)
+        width, dropout = options.width, options.dropout
+        self.norm1 = nn.LayerNorm(width, eps=options.norm_eps)
+        self.attention = Attention(width, options.num_heads, dropout)
+        self.norm2 = nn.LayerNorm(width, eps=options.norm_eps)
+        self.mlp = MLP(width, options.mlp_dim, options.activation, dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
@@ -36,28 +100,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks: (B, N, D) to (B, N, D).
 
-    `gradient_checkpointing` recomputes each block in backward, wherever gradients are recorded.
+    With the option `gradient_checkpointing` each block is recomputed in backward, wherever gradients are recorded.
     """
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        num_heads: int,
-        mlp_dim: int,
-        activation: Activation,
-        norm_eps: float,
-        dropout: float = 0.0,
-        is_causal: bool = False,
-        gradient_checkpointing: bool = False,
-    ):
+    def __init__(self, options: BlockOptions, is_causal: bool = False):
         super().__init__()
         self.is_causal = is_causal
-        self.gradient_checkpointing = gradient_checkpointing
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads, mlp_dim, activation, norm_eps, dropout) for _ in range(depth)
-        )
+        self.gradient_checkpointing = options.gradient_checkpointing
+        self.blocks = nn.ModuleList(Block(options) for _ in range(options.depth))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -77,3 +127,21 @@ class Transformer(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, self.is_causal, use_reentrant=False)
         return block(x, self.is_causal)
+
+
+class AttentionPooling(nn.Module):
+    """Multi-head attention pooling: one learned probe attends to all tokens, then a residual MLP.
+
+    (B, N, D) to (B, D). Source: Zhai et al. 2022, "Scaling Vision Transformers"; SigLIP's MAP head.
+    """
+
+    def __init__(self, options: BlockOptions):
+        super().__init__()
+        self.probe = nn.Parameter(torch.zeros(1, 1, options.width))
+        self.attention = Attention(options.width, options.num_heads)
+        self.norm = nn.LayerNorm(options.width, eps=options.norm_eps)
+        self.mlp = MLP(options.width, options.mlp_dim, options.activation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = self.attention(x, query=self.probe.to(x.dtype).expand(x.shape[0], -1, -1))
+        return (pooled + self.mlp(self.norm(pooled)))[:, 0]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from contrastive.errors import UserError
-from contrastive.models.attention import Attention
 from contrastive.models.image_tower import ImageTower
+from contrastive.models.transformer import Attention
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from contrastive.models.dual_encoder import unit_length
+from contrastive.models.encoders import unit_length
 from contrastive.visualize.draw_pictures import (
     draw_beside,
     draw_components,

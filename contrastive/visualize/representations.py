@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from contrastive.models.dual_encoder import unit_length
+from contrastive.models.encoders import unit_length
 from contrastive.models.image_tower import ImageTower
 from contrastive.models.init import initialise_tower
 

@@ -13,7 +13,7 @@ from contrastive.interop.formats.option_kinds import unlike
 from contrastive.interop.formats.timm_vit import mlp_ratio
 from contrastive.interop.formats.tokenizer_reading import CLIP_EOS, CLIP_PAD, CLIP_VOCABULARY
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
-from contrastive.models.attention import Activation
+from contrastive.models.transformer import Activation
 
 THEIR_POOLS = {"class": "tok", "average": "avg"}
 # Options that are the same number on both sides, by open_clip's name.

@@ -38,7 +38,7 @@ from contrastive.interop.formats.timm_weights import (
 )
 from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ImageModel, ImageModelConfig
-from contrastive.models.dual_encoder import unit_length
+from contrastive.models.encoders import unit_length
 
 # Of a state dict of timm's ViT, whatever its options.
 TELLING_KEYS = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")

@@ -41,7 +41,7 @@ from contrastive.interop.formats.transformers_weights import (
 )
 from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.log import warn
-from contrastive.models.dual_encoder import unit_length
+from contrastive.models.encoders import unit_length
 
 WEIGHTS = "model.safetensors"
 PROCESSORS = {"siglip": "SiglipProcessor", "clip": "CLIPProcessor"}

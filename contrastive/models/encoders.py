@@ -1,0 +1,184 @@
+"""Models made of towers: the dual encoder, one tower alone, and the classifier."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from contrastive.errors import UserError
+from contrastive.models.image_tower import ImageTower, ImageTowerConfig
+from contrastive.models.init import initialise_tower
+from contrastive.models.text_tower import TextTower, TextTowerConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Options of the dual encoder."""
+
+    embed_dim: int = 768
+    """Channels of the shared embedding space."""
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    init: Literal["clip", "siglip"] = "siglip"
+    """Initialisation of the weights: as OpenAI's CLIP or as big_vision's SigLIP."""
+    init_logit_scale: float | None = None
+    """Initial factor on the cosine similarities (10 for SigLIP, 14.3 for CLIP); none: as the loss prescribes."""
+    init_logit_bias: float | None = None
+    """Initial offset of the logits, for the sigmoid loss; none: as the loss prescribes."""
+
+
+@dataclass(frozen=True)
+class ImageModelConfig:
+    """Options of an image tower alone."""
+
+    embed_dim: int = 768
+    """Channels of the embedding; the tower's width where it has no projection."""
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+
+
+@dataclass(frozen=True)
+class TextModelConfig:
+    """Options of a text tower alone."""
+
+    embed_dim: int = 768
+    """Channels of the embedding; the tower's width where it has no projection."""
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Options of the classifier. The defaults are ViT-Base/16's, but for the number of classes."""
+
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    embed_dim: int | None = None
+    """Channels that the head reads; none: the tower's width. Of use with model.image.projection."""
+    num_classes: int | None = None
+    """Classes; none: as many as the data has."""
+    unit_features: bool = False
+    """L2-normalise what the head reads, as a head made of text embeddings expects."""
+
+
+class Features(NamedTuple):
+    """What the loss needs of a batch."""
+
+    image: torch.Tensor
+    """(B, E), L2-normalised."""
+    text: torch.Tensor
+    """(B, E), L2-normalised."""
+    logit_scale: torch.Tensor
+    """Scalar, already exponentiated."""
+    logit_bias: torch.Tensor | None
+    """Scalar, or None for losses without a bias."""
+
+
+class _WithImageTower(nn.Module):
+    """What models with an `image_tower` share."""
+
+    def encode_image(self, pixels: torch.Tensor, normalize: bool = True, project: bool = True) -> torch.Tensor:
+        """Embed images: (B, 3, H, W) float, preprocessed, to (B, E); unit length unless normalize=False.
+
+        With project=False the features are those before the projection, (B, D); towers without one have the
+        same either way.
+        """
+        features = self.image_tower(pixels, project)
+        return unit_length(features) if normalize else features
+
+
+class _WithTextTower(nn.Module):
+    """What models with a `text_tower` share."""
+
+    def encode_text(self, tokens: torch.Tensor, normalize: bool = True) -> torch.Tensor:
+        """Embed texts: (B, context_length) int64 ids to (B, E); unit length unless normalize=False."""
+        features = self.text_tower(tokens)
+        return unit_length(features) if normalize else features
+
+
+class DualEncoder(_WithImageTower, _WithTextTower):
+    """Image and text towers with a shared embedding space (CLIP, Radford et al. 2021; SigLIP, Zhai et al. 2023).
+
+    `logit_scale` holds the logarithm of the factor on the similarities. `logit_bias` is None unless
+    `config.init_logit_bias` is a number.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.image_tower = ImageTower(config.image, config.embed_dim)
+        self.text_tower = TextTower(config.text, config.embed_dim)
+        scale = 1 / 0.07 if config.init_logit_scale is None else config.init_logit_scale
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.logit_bias = None
+        if config.init_logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.init_logit_bias)))
+        for tower in (self.image_tower, self.text_tower):
+            initialise_tower(tower, config.init)
+
+    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> Features:
+        """Embed a batch of pairs; see `Features`."""
+        return Features(self.encode_image(pixels), self.encode_text(tokens), self.logit_scale.exp(), self.logit_bias)
+
+
+class ImageModel(_WithImageTower):
+    """An image tower, as vision-only checkpoints hold it: pixels (B, 3, H, W) to (B, E)."""
+
+    def __init__(self, config: ImageModelConfig):
+        super().__init__()
+        self.config = config
+        self.image_tower = ImageTower(config.image, config.embed_dim)
+        initialise_tower(self.image_tower, "siglip")
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """As `encode_image`, unit length."""
+        return self.encode_image(pixels)
+
+
+class TextModel(_WithTextTower):
+    """A text tower, as text-only checkpoints hold it: ids (B, N) to (B, E)."""
+
+    def __init__(self, config: TextModelConfig):
+        super().__init__()
+        self.config = config
+        self.text_tower = TextTower(config.text, config.embed_dim)
+        initialise_tower(self.text_tower, "siglip")
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As `encode_text`, unit length."""
+        return self.encode_text(tokens)
+
+
+class ImageClassifier(_WithImageTower):
+    """An image tower and a linear head (Dosovitskiy et al. 2021): pixels (B, 3, H, W) to class scores (B, C).
+
+    The head starts at zero, so that the first scores favour no class. `encode_image` gives the features below it.
+    """
+
+    def __init__(self, config: ClassifierConfig):
+        super().__init__()
+        if not config.num_classes:
+            raise UserError("model.num_classes is not set: give the number of classes")
+        width = config.image.width if config.embed_dim is None else config.embed_dim
+        self.config = replace(config, embed_dim=width)
+        self.image_tower = ImageTower(config.image, width)
+        self.head = nn.Linear(width, config.num_classes)
+        initialise_tower(self.image_tower, "siglip")
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def scores(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) float, preprocessed, to class scores (B, C)."""
+        features = self.encode_image(pixels, normalize=self.config.unit_features)
+        # Cosines times 100 would be off by up to 0.2 in bfloat16.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.to(self.head.weight.dtype))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """As `scores`; what a run wraps for its precision and its processes."""
+        return self.scores(pixels)
+
+
+def unit_length(features: torch.Tensor) -> torch.Tensor:
+    """L2-normalise rows in float32 at least: in bfloat16 their length would be off by up to 0.4 %."""
+    return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
