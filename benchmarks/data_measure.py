@@ -108,7 +108,7 @@ def pixel_differences(load: Load) -> dict[str, float]:
     source = open_source(load.shards)
     preprocess = Preprocess(PreprocessConfig(image_size=IMAGE_SIZE))
     whole = AugmentConfig(crop_scale=(1.0, 1.0))
-    dataset = PairDataset(source, order_for(source, 1, 0), clip_tokenizer(), IMAGE_SIZE, whole, 0)
+    dataset = PairDataset(source, order_for(source, 1, 0), clip_tokenizer(), IMAGE_SIZE, whole)
     found = {"decode": [], "resized": [], "trained": []}
     for position in range(min(COMPARED, len(source))):
         trained = dataset[position]

@@ -68,8 +68,8 @@ def _ours(load: Load) -> Iterator[torch.Tensor]:
     source = open_source(load.shards)
     order = order_for(source, load.batch, 0)
     augment = AugmentConfig(crop_scale=SCALE)
-    dataset = PairDataset(source, order, clip_tokenizer(CONTEXT_LENGTH), IMAGE_SIZE, augment, 0)
-    loader = train_loader(dataset, global_batch_size=load.batch, num_steps=STEPS, num_workers=load.workers)
+    dataset = PairDataset(source, order, clip_tokenizer(CONTEXT_LENGTH), IMAGE_SIZE, augment)
+    loader = train_loader(dataset, num_steps=STEPS, num_workers=load.workers)
     return (batch["image"] for batch in loader)
 
 

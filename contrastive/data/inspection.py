@@ -213,9 +213,9 @@ def see(
     """
     shown = min(shown, len(source))
     order = order_for(source, shown, seed)
-    dataset = PairDataset(source, order, tokenizer, image_size, augment, seed, caption_templates)
+    dataset = PairDataset(source, order, tokenizer, image_size, augment, caption_templates)
     steps = 1 + math.ceil(samples / shown)
-    batches = iter(train_loader(dataset, global_batch_size=shown, num_steps=steps))
+    batches = iter(train_loader(dataset, num_steps=steps))
     first, started = next(batches), time.perf_counter()
     loaded = sum(len(batch["index"]) for batch in batches)
     rate = loaded / (time.perf_counter() - started)

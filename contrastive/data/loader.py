@@ -126,7 +126,6 @@ class _Steps:
 def train_loader(
     dataset: SampleDataset,
     *,
-    global_batch_size: int,
     rank: int = 0,
     world_size: int = 1,
     start_step: int = 0,
@@ -138,7 +137,7 @@ def train_loader(
     """Return a loader of one local batch for each step from `start_step` on.
 
     A batch is image uint8 (b, 3, S, S), tokens int64 (b, L), caption_id, index and replaced int64 (b,), and bad,
-    the list of (reason, key) met while making it; b = global_batch_size / world_size. The batches of all ranks
+    the list of (reason, key) met while making it; b = the order's batch / world_size. The batches of all ranks
     in rank order are the global batch, whatever the number of ranks and workers. No global random state is
     read or changed.
 
@@ -148,8 +147,7 @@ def train_loader(
     Raises:
         UserError: the batch does not divide among the ranks.
     """
-    if global_batch_size != dataset.order.global_batch_size:
-        raise ValueError(f"batch {global_batch_size}, but the order is for {dataset.order.global_batch_size}")
+    global_batch_size = dataset.order.global_batch_size
     if global_batch_size % world_size:
         raise UserError(
             f"global batch size {global_batch_size} does not divide among {world_size} processes; "

@@ -21,15 +21,15 @@ Faults = list[tuple[str, str]]  # (reason, key) of each sample or caption that c
 class SampleDataset(Dataset, ABC):
     """Samples by position (see SampleOrder), for `train_loader`. What a sample holds is up to the subclasses.
 
-    All draws (of the variation of the image, of the stand-in for a bad sample) depend on (seed, position) alone,
-    so neither workers nor ranks nor a restart change a sample.
+    All draws (of the variation of the image, of the stand-in for a bad sample) depend on the seed of the order and the
+    position alone, so neither workers nor ranks nor a restart change a sample.
     """
 
-    def __init__(self, source: Source, order: SampleOrder, image_size: int, augment: AugmentConfig, seed: int):
+    def __init__(self, source: Source, order: SampleOrder, image_size: int, augment: AugmentConfig):
         if len(source) != order.num_samples:
             raise ValueError(f"the order is for {order.num_samples} samples, the source has {len(source)}")
         self.source, self.order = source, order
-        self.image_size, self.augment, self.seed = image_size, augment, seed
+        self.image_size, self.augment = image_size, augment
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Return the sample at `position`: image uint8 (3, S, S), varied, and what `sample` adds.
@@ -42,7 +42,7 @@ class SampleDataset(Dataset, ABC):
         """
         index, bad = self.order.index_of(position), []
         for attempt in range(MAX_ATTEMPTS):
-            rng, key = np.random.Generator(philox(self.seed, position, DRAWS, attempt)), ""
+            rng, key = np.random.Generator(philox(self.order.seed, position, DRAWS, attempt)), ""
             if attempt:
                 index = self.order.stand_in(position, rng.random(), attempt)
             try:
@@ -67,16 +67,8 @@ class SampleDataset(Dataset, ABC):
 class LabelledDataset(SampleDataset):
     """Images with the class they are of: image uint8 (3, S, S) and label, int in 0..num_classes-1."""
 
-    def __init__(
-        self,
-        source: Source,
-        order: SampleOrder,
-        image_size: int,
-        augment: AugmentConfig,
-        seed: int,
-        num_classes: int,
-    ):
-        super().__init__(source, order, image_size, augment, seed)
+    def __init__(self, source: Source, order: SampleOrder, image_size: int, augment: AugmentConfig, num_classes: int):
+        super().__init__(source, order, image_size, augment)
         self.num_classes = num_classes
 
     def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> dict[str, Any]:
@@ -103,10 +95,9 @@ class PairDataset(SampleDataset):
         tokenizer: Tokenizer,
         image_size: int,
         augment: AugmentConfig,
-        seed: int,
         caption_templates: tuple[str, ...] = ("{}",),
     ):
-        super().__init__(source, order, image_size, augment, seed)
+        super().__init__(source, order, image_size, augment)
         self.tokenizer = tokenizer
         self.caption_templates = caption_templates
 

@@ -77,8 +77,8 @@ class ClassificationTask(TrainingTask):
         self._accuracy = math.nan
 
     def dataset(self, order: SampleOrder) -> LabelledDataset:
-        model, augment, seed = self.model.config, self.config.data.augment, self.config.train.seed
-        return LabelledDataset(self.source, order, model.image.image_size, augment, seed, model.num_classes)
+        model, augment = self.model.config, self.config.data.augment
+        return LabelledDataset(self.source, order, model.image.image_size, augment, model.num_classes)
 
     def forward_backward(self, wrapped: nn.Module, batch: dict, step: int, runtime: Runtime) -> torch.Tensor:
         device, train = runtime.device, self.config.train

@@ -160,9 +160,8 @@ class ContrastiveTask(TrainingTask):
         self.chance_loss = math.inf if few else config.loss.chance_loss(batch)
 
     def dataset(self, order: SampleOrder) -> PairDataset:
-        data = self.config.data
-        size, seed = self.config.model.image.image_size, self.config.train.seed
-        return PairDataset(self.source, order, self.tokenizer, size, data.augment, seed, data.caption_templates)
+        data, size = self.config.data, self.config.model.image.image_size
+        return PairDataset(self.source, order, self.tokenizer, size, data.augment, data.caption_templates)
 
     def forward_backward(self, wrapped: nn.Module, batch: dict, step: int, runtime: Runtime) -> torch.Tensor:
         device, train = runtime.device, self.config.train

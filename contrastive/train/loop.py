@@ -185,7 +185,6 @@ class Trainer:
         on_gpu = runtime.device.type == "cuda"
         return train_loader(
             self.task.dataset(self.order),
-            global_batch_size=config.train.global_batch_size,
             rank=runtime.rank,
             world_size=runtime.world_size,
             start_step=self.step,

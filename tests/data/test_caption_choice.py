@@ -96,7 +96,7 @@ class Memory(Source):
 
 
 def texts(source, tokenizer, templates=("{}",)):
-    dataset = PairDataset(source, Order(64, 8, 0), tokenizer, 16, AugmentConfig(), 0, templates)
+    dataset = PairDataset(source, Order(64, 8, 0), tokenizer, 16, AugmentConfig(), templates)
     return [dataset[position] for position in range(64)]
 
 

@@ -99,8 +99,8 @@ def test_what_is_shown_is_what_training_gets():
     augment = AugmentConfig(crop_scale=(0.3, 1.0), flip=True)
     seen, rate = see(source, tokenizer, 40, augment, 7, ("a {} b",), shown=5, samples=10)
     order = order_for(source, 64, 7)  # whatever the batch
-    dataset = PairDataset(source, order, tokenizer, 40, augment, 7, ("a {} b",))
-    batch = next(iter(train_loader(dataset, global_batch_size=64, num_steps=1)))
+    dataset = PairDataset(source, order, tokenizer, 40, augment, ("a {} b",))
+    batch = next(iter(train_loader(dataset, num_steps=1)))
     assert len(seen) == 5 and rate > 0
     for place, sample in enumerate(seen):
         assert torch.equal(sample.image, batch["image"][place])

@@ -63,11 +63,11 @@ def tokenizer():
 def pairs(tokenizer, source=None, batch=8, seed=0, augment=None, size=16):
     source = source or Memory()
     augment = augment or AugmentConfig(crop_scale=(0.3, 1.0), flip=True)
-    return PairDataset(source, Order(len(source), batch, seed), tokenizer, size, augment, seed)
+    return PairDataset(source, Order(len(source), batch, seed), tokenizer, size, augment)
 
 
 def batches(dataset, steps=7, **options):
-    return list(train_loader(dataset, global_batch_size=8, num_steps=steps, **options))
+    return list(train_loader(dataset, num_steps=steps, **options))
 
 
 def assert_same(first, second):
@@ -131,7 +131,7 @@ def test_any_number_of_ranks_gives_the_same_global_batches(tokenizer, world):
 def test_starting_late_is_the_tail_of_starting_early(tokenizer):
     dataset = pairs(tokenizer)
     assert_same(batches(dataset, steps=3, start_step=9), batches(dataset, steps=12)[9:])
-    assert len(train_loader(dataset, global_batch_size=8, num_steps=3, start_step=9)) == 3
+    assert len(train_loader(dataset, num_steps=3, start_step=9)) == 3
     assert batches(dataset, steps=0) == []
 
 
@@ -240,7 +240,7 @@ class Slow(Memory):
         time.sleep({pause})
         return super().__getitem__(index)
 words = train_bpe(["red thing"], 259, 12)
-loader = iter(train_loader(pairs(words, Slow()), global_batch_size=8, num_steps=1000, num_workers=2))
+loader = iter(train_loader(pairs(words, Slow()), num_steps=1000, num_workers=2))
 {first}
 import multiprocessing
 while len(multiprocessing.active_children()) < 2:
@@ -294,22 +294,22 @@ def test_shards_of_the_steps_ahead_are_fetched(tokenizer, monkeypatch):
     monkeypatch.setattr(loader, "_SAMPLES_AHEAD", 64)  # 16 steps of 4: asked for anew every second one
     source = Afar()
     order = order_for(source, 8, 0, window=5, lanes=2)
-    dataset = PairDataset(source, order, tokenizer, 16, AugmentConfig(), 0)
-    list(train_loader(dataset, global_batch_size=8, rank=1, world_size=2, start_step=3, num_steps=18))
+    dataset = PairDataset(source, order, tokenizer, 16, AugmentConfig())
+    list(train_loader(dataset, rank=1, world_size=2, start_step=3, num_steps=18))
     expected = [order.shards_ahead(step, min(16, 21 - step), 1, 2).tolist() for step in range(3, 21, 2)]
     assert source.asked == expected and len(expected[0]) > 4
     source.asked, source.remote = [], False
-    list(train_loader(dataset, global_batch_size=8, num_steps=2))
+    list(train_loader(dataset, num_steps=2))
     assert not source.asked
-    whole = PairDataset(Afar(), Order(40, 8, 0), tokenizer, 16, AugmentConfig(), 0)
-    assert len(list(train_loader(whole, global_batch_size=8, num_steps=2))) == 2
+    whole = PairDataset(Afar(), Order(40, 8, 0), tokenizer, 16, AugmentConfig())
+    assert len(list(train_loader(whole, num_steps=2))) == 2
 
 
 def test_the_stand_in_is_the_orders(tokenizer):
     bad = {index: None for index in range(10, 20)}  # all of one shard, and of every window that lies in it
     source = Memory(40, images=bad)
     order = ShardedOrder(40, 8, 0, [10] * 4, window=10, lanes=1)
-    dataset = PairDataset(source, order, tokenizer, 16, AugmentConfig(), 0)
+    dataset = PairDataset(source, order, tokenizer, 16, AugmentConfig())
     for position in range(40):
         sample = dataset[position]
         assert sample["index"] not in bad

@@ -35,9 +35,7 @@ def test_a_worker_that_dies_while_its_batch_is_sent(fault, workers, expected, mo
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGCHLD")
 def test_a_worker_that_dies_between_two_batches_is_told_at_the_next():
-    batches = iter(
-        train_loader(pairs(train_bpe(["red thing"], 259, 12)), global_batch_size=8, num_steps=1000, num_workers=1)
-    )
+    batches = iter(train_loader(pairs(train_bpe(["red thing"], 259, 12)), num_steps=1000, num_workers=1))
     next(batches)
     (worker,) = multiprocessing.active_children()
     worker.kill()

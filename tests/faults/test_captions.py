@@ -47,8 +47,8 @@ def images_and_texts(folder):
 
 def loaded(spec, **options):
     source, words = open_source(spec), train_bpe([f"number {index}" for index in range(16)], 300, 12)
-    dataset = PairDataset(source, Order(len(source), 8, 0), words, 16, AugmentConfig(), 0)
-    return list(train_loader(dataset, global_batch_size=8, num_steps=2, **options)), words
+    dataset = PairDataset(source, Order(len(source), 8, 0), words, 16, AugmentConfig())
+    return list(train_loader(dataset, num_steps=2, **options)), words
 
 
 @pytest.mark.parametrize("write", [shard, table, images_and_texts])

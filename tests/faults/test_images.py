@@ -70,9 +70,9 @@ def shard(tmp_path_factory):
 
 def steps(shard, rank=0, world_size=1, num_workers=0, num_steps=6):
     source, words = open_source(shard), train_bpe([f"shade {index}" for index in range(24)], 300, 12)
-    dataset = PairDataset(source, Order(len(source), 8, 0), words, 16, AugmentConfig(), 0)
+    dataset = PairDataset(source, Order(len(source), 8, 0), words, 16, AugmentConfig())
     options = {"rank": rank, "world_size": world_size, "num_workers": num_workers, "num_steps": num_steps}
-    return list(train_loader(dataset, global_batch_size=8, **options)), words
+    return list(train_loader(dataset, **options)), words
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -68,9 +68,9 @@ def test_row_16_same_ids_when_the_number_of_ranks_changes_in_mid_run(kind, token
         loaders = []
         for rank in range(world_size):  # as a new process does, each with an order of its own
             order = order_for(source, BATCH, seed=5, **options)
-            dataset = PairDataset(source, order, tokenizer, 8, AugmentConfig(), seed=5)
+            dataset = PairDataset(source, order, tokenizer, 8, AugmentConfig())
             span = {"start_step": start_step, "num_steps": num_steps}
-            loaders.append(train_loader(dataset, global_batch_size=BATCH, rank=rank, world_size=world_size, **span))
+            loaders.append(train_loader(dataset, rank=rank, world_size=world_size, **span))
         for shares in zip(*loaders, strict=True):
             yield {name: torch.cat([share[name] for share in shares]) for name in ("index", "image", "tokens")}
 
