@@ -30,6 +30,18 @@ def figure_title(name: str) -> str:
     return text.replace("per_class", "per-class").replace("heldout", "held-out").replace("_", " ")
 
 
+def key_parts(key: str) -> tuple[str, str, str]:
+    """Return task in words, data and figure's name of a key 'TASK/DATA/NAME' or 'TASK/NAME'; data may hold slashes."""
+    task, _, rest = key.partition("/")
+    data, _, name = rest.rpartition("/")
+    return task.replace("_", "-"), data, name
+
+
+def is_figure(name: str) -> bool:
+    """Whether it is the name of a figure, rather than of a count or of a chance level."""
+    return _FIGURE_ENDS.search(name) is not None
+
+
 def is_rank(name: str) -> bool:
     """Whether a figure is a rank: better when lower. All others are percent."""
     return name.endswith("rank")
@@ -61,12 +73,11 @@ class RecordedFigure:
 
 
 def figures_of_row(row: dict) -> Iterator[RecordedFigure]:
-    """Read a row of kind 'eval' of metrics.jsonl; counts and chance levels are left out."""
+    """Read a row of kind 'eval' of metrics.jsonl."""
     for key, value in row.items():
-        task, _, rest = key.partition("/")
-        data, _, name = rest.rpartition("/")
-        if _FIGURE_ENDS.search(name) and isinstance(value, (int, float)):
-            yield RecordedFigure(_words(task), data, name, value)
+        task, data, name = key_parts(key)
+        if is_figure(name) and isinstance(value, (int, float)):
+            yield RecordedFigure(task, data, name, value)
 
 
 def figures_of_zero_shot(found: dict) -> Iterator[RecordedFigure]:
@@ -86,9 +97,5 @@ def figures_of_evaluation(found: dict) -> Iterator[RecordedFigure]:
         for name in result.get("headline", ()):
             figure = result["figures"][name]
             interval = None if figure["low"] is None else (figure["low"], figure["high"])
-            kind, value = _words(task["task"]), figure["value"]
+            kind, value = task["task"].replace("_", "-"), figure["value"]
             yield RecordedFigure(kind, task["data"], name, value, interval, figure["chance"])
-
-
-def _words(task: str) -> str:
-    return task.replace("_", "-")

@@ -10,8 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from contrastive.evaluate.outcome import LEVEL, RESAMPLES, Figure, Outcome
-from contrastive.evaluate.tasks import TASKS, EvaluationTask
+from contrastive.evaluate.tasks import LEVEL, RESAMPLES, TASKS, EvaluationTask, Figure, Outcome
 from contrastive.results import EVALUATION_FORMAT, figure_title, figure_written
 
 NOTE = (

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from contrastive.errors import UserError
 from contrastive.evaluate.comparison import NOTE, Comparison, ModelEntry, Row, markdown
-from contrastive.evaluate.outcome import Figure
-from contrastive.evaluate.tasks import EvaluationTask
+from contrastive.evaluate.tasks import EvaluationTask, Figure
 from contrastive.files import claim_folder, write_json, write_whole
 from contrastive.page import html_page
 from contrastive.results import EVALUATION_FILE, EVALUATION_FORMAT, is_rank

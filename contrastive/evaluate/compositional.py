@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from contrastive.data.record import BadSample, Record
+from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sources.paths import IMAGE_SUFFIXES, read_image_file
 from contrastive.errors import UserError, did_you_mean
 from contrastive.evaluate.embeddings import check_text_tower, embed_images, embed_texts, pick_indices
+from contrastive.evaluate.evaluated_model import EvaluatedModel
+from contrastive.evaluate.tasks import TASKS, EvaluationTask, Figure, Need, Outcome, share_interval
 
 ONE_IMAGE = ("filename", "caption", "negative_caption")
 TWO_IMAGES = ("image_0", "image_1", "caption_0", "caption_1")
@@ -42,8 +44,8 @@ class CaptionChoice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImageFiles:
-    """Image files as a source: what `embed_images` asks of one."""
+class ChoiceImages(Source):
+    """The image files that choices name, as a source."""
 
     name: str
     root: Path
@@ -105,7 +107,7 @@ def compositional(
     root = path.parent if image_root is None else Path(image_root).expanduser()
     complete = [choice for choice in choices if choice.complete]
     skipped = Counter({"missing_caption": len(choices) - len(complete)})
-    files = ImageFiles(str(path), root, _distinct(image for choice in complete for image in choice.images))
+    files = ChoiceImages(str(path), root, _distinct(image for choice in complete for image in choice.images))
     loading = {"device": device, "batch_size": batch_size, "num_workers": num_workers, "progress": progress}
     embedded = embed_images(bundle.model, files, bundle.preprocess, **loading)
     kept = _readable(complete, embedded.bad, skipped)
@@ -269,3 +271,33 @@ def _choice(entry: dict, layout: Sequence[str], where: str, key: str) -> Caption
     if not all(isinstance(text, str) for text in (*images, *captions)):
         raise UserError(f"{where}: {', '.join(layout)} have to be texts")
     return CaptionChoice(key, images, tuple(captions))
+
+
+@TASKS.register("compositional")
+@dataclass(frozen=True)
+class Compositional(EvaluationTask):
+    """The right of two captions that differ in one word or their order: SugarCrepe's and Winoground's layouts."""
+
+    title = "compositional"
+
+    data: str
+    """A JSON or JSONL file."""
+    image_root: str | None = None
+    """Folder of the images; none: that of the file."""
+
+    def check(self) -> None:
+        if not Path(self.data).expanduser().is_file():
+            raise UserError(f"no file {self.data}")
+
+    def needs(self) -> list[Need]:
+        return []
+
+    def run(self, subject: EvaluatedModel) -> Outcome:
+        check_text_tower(subject.bundle, "the compositional choice")
+        options = {"image_root": self.image_root, "limit": subject.limit, **subject.loading}
+        result = compositional(subject.bundle, self.data, device=subject.device, **options)
+        names = [name for name in ("acc1", "text_score", "image_score", "group_score") if name in result]
+        chance, count = result["chance"], result["num_samples"]
+        figures = {n: Figure(result[n], share_interval(result[n], count), chance.get(n)) for n in names}
+        details = {n: v for n, v in result.items() if n not in (*names, "chance", "hits")}
+        return Outcome(figures, tuple(names), details)

@@ -13,9 +13,8 @@ import torch
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import ranked
 from contrastive.evaluate.evaluated_model import EvaluatedModel
-from contrastive.evaluate.outcome import Outcome
 from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, counts, hit_figures, probe_device
-from contrastive.evaluate.tasks import TASKS
+from contrastive.evaluate.tasks import TASKS, Outcome
 from contrastive.log import bar
 
 SHOTS = (1, 5, 10, 25)

@@ -12,8 +12,7 @@ from contrastive.errors import UserError
 from contrastive.evaluate.classification import ranked
 from contrastive.evaluate.embeddings import Space
 from contrastive.evaluate.evaluated_model import EvaluatedModel
-from contrastive.evaluate.outcome import Outcome, classification_outcome, per_class_counts
-from contrastive.evaluate.tasks import EvaluationTask, Need
+from contrastive.evaluate.tasks import EvaluationTask, Need, Outcome, classification_outcome, per_class_counts
 
 
 @dataclass(frozen=True)

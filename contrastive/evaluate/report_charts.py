@@ -5,7 +5,6 @@ What metrics.jsonl holds becomes rows without repeats, evaluation scores by name
 
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from contrastive.results import figure_title, figure_written, is_rank
+from contrastive.results import figure_title, figure_written, is_figure, is_rank, key_parts
 
 TRAIN_CHARTS = (
     # title, key, unit, whether it is noisy
@@ -30,7 +29,6 @@ TRAIN_CHARTS = (
 NUM_HEADLINES = 4
 FINAL_ROWS = 20
 """The final loss is the mean of so many logged rows: one batch's loss is noisy."""
-_COUNTS = re.compile(r"num_|duplicate_|chance|seconds|epoch")
 
 WIDTH, HEIGHT = 370, 170
 LEFT, RIGHT, TOP, BOTTOM = 42, 6, 8, 22
@@ -93,18 +91,17 @@ class Score:
 
     @property
     def kind(self) -> str:
-        return self.key.partition("/")[0].replace("_", "-")
+        return key_parts(self.key)[0]
 
     @property
     def source(self) -> str:
         """The data it is of, a long path by its end; empty when the key does not say."""
-        between = self.key.partition("/")[2].rpartition("/")[0]
-        return "/".join(between.split("/")[-2:])
+        return "/".join(key_parts(self.key)[1].split("/")[-2:])
 
     @property
     def name(self) -> str:
         """In words: 'image → text R@10'."""
-        return figure_title(self.key.rpartition("/")[2])
+        return figure_title(key_parts(self.key)[2])
 
     @property
     def is_rank(self) -> bool:
@@ -139,10 +136,8 @@ def column(rows: list[dict], key: str) -> np.ndarray:
 
 def scores_of(rows: list[dict]) -> list[Score]:
     """The evaluation scores, in the order they first come; counts and chance levels left out."""
-    keys = dict.fromkeys(key for row in rows for key in row if key not in ("kind", "step"))
-    return [
-        Score(key) for key in keys if not _COUNTS.match(key.rpartition("/")[2]) and np.isfinite(column(rows, key)).any()
-    ]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [Score(key) for key in keys if is_figure(key_parts(key)[2]) and np.isfinite(column(rows, key)).any()]
 
 
 def best(rows: list[dict], score: Score) -> tuple[float, int]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from contrastive.evaluate.outcome import clustered_interval, median_interval, recall_interval, share_interval
+from contrastive.evaluate.tasks import clustered_interval, median_interval, recall_interval, share_interval
 
 RNG = np.random.default_rng(7)
 

@@ -12,8 +12,8 @@ from test_report import Page
 from contrastive.errors import UserError
 from contrastive.evaluate.comparison import Comparison, ModelEntry, TaskResult, markdown, print_comparison
 from contrastive.evaluate.comparison_output import claim_output, comparison_page, write_output
-from contrastive.evaluate.outcome import Figure, Outcome
 from contrastive.evaluate.suite import task_from
+from contrastive.evaluate.tasks import Figure, Outcome
 
 EVIL = "</style><script>alert('x')</script> | `a` [red]b[/red]"
 
