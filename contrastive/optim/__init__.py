@@ -1,9 +1,8 @@
 """Optimizers by name, the learning-rate schedule, and the moving average of weights."""
 
-from contrastive.optim.base import OPTIMIZERS, OptimizerConfig
 from contrastive.optim.ema import ExponentialMovingAverage
-from contrastive.optim.optimizers import AdamWConfig, MuonConfig
-from contrastive.optim.schedule import ScheduleConfig
+from contrastive.optim.optimizers import OPTIMIZERS, AdamWConfig, MuonConfig, OptimizerConfig
+from contrastive.optim.schedule import ScheduleConfig, set_learning_rates
 
 __all__ = [
     "OPTIMIZERS",
@@ -12,4 +11,5 @@ __all__ = [
     "MuonConfig",
     "OptimizerConfig",
     "ScheduleConfig",
+    "set_learning_rates",
 ]

@@ -1,13 +1,29 @@
-"""AdamW as CLIP and SigLIP use it, and Muon for the hidden matrices."""
+"""Optimizers by name: AdamW as CLIP and SigLIP use it, and Muon for the hidden matrices."""
 
+import math
+import re
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from contrastive.optim.base import LOGIT_PARAMETERS, OPTIMIZERS, is_matrix, trainable
-from contrastive.optim.layer_decay import layer_factors
-from contrastive.optim.muon import Muon
+from contrastive.registry import Registry
+
+LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
+EMBEDDINGS = ("patch_embed", "token_embedding", "class_token", "position_embedding", "pre_norm")
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at zero, so five rounds are enough
+ROUNDS = 5
+
+
+class OptimizerConfig(Protocol):
+    """The options of an optimizer: a frozen dataclass registered in OPTIMIZERS."""
+
+    def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """Return the optimizers that step together; each group has its peak learning rate as `peak_lr`."""
+
+
+OPTIMIZERS: Registry[type[OptimizerConfig]] = Registry("optimizer")
 
 
 @OPTIMIZERS.register("adamw")
@@ -29,7 +45,7 @@ class AdamWConfig:
     """Learning rate of a block as a share of that of the block above it; 1: all alike. 0.65 to 0.9 to fine-tune."""
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
-        return [_adamw(trainable(model), self, layer_factors(model, self.layer_decay))]
+        return [_adamw(_trainable(model), self, layer_factors(model, self.layer_decay))]
 
 
 @OPTIMIZERS.register("muon")
@@ -41,7 +57,7 @@ class MuonConfig(AdamWConfig):
     """Peak learning rate of the matrices, whose updates are orthogonalised."""
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
-        parameters, factors = trainable(model), layer_factors(model, self.layer_decay)
+        parameters, factors = _trainable(model), layer_factors(model, self.layer_decay)
         hidden = {n: p for n, p in parameters.items() if p.ndim == 2 and "transformer.blocks" in n}
         others = {n: p for n, p in parameters.items() if n not in hidden}
         if not hidden:  # the towers are frozen
@@ -57,11 +73,16 @@ class MuonConfig(AdamWConfig):
         return [muon, _adamw(others, self, factors)]
 
 
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that get gradients, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _adamw(parameters: dict[str, nn.Parameter], config: AdamWConfig, factors: dict[str, float]) -> torch.optim.AdamW:
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         factor = config.logit_lr_factor if name in LOGIT_PARAMETERS else factors[name]
-        decay = config.weight_decay if is_matrix(parameter) else 0.0
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0  # not for biases, norms, tokens and scalars
         groups.setdefault((decay, config.lr * factor), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": group, "weight_decay": decay, "peak_lr": lr} for (decay, lr), group in groups.items()],
@@ -70,3 +91,81 @@ def _adamw(parameters: dict[str, nn.Parameter], config: AdamWConfig, factors: di
         eps=config.eps,
         fused=next(iter(parameters.values())).device.type in ("cuda", "cpu"),
     )
+
+
+def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
+    """Return what the learning rate of each parameter is multiplied by, by name.
+
+    It falls from a tower's top to its bottom (Clark et al. 2020, "ELECTRA"; Bao et al. 2021, "BEiT"). The last block
+    has `decay`, each one below it `decay` times the one above, the patch or token embedding with its positions that
+    of a block below the first. All above the blocks, heads included, has 1.
+    """
+    towers = {name: tower for name, tower in model.named_children() if hasattr(tower, "transformer")}
+    depths = {name: len(tower.transformer.blocks) for name, tower in towers.items()}
+    return {name: decay ** _layers_below_top(name, depths) for name, _ in model.named_parameters()}
+
+
+def _layers_below_top(name: str, depths: dict[str, int]) -> int:
+    tower, _, rest = name.partition(".")
+    if tower not in depths:
+        return 0
+    block = re.match(r"transformer\.blocks\.(\d+)\.", rest)
+    if block:
+        return depths[tower] - int(block[1])
+    return depths[tower] + 1 if rest.split(".")[0] in EMBEDDINGS else 0
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum whose matrices are orthogonalised.
+
+    For two-dimensional parameters, with decoupled weight decay.
+
+    Differs from torch.optim.Muon in two ways: matrices of one shape are orthogonalised together, which is
+    faster for the many small ones of a transformer; and on a CPU that runs in float32, because in bfloat16
+    the rounding of a different number of ranks grows to a few parts in 10,000 of the loss within three steps.
+
+    Args:
+        params: matrices, or groups of them.
+        lr: learning rate; a matrix (m, n) is moved by lr · sqrt(max(1, m / n)) in each singular direction.
+        weight_decay: multiplied by lr.
+        momentum: of the gradient's average, Nesterov style.
+    """
+
+    def __init__(self, params, lr: float = 0.02, weight_decay: float = 0.1, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                updates = torch.stack([self._momentum(p, group["momentum"]) for p in parameters])
+                rate = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, list(orthogonalise(updates).unbind()), alpha=-rate)
+
+    def _momentum(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        average = state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(average, momentum)
+
+
+def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """Bring all singular values of each (m, n) matrix in a stack (k, m, n) near 1, by Newton-Schulz rounds.
+
+    They end between about 0.7 and 1.2, which serves as well as exactly 1. Same shape and dtype out.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    if x.shape[1] > x.shape[2]:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(ROUNDS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)

@@ -18,8 +18,7 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.log import MetricsLog, say, warn
 from contrastive.losses import NonFiniteFeatures
-from contrastive.optim import ExponentialMovingAverage
-from contrastive.optim.base import set_learning_rates
+from contrastive.optim import ExponentialMovingAverage, set_learning_rates
 from contrastive.train.checkpoint import load_checkpoint, read_cursor, save_checkpoint
 from contrastive.train.options import RunConfig, num_workers
 from contrastive.train.progress import Advice, ProgressBar, StepTimer

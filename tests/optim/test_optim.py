@@ -3,10 +3,16 @@ import math
 import pytest
 import torch
 
-from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
-from contrastive.optim import AdamWConfig, ExponentialMovingAverage, MuonConfig, ScheduleConfig
-from contrastive.optim.base import set_learning_rates
-from contrastive.optim.muon import Muon, orthogonalise
+from contrastive.models import (
+    ClassifierConfig,
+    DualEncoder,
+    ImageClassifier,
+    ImageTowerConfig,
+    ModelConfig,
+    TextTowerConfig,
+)
+from contrastive.optim import AdamWConfig, ExponentialMovingAverage, MuonConfig, ScheduleConfig, set_learning_rates
+from contrastive.optim.optimizers import Muon, layer_factors, orthogonalise
 
 
 @pytest.fixture
@@ -111,3 +117,38 @@ def test_average_follows_the_weights_and_swaps(model):
     assert model.logit_bias.item() == 1.0
     ema.update(model, step=0)  # early averages forget the random start quickly
     assert ema.average["logit_bias"].item() == pytest.approx(0.1 * expected + 0.9)
+
+
+@pytest.fixture
+def classifier():
+    image = ImageTowerConfig(
+        image_size=16, patch_size=8, width=16, depth=3, num_heads=2, mlp_dim=32, pool="class", class_token=True
+    )
+    return ImageClassifier(ClassifierConfig(image, num_classes=4))
+
+
+def test_rates_fall_towards_the_input(classifier):
+    factors = layer_factors(classifier, 0.5)
+    assert factors["head.weight"] == factors["image_tower.norm.weight"] == 1
+    blocks = [factors[f"image_tower.transformer.blocks.{i}.mlp.fc1.weight"] for i in range(3)]
+    assert blocks == [0.125, 0.25, 0.5]
+    names = ("patch_embed.weight", "class_token", "position_embedding")
+    assert all(factors[f"image_tower.{name}"] == 0.0625 for name in names)
+    assert set(layer_factors(classifier, 1.0).values()) == {1.0}
+
+
+@pytest.mark.parametrize("config", [AdamWConfig(layer_decay=0.5), MuonConfig(layer_decay=0.5)])
+def test_every_parameter_has_the_rate_of_its_layer(classifier, config):
+    names = {parameter: name for name, parameter in classifier.named_parameters()}
+    factors, seen = layer_factors(classifier, 0.5), {}
+    for optimizer in config.build(classifier):
+        peak = config.muon_lr if type(optimizer) is not torch.optim.AdamW else config.lr
+        for group in optimizer.param_groups:
+            seen |= {names[p]: group["peak_lr"] / peak for p in group["params"]}
+    assert seen == pytest.approx(factors)
+
+
+def test_muon_without_hidden_matrices_to_train(classifier):
+    classifier.image_tower.requires_grad_(False)
+    (optimizer,) = MuonConfig().build(classifier)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
