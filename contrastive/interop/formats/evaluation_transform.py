@@ -14,8 +14,6 @@ from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.formats.option_kinds import check_like, is_like, per_channel
 
-# What timm takes where `pretrained_cfg` is silent (timm.data.constants).
-TIMM_MEAN, TIMM_STD, TIMM_CROP_PCT = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.875
 TIMM_MODES = {"center": "crop", "squash": "squash"}
 OPEN_CLIP_MODES = {"shortest": "crop", "squash": "squash"}
 
@@ -46,9 +44,11 @@ def read_timm_transform(cfg: Mapping, size: tuple[int, int], kept: tuple[int, in
     Raises:
         UserError: a crop_pct, mean or std that is no number, or none above zero.
     """
+    from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
     interpolation, mode = cfg.get("interpolation") or "bicubic", cfg.get("crop_mode") or "center"
-    crop_pct = cfg.get("crop_pct") or TIMM_CROP_PCT
-    if not is_like(crop_pct, TIMM_CROP_PCT) or crop_pct <= 0:
+    crop_pct = cfg.get("crop_pct") or DEFAULT_CROP_PCT
+    if not is_like(crop_pct, DEFAULT_CROP_PCT) or crop_pct <= 0:
         raise UserError(f"{where}: pretrained_cfg.crop_pct is {crop_pct!r}; it has to be a number above 0")
     exact, problem = mode == "squash" and crop_pct == 1, None
     if interpolation not in ("bicubic", "bilinear"):
@@ -67,8 +67,8 @@ def read_timm_transform(cfg: Mapping, size: tuple[int, int], kept: tuple[int, in
             f"pretrained_cfg in {where} asks for {problem} which our preprocessing has not; prepare images with "
             "timm.data.create_transform and give the model pixels"
         )
-    mean = per_channel("pretrained_cfg.mean", cfg.get("mean") or TIMM_MEAN, where)
-    std = per_channel("pretrained_cfg.std", cfg.get("std") or TIMM_STD, where)
+    mean = per_channel("pretrained_cfg.mean", cfg.get("mean") or IMAGENET_DEFAULT_MEAN, where)
+    std = per_channel("pretrained_cfg.std", cfg.get("std") or IMAGENET_DEFAULT_STD, where)
     return made_preprocess(TIMM_MODES[mode], math.floor(size[0] / crop_pct), size, kept, (mean, std), interpolation)
 
 

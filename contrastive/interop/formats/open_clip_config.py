@@ -81,7 +81,9 @@ def _completed(section: str, given: Any, config_class: type, where: Path) -> dic
     for name, value in given.items():
         if name not in defaults:
             raise UserError(f"{where}: unknown option {section}.{name}.{did_you_mean(name, defaults)}")
-        kinds, default = _kinds(types[name]), defaults[name]
+        annotation, default = types[name], defaults[name]
+        kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+        # Some fields that are null by default are annotated as if they never were.
         if not (any(_is(value, kind) for kind in kinds) or (value is None and default is None)):
             example = EXAMPLES.get(get_origin(kinds[0]) or kinds[0]) if default is None else default
             raise unlike(f"{section}.{name}", value, example, where)
@@ -89,11 +91,6 @@ def _completed(section: str, given: Any, config_class: type, where: Path) -> dic
         if name in POSITIVE and any(side is not None and side <= 0 for side in sides):
             raise UserError(f"{where}: {section}.{name} is {value!r}; it has to be above 0")
     return {**defaults, **given}
-
-
-def _kinds(annotation: Any) -> tuple:
-    """The types that an annotation allows."""
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -235,13 +232,6 @@ def is_native(image: ImageTowerConfig, text: TextTowerConfig) -> bool:
     return shape and (image.activation == "quick_gelu") == (text.activation == "quick_gelu")
 
 
-def text_problems(text: TextTowerConfig) -> list[str]:
-    """Return the options that open_clip's text tower cannot express, each with what to do."""
-    if text.pool == "average":
-        return ["model.text.pool 'average' (its text towers pool at one token; train with 'eos' or 'last')"]
-    return []
-
-
 def write_native_image(image: ImageTowerConfig, size: tuple[int, int]) -> dict:
     """Return vision_cfg of a native tower of (height, width) pixels."""
     return {
@@ -255,7 +245,7 @@ def write_native_image(image: ImageTowerConfig, size: tuple[int, int]) -> dict:
 
 
 def write_model(config: ModelConfig, native: bool, vision_cfg: dict, tokenizer_cfg: dict) -> dict:
-    """Return model_cfg of a model that `text_problems` finds nothing in; `tokenizer_cfg` goes into its text_cfg."""
+    """Return model_cfg of a model whose texts are not pooled by the mean; `tokenizer_cfg` goes into its text_cfg."""
     text, options = config.text, {}
     if config.init_logit_scale is not None:
         options["init_logit_scale"] = math.log(config.init_logit_scale)

@@ -37,7 +37,6 @@ from contrastive.interop.formats.open_clip_config import (
     is_native,
     model_options,
     read_sections,
-    text_problems,
     write_model,
     write_native_image,
 )
@@ -92,7 +91,10 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     else:
         image, size = image_options(vision, model_cfg["quick_gelu"], where)
     config = model_options(model_cfg, image, text, where)
-    model = _built(config, where)
+    try:
+        model = DualEncoder(config)
+    except UserError as error:  # sizes that do not go together
+        raise UserError(f"{where}: {error}") from None
     kept = whole_patches(size, image.patch_size)
     model.image_tower.set_input_size(kept)
     weights, theirs = read_weights(read_safetensors(folder, WEIGHTS), model, vision, text, trunk, folder)
@@ -104,13 +106,6 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
         config=config,
         path=folder,
     )
-
-
-def _built(config: ModelConfig, where: Path) -> DualEncoder:
-    try:
-        return DualEncoder(config)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _tokenizer(text: Mapping[str, Any], config: ModelConfig, folder: Path) -> Tokenizer | Absent:
@@ -142,7 +137,9 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
         raise UserError(f"{bundle.path}: open_clip holds an image and a text tower; use --to timm or transformers")
     image, text = model.image_tower.config, model.config.text
     native = is_native(image, text)
-    problems = text_problems(text) + ([] if native else timm_problems(image))
+    problems = [] if native else timm_problems(image)
+    if text.pool == "average":
+        problems.append("model.text.pool 'average' (its text towers pool at one token; train with 'eos' or 'last')")
     preprocess = checked_preprocess(bundle)
     problems += open_clip_transform_problems(preprocess, image.patch_size)
     if problems:

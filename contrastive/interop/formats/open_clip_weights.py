@@ -1,6 +1,6 @@
 """Names of open_clip's weights and ours; its image towers that are models of timm (`timm_model_name`)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from contrastive.models import DualEncoder, ImageTowerConfig
 TRUNK = "visual.trunk."
 TEXT_PREFIX = "text."
 DERIVED = ("attn_mask", "text.attn_mask")  # buffers that old files hold
+# From our names to theirs, in this order: each pattern sees what those before it have made.
 RENAMES = (
     (r"^text_tower\.norm", "text_tower.ln_final"),
     (r"^text_tower\.projection", "text_tower.text_projection"),
@@ -63,7 +64,7 @@ def read_weights(
     file = {name: tensor for name, tensor in file.items() if name not in DERIVED}
     # CustomTextCLIP's names, which open_clip also reads where the config asks for them and the file has CLIP's.
     prefix = TEXT_PREFIX if any(name.startswith(TEXT_PREFIX) for name in file) else ""
-    scaled = {"visual.": vision["ls_init_value"] is not None, prefix: text["ls_init_value"] is not None}
+    scaled = [tower for tower, cfg in (("visual.", vision), (prefix, text)) if cfg["ls_init_value"] is not None]
     table = _table(model.state_dict(), prefix, trunk is not None, scaled, unit_axes=1)
     weights, theirs = to_ours(table, file, where)
     if trunk is not None:
@@ -87,13 +88,13 @@ def written_weights(model: DualEncoder, native: bool) -> dict[str, torch.Tensor]
 
 
 def _table(
-    names: Iterable[str], prefix: str, has_trunk: bool, scaled: Mapping[str, bool] | None = None, unit_axes: int = 0
+    names: Iterable[str], prefix: str, has_trunk: bool, scaled: Sequence[str] = (), unit_axes: int = 0
 ) -> list[TensorNames]:
     """The table of all but a tower of timm.
 
     Args:
         prefix: of the text tower: '' of open_clip's class CLIP, 'text.' of its CustomTextCLIP (`custom_text`).
-        scaled: whether the blocks of the tower with this prefix scale what they add (LayerScale).
+        scaled: prefixes of the towers whose blocks scale what they add (LayerScale).
         unit_axes: those of the scale and the bias of the logits.
     """
     names = [name for name in names if not (has_trunk and name.startswith("image_tower."))]
@@ -101,11 +102,10 @@ def _table(
     if "text_tower.projection.bias" not in names:  # a plain matrix of theirs, else a Linear
         renames.append((r"text_projection\.weight", "text_projection"))
     scales = []
-    for tower, is_scaled in (scaled or {}).items():
+    for tower in scaled:
         block = rf"^({tower}transformer\.resblocks\.\d+\.)"
-        if is_scaled:
-            scales += [(rf"{block}attn\.out_proj\.\w+$", r"\1ls_1.gamma")]
-            scales += [(rf"{block}mlp\.c_proj\.\w+$", r"\1ls_2.gamma")]
+        scales.append((rf"{block}attn\.out_proj\.\w+$", r"\1ls_1.gamma"))
+        scales.append((rf"{block}mlp\.c_proj\.\w+$", r"\1ls_2.gamma"))
     axes = dict.fromkeys(("logit_scale", "logit_bias"), unit_axes)
     return renamed_table(names, renames, ("visual.proj", f"{prefix}text_projection"), axes, scales)
 

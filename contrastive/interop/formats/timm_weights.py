@@ -17,6 +17,7 @@ TOWER = "image_tower."
 PROJECTION = f"{TOWER}projection.weight"
 HEAD_KEY = "contrastive_head"
 """What a folder of ours says its head is, in a key of config.json that timm passes over."""
+# From our names to theirs, in this order: each pattern sees what those before it have made.
 RENAMES = (
     (rf"^{TOWER}", ""),
     (r"^transformer\.", ""),
@@ -32,6 +33,7 @@ RENAMES = (
     (r"^class_token", "cls_token"),
     (r"^pre_norm", "norm_pre"),
 )
+# LayerScale multiplies what attention and MLP add, which is as if it multiplied their last layer.
 SCALES = ((r"(blocks\.\d+\.)attn\.proj\.\w+$", r"\1ls1.gamma"), (r"(blocks\.\d+\.)mlp\.fc2\.\w+$", r"\1ls2.gamma"))
 HeadKind = Literal["none", "projection", "classifier"]
 

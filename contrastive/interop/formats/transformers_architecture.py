@@ -93,8 +93,7 @@ def _problems(parts: Parts, family: str) -> Iterable[tuple[str, str | None]]:
             if option == "projection_bias" and not config.projection:
                 continue
             if value not in possible:
-                asked = str(possible[0]).lower() if isinstance(possible[0], bool) else possible[0]
-                flag = f"--model.{section}.{option} {asked}"
+                flag = f"--model.{section}.{option} {possible[0]}"
                 if isinstance(possible[0], bool):
                     flag = f"--model.{section}.{'' if possible[0] else 'no_'}{option}"
                 has = " or ".join(str(each).lower() for each in possible)

@@ -10,6 +10,7 @@ import torch
 from contrastive.interop.formats.key_table import TensorNames, renamed_table
 from contrastive.models import ImageTowerConfig, TextTowerConfig
 
+# From our names to theirs, in this order: each pattern sees what those before it have made.
 RENAMES = (
     (r"^image_tower\.", "vision_model."),
     (r"^text_tower\.", "text_model."),
