@@ -109,12 +109,9 @@ def run(args: list[str]) -> None:
 
 def _parsed(cli: types.ModuleType, args: list[str]) -> argparse.Namespace:
     """CLIP_benchmark's own parser, which reads sys.argv, with our defaults."""
-    argv, own = sys.argv, cli.argparse
-    sys.argv, cli.argparse = [PROG, *args], types.SimpleNamespace(ArgumentParser=_Parser)
-    try:
+    ours = types.SimpleNamespace(ArgumentParser=_Parser)
+    with patch.object(sys, "argv", [PROG, *args]), patch.object(cli, "argparse", ours):
         return cli.get_parser_args()[1]
-    finally:
-        sys.argv, cli.argparse = argv, own
 
 
 def _evaluate(cli: types.ModuleType, options: argparse.Namespace) -> None:
