@@ -15,6 +15,7 @@ from torch import nn
 
 import contrastive
 from contrastive.errors import UserError
+from contrastive.files import write_json
 from contrastive.interop.bundle import weights_key
 
 IGNORED = -100  # the label that transformers' loss leaves out
@@ -105,7 +106,7 @@ class Captioner(nn.Module):
         self.tokenizer.save_pretrained(folder / "language_model")
         place = str(Path(encoder_path).resolve()) if Path(encoder_path).exists() else encoder_path  # or a hub's name
         made = {"encoder": place, "layer": layer, "encoder_sha256": weights_key(self.encoder)}
-        (folder / "captioner.json").write_text(json.dumps(made, indent=1))
+        write_json(folder / "captioner.json", made)
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "Captioner":

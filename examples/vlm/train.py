@@ -11,7 +11,6 @@ where those have class names (scenes: colour and shape), the share of captions t
 
 import argparse
 import itertools
-import json
 import math
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from contrastive.command_line import Parser, at_least
 from contrastive.data.record import BadSample, Source
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
+from contrastive.files import write_json
 from contrastive.log import run_script, say
 
 VOCABULARY_SAMPLES = 5_000
@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> None:
     if accelerator.is_main_process:
         model.save(options.out, str(options.encoder), options.layer)
         results = [score(model, source, options.eval_images, accelerator.device) for source in held_out]
-        (options.out / "results.json").write_text(json.dumps(results, indent=1))
+        write_json(options.out / "results.json", results)
         say(f"wrote {options.out}; caption your own: python examples/vlm/caption.py {options.out} IMAGE...")
     accelerator.end_training()
 
