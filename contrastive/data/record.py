@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
 
     from contrastive.data.shards.remote import Wanted
@@ -72,6 +74,21 @@ def some_have(source: Source, of: Callable[[int], object]) -> bool:
         except BadSample:
             continue
     return False
+
+
+def fingerprint_of(identity: str | bytes) -> str:
+    """Return the fingerprint, 16 hex digits, of a source told from others by the text; lone surrogates become '?'."""
+    content = identity if isinstance(identity, bytes) else identity.encode("utf-8", "replace")
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def part_and_row(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """Return the number of the part that holds `index`, and the row in it, of parts that lie end to end.
+
+    ends: int (n,), where each of them ends. Empty parts are passed over.
+    """
+    number = int(np.searchsorted(ends, index, side="right"))
+    return number, index - (int(ends[number - 1]) if number else 0)
 
 
 class Source:

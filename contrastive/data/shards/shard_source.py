@@ -1,6 +1,5 @@
 """WebDataset shards as a map-style source: samples read from the tar files by offset, nothing extracted."""
 
-import hashlib
 import json
 import math
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from contrastive.data.class_sets import class_names_beside
-from contrastive.data.record import BadSample, Record, Source, check_index
+from contrastive.data.record import BadSample, Record, Source, check_index, fingerprint_of, part_and_row
 from contrastive.data.shards.remote import Wanted, open_copy
 from contrastive.data.shards.shard_index import CAPTION_FIELDS, MAX_TEXT_BYTES, REFUSALS, IndexedShard, load_index
 from contrastive.data.shards.shard_manifest import total
@@ -56,7 +55,7 @@ class Shards(Source):
         self.captioned = bool(caption_field or total(shards, "captions"))
         named = zip(self._shard_names, shards, strict=True)
         identity = "\n".join(f"{short} {shard.summary.size} {shard.summary.samples}" for short, shard in named)
-        self.fingerprint = hashlib.blake2b(identity.encode("utf-8", "replace"), digest_size=8).hexdigest()
+        self.fingerprint = fingerprint_of(identity)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -83,9 +82,7 @@ class Shards(Source):
         return [(shard.location, shard.summary.size, shard.summary.sha256) for shard in remote]
 
     def _sample(self, index: int) -> "ShardSample":
-        index = check_index(self, index)
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        row = index - int(self._ends[number] - self.shard_sizes[number])
+        number, row = part_and_row(self._ends, check_index(self, index))
         return ShardSample(self._shards[number], row, self._shard_names[number])
 
     def _captions(self, sample: "ShardSample") -> Captions:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from contrastive.data.record import BadSample, Record, Source, check_index
+from contrastive.data.record import BadSample, Record, Source, check_index, part_and_row
 from contrastive.data.sources.paths import MAX_IMAGE_BYTES, read_image_file
 from contrastive.errors import UserError, did_you_mean
 
@@ -262,10 +262,9 @@ class ColumnSource(Source):
 
     def _locate(self, index: int) -> tuple[TablePart, str]:
         """The part of the row, and its key: the part's label and the row in it, counted from 0."""
-        index = check_index(self, index)
-        number = int(np.searchsorted(self._ends, index, side="right"))
+        number, row = part_and_row(self._ends, check_index(self, index))
         part = self._parts[number]
-        return part, f"{part.label}:{index - int(self._ends[number]) + part.num_rows}"
+        return part, f"{part.label}:{row}"
 
 
 def _read(cells: Cells, row: int, key: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from contrastive.data.prompts import fill
-from contrastive.data.record import BadSample, Record, Source, Wrapped, check_index
+from contrastive.data.record import BadSample, Record, Source, Wrapped, check_index, fingerprint_of, part_and_row
 from contrastive.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,8 +39,7 @@ class ClassPrompts(Wrapped):
         super().__init__(source)
         self.templates, self.prompted, self.captioned = templates, True, True
         self._filled = tuple(fill(templates, name) for name in source.class_names)
-        identity = "\n".join((source.fingerprint, *templates))
-        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        self.fingerprint = fingerprint_of("\n".join((source.fingerprint, *templates)))
 
     @property
     def stored(self) -> Source:
@@ -87,8 +85,7 @@ class LabelledSubset(Wrapped):
             # The shards keep their numbers, by which the order asks for them, with fewer samples in each or none.
             ends = np.searchsorted(self._indices, np.cumsum(source.shard_sizes))
             self.shard_sizes = np.diff(ends, prepend=0)
-        identity = source.fingerprint.encode() + self._indices.tobytes()
-        self.fingerprint = hashlib.blake2b(identity, digest_size=8).hexdigest()
+        self.fingerprint = fingerprint_of(source.fingerprint.encode() + self._indices.tobytes())
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -157,8 +154,7 @@ class Mixture(Source):
             raise UserError(f"{name}: '{twice}' is there twice; name it once, with the sum of the weights")
         class_names = {part.class_names for part in parts}
         self.class_names = class_names.pop() if len(class_names) == 1 else None
-        identity = "\n".join(part.fingerprint for part in parts)
-        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        self.fingerprint = fingerprint_of("\n".join(part.fingerprint for part in parts))
         self.remote = any(part.remote for part in parts)
         self._ends = np.cumsum([len(part) for part in parts])
 
@@ -191,10 +187,8 @@ class Mixture(Source):
         return [file for number, shard in shards for file in self._parts[number].wanted([shard])]
 
     def _locate(self, index: int) -> tuple[Source, int]:
-        index = check_index(self, index)
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        part = self._parts[number]
-        return part, index - int(self._ends[number]) + len(part)
+        number, row = part_and_row(self._ends, check_index(self, index))
+        return self._parts[number], row
 
 
 @contextmanager

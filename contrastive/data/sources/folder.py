@@ -1,12 +1,11 @@
 """A folder of image files, with class folders or with captions beside the images."""
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from contrastive.data.record import BadSample, Record, Source, check_index
+from contrastive.data.record import BadSample, Record, Source, check_index, fingerprint_of
 from contrastive.data.shards.shard_index import PackedBytes
 from contrastive.data.sources.paths import IMAGE_SUFFIXES, read_image_file
 from contrastive.errors import UserError
@@ -36,8 +35,7 @@ class ImageFiles(Source):
         self.name, self.class_names = name, class_names
         self._root, self._labels = root, labels
         self._paths = PackedBytes.of(os.fsencode(path) for path in paths)
-        listing = "\0".join((*paths, *texts))
-        self.fingerprint = hashlib.blake2b(os.fsencode(listing), digest_size=8).hexdigest()
+        self.fingerprint = fingerprint_of(os.fsencode("\0".join((*paths, *texts))))
 
     def __len__(self) -> int:
         return len(self._paths)

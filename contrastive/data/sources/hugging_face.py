@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contrastive.data.class_sets import class_names_beside
+from contrastive.data.record import fingerprint_of
 from contrastive.data.sources.columns import (
     Columns,
     ColumnSource,
@@ -126,4 +126,4 @@ def _fingerprint(dataset: Dataset) -> str:
     files = sorted(entry["filename"] for entry in dataset.cache_files)
     parts = [f"{os.path.basename(path)} {os.path.getsize(path)}" for path in files]
     identity = "\n".join((str(len(dataset)), str(dataset.features), *parts))
-    return hashlib.blake2b(identity.encode("utf-8", "replace"), digest_size=8).hexdigest()
+    return fingerprint_of(identity)

@@ -5,14 +5,13 @@ in training, so that `heldout` measures whether a model composes what it learnt.
 signed-distance functions: smooth edges at any size, no image library.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 
-from contrastive.data.record import Record, Source, check_index
+from contrastive.data.record import Record, Source, check_index, fingerprint_of
 from contrastive.data.sources.scene_layout import (
     COLOURS,
     SHAPES,
@@ -98,7 +97,7 @@ class Scenes(Source):
         self.class_names = tuple(" ".join(pair) for pair in PAIRS) if self._labelled_pairs else None
         self.heldout_labels = HELD_OUT_LABELS
         identity = f"{_VERSION} {split} {image_size} {self._length}"
-        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        self.fingerprint = fingerprint_of(identity)
 
     def __len__(self) -> int:
         return self._length

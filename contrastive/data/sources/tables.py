@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from contrastive.data.class_sets import class_names_beside
+from contrastive.data.record import fingerprint_of, part_and_row
 from contrastive.data.sources.columns import (
     ArrowCells,
     Columns,
@@ -86,7 +87,7 @@ def open_table(name: str, paths: Sequence[str], asked: Columns) -> ColumnSource:
         captions=[(ArrowCells(rows.column(caption)), weight) for caption, weight in columns.weighted],
         labels=labels,
         class_names=class_names,
-        fingerprint=hashlib.blake2b(identity.encode("utf-8", "replace"), digest_size=8).hexdigest(),
+        fingerprint=fingerprint_of(identity),
     )
 
 
@@ -223,12 +224,11 @@ class ParquetImages:
             self._groups += [(path, group) for group in range(metadata.num_row_groups)]
             sizes += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._ends = np.cumsum(sizes, dtype=np.int64)
-        self._sizes = np.array(sizes, dtype=np.int64)
         self._decoded: dict[int, pa.ChunkedArray] = {}
 
     def __getitem__(self, row: int) -> Any:
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        return self._group(number)[row - int(self._ends[number] - self._sizes[number])].as_py()
+        number, row = part_and_row(self._ends, row)
+        return self._group(number)[row].as_py()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_decoded": {}}
