@@ -57,7 +57,7 @@ def shards_of(spec: str) -> list[str]:
     elif "://" in spec or spec.startswith("pipe:"):
         raise UserError(f"'{spec}': not read; use local files, or shards under https://, s3://, gs:// or hf://")
     elif is_index(spec):
-        return [entry.location for entry in read_index(spec)]
+        return [shard.location for shard in read_index(spec)]
     else:
         locations = expand_paths(spec)
     for location in locations:
@@ -70,22 +70,22 @@ def indexed(spec: str) -> list[IndexedShard]:
     """Return what the index says of the shards that `spec` names, as they may no longer be."""
     if is_index(spec):
         return read_index(spec)
-    entries = find_shards(shards_of(spec))
-    if None in entries:
-        raise UserError(f"{spec}: {entries.count(None)} shards have no index; run scripts/index.py without --verify")
-    return entries
+    shards = find_shards(shards_of(spec))
+    if None in shards:
+        raise UserError(f"{spec}: {shards.count(None)} shards have no index; run scripts/index.py without --verify")
+    return shards
 
 
-def describe(entries: Sequence[IndexedShard]) -> str:
-    refused = sum((Counter(entry.summary.refused) for entry in entries), Counter())
+def describe(shards: Sequence[IndexedShard]) -> str:
+    refused = sum((Counter(shard.summary.refused) for shard in shards), Counter())
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(refused.items()))
-    folders = sorted({os.path.dirname(entry.index_path) for entry in entries})
+    folders = sorted({os.path.dirname(shard.index_path) for shard in shards})
     return "\n".join(
         (
-            f"shards    {len(entries):,} ({total(entries, 'size') / 1e9:.2f} GB)",
-            f"samples   {total(entries, 'samples'):,}",
-            f"captioned {total(entries, 'captions'):,}",
-            f"labelled  {total(entries, 'labels') + total(entries, 'label_names'):,}",
+            f"shards    {len(shards):,} ({total(shards, 'size') / 1e9:.2f} GB)",
+            f"samples   {total(shards, 'samples'):,}",
+            f"captioned {total(shards, 'captions'):,}",
+            f"labelled  {total(shards, 'labels') + total(shards, 'label_names'):,}",
             f"refused   {refused.total():,}" + (f" ({reasons})" if reasons else ""),
             f"index     {', '.join(folders)}",
         )
@@ -95,11 +95,11 @@ def describe(entries: Sequence[IndexedShard]) -> str:
 def main(arguments: list[str]) -> None:
     options = parse(IndexConfig, arguments, [], prog="index.py", description=__doc__)
     if options.verify:
-        entries = indexed(options.spec)
-        verify_shards(entries, options.workers)
+        shards = indexed(options.spec)
+        verify_shards(shards, options.workers)
     else:
-        entries = index_shards(shards_of(options.spec), digest=True, workers=options.workers, force=options.force)
-    print(describe(entries))
+        shards = index_shards(shards_of(options.spec), digest=True, workers=options.workers, force=options.force)
+    print(describe(shards))
     if options.verify:
         print("verified  every shard is as it was when it was indexed")
 

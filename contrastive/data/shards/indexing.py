@@ -79,23 +79,23 @@ def _is_current(shard: IndexedShard, digest: bool, force: bool) -> bool:
     return (state.st_size, state.st_mtime_ns) == (summary.size, summary.mtime_ns)
 
 
-class _Job(NamedTuple):
-    """A shard to index, as it was named, and where its entry is to go."""
+class _Unindexed(NamedTuple):
+    """A shard to be indexed: as it was asked for, the index folder that its entry goes to, and its name there."""
 
     asked: str
     folder: IndexFolder
     name: str
 
 
-def _jobs(locations: Sequence[str], shards: Sequence[IndexedShard | None]) -> list[_Job]:
-    """Return what is to be done for the locations without a shard."""
+def _jobs(locations: Sequence[str], shards: Sequence[IndexedShard | None]) -> list[_Unindexed]:
+    """Return what is to be indexed: each location without a shard."""
     jobs, folders = [], {}
     for location, shard in zip(locations, shards, strict=True):
         if shard is None:
             folder, name = folder_and_name(location)
             if folder not in folders:
                 folders[folder] = _writable(index_folders(folder))
-            jobs.append(_Job(location, folders[folder], name))
+            jobs.append(_Unindexed(location, folders[folder], name))
     return jobs
 
 
@@ -115,8 +115,9 @@ def _writable(folders: Sequence[IndexFolder]) -> IndexFolder:
 
 @contextlib.contextmanager
 def _locked(folders: Iterable[IndexFolder]) -> Iterator[None]:
-    """Hold the locks of all index folders that will be written, in one order, so that nobody waits in a ring."""
+    """Hold the locks of all index folders that will be written."""
     with contextlib.ExitStack() as stack:
+        # Sorted: two processes that took the same locks in another order would wait for each other for ever.
         for path in sorted({folder.path for folder in folders}):
             os.makedirs(path, exist_ok=True)
             lock = FileLock(os.path.join(path, "lock"))
@@ -130,9 +131,12 @@ def _locked(folders: Iterable[IndexFolder]) -> Iterator[None]:
 
 
 def _build(
-    jobs: Sequence[_Job], fits: Callable[[IndexedShard], bool], digest: bool, workers: int | None
+    jobs: Sequence[_Unindexed], fits: Callable[[IndexedShard], bool], digest: bool, workers: int | None
 ) -> dict[str, IndexedShard]:
-    """Index the shards and add them to the manifests, as far as it goes; return them as they were asked for."""
+    """Index the shards and return them by the location that was asked for.
+
+    Whatever ends this early, the shards that are done are added to their manifests.
+    """
     built, faults = {}, []
     index = partial(_index_one, fits=fits, digest=digest)
     try:
@@ -147,7 +151,7 @@ def _build(
     return {job.asked: shard for job, shard in built.items()}
 
 
-def _index_one(job: _Job, fits: Callable[[IndexedShard], bool], digest: bool) -> IndexedShard | str:
+def _index_one(job: _Unindexed, fits: Callable[[IndexedShard], bool], digest: bool) -> IndexedShard | str:
     """Index one shard and store that. What the user can mend comes back as the message."""
     location, path = job.folder.location(job.name), job.folder.index_path(job.name)
     # An interrupted build leaves indexes that are in no manifest yet.
@@ -163,20 +167,21 @@ def _index_one(job: _Job, fits: Callable[[IndexedShard], bool], digest: bool) ->
 
 def _index_copy(url: str, digest: bool) -> tuple[ShardIndex, ShardSummary]:
     path = copy_path(url)
+    # A copy from before may be of another file: the address has been given a new one when it is indexed again.
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)  # it may be of what the address held before
-    descriptor = open_copy(url)  # open, so that the copy stays
+        os.unlink(path)
+    descriptor = open_copy(url)  # held open, so that no other process evicts the copy
     try:
         index, summary = index_shard(path, digest)
     except UserError as error:
-        os.unlink(path)  # what is mended there is to be fetched anew
+        os.unlink(path)  # when the damage is mended at its source, the shard has to be fetched anew
         raise UserError(str(error).replace(path, url)) from None
     finally:
         os.close(descriptor)
     return index, replace(summary, mtime_ns=0)
 
 
-def _write(built: dict[_Job, IndexedShard]) -> None:
+def _write(built: dict[_Unindexed, IndexedShard]) -> None:
     """Add what was built to the manifests."""
     by_folder: dict[IndexFolder, dict[str, ShardSummary]] = {}
     for job, shard in built.items():

@@ -52,10 +52,10 @@ def download(
 ) -> None:
     """Write the file at `url` to `path`, which is complete and flushed when this returns.
 
-    http and https are read by the standard library, without the event loop that other libraries' processes must
-    not inherit; all else by fsspec. A server that is busy, a cut connection and one that brings nothing for
-    TIMEOUT seconds are tried again, ATTEMPTS times in all, with growing waits. A whole file with another sha256 is
-    fetched once more.
+    http and https are read by the standard library: fsspec runs an event loop in a thread for them, which a process
+    that is forked later inherits in a broken state. All else is read by fsspec. A server that is busy, a cut
+    connection and one that brings nothing for TIMEOUT seconds are tried again, ATTEMPTS times in all, with growing
+    waits. A whole file with another sha256 is fetched once more.
 
     Args:
         size, sha256: what it has to be, where that is known.
@@ -107,7 +107,7 @@ def _index_again(url: str) -> str:
     return f"if it was replaced, run `python scripts/index.py {shlex.quote(url)} --force`"
 
 
-# The length in bytes where it is known, what to close, and what reads the next chunk.
+# The length in bytes where it is known, what is to be closed, and what reads the next chunk.
 Opened = tuple[int | None, Any, Callable[[], bytes]]
 
 
@@ -144,7 +144,10 @@ def _within(seconds: float, function: Callable[..., Any], *arguments: Any) -> An
 
 
 def _guarded(url: str, call: Callable[[], Any]) -> Any:
-    """Tell what will not pass (UserError) from what may (_Transient); an OSError is left to mean the local disk."""
+    """Call what reads from afar: what fails for good is a UserError, what may go better next time a _Transient.
+
+    So any OSError that is seen outside comes from the local disk.
+    """
     try:
         return call()
     except urllib.error.HTTPError as error:

@@ -25,7 +25,9 @@ CAPTION_FIELDS = ("captions", "caption")
 MAX_TEXT_BYTES = 2**20
 _SUFFIXES = frozenset(suffix.encode() for suffix in (*IMAGE_SUFFIXES, *ROLES[1:]))
 _META = re.compile(rb"__[^/]*__($|/)")  # not samples, by WebDataset's convention
-_LARGEST = 2**31 - 1  # of int32; a member of this size or above is refused anyway
+# Offsets are kept in blocks of 512 bytes as int32, which is half the memory and reaches 1 TB. A member of this size
+# or above is refused anyway, so that its size may be cut to it.
+_LARGEST = 2**31 - 1
 _MAX_FIELDS = 100
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
 _MEND = "run scripts/index.py on the data with --force"
@@ -235,7 +237,11 @@ def _read_json(descriptor: int, offset: int, size: int) -> dict:
 
 
 def save_index(path: str, index: ShardIndex, summary: ShardSummary) -> None:
-    """Write an index and its summary to one .npz, whole or not at all."""
+    """Write an index and its summary to one .npz, whole or not at all.
+
+    The manifest repeats the summary: the one in here tells a resumed build what is done, and a reader whether the
+    two belong together.
+    """
     arrays = {
         "spans": index.spans,
         "refusals": index.refusals,
@@ -261,7 +267,7 @@ def load_summary(path: str) -> ShardSummary | None:
         return None
 
 
-# One table a process, outside the source: nothing to pickle.
+# A table of the process, not of the source: a source that is sent to a worker stays small.
 @lru_cache(maxsize=_MAX_LOADED)
 def load_index(shard: IndexedShard) -> ShardIndex:
     """Return the index that `save_index` wrote for a shard in this state.

@@ -19,6 +19,7 @@ from contrastive.files import cache_folder, write_whole
 
 INDEX_FOLDER, MANIFEST = ".contrastive-index", "manifest.json"
 _FORMAT, _VERSION = "contrastive shard index", 1
+# What a manifest beside its shards says of their place: the folder may be moved as a whole.
 _BESIDE = ".."
 
 
@@ -55,6 +56,7 @@ class IndexFolder:
     def index_path(self, name: str) -> str:
         """Return where the places of the samples of a shard are kept."""
         safe = re.sub(r"[^\w.-]", "_", name)
+        # 'a?b' and 'a_b' must not share a file: names that had to be changed carry a hash of the original.
         if safe != name:
             safe = f"{safe[:100]}-{_hash(name)}"
         return os.path.join(self.path, f"{safe}.npz")

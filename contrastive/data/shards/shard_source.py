@@ -204,13 +204,8 @@ class _OpenFile:
         os.close(self.descriptor)
 
 
-# An open copy stays in the cache: with few of them a process, its limit holds.
-@lru_cache(maxsize=8)
-def _open_remote(shard: IndexedShard) -> _OpenFile:
-    return _OpenFile(open_copy(shard.location, shard.summary.size, shard.summary.sha256))
-
-
-# One table a process, outside the source: nothing to pickle, and pread shares no position after a fork.
+# Tables of the process, not of the source, which stays picklable. Forked workers may share what is open: pread takes
+# the offset with each call and moves no common position.
 @lru_cache(maxsize=128)
 def _open_local(shard: IndexedShard) -> _OpenFile:
     location, _, summary = shard
@@ -222,3 +217,9 @@ def _open_local(shard: IndexedShard) -> _OpenFile:
     if (state.st_size, state.st_mtime_ns) != (summary.size, summary.mtime_ns):
         raise UserError(f"{location} was changed after it was indexed; start again, or run scripts/index.py")
     return file
+
+
+# What is open cannot be evicted: few of them a process, or the cache would outgrow its limit.
+@lru_cache(maxsize=8)
+def _open_remote(shard: IndexedShard) -> _OpenFile:
+    return _OpenFile(open_copy(shard.location, shard.summary.size, shard.summary.sha256))
