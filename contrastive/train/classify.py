@@ -59,7 +59,7 @@ def train_classifier(config: TrainClassifierConfig) -> bool:
     torch.manual_seed(config.train.seed)
     model = ImageClassifier(model_config)
     show_parameters(model)
-    return run(config, ClassificationTask(config, model, source, held_out), checkpoint)
+    return run(ClassificationTask(config, model, source, held_out), checkpoint)
 
 
 def open_data(config: C) -> tuple[Source, list[Source], C]:
@@ -134,37 +134,31 @@ def _longest_side(source: Source) -> int | None:
     return max(sides, default=None)
 
 
-def parameter_rows(model: ImageClassifier) -> list[tuple[str, str, int]]:
-    """Return (part, shape of what it gives for one image, parameters); the last row is the sum."""
+def parameter_rows(model: ImageClassifier) -> list[tuple[str, str, int, int]]:
+    """Return (part, shape of what it gives for one image, how many, parameters of each); the last row is the sum."""
     image, tower = model.config.image, model.image_tower
-    tokens = image.num_patches + image.class_token
-    tokens_shape = f"{tokens} x {image.width}"
+    tokens = f"{image.num_patches + image.class_token} x {image.width}"
     parts = [
-        ("patch embedding", f"{image.num_patches} x {image.width}", tower.patch_embed),
-        *((f"block {n}", tokens_shape, block) for n, block in enumerate(tower.transformer.blocks, start=1)),
-        ("final norm", tokens_shape, tower.norm),
-        ("head", str(model.config.num_classes), model.head),
+        ("patch embedding", f"{image.num_patches} x {image.width}", 1, tower.patch_embed),
+        (f"{image.depth} blocks", tokens, image.depth, tower.transformer.blocks[0]),
+        ("final norm", tokens, 1, tower.norm),
+        ("head", str(model.config.num_classes), 1, model.head),
     ]
-    rows = [(name, shape, sum(p.numel() for p in module.parameters())) for name, shape, module in parts]
+    rows = [(name, shape, times, sum(p.numel() for p in part.parameters())) for name, shape, times, part in parts]
     total = sum(p.numel() for p in model.parameters())
     # What lies between patches and blocks: class token, positions, a norm there; and a pooling head.
-    rows.insert(1, ("class token, positions and pooling", tokens_shape, total - sum(count for *_, count in rows)))
-    return [*rows, ("all", "", total)]
+    rest = total - sum(times * count for *_, times, count in rows)
+    rows.insert(1, ("class token, positions and pooling", tokens, 1, rest))
+    return [*rows, ("all", "", 1, total)]
 
 
 def show_parameters(model: ImageClassifier) -> None:
-    """Print the table, blocks of one size as one line."""
-    if not is_main_process():
-        return
+    """Print the table."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("part")
     table.add_column("gives, for one image")
     table.add_column("parameters", justify="right")
-    rows = parameter_rows(model)
-    blocks = [row for row in rows if row[0].startswith("block ")]
-    for name, shape, count in rows:
-        if name == "block 1":
-            table.add_row(f"{len(blocks)} blocks", shape, f"{len(blocks)} x {count:,}")
-        elif not name.startswith("block "):
-            table.add_row(name, shape, f"{count:,}")
-    console.print(table)
+    for name, shape, times, count in parameter_rows(model):
+        table.add_row(name, shape, f"{count:,}" if name != f"{times} blocks" else f"{times} x {count:,}")
+    if is_main_process():
+        console.print(table)

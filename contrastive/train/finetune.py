@@ -105,7 +105,7 @@ def finetune(config: FinetuneConfig) -> bool:
                 )
         task = ClassificationTask(config, model, source, held_out)
     say(f"starting from {bundle.path}; the head starts from {'prompts' if config.head == 'zero_shot' else 'zeros'}")
-    return run(config, task, checkpoint)
+    return run(task, checkpoint)
 
 
 def _kind_of_head(config: FinetuneConfig, bundle: Bundle, source: Source) -> str:

@@ -20,7 +20,7 @@ from contrastive.log import MetricsLog, say, warn
 from contrastive.losses import NonFiniteFeatures
 from contrastive.optim import ExponentialMovingAverage, set_learning_rates
 from contrastive.train.checkpoint import load_checkpoint, read_cursor, save_checkpoint
-from contrastive.train.options import RunConfig, num_workers
+from contrastive.train.options import num_workers
 from contrastive.train.progress import Advice, ProgressBar, StepTimer
 from contrastive.train.task import TrainingTask
 
@@ -36,16 +36,9 @@ class Trainer:
         checkpoint: where the run goes on from; None: at the start.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        task: TrainingTask,
-        order: SampleOrder,
-        runtime: Runtime,
-        folder: Path,
-        checkpoint: Path | None,
-    ):
-        self.config, self.task, self.order, self.runtime, self.folder = config, task, order, runtime, folder
+    def __init__(self, task: TrainingTask, order: SampleOrder, runtime: Runtime, folder: Path, checkpoint: Path | None):
+        self.config = config = task.config
+        self.task, self.order, self.runtime, self.folder = task, order, runtime, folder
         self.model = task.model.to(runtime.device)
         self.optimizers = config.optimizer.build(self.model)
         decay = config.train.ema_decay

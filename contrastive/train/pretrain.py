@@ -49,7 +49,7 @@ def pretrain(config: PretrainConfig) -> bool:
         else:
             task.model.image_tower.load_state_dict(start.model.image_tower.state_dict())
         say(f"starting from {start.path}: its {'towers' if config.init else 'image tower'} and preprocessing")
-    return run(config, task, checkpoint)
+    return run(task, checkpoint)
 
 
 def _with_parts_of(start: Bundle, config: PretrainConfig) -> PretrainConfig:

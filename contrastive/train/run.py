@@ -90,11 +90,10 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise UserError(f"{folder} exists; continue it with --resume, or name another folder with --run_folder")
 
 
-def run(config: RunConfig, task: TrainingTask, checkpoint: Path | None) -> bool:
+def run(task: TrainingTask, checkpoint: Path | None) -> bool:
     """Train a task, under `accelerate launch` or alone.
 
     Args:
-        config: resolved.
         checkpoint: from `open_run`.
 
     Returns:
@@ -103,6 +102,7 @@ def run(config: RunConfig, task: TrainingTask, checkpoint: Path | None) -> bool:
     Raises:
         UserError: what cannot work with these processes, or what happens on the way.
     """
+    config = task.config
     train, data, folder = config.train, config.data, Path(config.run_folder)
     options = {"window": data.window, "lanes": data.lanes, "replacement": data.replacement}
     order = order_for(task.source, train.global_batch_size, train.seed, **options)
@@ -117,11 +117,11 @@ def run(config: RunConfig, task: TrainingTask, checkpoint: Path | None) -> bool:
         seen = gather_objects(checkpoint and checkpoint.name)
         if len(set(seen)) > 1:
             raise UserError(f"ranks see different checkpoints in {folder}/checkpoints: {', '.join(map(str, seen))}")
-        trainer = Trainer(config, task, order, runtime, folder, checkpoint)
+        trainer = Trainer(task, order, runtime, folder, checkpoint)
         if runtime.is_main:
             own = yaml.safe_dump(to_dict(replace(config, resume=False)), sort_keys=False, width=110)
             write_whole(folder / "config.yaml", own)
-            _show(config, task, runtime)
+            _show(task, runtime)
         runtime.start_trackers(folder.name, flatten(to_dict(config)))
         finished = trainer.fit()
         if finished:
@@ -131,8 +131,9 @@ def run(config: RunConfig, task: TrainingTask, checkpoint: Path | None) -> bool:
     return finished
 
 
-def _show(config: RunConfig, task: TrainingTask, runtime: Runtime) -> None:
+def _show(task: TrainingTask, runtime: Runtime) -> None:
     """Print what is about to be trained, on what, where."""
+    config = task.config
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("run", config.run_folder)
     table.add_row("data", f"{task.source.name}: {len(task.source):,} samples")

@@ -23,6 +23,7 @@ class TrainingTask(ABC):
     """A model with its data and its loss. Subclasses: ContrastiveTask, ClassificationTask."""
 
     config: RunConfig
+    """Resolved: nothing in it is left open."""
     source: Source
     """What it is trained on."""
     held_out: list[Source]

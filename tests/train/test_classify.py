@@ -110,8 +110,8 @@ def test_mixing_keeps_the_sum_of_the_labels():
 def test_the_parameter_table_adds_up(config):
     model = ImageClassifier(ClassifierConfig(replace(IMAGE, image_size=8, patch_size=1), num_classes=10))
     *parts, total = parameter_rows(model)
-    assert total[2] == sum(count for *_, count in parts) == sum(p.numel() for p in model.parameters())
-    assert ("head", "10", 330) in parts and parts[2][:2] == ("block 1", "65 x 32")
+    assert total[3] == sum(times * count for *_, times, count in parts) == sum(p.numel() for p in model.parameters())
+    assert ("head", "10", 1, 330) in parts and parts[2][:3] == (f"{IMAGE.depth} blocks", "65 x 32", IMAGE.depth)
 
 
 @pytest.mark.parametrize(

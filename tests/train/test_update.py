@@ -23,7 +23,7 @@ def trainer(tmp_path):
     train = TrainConfig(steps=10, max_skipped=3)
     config = PretrainConfig(train=train, loss=SoftmaxLossConfig(), model=model, optimizer=AdamWConfig())
     task = ContrastiveTask(config, None, None, [])
-    return Trainer(config, task, order=None, runtime=Runtime("fp32"), folder=tmp_path, checkpoint=None)
+    return Trainer(task, order=None, runtime=Runtime("fp32"), folder=tmp_path, checkpoint=None)
 
 
 def step(trainer, loss, grad_norm=1.0):
