@@ -23,10 +23,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 # What the whole and its parts may measure. Lower them when something went; a change that needs more looks first for
 # what it can take away.
-MOST_LINES_OF_A_FILE = 360
-MOST_FILES, MOST_LINES = 240, 26_800  # of the package
-MOST_FILES_TO_TRAIN, MOST_LINES_TO_TRAIN = 85, 9_000  # that `import contrastive.train.pretrain` reads
-MOST_NAMES_TWICE = 12  # file names that occur twice, which no name should
+MOST_LINES_OF_A_FILE = 350
+MOST_FILES, MOST_LINES = 150, 25_200  # of the package
+MOST_FILES_TO_TRAIN, MOST_LINES_TO_TRAIN = 70, 8_700  # that `import contrastive.train.pretrain` reads
 HEAVY = {"transformers", "open_clip", "datasets", "pyarrow", "pandas", "sklearn", "matplotlib", "onnx", "webdataset"}
 
 
@@ -101,5 +100,4 @@ def test_no_file_is_long_and_the_whole_is_small():
 
 def test_file_names_occur_once():
     names = Counter(path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
-    twice = sorted(name for name, times in names.items() if times > 1)
-    assert len(twice) <= MOST_NAMES_TWICE, twice
+    assert not sorted(name for name, times in names.items() if times > 1)
