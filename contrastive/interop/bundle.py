@@ -136,6 +136,7 @@ def load_native(folder: Path, with_tokenizer: bool = True) -> Bundle:
     Raises:
         UserError: a damaged file, or weights that do not fit the architecture.
     """
+    # Before anything is read: safetensors with a flipped bit load without a word, only the manifest's sums tell.
     wrong = problem(folder)
     if wrong is not None:
         raise UserError(f"{folder} is not a whole model folder: {wrong}")
@@ -143,6 +144,7 @@ def load_native(folder: Path, with_tokenizer: bool = True) -> Bundle:
     is_classifier, where = description["format"] == CLASSIFIER_FORMAT, str(folder / "config.json")
     config = from_dict(ClassifierConfig if is_classifier else ModelConfig, description["model"], where)
     model = ImageClassifier(config) if is_classifier else DualEncoder(config)
+    # A run that keeps averaged weights is judged by them: its evaluations are of these.
     weights = folder / "ema.safetensors"
     if not weights.exists():
         weights = folder / "model.safetensors"
@@ -185,6 +187,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint folder that verifies, and what was wrong with those passed over."""
     passed = []
+    # The newest may be the one that a crash or a full disk spoilt; the one before it is whole then.
     for folder in sorted(checkpoints.glob("step-*"), reverse=True):
         wrong = problem(folder)
         if wrong is None:

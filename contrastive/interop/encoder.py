@@ -47,6 +47,7 @@ def load_image_encoder(
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError("dtype has to be torch.float32, torch.bfloat16 or torch.float16, or its name")
+    # A tokenizer can take seconds to import and to read, and no image encoder needs one.
     bundle = read(path, with_tokenizer=False)
     bundle.check_image_tower("there is nothing to encode images with")
     try:

@@ -66,6 +66,7 @@ def export(
         notes = writing.write(bundle, temporary, out)
         on_step(f"checking with {to}")
         checks = _check(bundle, writing, temporary, notes, to)
+        # The card travels, the notes are also for the terminal: the card calls folders by name, not by place.
         of_card = notes
         for lies, called in ((out, out.name), (bundle.path, public_name(str(bundle.path)))):
             of_card = [note.replace(str(lies), called) for note in of_card]
@@ -88,6 +89,7 @@ def push_export(folder: Path, to: str, repo: str, private: bool = False) -> str:
     writing = _format(to)
     if not hasattr(writing, "retarget"):
         return push(folder, folder, repo, private)
+    # What names the folder's place is changed in a copy; the weights, which may be large, are only linked.
     with tempfile.TemporaryDirectory() as place:
         for file in folder.iterdir():
             if file.suffix == ".json":

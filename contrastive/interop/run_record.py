@@ -52,6 +52,7 @@ class RunRecord:
         # encoder/ and other folders of a run are not what its options and figures are about.
         if not isinstance(config, dict) or not (is_checkpoint or model_folder.name == "final"):
             return None
+        # A final model has no state of its own; how many samples there were, any checkpoint of the run knows.
         states = [model_folder] if is_checkpoint else sorted(folder.glob("checkpoints/step-*"), reverse=True)
         state = next((found for found in map(_state, states) if found), {})
         train = config["train"] if isinstance(config.get("train"), dict) else {}

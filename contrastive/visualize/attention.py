@@ -116,6 +116,7 @@ def rollout(tower: ImageTower, seen: Trace) -> torch.Tensor:
     """
     batch, num_tokens = seen.tokens.shape[:2]
     identity = torch.eye(num_tokens, device=seen.tokens.device)
+    # From the first layer to the last, each multiplied from the left: row i says what token i has gathered so far.
     rolled = identity.expand(batch, -1, -1)
     for layer in range(len(seen.inputs)):
         rolled = (block_attention(tower, seen, layer).mean(dim=1) + identity) / 2 @ rolled

@@ -312,6 +312,7 @@ PICTURES: tuple[Callable[[PicturedModel], Picture | LeftOut], ...] = (
 def _head_maps(pictured: PicturedModel, maps: torch.Tensor, title: str, marked: tuple[int, int] | None = None):
     maps = torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1)
     labels = ["mean", *(f"head {number}" for number in range(1, maps.shape[1]))]
+    # Over all maps, not one by one: colours of two heads, or of two images, are to be compared.
     peaked = bool(maps.flatten().quantile(1 - ATTENTION_CUT) > PEAKED)
     heat = Heat(maps, low=0.0, cut=ATTENTION_CUT, root=peaked)
     unit = f"{UNIFORM} (square-root scale)" if peaked else UNIFORM

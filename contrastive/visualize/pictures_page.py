@@ -48,6 +48,7 @@ def write_page(folder: Path, title: str, remark: str, pictures: Sequence[Picture
     """
     earlier = claim(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # Before the new ones: a picture of another model shall not lie beside a page that does not show it.
     for name in earlier:
         (folder / name).unlink(missing_ok=True)
     record = {
