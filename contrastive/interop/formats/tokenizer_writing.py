@@ -43,10 +43,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
         return _write_transformers(tokenizer, folder)
     assert isinstance(tokenizer, BpeTokenizer)
     is_clip = tokenizer.kind == "clip"
-    description = json.loads(tokenizer.core.to_str())
-    if is_clip:
-        description = _with_names(description)
-    core = Core.from_str(json.dumps(description))
+    core = _with_names(tokenizer.core) if is_clip else Core.from_str(tokenizer.core.to_str())
     bos, eos, pad = (core.id_to_token(i) for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id))
     core.normalizer = _normalizer(tokenizer)
     core.post_processor = processors.TemplateProcessing(
@@ -57,7 +54,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
     # CLIPTokenizer makes its own normalizer, which cannot drop punctuation.
     own_class = is_clip and tokenizer.clean != "canonicalize"
     if own_class:
-        _write_clip_vocabulary(description["model"], folder)
+        core.model.save(str(folder))  # vocab.json and merges.txt
     names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
     if is_clip:
         names["unk_token"] = eos
@@ -109,19 +106,14 @@ def _defaults(tokenizer: Tokenizer) -> dict:
     }
 
 
-def _with_names(description: dict) -> dict:
+def _with_names(core: Core) -> Core:
     """Return CLIP's vocabulary with its two special tokens called as OpenAI and transformers call them."""
+    description = json.loads(core.to_str())
     for token in description["added_tokens"]:
         token["content"] = CLIP_NAMES[token["content"]]
     model = description["model"]
     model["vocab"] = {CLIP_NAMES.get(word, word): index for word, index in model["vocab"].items()}
-    return description
-
-
-def _write_clip_vocabulary(model: dict, folder: Path) -> None:
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
-    merges = "\n".join(" ".join(pair) for pair in model["merges"])
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    return Core.from_str(json.dumps(description))
 
 
 def _normalizer(tokenizer: BpeTokenizer) -> normalizers.Normalizer:
