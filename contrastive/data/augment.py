@@ -73,10 +73,6 @@ class AugmentConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)} is not in 0..1")
 
-    @property
-    def crops(self) -> bool:
-        return self.crop_scale[0] < 1
-
 
 def augment(
     image: bytes | Image.Image | np.ndarray, image_size: int, config: AugmentConfig, rng: np.random.Generator
@@ -91,7 +87,7 @@ def augment(
 
     mirrored = config.flip and rng.random() < 0.5
     choose_crop = None
-    if config.crops:
+    if config.crop_scale[0] < 1:
         choose_crop = functools.partial(_fit_crop, config=config, draws=rng.random((CROP_ATTEMPTS, 4)))
     pixels = resize(decode(image, choose_crop, image_size), image_size, image_size)
     if mirrored:

@@ -55,6 +55,7 @@ def caption_fault(text: str) -> str | None:
 
 def caption_id(text: str) -> int:
     """Return a signed 64-bit hash of the text: equal captions have equal ids, on every machine and run."""
+    # Python's own hash of a text is another one in every process.
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 

@@ -116,6 +116,7 @@ class _Steps:
     def __iter__(self) -> Iterator[range]:
         ahead = max(1, _SAMPLES_AHEAD // self.local_batch_size)
         for step in self.steps:
+            # Asked for long before it is used up; what an earlier call asked for and was not begun, this one repeats.
             if self.source.remote and (step - self.steps.start) % max(1, ahead // 8) == 0:
                 num_steps = min(ahead, self.steps.stop - step)
                 self.source.prefetch(self.order.shards_ahead(step, num_steps, self.rank, self.world_size))

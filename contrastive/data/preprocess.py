@@ -35,8 +35,8 @@ class PreprocessOptions:
     short_side: int | None = None
     """What the short side (squash: both sides) is scaled to before the cut (timm's crop_pct); none: to the size."""
     cut: Cut = "round"
-    """What is kept of it: the centre, at half a pixel by round (to even, as torchvision and open_clip) or floor
-    (transformers), or the corner at the top left (patches that do not fill an image)."""
+    """Which part is kept: the centre, where an odd margin is halved by round (to even, as torchvision and open_clip) or
+    floor (transformers), or the corner at the top left (patches that do not fill an image)."""
 
     def __post_init__(self):
         if self.cut not in ("round", "floor", "corner"):

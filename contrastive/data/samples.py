@@ -43,7 +43,7 @@ class SampleDataset(Dataset, ABC):
         index, bad = self.order.index_of(position), []
         for attempt in range(MAX_ATTEMPTS):
             rng, key = np.random.Generator(philox(self.order.seed, position, DRAWS, attempt)), ""
-            if attempt:
+            if attempt:  # with draws of its own: what was drawn for the bad sample says nothing about its stand-in
                 index = self.order.stand_in(position, rng.random(), attempt)
             try:
                 record = self.source[index]
