@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -59,9 +58,9 @@ def index_shards(
     shards = find_shards(locations, fits)
     if None not in shards:
         return shards
-    with _locked(job.folder for job in _jobs(locations, shards)):
+    with _locked(_missing(locations, shards).values()):
         shards = find_shards(locations, fits)  # another process may just have done it
-        built = _build(_jobs(locations, shards), fits, digest, workers)
+        built = _build(_missing(locations, shards), fits, digest, workers)
     return [shard or built[location] for location, shard in zip(locations, shards, strict=True)]
 
 
@@ -79,24 +78,12 @@ def _is_current(shard: IndexedShard, digest: bool, force: bool) -> bool:
     return (state.st_size, state.st_mtime_ns) == (summary.size, summary.mtime_ns)
 
 
-class _Unindexed(NamedTuple):
-    """A shard to be indexed: as it was asked for, the index folder that its entry goes to, and its name there."""
-
-    asked: str
-    folder: IndexFolder
-    name: str
-
-
-def _jobs(locations: Sequence[str], shards: Sequence[IndexedShard | None]) -> list[_Unindexed]:
-    """Return what is to be indexed: each location without a shard."""
-    jobs, folders = [], {}
-    for location, shard in zip(locations, shards, strict=True):
-        if shard is None:
-            folder, name = folder_and_name(location)
-            if folder not in folders:
-                folders[folder] = _writable(index_folders(folder))
-            jobs.append(_Unindexed(location, folders[folder], name))
-    return jobs
+def _missing(locations: Sequence[str], shards: Sequence[IndexedShard | None]) -> dict[str, IndexFolder]:
+    """Return, for each location without a shard, the folder that its index is to go to."""
+    missing = [location for location, shard in zip(locations, shards, strict=True) if shard is None]
+    homes = [folder_and_name(location)[0] for location in missing]
+    folders = {home: _writable(index_folders(home)) for home in dict.fromkeys(homes)}
+    return {location: folders[home] for location, home in zip(missing, homes, strict=True)}
 
 
 def _writable(folders: Sequence[IndexFolder]) -> IndexFolder:
@@ -131,38 +118,40 @@ def _locked(folders: Iterable[IndexFolder]) -> Iterator[None]:
 
 
 def _build(
-    jobs: Sequence[_Unindexed], fits: Callable[[IndexedShard], bool], digest: bool, workers: int | None
+    missing: dict[str, IndexFolder], fits: Callable[[IndexedShard], bool], digest: bool, workers: int | None
 ) -> dict[str, IndexedShard]:
     """Index the shards and return them by the location that was asked for.
 
     Whatever ends this early, the shards that are done are added to their manifests.
     """
     built, faults = {}, []
-    index = partial(_index_one, fits=fits, digest=digest)
+    index, jobs = partial(_index_one, fits=fits, digest=digest), list(missing.items())
     try:
-        for job, shard in in_parallel("indexing shards", index, jobs, workers, most=_MAX_WORKERS):
+        for (location, _), shard in in_parallel("indexing shards", index, jobs, workers, most=_MAX_WORKERS):
             if isinstance(shard, str):
                 faults.append(shard)
             else:
-                built[job] = shard
+                built[location] = shard
     finally:
-        _write(built)
+        _write(missing, built)
     _raise_first(faults, "cannot be indexed either")
-    return {job.asked: shard for job, shard in built.items()}
+    return built
 
 
-def _index_one(job: _Unindexed, fits: Callable[[IndexedShard], bool], digest: bool) -> IndexedShard | str:
+def _index_one(job: tuple[str, IndexFolder], fits: Callable[[IndexedShard], bool], digest: bool) -> IndexedShard | str:
     """Index one shard and store that. What the user can mend comes back as the message."""
-    location, path = job.folder.location(job.name), job.folder.index_path(job.name)
+    asked, folder = job
+    _, name = folder_and_name(asked)
+    location, path = folder.location(name), folder.index_path(name)
     # An interrupted build leaves indexes that are in no manifest yet.
     summary = load_summary(path)
-    if summary is None or not fits(job.folder.shard(job.name, summary)):
+    if summary is None or not fits(folder.shard(name, summary)):
         try:
             index, summary = (_index_copy if is_remote(location) else index_shard)(location, digest)
             save_index(path, index, summary)
         except UserError as error:
             return str(error)
-    return job.folder.shard(job.name, summary)
+    return folder.shard(name, summary)
 
 
 def _index_copy(url: str, digest: bool) -> tuple[ShardIndex, ShardSummary]:
@@ -181,11 +170,11 @@ def _index_copy(url: str, digest: bool) -> tuple[ShardIndex, ShardSummary]:
     return index, replace(summary, mtime_ns=0)
 
 
-def _write(built: dict[_Unindexed, IndexedShard]) -> None:
+def _write(missing: dict[str, IndexFolder], built: dict[str, IndexedShard]) -> None:
     """Add what was built to the manifests."""
     by_folder: dict[IndexFolder, dict[str, ShardSummary]] = {}
-    for job, shard in built.items():
-        by_folder.setdefault(job.folder, {})[job.name] = shard.summary
+    for location, shard in built.items():
+        by_folder.setdefault(missing[location], {})[folder_and_name(location)[1]] = shard.summary
     for folder, summaries in by_folder.items():
         folder.add(summaries)
         if is_remote(folder.shards) and any(row.labels or row.label_names for row in summaries.values()):

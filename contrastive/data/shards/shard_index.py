@@ -205,9 +205,11 @@ def _count(path: str, index: ShardIndex) -> dict:
             if index.span(row, "image")[1] < 0:
                 refused["missing_image"] += 1
                 continue
+            offset, size = index.span(row, "json")
             try:
-                content = _read_json(file.fileno(), *index.span(row, "json"))
-            except (ValueError, RecursionError):
+                readable = 0 <= size <= MAX_TEXT_BYTES
+                content = json_fields(os.pread(file.fileno(), size, offset)) if readable else {}
+            except ValueError:
                 refused["bad_json"] += 1
                 continue
             fields |= dict.fromkeys(content)
@@ -224,10 +226,12 @@ def _count(path: str, index: ShardIndex) -> dict:
     }
 
 
-def _read_json(descriptor: int, offset: int, size: int) -> dict:
-    if not 0 <= size <= MAX_TEXT_BYTES:
-        return {}
-    content = json.loads(os.pread(descriptor, size, offset).decode("utf-8-sig"))
+def json_fields(data: bytes) -> dict:
+    """Return the fields of a KEY.json. ValueError: no JSON object; UnicodeDecodeError, which is one: no UTF-8."""
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError("not an object")
     return content

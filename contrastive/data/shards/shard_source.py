@@ -1,6 +1,5 @@
 """WebDataset shards as a map-style source: samples read from the tar files by offset, nothing extracted."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -12,7 +11,14 @@ import numpy as np
 from contrastive.data.class_sets import class_names_beside
 from contrastive.data.record import BadSample, Record, Source, check_index, fingerprint_of, part_and_row
 from contrastive.data.shards.remote import Wanted, open_copy
-from contrastive.data.shards.shard_index import CAPTION_FIELDS, MAX_TEXT_BYTES, REFUSALS, IndexedShard, load_index
+from contrastive.data.shards.shard_index import (
+    CAPTION_FIELDS,
+    MAX_TEXT_BYTES,
+    REFUSALS,
+    IndexedShard,
+    json_fields,
+    load_index,
+)
 from contrastive.data.shards.shard_manifest import total
 from contrastive.data.sources.columns import weighted_names
 from contrastive.data.sources.paths import MAX_IMAGE_BYTES, is_remote, short_names
@@ -72,10 +78,7 @@ class Shards(Source):
         return self._captions(self._sample(index))[0]
 
     def label(self, index: int) -> int | None:
-        if not self.labelled:
-            check_index(self, index)
-            return None
-        return self._label(self._sample(index))
+        return self._label(self._sample(index)) if self.labelled else super().label(index)
 
     def wanted(self, shards: Sequence[int]) -> list[Wanted]:
         remote = (self._shards[number] for number in shards if is_remote(self._shards[number].location))
@@ -183,15 +186,12 @@ class ShardSample:
 
     @cached_property
     def fields(self) -> dict:
-        """The fields of KEY.json, an empty dict where there is none. BadSample 'bad_json'."""
-        text = self.text("json")
+        """The fields of KEY.json, an empty dict where there is none. BadSample 'bad_utf8', 'bad_json'."""
+        data = self.read("json", MAX_TEXT_BYTES)
         try:
-            fields = {} if text is None else json.loads(text)
-        except (ValueError, RecursionError):
-            raise BadSample("bad_json", self.key) from None
-        if not isinstance(fields, dict):
-            raise BadSample("bad_json", self.key)
-        return fields
+            return {} if data is None else json_fields(data)
+        except ValueError as error:
+            raise BadSample("bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json", self.key) from None
 
 
 class _OpenFile:
