@@ -44,7 +44,8 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Table
 from rows import RESULTS, append
 
-from contrastive.evaluate.linear_probe import fit_logistic, held_out, linear_probe, sweep_weight_decay, weight_decay_at
+from contrastive.evaluate.linear_probe import held_out, linear_probe, sweep_weight_decay, weight_decay_at
+from contrastive.evaluate.logistic import fit_logistic
 
 RivalName = Literal["ours", "sklearn", "sklearn_all"]
 SEED = 0

@@ -39,10 +39,11 @@ def bar(items: Iterable[T], text: str, total: int | None = None, *, shown: bool 
 
     total: how many items there are, where they have no length.
     """
+    if not (shown and is_main_process() and console.is_terminal):
+        return items
     from rich.progress import track
 
-    hidden = not (shown and is_main_process() and console.is_terminal)
-    return track(items, text, total, console=console, disable=hidden, transient=True)
+    return track(items, text, total, console=console, transient=True)
 
 
 def run_script(prog: str, main: Callable[[list[str]], None]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from contrastive.distributed.collectives import rank, together
 from contrastive.errors import UserError
-from contrastive.evaluate.embeddings import Precision, Space, pick_indices
+from contrastive.evaluate.embeddings import Space, pick_indices
 from contrastive.files import check_writable, write_json, write_whole
 from contrastive.interop.bundle import Absent, weights_key
 
@@ -44,7 +44,7 @@ class StoreOptions:
     space: Space = "projected"
     dtype: Literal["float32", "float16"] = "float32"
     files: FileType = "parquet"
-    precision: Precision = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     limit: int | None = None
     samples_per_shard: int = SAMPLES_PER_SHARD
 

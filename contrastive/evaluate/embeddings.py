@@ -25,7 +25,6 @@ from contrastive.log import bar
 T = TypeVar("T")
 Space = Literal["projected", "pooled"]
 """'projected': after the projection, unit length: what zero-shot compares. 'pooled': before it, as it comes."""
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -256,7 +255,7 @@ def image_batches(
     batch_size: int,
     num_workers: int,
     space: Space = "projected",
-    precision: Precision = "fp32",
+    precision: Literal["fp32", "bf16"] = "fp32",
     progress: bool = False,
 ) -> Iterator[ImageBatch]:
     """Embed the images at `indices` on this rank, a batch at a time; iterate within `evaluating(model)`.

@@ -3,32 +3,23 @@
 N samples, C classes, E embed_dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import ranked
-from contrastive.evaluate.logistic import (
-    MAX_ITERATIONS,
-    LinearProbe,
-    LogisticProblem,
-    between,
-    fit_logistic,
-)
+from contrastive.evaluate.logistic import MAX_ITERATIONS, LinearProbe, LogisticProblem, between, fit_logistic
 from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, probe_figures
 from contrastive.evaluate.tasks import TASKS
-from contrastive.log import console
-
-__all__ = ["LinearProbe", "fit_logistic", "linear_probe", "sweep_weight_decay"]
+from contrastive.log import bar
 
 LOWEST, HIGHEST, STEPS_PER_DECADE = -6, 6, 8
 STEPS = (HIGHEST - LOWEST) * STEPS_PER_DECADE
 COARSE = 2 * STEPS_PER_DECADE
-MOST_FITS = STEPS // COARSE + 1 + 2 * (COARSE.bit_length() - 1)
+ROUNDS = STEPS // COARSE + 1 + COARSE.bit_length() - 1
 SWEEP_TOLERANCE = 1e-4
 """Of the fits that only choose the weight decay: near the peak, accuracies are a sample or two from the optimum's."""
 VAL_SHARE = 0.2
@@ -105,20 +96,11 @@ def linear_probe(
         UserError: as `checked_input`; or no class has a second image to choose the weight decay on.
     """
     given = checked_input(train, train_labels, test, test_labels, num_classes, val, val_labels)
-    columns = (TextColumn("linear probe: {task.description}"), BarColumn(), TimeElapsedColumn())
-    visible = progress and console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not visible) as bars:
-        bar = bars.add_task("preparing", total=MOST_FITS + 1)
-
-        def show(text: str, done: int) -> None:
-            bars.update(bar, description=text, completed=done)
-
-        features, labels, parts = _parts(given, seed)
-        found = _sweep(*parts, given.num_classes, MAX_ITERATIONS, SWEEP_TOLERANCE, device, show)
-        best = found.best
-        show(f"weight decay {best.weight_decay:.3g}, with the validation data", len(found.accuracies))
-        # Only the sum of losses grows with the data; as with scikit-learn's C, the penalty stays.
-        probe = fit_logistic(features, labels, given.num_classes, best.weight_decay, start=best, device=device)
+    features, labels, parts = _parts(given, seed)
+    found = _sweep(*parts, given.num_classes, MAX_ITERATIONS, SWEEP_TOLERANCE, device, progress)
+    best = found.best
+    # Only the sum of losses grows with the data; as with scikit-learn's C, the penalty stays.
+    probe = fit_logistic(features, labels, given.num_classes, best.weight_decay, start=best, device=device)
     return {
         **probe_figures(probe.scores(given.test), given),
         "num_train": len(features),
@@ -174,44 +156,41 @@ def _sweep(
     max_iterations: int,
     tolerance: float,
     device: str | torch.device,
-    show: Callable[[str, int], None] = lambda text, done: None,
+    progress: bool = False,
 ) -> Sweep:
     problem = LogisticProblem(train, train_labels, num_classes, device)
     val = val.to(problem.rows.device)
     probes: dict[int, LinearProbe] = {}
     accuracies: dict[int, float] = {}
-
-    def fit(steps: list[int]) -> None:
-        decays = [weight_decay_at(step) for step in steps]
-        text, before = "weight decay " + " and ".join(f"{value:.3g}" for value in decays), len(probes)
-        fitted = problem.fit(
-            decays,
-            [_guess(probes, step) for step in steps],
-            max_iterations=max_iterations,
-            tolerance=tolerance,
-            on_step=lambda done: show(text, before + done),
-        )
+    for steps in bar(_steps(accuracies), "linear probe", ROUNDS, shown=progress):
+        decays, starts = [weight_decay_at(step) for step in steps], [_guess(probes, step) for step in steps]
+        fitted = problem.fit(decays, starts, max_iterations=max_iterations, tolerance=tolerance)
         for step, probe in zip(steps, fitted, strict=True):
             probes[step] = probe
             rank, _ = ranked(probe.scores(val), val_labels)
             accuracies[step] = 100 * (rank < 1).double().mean().item()
-
-    def best() -> int:
-        return max(probes, key=lambda step: (accuracies[step], step))
-
-    # The strongest first, each the start of the next: where a decay is too weak to matter at this tolerance, the probe
-    # then stays near one that it did matter to, not near the first steps from zero, which overfit.
-    for step in range(STEPS, -1, -COARSE):
-        fit([step])
-    distance = COARSE // 2
-    while distance:
-        fit([step for step in (best() - distance, best() + distance) if 0 <= step <= STEPS])
-        distance //= 2
     return Sweep(
-        probes[best()],
+        probes[_best(accuracies)],
         {weight_decay_at(step): accuracies[step] for step in sorted(accuracies)},
         tuple(weight_decay_at(step) for step in sorted(probes) if not probes[step].converged),
     )
+
+
+def _steps(accuracies: dict[int, float]) -> Iterator[list[int]]:
+    """The steps to fit next, coarse to fine; `accuracies` has those of the steps before."""
+    # The strongest first, each the start of the next: where a decay is too weak to matter at this tolerance, the probe
+    # then stays near one that it did matter to, not near the first steps from zero, which overfit.
+    for step in range(STEPS, -1, -COARSE):
+        yield [step]
+    distance = COARSE // 2
+    while distance:
+        best = _best(accuracies)
+        yield [step for step in (best - distance, best + distance) if 0 <= step <= STEPS]
+        distance //= 2
+
+
+def _best(accuracies: dict[int, float]) -> int:
+    return max(accuracies, key=lambda step: (accuracies[step], step))
 
 
 def _guess(probes: dict[int, LinearProbe], step: int) -> LinearProbe | None:

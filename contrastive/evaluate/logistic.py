@@ -5,7 +5,7 @@ N samples, C classes, E embed_dim, L weight decays, P parameters.
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,9 +127,8 @@ class LogisticProblem:
         *,
         max_iterations: int,
         tolerance: float,
-        on_step: Callable[[int], None] | None = None,
     ) -> list[LinearProbe]:
-        """Fit one probe for each weight decay; `on_step` hears how many are done. Arguments as in `fit_logistic`."""
+        """Fit one probe for each weight decay. Arguments as in `fit_logistic`."""
         penalties = self._penalties(weight_decays)
         descents = []
         for penalty, start in zip(penalties, starts, strict=True):
@@ -142,8 +141,6 @@ class LogisticProblem:
             values, gradients = self.evaluate(points.view(len(active), *self._null.shape), penalties[active])
             for place, value, gradient in zip(active, values.tolist(), gradients.flatten(1), strict=True):
                 descents[place].tell(value, gradient)
-            if on_step is not None:
-                on_step(sum(descent.done for descent in descents))
         return [self._outward(*pair) for pair in zip(weight_decays, descents, strict=True)]
 
     def evaluate(self, weights: torch.Tensor, penalties: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,16 +12,8 @@ from sklearn.linear_model import LogisticRegression
 
 from contrastive.errors import UserError
 from contrastive.evaluate import logistic as module
-from contrastive.evaluate.linear_probe import (
-    LinearProbe,
-    _sweep,
-    fit_logistic,
-    held_out,
-    linear_probe,
-    sweep_weight_decay,
-    weight_decay_at,
-)
-from contrastive.evaluate.logistic import LogisticProblem
+from contrastive.evaluate.linear_probe import _sweep, held_out, linear_probe, sweep_weight_decay, weight_decay_at
+from contrastive.evaluate.logistic import LinearProbe, LogisticProblem, fit_logistic
 
 
 def objective(weight, bias, features, labels, weight_decay):
