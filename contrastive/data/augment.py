@@ -83,8 +83,6 @@ def augment(
     RandomResizedCrop. It is drawn before anything is decoded, and cut before anything is resized, so that no
     more is decoded than the crop needs. Nothing is drawn for what is off. BadSample as from `decode`.
     """
-    from torchvision.transforms.v2.functional import rgb_to_grayscale
-
     mirrored = config.flip and rng.random() < 0.5
     choose_crop = None
     if config.crop_scale[0] < 1:
@@ -97,6 +95,8 @@ def augment(
     if any(config.color_jitter) and rng.random() < config.color_jitter_prob:
         pixels = jitter_color(pixels, config.color_jitter, rng)
     if config.gray_prob and rng.random() < config.gray_prob:
+        from torchvision.transforms.v2.functional import rgb_to_grayscale
+
         pixels = rgb_to_grayscale(pixels, num_output_channels=3)  # by the luma weights of ITU-R 601
     return pixels
 

@@ -6,9 +6,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from contrastive.data.inspection import QUANTITIES, Seen
 from contrastive.data.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def contact_sheet(images: Sequence[torch.Tensor]) -> Image.Image:
     step = size + SHEET_GAP
     sheet = Image.new("RGB", (columns * step - SHEET_GAP, -(-len(images) // columns) * step - SHEET_GAP), "white")
     for place, image in enumerate(images):
-        sheet.paste(_picture(image), (place % columns * step, place // columns * step))
+        sheet.paste(to_pil_image(image), (place % columns * step, place // columns * step))
     return sheet
 
 
@@ -130,12 +130,8 @@ def _sample(sample: Seen, tokenizer: Tokenizer) -> str:
         stored.append(f"<p>and {len(sample.captions) - CAPTIONS_SHOWN:,} more</p>")
     ids = sample.tokens.tolist()
     return (
-        f'<div class="sample"><img class="small" alt="" src="{data_uri(_picture(sample.image))}">'
+        f'<div class="sample"><img class="small" alt="" src="{data_uri(to_pil_image(sample.image))}">'
         f"<div><small>{escape(sample.key)}: "
         f"captions as stored</small>{''.join(stored)}<small>the tokens, as text</small>"
         f"<p>{escape(tokenizer.decode(ids))}</p><code>{' '.join(map(str, ids))}</code></div></div>"
     )
-
-
-def _picture(image: torch.Tensor) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
