@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
+from rich.text import Text
 from torch import distributed
 
 from contrastive.errors import UserError
@@ -31,7 +32,7 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """Print one line on the main process, marked as a warning."""
     if is_main_process():
-        console.print(f"[yellow]warning:[/yellow] {_escaped(message)}")
+        console.print(Text.assemble(("warning:", "yellow"), f" {message}"))
 
 
 def bar(items: Iterable[T], text: str, total: int | None = None, *, shown: bool = True) -> Iterable[T]:
@@ -61,10 +62,6 @@ def run_script(prog: str, main: Callable[[list[str]], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _escaped(message: str) -> str:
-    return message.replace("[", r"\[")
 
 
 class MetricsLog:

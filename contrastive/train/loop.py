@@ -103,11 +103,11 @@ class Trainer:
         except NonFiniteFeatures as error:  # raised on all ranks alike, which skip this step
             warn(f"step {self.step + 1}: {error}")
             loss = torch.tensor(math.nan, device=runtime.device)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm).item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm)
         # One small sum tells every rank the same: the global loss, whether anyone was asked to stop, bad samples.
         own = [loss.double(), *loss.new_tensor([len(stops), int(batch["replaced"].sum())]).double()]
         loss_sum, requests, replaced = all_reduce_sum(torch.stack(own)).tolist()
-        mean_loss = loss_sum / runtime.world_size
+        mean_loss, norm = loss_sum / runtime.world_size, norm.item()  # the GPU was waited for just now
         self._update(mean_loss, norm)
         self.step += 1
         if self.bad_samples.too_many(config.train.global_batch_size, int(replaced)):  # on all ranks alike
