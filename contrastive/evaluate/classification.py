@@ -127,9 +127,7 @@ def score_zero_shot(
     return {
         **metrics,
         "chance": 100 / len(names),
-        "num_images": len(images.labels),
-        "num_classes": len(names),
-        "skipped": dict(images.skipped),
+        **_counted(images, len(names)),
         "class_names": list(names),
         "templates": list(templates),
         **_by_class(images, names, confusion),
@@ -161,9 +159,7 @@ def classification(bundle, source: Source, *, device: str | torch.device, limit:
         **metrics,
         "chance": 100 / num_classes,
         "loss": nn.functional.cross_entropy(images.features, images.labels).item(),
-        "num_images": len(images.labels),
-        "num_classes": num_classes,
-        "skipped": dict(images.skipped),
+        **_counted(images, num_classes),
         "confusion": confusion.tolist(),
     }
 
@@ -228,6 +224,10 @@ def _checked_class_names(source: Source | EmbeddingSet, class_names: Sequence[st
         problem = f"the class name '{name}' stands {times} times" if times else "there are no class names"
         raise UserError(f"{source.name}: {problem}; each class needs its own ({HOW_TO_NAME})")
     return names
+
+
+def _counted(images: EmbeddingSet, num_classes: int) -> dict:
+    return {"num_images": len(images.labels), "num_classes": num_classes, "skipped": dict(images.skipped)}
 
 
 def _by_class(images: EmbeddingSet, names: Sequence[str], confusion: torch.Tensor) -> dict:

@@ -1,6 +1,10 @@
 """Embeddings of a source in memory: what every evaluation reads, and how a model makes them.
 
-Images are embedded on every rank's share, texts in batches. N images, M texts, E embed_dim.
+Every evaluation takes one way: images and texts are embedded, an EmbeddingSet holds them, scoring functions and probes
+read nothing else. During training and in scripts/zero_shot.py the set is made in memory; a suite keeps it in a store
+(evaluated_model.py), so that all its tasks share it. Images are embedded on every rank's share, texts in batches.
+
+N images, M texts, E embed_dim.
 """
 
 import contextlib
@@ -291,6 +295,7 @@ def embed_images(
     Unreadable images are left out and told in `bad`. `progress` shows a bar on the first rank.
     """
     indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+    # Contiguous shares, so that the ranks' rows, one rank after the other, are in the order asked for.
     world, rank = collectives.world_size(), collectives.rank()
     share = indices[rank * len(indices) // world : (rank + 1) * len(indices) // world]
     features = [torch.empty(0, model.config.embed_dim)]

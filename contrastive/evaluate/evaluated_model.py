@@ -88,7 +88,7 @@ class EvaluatedModel:
         Raises:
             UserError: data that cannot be opened; a folder of another model's embeddings, or of the other space.
         """
-        for known in ((data, space, True), (data, space, texts)):
+        for known in ((data, space, True), (data, space, texts)):  # a set with texts serves those who want none
             if known in self._sets:
                 return self._sets[known]
         store = self.embed(data, space, texts)
@@ -203,19 +203,18 @@ def _fill_texts(
     store: EmbeddingStore, bundle, source, shards: list[int], *, device, batch_size: int, progress: bool
 ) -> None:
     for number in bar(shards, "embedding texts", shown=progress):
-        columns: dict[str, list] = {"index": [], "caption": [], "text": []}
-        left_out = []
+        rows, left_out = [], []
         for index in store.indices(number).tolist():
             texts, faults = _texts_of(source, index)
+            rows += [(index, caption, text) for caption, text in texts]
             left_out += [(fault, f"sample {index}") for fault in faults]
-            for caption, text in texts:
-                for name, value in zip(columns, (index, caption, text), strict=True):
-                    columns[name].append(value)
+        index, caption, text = zip(*rows, strict=True) if rows else ((), (), ())
         size = {"device": device, "batch_size": 4 * batch_size}
         with torch.autocast(
             torch.device(device).type, torch.bfloat16, enabled=store.config["options"]["precision"] == "bf16"
         ):
-            features = embed_texts(bundle.model, bundle.tokenizer, columns["text"], **size)
+            features = embed_texts(bundle.model, bundle.tokenizer, text, **size)
+        columns = {"index": index, "caption": caption, "text": text}
         _write(store, "texts", number, columns, features.numpy() if len(features) else None, left_out)
 
 
