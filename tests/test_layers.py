@@ -101,3 +101,9 @@ def test_no_file_is_long_and_the_whole_is_small():
 def test_file_names_occur_once():
     names = Counter(path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
     assert not sorted(name for name, times in names.items() if times > 1)
+
+
+def test_class_names_have_one_meaning():
+    bodies = (ast.parse(path.read_text()).body for path in FILES)
+    names = Counter(node.name for body in bodies for node in body if isinstance(node, ast.ClassDef))
+    assert not sorted(name for name, times in names.items() if times > 1)
