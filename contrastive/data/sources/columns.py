@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -179,20 +180,16 @@ def _number_names(
     return pc.fill_null(numbers, -1).to_numpy().astype(np.int64), class_names
 
 
-class Cells(Protocol):
-    """One column: the Python value of a row. Picklable, safe to fork."""
-
-    def __getitem__(self, row: int) -> Any: ...
+Cells = Callable[[int], Any]  # one column: the Python value of a row; picklable, safe to fork
 
 
-class ArrowCells:
-    """A column that is in memory."""
+def arrow_cells(column: pa.ChunkedArray) -> Cells:
+    """Return the cells of a column that is in memory."""
+    return partial(_arrow_cell, column)
 
-    def __init__(self, column: pa.ChunkedArray):
-        self._column = column
 
-    def __getitem__(self, row: int) -> Any:
-        return self._column[row].as_py()
+def _arrow_cell(column: pa.ChunkedArray, row: int) -> Any:
+    return column[row].as_py()
 
 
 class TablePart(NamedTuple):
@@ -269,7 +266,7 @@ class ColumnSource(Source):
 
 def _read(cells: Cells, row: int, key: str) -> Any:
     try:
-        return cells[row]
+        return cells(row)
     except UnicodeDecodeError:  # bad UTF-8, which Arrow keeps until it is read
         raise BadSample("bad_utf8", key) from None
 

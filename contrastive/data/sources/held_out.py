@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from contrastive.data.sources.derived import split_mixture
+from contrastive.data.sources.torchvision_sets import SETS, is_cifar_folder
 
 HELD_OUT = ("test", "val", "valid", "validation", "dev")
 """Names of held-out splits, the preferred one first."""
@@ -27,8 +28,6 @@ def held_out_spec(spec: str) -> str | None:
     Splits are looked for by the names of `HELD_OUT`, in that order. Of a mixture, and of data that are no training
     split themselves, there is none.
     """
-    from contrastive.data.sources.torchvision_sets import SETS
-
     spec = spec.strip()
     if not spec or len(split_mixture(spec)[0]) > 1:
         return None
@@ -53,7 +52,6 @@ def held_out_spec(spec: str) -> str | None:
 def _of_folder(folder: str, inside: str, split: str) -> str | None:
     from contrastive.data.sources.arrays import is_idx_folder
     from contrastive.data.sources.hugging_face import is_saved_dataset
-    from contrastive.data.sources.torchvision_sets import is_cifar_folder
 
     if split != "train":
         return None

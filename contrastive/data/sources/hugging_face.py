@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contrastive.data.class_sets import class_names_beside
 from contrastive.data.record import fingerprint_of
 from contrastive.data.sources.columns import (
+    Cells,
     Columns,
     ColumnSource,
     TablePart,
@@ -21,17 +23,6 @@ from contrastive.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-class DatasetCells:
-    """One column of a map-style Dataset: memory-mapped, so that pickling carries paths, not rows."""
-
-    def __init__(self, dataset: Dataset, column: str):
-        self._dataset = dataset.select_columns([column])
-        self._column = column
-
-    def __getitem__(self, row: int) -> Any:
-        return self._dataset[row][self._column]
 
 
 def is_saved_dataset(folder: str) -> bool:
@@ -113,17 +104,25 @@ def _from_dataset(name: str, dataset: Dataset, folder: str | None, asked: Column
     return ColumnSource(
         name=name,
         parts=[TablePart(name, folder or "", len(dataset))],
-        images=DatasetCells(dataset, columns.image),
-        captions=[(DatasetCells(dataset, caption), weight) for caption, weight in columns.weighted],
+        images=_cells(dataset, columns.image),
+        captions=[(_cells(dataset, caption), weight) for caption, weight in columns.weighted],
         labels=labels,
         class_names=class_names,
         fingerprint=fingerprint,
     )
 
 
+def _cells(dataset: Dataset, column: str) -> Cells:
+    """One column of a map-style Dataset: memory-mapped, so that pickling carries paths, not rows."""
+    return partial(_cell, dataset.select_columns([column]), column)
+
+
+def _cell(dataset: Dataset, column: str, row: int) -> Any:
+    return dataset[row][column]
+
+
 def _fingerprint(dataset: Dataset) -> str:
     """Of the Arrow files and the rows. Not the library's own, which any transformation draws anew."""
     files = sorted(entry["filename"] for entry in dataset.cache_files)
     parts = [f"{os.path.basename(path)} {os.path.getsize(path)}" for path in files]
-    identity = "\n".join((str(len(dataset)), str(dataset.features), *parts))
-    return fingerprint_of(identity)
+    return fingerprint_of("\n".join((str(len(dataset)), str(dataset.features), *parts)))

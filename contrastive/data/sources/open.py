@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable
-from functools import partial
 
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import Source, some_have
 from contrastive.data.sources.columns import Columns
 from contrastive.data.sources.derived import ClassPrompts, Mixture, split_mixture
 from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote
+from contrastive.data.sources.torchvision_sets import SETS, is_cifar_folder, open_cifar, open_named
 from contrastive.errors import UserError, did_you_mean
 from contrastive.registry import Registry
 
@@ -101,7 +101,6 @@ def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) ->
     from contrastive.data.sources.arrays import is_idx_folder, open_idx
     from contrastive.data.sources.folder import open_folder
     from contrastive.data.sources.hugging_face import is_saved_dataset, open_saved
-    from contrastive.data.sources.torchvision_sets import is_cifar_folder, open_cifar
 
     if is_saved_dataset(folder):
         return open_saved(spec, folder, split, columns)
@@ -169,16 +168,5 @@ def _open_hf(argument: str, columns: Columns) -> Source:
     return open_hub(argument, columns)
 
 
-def _open_named(dataset: str, argument: str, columns: Columns) -> Source:
-    from contrastive.data.sources.torchvision_sets import open_named
-
-    return open_named(dataset, argument)
-
-
-# The keys of torchvision_sets.SETS, which a test compares: that module is not imported for their sake.
-for _dataset in (
-    "mnist", "fashion_mnist", "kmnist", "letters", "cifar10", "cifar100", "caltech101", "country211", "dtd", "eurosat",
-    "fer2013", "fgvc_aircraft", "flowers102", "food101", "gtsrb", "imagenette", "pcam", "pets", "rendered_sst2",
-    "stanford_cars", "stl10", "sun397", "svhn",
-):  # fmt: skip
-    SOURCES.register(_dataset)(partial(_open_named, _dataset))
+for _dataset in SETS:
+    SOURCES.register(_dataset)(lambda argument, columns, dataset=_dataset: open_named(dataset, argument))

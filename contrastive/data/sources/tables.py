@@ -18,10 +18,11 @@ import numpy as np
 from contrastive.data.class_sets import class_names_beside
 from contrastive.data.record import fingerprint_of, part_and_row
 from contrastive.data.sources.columns import (
-    ArrowCells,
+    Cells,
     Columns,
     ColumnSource,
     TablePart,
+    arrow_cells,
     check_types,
     find_columns,
     is_text,
@@ -84,7 +85,7 @@ def open_table(name: str, paths: Sequence[str], asked: Columns) -> ColumnSource:
             for short, file in zip(labels_of_files, files, strict=True)
         ],
         images=_path_cells(rows, columns, name) if is_text(first.image_type) else ParquetImages(paths, columns.image),
-        captions=[(ArrowCells(rows.column(caption)), weight) for caption, weight in columns.weighted],
+        captions=[(arrow_cells(rows.column(caption)), weight) for caption, weight in columns.weighted],
         labels=labels,
         class_names=class_names,
         fingerprint=fingerprint_of(identity),
@@ -106,7 +107,7 @@ def _joined(files: Sequence[TableFile]) -> pa.Table:
         raise UserError(f"{first.path} and the tables after it have different columns ({reason})") from None
 
 
-def _path_cells(rows: pa.Table, columns: Columns, where: str) -> ArrowCells:
+def _path_cells(rows: pa.Table, columns: Columns, where: str) -> Cells:
     column = rows.column(columns.image)
     first = column[0].as_buffer()
     if first is not None and first.to_pybytes().startswith((b"http://", b"https://")):
@@ -114,7 +115,7 @@ def _path_cells(rows: pa.Table, columns: Columns, where: str) -> ArrowCells:
             f"{where}: column '{columns.image}' holds web addresses; download the images first, "
             "as img2dataset does into .tar shards"
         )
-    return ArrowCells(column)
+    return arrow_cells(column)
 
 
 def _read_table(path: str, asked: Columns) -> TableFile:
@@ -167,6 +168,7 @@ def _read_jsonl(path: str, asked: Columns) -> TableFile:
 
 
 def _read_parquet(path: str, asked: Columns) -> TableFile:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, memory_map=True) as file:
@@ -175,8 +177,7 @@ def _read_parquet(path: str, asked: Columns) -> TableFile:
         image_type = _plain(schema.field(columns.image).type)
         wanted = [name for name in columns.names() if name != columns.image or is_text(image_type)]
         rows = file.read(columns=wanted)
-    for place, name in enumerate(rows.column_names):
-        rows = rows.set_column(place, name, rows.column(name).cast(_plain(rows.column(name).type)))
+    rows = rows.cast(pa.schema([(held.name, _plain(held.type)) for held in rows.schema]))
     return TableFile(path, columns, rows, image_type, _hub_class_names(schema, columns.label), _footer_digest(path))
 
 
@@ -226,7 +227,7 @@ class ParquetImages:
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._decoded: dict[int, pa.ChunkedArray] = {}
 
-    def __getitem__(self, row: int) -> Any:
+    def __call__(self, row: int) -> Any:
         number, row = part_and_row(self._ends, row)
         return self._group(number)[row].as_py()
 

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 
 from contrastive.data.class_sets import class_names_beside, class_set, class_sets
 from contrastive.data.prompts import load_templates
 from contrastive.data.record import Source
-from contrastive.data.sources.arrays import ArrayImages, check_split, is_idx_folder, open_idx
-from contrastive.data.sources.folder import ImageFiles
 from contrastive.errors import UserError
 from contrastive.files import cache_folder
 from contrastive.log import say
@@ -116,6 +113,10 @@ def open_named(dataset: str, split: str) -> Source:
     Raises:
         UserError: an unknown split; it is not there and cannot be fetched; or its files are damaged.
     """
+    from filelock import FileLock
+
+    from contrastive.data.sources.arrays import check_split, is_idx_folder, open_idx
+
     entry, root = SETS[dataset], os.path.join(cache_folder(), "datasets", dataset)
     first = next(iter(entry.splits))
     if not split and os.path.isdir(dataset) and dataset not in _ALSO_AS_FOLDERS:
@@ -151,6 +152,8 @@ def open_cifar(name: str, folder: str, split: str) -> Source:
     Raises:
         UserError: an unknown split, or a missing or altered file.
     """
+    from contrastive.data.sources.arrays import check_split
+
     found = _cifar_in(folder)
     if len(found) > 1:
         raise UserError(f"{name}: it holds both CIFAR-10 and CIFAR-100; give one of {' and '.join(found.values())}")
@@ -173,6 +176,9 @@ def _cifar_in(folder: str) -> dict[str, str]:
 def _read(name: str, root: str, dataset: str, split: str, altered: dict[str, Any] | None = None) -> Source:
     """Have torchvision read a split from `root`. altered: attributes of its class to be overridden."""
     from torchvision import datasets
+
+    from contrastive.data.sources.arrays import ArrayImages
+    from contrastive.data.sources.folder import ImageFiles
 
     entry = SETS[dataset]
     loader = type(entry.loader, (getattr(datasets, entry.loader),), altered or {})
