@@ -122,6 +122,7 @@ class Source:
     shard_sizes: np.ndarray | None = None
     remote: bool = False
     weights: tuple[int, ...] = (1,)
+    _labels: np.ndarray | None = None  # int64 (n,), -1 for none, where they are in memory: `label` then reads them
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -137,8 +138,8 @@ class Source:
 
     def label(self, index: int) -> int | None:
         """Return the class index of sample `index` without reading its image. Raises BadSample."""
-        check_index(self, index)
-        return None
+        index = check_index(self, index)
+        return None if self._labels is None or self._labels[index] < 0 else int(self._labels[index])
 
     @property
     def parts(self) -> tuple[Source, ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from contrastive.data.class_sets import class_names_beside, class_set
-from contrastive.data.record import Record, Source, check_index
+from contrastive.data.record import Record, Source
 from contrastive.errors import UserError, did_you_mean
 
 _TEST_EVERY = 5  # of each of scikit-learn's digits, in the order of its file
@@ -55,9 +55,6 @@ class ArrayImages(Source):
         if image.ndim == 2:
             image = np.repeat(image[:, :, None], 3, axis=2)
         return Record(key=self._key(index), image=image, label=label)
-
-    def label(self, index: int) -> int:
-        return int(self._labels[check_index(self, index)])
 
     def _key(self, index: int) -> str:
         return f"{self.name}:{index}"

@@ -239,12 +239,6 @@ class ColumnSource(Source):
     def captions(self, index: int) -> tuple[str, ...]:
         return self._weighted_captions(index)[0]
 
-    def label(self, index: int) -> int | None:
-        index = check_index(self, index)
-        if self._labels is None or self._labels[index] < 0:
-            return None
-        return int(self._labels[index])
-
     def _weighted_captions(self, index: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
         _, key = self._locate(index)
         captions, weights = [], []

@@ -60,10 +60,6 @@ class ImageFiles(Source):
         except UnicodeDecodeError:
             raise BadSample("bad_utf8", key) from None
 
-    def label(self, index: int) -> int | None:
-        index = check_index(self, index)
-        return None if self._labels is None else int(self._labels[index])
-
     def _locate(self, index: int) -> tuple[str, str]:
         relative = self._paths[check_index(self, index)]
         path = os.path.join(self._root, os.fsdecode(relative))
