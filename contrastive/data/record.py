@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from contrastive.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,6 +64,14 @@ def check_index(source: Source, index: int) -> int:
     if not 0 <= index < len(source):
         raise IndexError(f"{source.name}: index {index} is outside 0..{len(source) - 1}")
     return index
+
+
+def check_split(name: str, split: str, known: Collection[str]) -> None:
+    """Raise UserError for a split that is none of those known."""
+    if split not in known:
+        *others, last = known
+        which = f"{', '.join(others)} or {last}" if others else last
+        raise UserError(f"{name}: unknown split '{split}'; use {which}.{did_you_mean(split, known)}")
 
 
 def some_have(source: Source, of: Callable[[int], object]) -> bool:

@@ -10,14 +10,13 @@ import importlib.util
 import math
 import os
 import zlib
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from contrastive.data.class_sets import class_names_beside, class_set
-from contrastive.data.record import Record, Source
-from contrastive.errors import UserError, did_you_mean
+from contrastive.data.record import Record, Source, check_split
+from contrastive.errors import UserError
 
 _TEST_EVERY = 5  # of each of scikit-learn's digits, in the order of its file
 _PREFIXES = {"train": "train", "test": "t10k"}  # a split to what its idx files begin with
@@ -68,11 +67,7 @@ class Digits(ArrayImages):
     """
 
     def __init__(self, split: str = "train"):
-        splits = ("train", "test", "all")
-        if split not in splits:
-            raise UserError(
-                f"digits: unknown split '{split}'; use one of {', '.join(splits)}.{did_you_mean(split, splits)}"
-            )
+        check_split("digits", split, ("train", "test", "all"))
         # scikit-learn's own file, as its `load_digits` has it: to import scikit-learn takes more than a second, in
         # every process of a run. A row is 64 pixels in 0..16, then the digit.
         package = importlib.util.find_spec("sklearn")
@@ -93,14 +88,6 @@ def _rows_of(split: str, digits: np.ndarray) -> np.ndarray:
         nth[digits == digit] = np.arange(np.count_nonzero(digits == digit))
     is_test = nth % _TEST_EVERY == _TEST_EVERY - 1
     return np.flatnonzero({"train": ~is_test, "test": is_test, "all": np.ones_like(is_test)}[split])
-
-
-def check_split(name: str, split: str, known: Collection[str]) -> None:
-    """Raise UserError for a split that is none of those known."""
-    if split not in known:
-        *others, last = known
-        which = f"{', '.join(others)} or {last}" if others else last
-        raise UserError(f"{name}: unknown split '{split}'; use {which}.{did_you_mean(split, known)}")
 
 
 def is_idx_folder(folder: str) -> bool:

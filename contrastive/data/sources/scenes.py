@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from contrastive.data.record import Record, Source, check_index, fingerprint_of
+from contrastive.data.record import Record, Source, check_index, check_split, fingerprint_of
 from contrastive.data.sources.scene_layout import (
     COLOURS,
     SHAPES,
@@ -23,7 +23,7 @@ from contrastive.data.sources.scene_layout import (
     draw_single,
     word_scene,
 )
-from contrastive.errors import UserError, did_you_mean
+from contrastive.errors import UserError
 
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
@@ -82,9 +82,7 @@ class Scenes(Source):
     """
 
     def __init__(self, split: str = "train", image_size: int = 48, num_samples: int | None = None) -> None:
-        if split not in SPLITS:
-            hint = did_you_mean(split, SPLITS)
-            raise UserError(f"scenes: unknown split '{split}'; use one of {', '.join(SPLITS)}.{hint}")
+        check_split("scenes", split, SPLITS)
         if image_size < _MIN_IMAGE_SIZE:
             raise UserError(f"scenes: image size {image_size} is too small; use {_MIN_IMAGE_SIZE} or more.")
         if num_samples is not None and num_samples < 1:

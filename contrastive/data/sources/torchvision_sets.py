@@ -10,7 +10,7 @@ import numpy as np
 
 from contrastive.data.class_sets import class_names_beside, class_set, class_sets
 from contrastive.data.prompts import load_templates
-from contrastive.data.record import Source
+from contrastive.data.record import Source, check_split
 from contrastive.errors import UserError
 from contrastive.files import cache_folder
 from contrastive.log import say
@@ -115,7 +115,7 @@ def open_named(dataset: str, split: str) -> Source:
     """
     from filelock import FileLock
 
-    from contrastive.data.sources.arrays import check_split, is_idx_folder, open_idx
+    from contrastive.data.sources.arrays import is_idx_folder, open_idx
 
     entry, root = SETS[dataset], os.path.join(cache_folder(), "datasets", dataset)
     first = next(iter(entry.splits))
@@ -152,8 +152,6 @@ def open_cifar(name: str, folder: str, split: str) -> Source:
     Raises:
         UserError: an unknown split, or a missing or altered file.
     """
-    from contrastive.data.sources.arrays import check_split
-
     found = _cifar_in(folder)
     if len(found) > 1:
         raise UserError(f"{name}: it holds both CIFAR-10 and CIFAR-100; give one of {' and '.join(found.values())}")
