@@ -40,8 +40,8 @@ def _splits(*names: str) -> dict[str, dict[str, Any]]:
     return {name: {"split": name} for name in names}
 
 
-def _pairs(dataset: Any) -> Content:
-    return tuple(zip(*dataset._samples, strict=True))
+def _pairs(attribute: str) -> Callable[[Any], Content]:
+    return lambda dataset: tuple(zip(*getattr(dataset, attribute), strict=True))
 
 
 def _letters(dataset: Any) -> Content:
@@ -65,8 +65,10 @@ def _lymph_nodes(dataset: Any) -> Content:
 
 _TRAIN_TEST = {"train": {"train": True}, "test": {"train": False}}
 _LETTERS = {name: {"split": "letters", **arguments} for name, arguments in _TRAIN_TEST.items()}
+# Where torchvision's classes keep images and labels. Some names are private to them: no public one gives the labels
+# without decoding every image. A test reads each set from files in its own layout.
 _TARGETS, _LABELS = attrgetter("data", "targets"), attrgetter("data", "labels")
-_FILES, _FOLDERS = attrgetter("_image_files", "_labels"), lambda dataset: tuple(zip(*dataset.samples, strict=True))
+_FILES, _SAMPLES, _FOLDERS = attrgetter("_image_files", "_labels"), _pairs("_samples"), _pairs("samples")
 
 SETS = {
     "mnist": TorchvisionSet("MNIST", _TRAIN_TEST, _TARGETS, None),
@@ -79,16 +81,16 @@ SETS = {
     "country211": TorchvisionSet("Country211", _splits("train", "valid", "test"), _FOLDERS, None),
     "dtd": TorchvisionSet("DTD", _splits("train", "val", "test"), _FILES),
     "eurosat": TorchvisionSet("EuroSAT", {"all": {}}, _FOLDERS),
-    "fer2013": TorchvisionSet("FER2013", _splits("train", "test"), _pairs, None, fetched=False),
+    "fer2013": TorchvisionSet("FER2013", _splits("train", "test"), _SAMPLES, None, fetched=False),
     "fgvc_aircraft": TorchvisionSet("FGVCAircraft", _splits("train", "val", "trainval", "test"), _FILES),
     "flowers102": TorchvisionSet("Flowers102", _splits("train", "val", "test"), _FILES),
     "food101": TorchvisionSet("Food101", _splits("train", "test"), _FILES),
-    "gtsrb": TorchvisionSet("GTSRB", _splits("train", "test"), _pairs, None),
-    "imagenette": TorchvisionSet("Imagenette", _splits("train", "val"), _pairs, "wnids"),
+    "gtsrb": TorchvisionSet("GTSRB", _splits("train", "test"), _SAMPLES, None),
+    "imagenette": TorchvisionSet("Imagenette", _splits("train", "val"), _SAMPLES, "wnids"),
     "pcam": TorchvisionSet("PCAM", _splits("train", "val", "test"), _lymph_nodes, None),
     "pets": TorchvisionSet("OxfordIIITPet", _splits("trainval", "test"), attrgetter("_images", "_labels")),
-    "rendered_sst2": TorchvisionSet("RenderedSST2", _splits("train", "val", "test"), _pairs),
-    "stanford_cars": TorchvisionSet("StanfordCars", _splits("train", "test"), _pairs),
+    "rendered_sst2": TorchvisionSet("RenderedSST2", _splits("train", "val", "test"), _SAMPLES),
+    "stanford_cars": TorchvisionSet("StanfordCars", _splits("train", "test"), _SAMPLES),
     "stl10": TorchvisionSet("STL10", _splits("train", "test"), _LABELS),
     "sun397": TorchvisionSet("SUN397", {"all": {}}, _FILES),
     "svhn": TorchvisionSet("SVHN", _splits("train", "test"), _LABELS, None),
