@@ -46,6 +46,7 @@ from rows import RESULTS, append
 
 from contrastive.evaluate.linear_probe import held_out, linear_probe, sweep_weight_decay, weight_decay_at
 from contrastive.evaluate.logistic import fit_logistic
+from contrastive.evaluate.probe_input import checked_input
 
 RivalName = Literal["ours", "sklearn", "sklearn_all"]
 SEED = 0
@@ -172,8 +173,8 @@ def _ours(data: Data, device: str) -> Found:
     best, _ = sweep_weight_decay(train, labels, val, val_labels, data.num_classes, device=device)
     swept = time.perf_counter() - started
     started = time.perf_counter()
-    given = (data.train, data.train_labels, data.test, data.test_labels)
-    result = linear_probe(*given, num_classes=data.num_classes, device=device, seed=SEED)  # draws the same split
+    given = checked_input(data.train, data.train_labels, data.test, data.test_labels, data.num_classes)
+    result = linear_probe(given, device=device, seed=SEED)  # draws the same split
     seconds = time.perf_counter() - started
     probe = fit_logistic(data.train, data.train_labels, data.num_classes, best, device=device)  # for its weights
     return Found(

@@ -13,7 +13,7 @@ import torch
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import ranked
 from contrastive.evaluate.evaluated_model import EvaluatedModel
-from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, counts, hit_figures, probe_device
+from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, counts, hit_figures, probe_device
 from contrastive.evaluate.tasks import TASKS, Outcome
 from contrastive.log import bar
 
@@ -26,14 +26,10 @@ BLOCK_ROWS = 4096
 
 
 def few_shot(
-    train: torch.Tensor,
-    train_labels: torch.Tensor,
-    test: torch.Tensor,
-    test_labels: torch.Tensor,
+    given: ProbeInput,
     *,
     shots: Sequence[int] = SHOTS,
     seeds: int = 3,
-    num_classes: int | None = None,
     l2: float = L2,
     device: str | torch.device = "cpu",
     progress: bool = False,
@@ -41,7 +37,7 @@ def few_shot(
     """Fit on S training images of each class, score on the whole test set; for each S and several draws.
 
     Args:
-        train, test: features (N, E), whitened here by the mean and deviation of the drawn images.
+        given: its features (N, E) are whitened here by the mean and deviation of the drawn images.
         shots: the numbers S. One that some class has fewer images than is left out, and named in the result.
         seeds: number of draws, of seeds 0, 1, ...; fewer shots of a seed are the first of its more.
         l2: penalty of the ridge regression.
@@ -53,11 +49,9 @@ def few_shot(
         'num_classes'. 'predicted' is that of the most shots and seed 0.
 
     Raises:
-        UserError: shots, seeds or an l2 that are not positive, no number of shots that every class has, or as
-            `checked_input`.
+        UserError: shots, seeds or an l2 that are not positive, or no number of shots that every class has.
     """
     check_options(shots, seeds)
-    given = checked_input(train, train_labels, test, test_labels, num_classes)
     if not l2 > 0:
         raise UserError(f"few-shot: l2 is {l2}; it has to be positive")
     used = _checked_shots(shots, given.train_labels, given.num_classes)
@@ -168,8 +162,8 @@ class FewShot(ProbeTask):
     def check(self) -> None:
         check_options(self.shots, self.seeds)
 
-    def fit(self, *arrays: torch.Tensor, **how) -> dict:
-        return few_shot(*arrays, shots=self.shots, seeds=self.seeds, **how)
+    def fit(self, given: ProbeInput, **how) -> dict:
+        return few_shot(given, shots=self.shots, seeds=self.seeds, **how)
 
     def headline(self, result: dict) -> tuple[str, ...]:
         return tuple(f"shot{number}_acc1" for number in result["shots"])

@@ -14,7 +14,7 @@ import torch
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.evaluate.classification import ranked
-from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, counts, hit_figures
+from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, counts, hit_figures
 from contrastive.evaluate.tasks import TASKS
 from contrastive.registry import Registry
 
@@ -35,21 +35,10 @@ class Head:
 HEADS: Registry[Head] = Registry("head")
 
 
-def head_probe(
-    name: str,
-    train: torch.Tensor,
-    train_labels: torch.Tensor,
-    test: torch.Tensor,
-    test_labels: torch.Tensor,
-    *,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
-    num_classes: int | None = None,
-) -> dict:
+def head_probe(name: str, given: ProbeInput, *, seed: int = 0, options: Mapping[str, Any] | None = None) -> dict:
     """Fit the classifier `name` on training features, score it on test features.
 
     Args:
-        train, test: features (N, E).
         seed: decides everything random in the fit.
         options: of the classifier, by scikit-learn's names, in place of the defaults here.
 
@@ -60,9 +49,8 @@ def head_probe(
         'num_classes'.
 
     Raises:
-        UserError: an unknown head or option, a value the classifier refuses, or as `checked_input`.
+        UserError: an unknown head or option, or a value the classifier refuses.
     """
-    given = checked_input(train, train_labels, test, test_labels, num_classes)
     options = dict(options or {})
     estimator = build_head(name, options, seed)
     with warnings.catch_warnings(record=True) as caught:
@@ -142,8 +130,8 @@ class HeadTask(ProbeTask):
     def check(self) -> None:
         build_head(self.head, self.options)
 
-    def fit(self, *arrays: torch.Tensor, num_classes: int, **how) -> dict:
-        return head_probe(self.head, *arrays, options=self.options, num_classes=num_classes)
+    def fit(self, given: ProbeInput, **how) -> dict:
+        return head_probe(self.head, given, options=self.options)
 
 
 for _name, _head in {

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import ranked
-from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, counts, hit_figures, probe_device
+from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, counts, hit_figures, probe_device
 from contrastive.evaluate.tasks import TASKS
 from contrastive.log import bar
 
@@ -23,21 +23,17 @@ BLOCK_ELEMENTS = 2**26
 
 
 def knn(
-    train: torch.Tensor,
-    train_labels: torch.Tensor,
-    test: torch.Tensor,
-    test_labels: torch.Tensor,
+    given: ProbeInput,
     *,
     k: Sequence[int] = NEIGHBOURS,
     temperature: float = 0.07,
-    num_classes: int | None = None,
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> dict:
     """Classify each test sample by its k nearest gallery samples, each voting exp(cosine / temperature) for its class.
 
     Args:
-        train: (M, E), the gallery; normalised here, like `test` (N, E).
+        given: its training features, (M, E), are the gallery; normalised here, like the test features (N, E).
         k: numbers of neighbours, each evaluated. Of the default ones those above M are left out.
 
     Returns:
@@ -47,12 +43,11 @@ def knn(
         'num_classes'. Ties count against the model; a right class without a vote is behind all others.
 
     Raises:
-        UserError: a k that is not positive or above M, a temperature that is not positive, or as `checked_input`.
+        UserError: a k that is not positive or above M, or a temperature that is not positive.
 
     The N x M similarities are held in blocks of rows.
     """
     check_options(k, temperature)
-    given = checked_input(train, train_labels, test, test_labels, num_classes)
     used = _checked_k(k, len(given.train))
     chosen = max((number for number in used if number <= USUAL), default=min(used))
     ranks, predicted = _ranked(given, used, chosen, temperature, probe_device(device), progress)
@@ -138,8 +133,8 @@ class Knn(ProbeTask):
     def check(self) -> None:
         check_options(self.k, self.temperature)
 
-    def fit(self, *arrays: torch.Tensor, **how) -> dict:
-        return knn(*arrays, k=self.k, temperature=self.temperature, **how)
+    def fit(self, given: ProbeInput, **how) -> dict:
+        return knn(given, k=self.k, temperature=self.temperature, **how)
 
     def headline(self, result: dict) -> tuple[str, ...]:
         return (f"k{result['k']}_acc1",)

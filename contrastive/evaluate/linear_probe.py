@@ -12,7 +12,7 @@ import torch
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import ranked
 from contrastive.evaluate.logistic import MAX_ITERATIONS, LinearProbe, LogisticProblem, between, fit_logistic
-from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, checked_input, probe_figures
+from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, counts, hit_figures
 from contrastive.evaluate.tasks import TASKS
 from contrastive.log import bar
 
@@ -67,24 +67,14 @@ def sweep_weight_decay(
 
 
 def linear_probe(
-    train: torch.Tensor,
-    train_labels: torch.Tensor,
-    test: torch.Tensor,
-    test_labels: torch.Tensor,
-    *,
-    val: torch.Tensor | None = None,
-    val_labels: torch.Tensor | None = None,
-    num_classes: int | None = None,
-    device: str | torch.device = "cpu",
-    seed: int = 0,
-    progress: bool = False,
+    given: ProbeInput, *, device: str | torch.device = "cpu", seed: int = 0, progress: bool = False
 ) -> dict:
     """Fit on train and validation features with the weight decay that is best for the latter, score on test.
 
     Args:
-        train, test: features (N, E) as the model gives them; they are neither scaled nor normalised here.
-        val: where the weight decay is chosen; None: on a fifth of the images of each class of `train`, drawn by `seed`.
-        num_classes: C; None: one more than the highest label.
+        given: its features (N, E) as the model gives them; they are neither scaled nor normalised here. The weight
+            decay is chosen on its validation features; without them, on a fifth of the training images of each class,
+            drawn by `seed`.
 
     Returns:
         A dict that JSON can hold but for 'predicted' (N,) int64: 'acc1', 'acc5' (more than five classes),
@@ -93,16 +83,18 @@ def linear_probe(
         sweep, 'num_train' (with validation), 'num_test', 'num_classes'.
 
     Raises:
-        UserError: as `checked_input`; or no class has a second image to choose the weight decay on.
+        UserError: no class has a second image to choose the weight decay on.
     """
-    given = checked_input(train, train_labels, test, test_labels, num_classes, val, val_labels)
     features, labels, parts = _parts(given, seed)
     found = _sweep(*parts, given.num_classes, MAX_ITERATIONS, SWEEP_TOLERANCE, device, progress)
     best = found.best
     # Only the sum of losses grows with the data; as with scikit-learn's C, the penalty stays.
     probe = fit_logistic(features, labels, given.num_classes, best.weight_decay, start=best, device=device)
+    rank, predicted = ranked(probe.scores(given.test), given.test_labels)
     return {
-        **probe_figures(probe.scores(given.test), given),
+        **hit_figures(rank, predicted, given),
+        **counts(given),
+        "predicted": predicted,
         "num_train": len(features),
         "val_acc1": found.accuracies[best.weight_decay],
         "weight_decay": best.weight_decay,
@@ -215,6 +207,5 @@ class LinearProbeTask(ProbeTask):
     def data_used(self) -> tuple[str, ...]:
         return super().data_used + (() if self.val is None else (self.val,))
 
-    def fit(self, *arrays: torch.Tensor, **how) -> dict:
-        val, val_labels = arrays[4:] or (None, None)
-        return linear_probe(*arrays[:4], val=val, val_labels=val_labels, **how)
+    def fit(self, given: ProbeInput, **how) -> dict:
+        return linear_probe(given, **how)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from contrastive.errors import UserError
-from contrastive.evaluate.classification import ranked
 from contrastive.evaluate.embeddings import Space
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.tasks import EvaluationTask, Need, Outcome, classification_outcome, per_class_counts
@@ -37,12 +36,8 @@ class ProbeTask(EvaluationTask):
         return [Need(data, self.space) for data in self.data_used]
 
     @abstractmethod
-    def fit(self, *arrays: torch.Tensor, **how) -> dict:
-        """Fit and score.
-
-        Args:
-            arrays: features (N, E) and labels (N,) of each of `data_used` in turn.
-            how: num_classes, device, progress.
+    def fit(self, given: "ProbeInput", **how) -> dict:
+        """Fit and score; `how`: device, progress.
 
         Returns:
             Figures in percent and details by name, and 'predicted': (N,) int64, the classes of the test set.
@@ -60,7 +55,8 @@ class ProbeTask(EvaluationTask):
         known = [len(one.class_names) for one in sets if one.class_names is not None]
         num_classes = known[0] if known else 1 + max(int(one.labels.max()) for one in sets)
         arrays = [array for one in sets for array in (one.features, one.labels)]
-        found = self.fit(*arrays, num_classes=num_classes, device=subject.device, progress=subject.progress)
+        given = checked_input(*arrays[:4], num_classes, *arrays[4:])  # after the test set comes the validation set
+        found = self.fit(given, device=subject.device, progress=subject.progress)
         result = {**found, "skipped": dict(test.skipped)}
         per_class = per_class_counts(result.pop("predicted"), test.labels, num_classes)
         return classification_outcome(result, per_class, self.headline(result))
@@ -146,17 +142,6 @@ def probe_device(device: str | torch.device) -> torch.device:
     """Where to compute; the CPU in place of MPS, which has neither float64 nor eigenvectors."""
     device = torch.device(device)
     return torch.device("cpu") if device.type == "mps" else device
-
-
-def probe_figures(scores: torch.Tensor, given: ProbeInput) -> dict:
-    """Figures of (N, C) scores of the test set; ties count against the model.
-
-    Returns:
-        'acc1', 'acc5' (more than five classes), 'mean_per_class_recall' and 'chance' in percent, 'num_train',
-        'num_test', 'num_classes', and 'predicted', (N,) int64, which JSON cannot hold.
-    """
-    rank, predicted = ranked(scores, given.test_labels)
-    return {**hit_figures(rank, predicted, given), **counts(given), "predicted": predicted}
 
 
 def hit_figures(rank: torch.Tensor, predicted: torch.Tensor, given: ProbeInput) -> dict[str, float]:

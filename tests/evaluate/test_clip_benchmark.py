@@ -23,6 +23,7 @@ from contrastive.evaluate.classification import classification_metrics, zero_sho
 from contrastive.evaluate.compositional import compositional
 from contrastive.evaluate.embeddings import embed_images
 from contrastive.evaluate.linear_probe import linear_probe
+from contrastive.evaluate.probe_input import checked_input
 from contrastive.evaluate.retrieval import retrieval
 from contrastive.interop import clip_benchmark as adapter
 
@@ -157,7 +158,7 @@ def test_linear_probe_without_cuda(benchmark, shards, tmp_path, monkeypatch, val
         labels = torch.tensor([source.label(index) for index in range(len(source))])
         assert torch.equal(torch.load(kept / f"targets_{split}.pt"), labels)
         ours += [features, labels]
-    assert linear_probe(*ours)["acc1"] == pytest.approx(metrics["acc1"], abs=10)
+    assert linear_probe(checked_input(*ours))["acc1"] == pytest.approx(metrics["acc1"], abs=10)
 
 
 def test_features_are_not_kept_unasked(benchmark, shards, tmp_path):

@@ -11,6 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from contrastive.errors import UserError
 from contrastive.evaluate.heads import HEADS, Head, head_probe
+from contrastive.evaluate.probe_input import checked_input
 from contrastive.registry import Registry
 
 QUICK = {
@@ -30,7 +31,7 @@ def data(num_classes=7):
 def test_every_head_learns_and_repeats_itself(name):
     given = data()
     options = QUICK.get(name)
-    result = head_probe(name, *given, options=options)
+    result = head_probe(name, checked_input(*given), options=options)
     predicted = result.pop("predicted")
     json.dumps(result)
     assert predicted.dtype == torch.int64
@@ -38,12 +39,12 @@ def test_every_head_learns_and_repeats_itself(name):
     assert result["acc1"] > 3 * result["chance"] and result["acc5"] >= result["acc1"]
     assert result["mean_per_class_recall"] > 2 * result["chance"]
     assert (result["num_train"], result["num_test"], result["num_classes"]) == (300, 200, 7)
-    assert torch.equal(predicted, head_probe(name, *given, options=options)["predicted"])
+    assert torch.equal(predicted, head_probe(name, checked_input(*given), options=options)["predicted"])
 
 
 @pytest.mark.parametrize("name", HEADS.names())
 def test_two_classes(name):
-    result = head_probe(name, *data(2), options=QUICK.get(name))
+    result = head_probe(name, checked_input(*data(2)), options=QUICK.get(name))
     assert result["acc1"] > 80 and "acc5" not in result and result["chance"] == 50
 
 
@@ -51,8 +52,8 @@ def test_two_classes(name):
 def test_the_seed_decides(name):
     given = data()
     options = {"max_iter": 2} if name in ("mlp", "sgd") else {"n_estimators": 2}
-    first = head_probe(name, *given, options=options)["predicted"]
-    others = [head_probe(name, *given, seed=seed, options=options)["predicted"] for seed in (1, 2, 3)]
+    first = head_probe(name, checked_input(*given), options=options)["predicted"]
+    others = [head_probe(name, checked_input(*given), seed=seed, options=options)["predicted"] for seed in (1, 2, 3)]
     assert any(not torch.equal(first, other) for other in others)
 
 
@@ -63,7 +64,7 @@ def test_agrees_with_scikit_learn_standardised_or_not():
         ("naive_bayes", GaussianNB()),
     ):
         model.fit(train, train_labels)
-        result = head_probe(name, *data(), options={"C": 0.1} if name == "linear" else None)
+        result = head_probe(name, checked_input(*data()), options={"C": 0.1} if name == "linear" else None)
         assert np.array_equal(result["predicted"], model.predict(test))
         order = np.argsort(-model.predict_proba(test), axis=1)[:, :5]
         assert result["acc5"] == pytest.approx(100 * np.mean((order == test_labels[:, None]).any(axis=1)), abs=1e-4)
@@ -71,10 +72,10 @@ def test_agrees_with_scikit_learn_standardised_or_not():
 
 
 def test_what_scikit_learn_warns_of_is_in_the_result():
-    result = head_probe("linear", *data(), options={"max_iter": 1})
+    result = head_probe("linear", checked_input(*data()), options={"max_iter": 1})
     assert len(result["warnings"]) == 1 and "converge" in result["warnings"][0]
     assert "\n" not in result["warnings"][0]
-    assert head_probe("linear", *data())["warnings"] == []
+    assert head_probe("linear", checked_input(*data()))["warnings"] == []
 
 
 def test_a_head_of_ones_own(monkeypatch):
@@ -98,7 +99,7 @@ def test_a_head_of_ones_own(monkeypatch):
 
     registry.register("majority")(Head(Majority, standardise=False))
     given = data()
-    result = head_probe("majority", *given)
+    result = head_probe("majority", checked_input(*given))
     assert (result["predicted"] == 0).all() and result["acc1"] == result["acc5"] > 0
     assert result["mean_per_class_recall"] == pytest.approx(100 / 7)
 
@@ -114,5 +115,5 @@ def test_a_head_of_ones_own(monkeypatch):
 )
 def test_refuses(name, options, match):
     with pytest.raises(UserError, match=match) as caught:
-        head_probe(name, *data(), options=options)
+        head_probe(name, checked_input(*data()), options=options)
     assert "\n" not in str(caught.value)

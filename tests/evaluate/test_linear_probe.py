@@ -14,6 +14,7 @@ from contrastive.errors import UserError
 from contrastive.evaluate import logistic as module
 from contrastive.evaluate.linear_probe import _sweep, held_out, linear_probe, sweep_weight_decay, weight_decay_at
 from contrastive.evaluate.logistic import LinearProbe, LogisticProblem, fit_logistic
+from contrastive.evaluate.probe_input import checked_input
 
 
 def objective(weight, bias, features, labels, weight_decay):
@@ -196,8 +197,8 @@ def test_a_fifth_of_each_class_is_held_out():
 def test_the_result(own_val):
     (train, train_labels), (test, test_labels) = (clouds(n, 12, 7, seed, 3.0) for n, seed in ((600, 0), (500, 1)))
     val = clouds(200, 12, 7, 2, 3.0)
-    options = {"val": val[0], "val_labels": val[1]} if own_val else {"seed": 3}
-    result = linear_probe(train, train_labels, test, test_labels, **options)
+    more = (7, *val) if own_val else ()
+    result = linear_probe(checked_input(train, train_labels, test, test_labels, *more), seed=3)
     predicted = result.pop("predicted")
     json.dumps(result)
     if own_val:
@@ -230,7 +231,7 @@ def test_scores_in_blocks(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_agrees():
     (train, train_labels), (test, test_labels) = (clouds(n, 64, 10, seed, 2.0) for n, seed in ((2000, 0), (1000, 1)))
-    here = linear_probe(train, train_labels, test, test_labels)
-    there = linear_probe(train, train_labels, test, test_labels, device="cuda")
+    here = linear_probe(checked_input(train, train_labels, test, test_labels))
+    there = linear_probe(checked_input(train, train_labels, test, test_labels), device="cuda")
     assert here["weight_decay"] == there["weight_decay"]
     assert here["acc1"] == pytest.approx(there["acc1"], abs=0.1)
