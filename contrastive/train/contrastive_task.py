@@ -230,25 +230,15 @@ def forward_backward(
 ) -> torch.Tensor:
     """Add the gradient of the loss over the global batch; return this rank's loss, a detached scalar.
 
+    With `accumulate` above 1 the loss and gradient are the same, with the activations of one micro-batch at a time.
+    A contrastive loss is not a sum over micro-batches: all are embedded first without a graph, the loss of the whole
+    batch gives each feature its gradient, and each micro-batch is embedded again, with the same random numbers, to
+    carry it into the towers (Gao et al. 2021, "GradCache").
+
     Args:
         model: the wrapped dual encoder. pixels: (b, 3, H, W) normalised. tokens: (b, L). caption_ids: (b,).
         accumulate: number of micro-batches that the local batch b is embedded in; must divide b.
         seed: (run seed, step), for dropout.
-    """
-    if accumulate > 1:
-        return _accumulated(model, loss, pixels, tokens, caption_ids, accumulate, seed, runtime)
-    seed_step(*seed, runtime.rank)
-    value = loss(*model(pixels, tokens), caption_ids=caption_ids)
-    value.backward()
-    return value.detach()
-
-
-def _accumulated(model, loss, pixels, tokens, caption_ids, accumulate, seed, runtime) -> torch.Tensor:
-    """The same loss and gradient with the activations of one micro-batch at a time.
-
-    A contrastive loss is not a sum over micro-batches: all are embedded first without a graph, the loss of
-    the whole batch gives each feature its gradient, and each micro-batch is embedded again, with the same
-    random numbers, to carry it into the towers (Gao et al. 2021, "GradCache").
     """
     parts = list(zip(pixels.chunk(accumulate), tokens.chunk(accumulate), strict=True))
 
@@ -256,6 +246,10 @@ def _accumulated(model, loss, pixels, tokens, caption_ids, accumulate, seed, run
         seed_step(*seed, runtime.rank, part)
         return model(*parts[part])
 
+    if accumulate == 1:
+        value = loss(*embed(0), caption_ids=caption_ids)
+        value.backward()
+        return value.detach()
     with torch.no_grad():
         cached = [embed(part) for part in range(accumulate)]
     image, text = (torch.cat([part[i] for part in cached]).requires_grad_() for i in (0, 1))
