@@ -161,9 +161,9 @@ def claim_folder(
 ) -> dict[str, Any] | None:
     """Check, before any work is done, that a command may write to `folder`; return what `record` in it says.
 
-    A folder is free where it is not there yet or empty (files that a kill left half-written aside, and locks, do not
-    count), and may be taken again where an earlier call of the same command left its record, a JSON object. What the
-    record has to say is for the caller to compare.
+    A folder is free where it is not there yet or empty (files that a kill left half-written aside, locks, and folders
+    of nothing else do not count), and may be taken again where an earlier call of the same command left its record, a
+    JSON object. What the record has to say is for the caller to compare.
 
     Args:
         record: the name of that file. of: what writes such folders, for messages: 'an inspection'.
@@ -213,6 +213,8 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 
 def _is_left_over(path: Path) -> bool:
+    if path.is_dir():  # made for a record that a kill came before
+        return all(map(_is_left_over, path.iterdir()))
     return path.name.endswith(".partial") or path.name in ("lock", ".lock")
 
 

@@ -59,6 +59,13 @@ def test_a_folder_is_free_where_it_is_new_empty_or_holds_leftovers(tmp_path):
     assert claim_folder(tmp_path, **CLAIM) is None
     (tmp_path / ".a.json.17.partial").touch()
     assert claim_folder(tmp_path, **CLAIM) is None
+    (tmp_path / "begun").mkdir()
+    assert claim_folder(tmp_path, **CLAIM) is None
+    (tmp_path / "begun" / ".a.json.17.partial").touch()
+    assert claim_folder(tmp_path, **CLAIM) is None
+    (tmp_path / "begun" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds files that are not of a test"):
+        claim_folder(tmp_path, **CLAIM)
 
 
 def test_a_folder_with_its_record_may_be_taken_again(tmp_path):

@@ -264,6 +264,12 @@ def test_a_folder_of_something_else_is_refused(table, tmp_path):
         write_shards(open_source(str(table)), tmp_path / "out" / "mine.txt", workers=1)
 
 
+def test_a_folder_from_before_its_plan_was_written_is_taken_up(table, tmp_path):
+    (tmp_path / "out" / ".progress").mkdir(parents=True)
+    (tmp_path / "out" / ".lock").touch()
+    assert write_shards(open_source(str(table)), tmp_path / "out", workers=1)["samples"]
+
+
 def test_nothing_usable_is_an_error_with_a_report(tmp_path):
     write_tar(tmp_path / "in.tar", [("a.jpg", b"x"), ("a.txt", b"text")])
     with pytest.raises(UserError, match="none of its 1 samples can be used"):
