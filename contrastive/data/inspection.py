@@ -19,7 +19,7 @@ from contrastive.data.captions import MAX_CAPTION_CHARS, caption_fault
 from contrastive.data.decode import FORMATS, decode
 from contrastive.data.loader import train_loader
 from contrastive.data.order_choice import order_for
-from contrastive.data.record import BadSample, Record, Source
+from contrastive.data.record import BadSample, FaultCounts, Record, Source
 from contrastive.data.samples import PairDataset
 from contrastive.data.tokenizer import Tokenizer
 
@@ -34,7 +34,6 @@ QUANTITIES = {
     "caption_tokens": "length of a caption, tokens",
 }
 BINS = 24
-KEYS_SHOWN = 20
 DUPLICATES_SHOWN = 20
 REMOTE_BLOCKS = 4  # of consecutive samples, so that few shards are fetched
 
@@ -46,7 +45,7 @@ class Measured:
     lengths: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # by the names of QUANTITIES
     formats: Counter = field(default_factory=Counter)
     labels: Counter = field(default_factory=Counter)
-    faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason to keys
+    faults: FaultCounts = field(default_factory=FaultCounts)
     caption_keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # text to keys
     image_keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # hash to keys
 
@@ -89,7 +88,7 @@ def measure(
             key = record.key
             _measure_image(record, found)
         except BadSample as fault:
-            found.faults[fault.reason].append(fault.key or key)
+            found.faults.add(fault.reason, fault.key or key)
         else:
             _measure_captions(record, uncut, found)
         advance()
@@ -117,11 +116,11 @@ def _measure_captions(record: Record, uncut: Tokenizer, found: Measured) -> None
         found.labels[record.label] += 1
     found.lengths["captions_per_sample"].append(len(record.captions))
     if not record.captions:
-        found.faults["missing_caption"].append(record.key)
+        found.faults.add("missing_caption", record.key)
     for caption in record.captions:
         fault = caption_fault(caption)
         if fault:
-            found.faults[fault].append(record.key)
+            found.faults.add(fault, record.key)
             continue
         found.caption_keys[caption].append(record.key)
         found.lengths["caption_characters"].append(len(caption))
@@ -144,10 +143,7 @@ def summary(source: Source, found: Measured, tokenizer: Tokenizer, inspected: in
         "samples": len(source),
         "inspected": inspected,
         "readable": len(found.lengths["height"]),
-        "unusable": {
-            reason: {"count": len(keys), "keys": keys[:KEYS_SHOWN]}
-            for reason, keys in sorted(found.faults.items(), key=lambda item: -len(item[1]))
-        },
+        "unusable": found.faults.commonest_first(),
         "formats": dict(found.formats.most_common()),
         **{name: distribution(found.lengths[name]) for name in QUANTITIES},
         "context_length": tokenizer.context_length,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 SAMPLES_ASKED = 100  # of a source, for captions or labels
+KEYS_KEPT = 20  # of the bad samples of each reason: enough to find what is wrong with the data
 
 
 class BadSample(Exception):
@@ -35,6 +36,24 @@ class BadSample(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.key})" if self.key else self.reason
+
+
+class FaultCounts(dict[str, dict[str, Any]]):
+    """Bad samples by reason: {"count": how many, "keys": of the first KEYS_KEPT}, plain enough for JSON."""
+
+    def add(self, reason: str, *keys: str, count: int = 1) -> None:
+        """Count one more, or as many as `count` says, of which these keys are known."""
+        found = self.setdefault(reason, {"count": 0, "keys": []})
+        found["count"] += count
+        found["keys"] += keys[: KEYS_KEPT - len(found["keys"])]
+
+    def include(self, later: dict[str, dict[str, Any]]) -> None:
+        """Take in what was found after all that is counted so far."""
+        for reason, found in later.items():
+            self.add(reason, *found["keys"], count=found["count"])
+
+    def commonest_first(self) -> dict[str, dict[str, Any]]:
+        return dict(sorted(self.items(), key=lambda item: -item[1]["count"]))
 
 
 @dataclass(frozen=True)

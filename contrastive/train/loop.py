@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from contrastive.data.loader import train_loader
 from contrastive.data.order import SampleOrder, check_cursor
+from contrastive.data.record import FaultCounts
 from contrastive.distributed.collectives import all_reduce_sum, gather_objects
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
@@ -23,8 +24,6 @@ from contrastive.train.checkpoint import load_checkpoint, read_cursor, save_chec
 from contrastive.train.options import num_workers
 from contrastive.train.progress import Advice, ProgressBar, StepTimer
 from contrastive.train.task import TrainingTask
-
-MAX_KEYS = 20  # of the bad samples of each reason: enough to find what is wrong with the data
 
 
 class Trainer:
@@ -230,18 +229,14 @@ class BadSamples:
 
     def __init__(self, max_share: float, window: int):
         self.max_share, self.window = max_share, window
-        self._counts: Counter[str] = Counter()  # of this rank, since they were last taken
-        self._keys: dict[str, list[str]] = {}
+        self._faults = FaultCounts()  # of this rank, since they were last taken
         self._steps: deque[tuple[int, int]] = deque()  # samples and bad ones of all ranks, step by step
         self._samples = self._bad = 0
 
     def note(self, faults: Iterable[tuple[str, str]]) -> None:
         """Count (reason, key) of this rank's batch."""
         for reason, key in faults:
-            self._counts[reason] += 1
-            keys = self._keys.setdefault(reason, [])
-            if len(keys) < MAX_KEYS:
-                keys.append(key)
+            self._faults.add(reason, key)
 
     def too_many(self, samples: int, bad: int) -> bool:
         """Add a step's samples and bad ones, of all ranks; return whether more than the allowed share is bad.
@@ -261,11 +256,11 @@ class BadSamples:
 
         Counted from there anew, so that a resumed run counts nothing twice.
         """
-        ranks = gather_objects((self._counts, self._keys))
-        self._counts, self._keys = Counter(), {}
-        total = sum((counts for counts, _ in ranks), Counter())
-        keys = {reason: [key for _, keys in ranks for key in keys.get(reason, [])][:MAX_KEYS] for reason in total}
-        return {"counts": dict(total), "keys": keys}
+        total = FaultCounts()
+        for faults in gather_objects(self._faults):
+            total.include(faults)
+        self._faults = FaultCounts()
+        return _as_row(total)
 
     def error(self, step: int, taken: dict) -> UserError:
         """Return what to stop with."""
@@ -283,11 +278,17 @@ class BadSamples:
 
 def merged(rows: Iterable[dict]) -> dict:
     """Return counts and keys of all 'bad_samples' rows of metrics.jsonl together, as `BadSamples.take` has them."""
-    counts: Counter[str] = Counter()
-    keys: dict[str, list[str]] = {}
+    total = FaultCounts()
     for row in rows:
         # Rows of runs begun before keys were kept hold the counts by themselves.
-        counts.update(row.get("counts") or {name: n for name, n in row.items() if name not in ("kind", "step")})
-        for reason, names in row.get("keys", {}).items():
-            keys[reason] = (keys.get(reason, []) + names)[:MAX_KEYS]
-    return {"counts": dict(counts), "keys": keys}
+        counts = row.get("counts") or {name: n for name, n in row.items() if name not in ("kind", "step")}
+        for reason, count in counts.items():
+            total.add(reason, *row.get("keys", {}).get(reason, ()), count=count)
+    return _as_row(total)
+
+
+def _as_row(faults: FaultCounts) -> dict:
+    return {
+        "counts": {reason: found["count"] for reason, found in faults.items()},
+        "keys": {reason: found["keys"] for reason, found in faults.items()},
+    }

@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from contrastive.data.record import KEYS_KEPT
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.losses import SoftmaxLossConfig
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig
-from contrastive.train.loop import MAX_KEYS, BadSamples, Trainer, merged
+from contrastive.train.loop import BadSamples, Trainer, merged
 from contrastive.train.options import TrainConfig
 
 
@@ -79,7 +80,7 @@ def test_rows_of_old_and_new_runs_are_read_together():
     bad = BadSamples(0.01, 1000)
     bad.note([("unreadable_image", f"key{i}") for i in range(30)])
     taken = bad.take()
-    assert taken["counts"] == {"unreadable_image": 30} and len(taken["keys"]["unreadable_image"]) == MAX_KEYS
+    assert taken["counts"] == {"unreadable_image": 30} and len(taken["keys"]["unreadable_image"]) == KEYS_KEPT
     assert bad.take() == {"counts": {}, "keys": {}}
     old = {"kind": "bad_samples", "step": 3, "unreadable_image": 2}
     both = merged([old, {"kind": "bad_samples", "step": 5, **taken}])

@@ -2,24 +2,24 @@
 
 import io
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image
 
 from contrastive.data.captions import caption_fault, drawn_order
 from contrastive.data.decode import decode
 from contrastive.data.preprocess import resize
-from contrastive.data.record import BadSample, Record, Source
+from contrastive.data.record import BadSample, FaultCounts, Record, Source
 from contrastive.data.shards.parallel import in_parallel
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
@@ -29,7 +29,6 @@ from contrastive.log import say
 SAMPLES_PER_SHARD = 10_000
 _PROGRESS = ".progress"
 _PLAN = f"{_PROGRESS}/plan.json"
-_KEYS_SHOWN = 20
 # What open_clip and the webdataset library decode too. They pass over a .gif or .tif without a word.
 _KEPT = re.compile(rb"(?P<jpg>\xff\xd8\xff)|(?P<png>\x89PNG\r\n\x1a\n)|(?P<webp>RIFF.{4}WEBP)", re.DOTALL)
 
@@ -126,30 +125,23 @@ def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
 class Tally:
     """What became of the samples of one shard, or of several.
 
-    rejected, rejected_captions: by reason, how many and the first _KEYS_SHOWN keys, in the order of the source.
-    A rejected caption is one of a sample that has others, or a label.
+    rejected, rejected_captions: in the order of the source. A rejected caption is one of a sample that has others, or
+    a label.
     """
 
     samples: int = 0
     resized: int = 0
     bytes: int = 0
-    rejected: dict[str, dict[str, Any]] = field(default_factory=dict)
-    rejected_captions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rejected: FaultCounts = field(default_factory=FaultCounts)
+    rejected_captions: FaultCounts = field(default_factory=FaultCounts)
 
     def add(self, later: "Tally") -> None:
         """Take in the tally of samples that come after those counted so far."""
         self.samples += later.samples
         self.resized += later.resized
         self.bytes += later.bytes
-        for mine, theirs in ((self.rejected, later.rejected), (self.rejected_captions, later.rejected_captions)):
-            for reason, found in theirs.items():
-                _reject(mine, reason, *found["keys"], count=found["count"])
-
-
-def _reject(faults: dict[str, dict[str, Any]], reason: str, *keys: str, count: int = 1) -> None:
-    found = faults.setdefault(reason, {"count": 0, "keys": []})
-    found["count"] += count
-    found["keys"] += keys[: _KEYS_SHOWN - len(found["keys"])]
+        self.rejected.include(later.rejected)
+        self.rejected_captions.include(later.rejected_captions)
 
 
 @dataclass(frozen=True)
@@ -178,9 +170,11 @@ class _NewShards:
     def finished(self, number: int) -> Tally | None:
         """Return the tally of a shard that was finished and is still there in full, else None."""
         try:
-            tally = Tally(**json.loads(self._record(number).read_text("utf-8")))
+            stored = json.loads(self._record(number).read_text("utf-8"))
+            faults = {name: FaultCounts(stored[name]) for name in ("rejected", "rejected_captions")}
+            tally = Tally(**{**stored, **faults})
             size = self.path(number).stat().st_size if tally.samples else 0
-        except (OSError, ValueError, TypeError):  # none, or one from a disk that was full
+        except (OSError, ValueError, TypeError, KeyError):  # none, or one from a disk that was full
             return None
         return tally if size == tally.bytes else None
 
@@ -188,15 +182,18 @@ class _NewShards:
         """Write a shard, which has its name when it is whole, and record it; one without samples leaves no file."""
         from webdataset import TarWriter
 
-        path, tally, labels = self.path(number), Tally(), class_labels(self.source)
+        path, tally = self.path(number), Tally()
         temporary = path.with_name(f".{path.name}.tmp")
         first = number * self.samples_per_shard
         with temporary.open("wb") as file:
             # No time, no user: the same samples are the same bytes.
             with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
                 for index in range(first, min(first + self.samples_per_shard, len(self.source))):
-                    members = self._members(index, tally, labels)
-                    if members:
+                    try:
+                        members = _members(self.source[index], self.options, self.class_labels, tally)
+                    except BadSample as fault:
+                        tally.rejected.add(fault.reason, fault.key)
+                    else:
                         tar.write({"__key__": f"{index:09d}", **members})
             file.flush()
             os.fsync(file.fileno())
@@ -207,19 +204,15 @@ class _NewShards:
             temporary.unlink()
         write_json(self._record(number), vars(tally))
 
-    def _members(self, index: int, tally: Tally, labels: tuple[str, ...] | None) -> dict[str, bytes] | None:
-        """Return the members of a sample, or None for one that cannot be used."""
-        try:
-            record = self.source[index]
-            members, bad_captions, resized = pack(record, self.options, labels)
-        except BadSample as fault:
-            _reject(tally.rejected, fault.reason, fault.key)
-            return None
-        for reason in bad_captions:
-            _reject(tally.rejected_captions, reason, record.key)
-        tally.samples += 1
-        tally.resized += resized
-        return members
+    @cached_property
+    def class_labels(self) -> tuple[str, ...] | None:
+        """None where KEY.cls can hold the number of the class, else the names it has to hold.
+
+        A number that is also the name of another class, as folders '1', '10', '2' have it, would be read as the name.
+        """
+        names = self.source.class_names or ()
+        unclear = any(str(number) in names and names[number] != str(number) for number in range(len(names)))
+        return names if unclear else None
 
     def _record(self, number: int) -> Path:
         return self.folder / _PROGRESS / f"{self.path(number).stem}.json"
@@ -252,11 +245,11 @@ def _report(shards: _NewShards, plan: dict[str, Any], kept: int) -> dict[str, An
     return report
 
 
-def _say_faults(head: str, faults: dict[str, dict[str, Any]]) -> None:
+def _say_faults(head: str, faults: FaultCounts) -> None:
     """Where there are any, print a line for each reason, the commonest first: '3 missing_image: a.jpg, b.jpg, ...'."""
     if faults:
         say(head)
-    for reason, found in sorted(faults.items(), key=lambda item: -item[1]["count"]):
+    for reason, found in faults.commonest_first().items():
         keys = [re.sub(r"\s+", " ", key) for key in found["keys"][:3]]
         more = ", ..." if found["count"] > len(keys) else ""
         say(f"  {found['count']:,} {reason}: {', '.join(keys)}{more}")
@@ -265,10 +258,10 @@ def _say_faults(head: str, faults: dict[str, dict[str, Any]]) -> None:
 # One sample
 
 
-def pack(
-    record: Record, options: PackOptions, class_labels: tuple[str, ...] | None
-) -> tuple[dict[str, bytes], tuple[str, ...], bool]:
-    """Return the members of a sample by suffix, why captions were left out, and whether the image was resized.
+def _members(
+    record: Record, options: PackOptions, class_labels: tuple[str, ...] | None, tally: Tally
+) -> dict[str, bytes]:
+    """Return the members of a sample by suffix, and count it, with what is left out or resized.
 
     The members are an image, and KEY.txt, KEY.json and KEY.cls as far as the sample needs them.
 
@@ -276,13 +269,11 @@ def pack(
     images become lossless PNG. The first caption is in KEY.txt; KEY.json holds {"captions": [...]}, and
     "weights" where there are any, if that says more than the text does.
 
-    Args:
-        class_labels: what KEY.cls holds for each class (see `class_labels`); None: the label's number.
-
     Raises:
-        BadSample: an image that cannot be read, or neither a usable caption nor a label.
+        BadSample: an image that cannot be read, or neither a usable caption nor a label; nothing is counted.
     """
-    captions, weights, bad_captions = _usable_captions(record)
+    faults = [caption_fault(caption) for caption in record.captions]
+    captions, weights = _usable_captions(record, faults)
     try:
         suffix, image, resized = _pack_image(record.image, options)
     except BadSample as fault:
@@ -292,36 +283,28 @@ def pack(
         members["txt"] = captions[0].encode()
         # A text loses a byte-order mark and the end of its line when it is read back.
         plain = captions[0].rstrip("\r\n") == captions[0] and not captions[0].startswith("\ufeff")
-        if len(captions) > 1 or weights is not None or not plain:
-            fields = {"captions": captions} | ({"weights": weights} if weights is not None else {})
+        if len(captions) > 1 or weights or not plain:
+            fields = {"captions": captions} | ({"weights": weights} if weights else {})
             members["json"] = json.dumps(fields, ensure_ascii=False).encode()
     if record.label is not None:
         members["cls"] = (class_labels[record.label] if class_labels else str(record.label)).encode()
-    return members, bad_captions, resized
+    for reason in filter(None, faults):
+        tally.rejected_captions.add(reason, record.key)
+    tally.samples += 1
+    tally.resized += resized
+    return members
 
 
-def class_labels(source: Source) -> tuple[str, ...] | None:
-    """Return None where KEY.cls can hold the number of the class, else the names it has to hold.
-
-    A number that is also the name of another class, as folders '1', '10', '2' have it, would be read as the name.
-    """
-    names = source.class_names or ()
-    unclear = any(str(number) in names and names[number] != str(number) for number in range(len(names)))
-    return names if unclear else None
-
-
-def _usable_captions(record: Record) -> tuple[list[str], list[float] | None, tuple[str, ...]]:
-    """Return the captions to store, their weights, and the faults of the others."""
-    captions = record.captions
-    weights = record.caption_weights or (1.0,) * len(captions)
+def _usable_captions(record: Record, faults: Sequence[str | None]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Return the captions to store, and their weights where there are any; `faults` has one for each caption."""
     if record.caption_weights is not None:
         drawn_order(record, 0.0)  # refuses weights that mean nothing
-    faults = [caption_fault(caption) for caption in captions]
+    weights = record.caption_weights or (1.0,) * len(record.captions)
     kept = [place for place, fault in enumerate(faults) if fault is None and weights[place]]
     if not kept and record.label is None:
         raise BadSample(next(filter(None, faults), "missing_caption"), record.key)
-    stored = [weights[place] for place in kept] if record.caption_weights is not None and kept else None
-    return [captions[place] for place in kept], stored, tuple(filter(None, faults))
+    captions = tuple(record.captions[place] for place in kept)
+    return captions, tuple(weights[place] for place in kept) if record.caption_weights else ()
 
 
 def _pack_image(image: bytes | Image.Image | np.ndarray, options: PackOptions) -> tuple[str, bytes, bool]:
@@ -332,19 +315,15 @@ def _pack_image(image: bytes | Image.Image | np.ndarray, options: PackOptions) -
         return kept.lastgroup, image, False
     pixels = decode(image)
     height, width = pixels.shape[1:]
-    short = min(height, width)
-    if options.short_side is not None and short > options.short_side:
-        scale = options.short_side / short
-        rows = _rows(resize(pixels, max(1, round(height * scale)), max(1, round(width * scale))))
+    scale = (options.short_side or math.inf) / min(height, width)
+    if scale < 1:
+        pixels = resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
+    elif kept:
+        return kept.lastgroup, image, False
+    rows = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+    if scale < 1:
         jpeg = simplejpeg.encode_jpeg(rows, options.quality, colorspace="RGB", colorsubsampling="420", fastdct=False)
         return "jpg", jpeg, True
-    if kept:
-        return kept.lastgroup, image, False
     png = io.BytesIO()
-    Image.fromarray(_rows(pixels)).save(png, "PNG")
+    Image.fromarray(rows).save(png, "PNG")
     return "png", png.getvalue(), False
-
-
-def _rows(pixels: torch.Tensor) -> np.ndarray:
-    """From (3, H, W) to (H, W, 3)."""
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
