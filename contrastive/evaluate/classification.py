@@ -27,11 +27,11 @@ HOW_TO_NAME = "--classes FILE, in a suite classes: FILE"
 
 
 def zero_shot_classifier(
-    model, tokenizer, class_names: Sequence[str], templates: Sequence[str], *, device, batch_size: int = 1024
+    model, tokenizer, class_names: Sequence[str], templates: Sequence[str], *, device: str | torch.device
 ) -> torch.Tensor:
     """Return (C, E) unit vectors: per class the renormalised mean of its filled templates' embeddings."""
     texts = [text for name in class_names for text in fill(templates, name)]
-    features = embed_texts(model, tokenizer, texts, device=device, batch_size=batch_size)
+    features = embed_texts(model, tokenizer, texts, device=device)
     features = features.view(len(class_names), len(templates), -1)
     return F.normalize(F.normalize(features, dim=-1).mean(dim=1), dim=-1)
 

@@ -35,13 +35,13 @@ class Ranks(NamedTuple):
     """(M,) int64, the image row each text belongs to."""
 
 
-def retrieval_metrics(
+def retrieval_ranks(
     image_features: torch.Tensor,
     text_features: torch.Tensor,
     text_image: torch.Tensor,
     device: str | torch.device = "cpu",
-) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in percent and the median rank (1 is best), both ways.
+) -> Ranks:
+    """Rank all texts for each image and all images for each text.
 
     Args:
         image_features: (N, E), every image with at least one text.
@@ -49,41 +49,31 @@ def retrieval_metrics(
         text_image: (M,) int64, the image row each text belongs to.
         device: where the similarities are computed.
 
-    Returns:
-        'image_to_text_r1', ..., 'text_to_image_r10', 'image_to_text_median_rank' and
-        'text_to_image_median_rank'. A recall whose k takes in every candidate is left out: it would say
-        100 % of any model.
-
-    Image to text is a hit when any text of the image is among the first k. Ties, and NaNs, count against the
-    model: one that embeds everything alike scores 0. The N x M matrix is never held, only blocks of rows.
-    """
-    return rank_metrics(*retrieval_ranks(image_features, text_features, text_image, device))
-
-
-def retrieval_ranks(
-    image_features: torch.Tensor,
-    text_features: torch.Tensor,
-    text_image: torch.Tensor,
-    device: str | torch.device = "cpu",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The place, from 0, of each image's nearest own text among all texts, (N,), and of each text's image, (M,).
-
-    Texts of the same image do not count against each other. Arguments and ties as in `retrieval_metrics`.
+    Texts of the same image do not count against each other. Ties, and NaNs, count against the model: one that embeds
+    everything alike has every right one last. The N x M matrix is never held, only blocks of rows.
     """
     num_images, num_texts = len(image_features), len(text_features)
     if num_texts == 0 or not torch.bincount(text_image, minlength=num_images).all():
-        raise ValueError("retrieval_metrics needs at least one text for each image")
+        raise ValueError("retrieval_ranks needs at least one text for each image")
     images, texts, owners = image_features.to(device), text_features.to(device), text_image.to(device)
     each_image = torch.arange(num_images, device=owners.device)
-    return _ranks(images, each_image, texts, owners).cpu(), _ranks(texts, owners, images, each_image).cpu()
+    of_images, of_texts = _ranks(images, each_image, texts, owners), _ranks(texts, owners, images, each_image)
+    return Ranks(of_images.cpu(), of_texts.cpu(), text_image)
 
 
-def rank_metrics(image_ranks: torch.Tensor, text_ranks: torch.Tensor) -> dict[str, float]:
-    """The figures of `retrieval_metrics`, from the ranks of (N,) images and (M,) texts."""
+def retrieval_metrics(of: Ranks) -> dict[str, float]:
+    """Return recall at 1, 5 and 10 in percent and the median rank (1 is best), both ways.
+
+    Returns:
+        'image_to_text_r1', ..., 'text_to_image_r10', 'image_to_text_median_rank' and 'text_to_image_median_rank'. A
+        recall whose k takes in every candidate is left out: it would say 100 % of any model.
+
+    Image to text is a hit when any text of the image is among the first k.
+    """
     metrics = {}
     for way, ranks, candidates in (
-        ("image_to_text", image_ranks, len(text_ranks)),
-        ("text_to_image", text_ranks, len(image_ranks)),
+        ("image_to_text", of.images, len(of.texts)),
+        ("text_to_image", of.texts, len(of.images)),
     ):
         for k in RECALL_AT:
             if k < candidates:
@@ -153,10 +143,10 @@ def score_retrieval(
     if len(with_text) < 2:
         raise UserError(f"{images.name}: retrieval needs at least 2 readable images with captions")
     features = images.features[with_text]
-    ranks = Ranks(*retrieval_ranks(features, texts.features, text_image, device), text_image)
+    ranks = retrieval_ranks(features, texts.features, text_image, device)
     skipped = images.skipped + Counter(missing_caption=len(images.index) - len(with_text))
     result = {
-        **rank_metrics(ranks.images, ranks.texts),
+        **retrieval_metrics(ranks),
         "chance": chance_recall(text_image, len(features)),
         "captions": captions,
         "num_images": len(features),

@@ -8,11 +8,15 @@ from hypothesis import strategies as st
 
 from contrastive.errors import UserError
 from contrastive.evaluate import retrieval as module
-from contrastive.evaluate.retrieval import chance_recall, retrieval, retrieval_metrics
+from contrastive.evaluate.retrieval import chance_recall, retrieval, retrieval_metrics, retrieval_ranks
 
 
 def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def metrics_of(*given):
+    return retrieval_metrics(retrieval_ranks(*given))
 
 
 def naive(image_features, text_features, text_image):
@@ -48,14 +52,14 @@ def test_agrees_with_sorting_for_any_shape_and_block(captions, dim, seed, block)
     images, texts = unit(len(captions), dim, seed=seed), unit(len(text_image), dim, seed=seed + 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK_ELEMENTS", block)
-        found = retrieval_metrics(images, texts, text_image)
+        found = metrics_of(images, texts, text_image)
     assert found == pytest.approx(naive(images, texts, text_image))
 
 
 def test_any_caption_of_the_image_is_a_hit():
     images = torch.eye(12)
     texts = torch.cat([torch.eye(12), -torch.eye(12)])  # one right caption and one opposite to the image
-    found = retrieval_metrics(images, texts, torch.arange(24) % 12)
+    found = metrics_of(images, texts, torch.arange(24) % 12)
     assert found["image_to_text_r1"] == 100
     assert found["text_to_image_r1"] == 50
     assert found["image_to_text_median_rank"] == 1
@@ -63,31 +67,31 @@ def test_any_caption_of_the_image_is_a_hit():
 
 def test_a_collapsed_model_scores_nothing():
     same = torch.ones(30, 4) / 2
-    found = retrieval_metrics(same, same, torch.arange(30))
+    found = metrics_of(same, same, torch.arange(30))
     assert all(value == 0 for name, value in found.items() if "_r1" in name or "_r5" in name)
     assert found["text_to_image_median_rank"] == 30
 
 
 def test_nan_features_are_no_hits():
-    found = retrieval_metrics(torch.full((12, 4), torch.nan), unit(12, 4), torch.arange(12))
+    found = metrics_of(torch.full((12, 4), torch.nan), unit(12, 4), torch.arange(12))
     assert found["image_to_text_r10"] == 0 and found["text_to_image_r10"] == 0
 
 
 def test_recall_that_takes_in_every_candidate_is_left_out():
-    found = retrieval_metrics(unit(5, 4), unit(10, 4, seed=1), torch.arange(10) % 5)
+    found = metrics_of(unit(5, 4), unit(10, 4, seed=1), torch.arange(10) % 5)
     assert {"image_to_text_r5", "text_to_image_r1"} <= found.keys()
     assert not {"image_to_text_r10", "text_to_image_r5", "text_to_image_r10"} & found.keys()
 
 
 def test_an_image_without_text_is_an_error():
     with pytest.raises(ValueError, match="at least one text"):
-        retrieval_metrics(unit(3, 4), unit(3, 4), torch.tensor([0, 0, 1]))
+        metrics_of(unit(3, 4), unit(3, 4), torch.tensor([0, 0, 1]))
 
 
 def test_chance_is_what_random_features_score():
     text_image = torch.repeat_interleave(torch.arange(40), torch.tensor([1, 5] * 20))
     chance = chance_recall(text_image, 40)
-    trials = [retrieval_metrics(unit(40, 8, seed=i), unit(120, 8, seed=-i - 1), text_image) for i in range(150)]
+    trials = [metrics_of(unit(40, 8, seed=i), unit(120, 8, seed=-i - 1), text_image) for i in range(150)]
     for name, expected in chance.items():
         assert np.mean([trial[name] for trial in trials]) == pytest.approx(expected, rel=0.15)
 
