@@ -1,13 +1,19 @@
 """What every source has, and that whatever wraps a source lets all of it through."""
 
 import importlib
+import pickle
 import pkgutil
+import re
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import contrastive
+from contrastive.data.order_choice import order_for
 from contrastive.data.record import Record, Source, Wrapped
+from contrastive.data.sources import SOURCES, open_source
 from contrastive.data.sources.derived import ClassPrompts, LabelledSubset, Mixture
 
 MEMBERS = sorted(
@@ -149,3 +155,23 @@ def test_a_source_with_the_least_has_all_the_rest():
     for ask in (plain.captions, plain.label):
         with pytest.raises(IndexError, match="plain: index 4"):
             ask(4)
+
+
+def example_of_the_docs():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text()
+    return text.partition("## A data source\n")[2].partition("\n## ")[0]
+
+
+def test_the_docs_name_every_member():
+    section = example_of_the_docs()
+    named = {name.partition("(")[0] for name in re.findall(r"`([^`]+)`", section)}
+    assert set(MEMBERS) - {"__len__", "__getitem__"} <= named and "`len(source)`, `source[index]`" in section
+
+
+def test_the_source_of_the_docs_works_as_it_stands(monkeypatch):
+    monkeypatch.setattr(SOURCES, "_entries", dict(SOURCES._entries))
+    code = [line for line in example_of_the_docs().splitlines() if line.startswith("    ") or not line]
+    exec(textwrap.dedent("\n".join(code)), {})
+    source = open_source("mine:here")
+    assert source.name == "mine:here" and len(source) == 100 and source[7].captions == ("picture 7",)
+    assert len(order_for(source, 10, 0).at(np.arange(100))) == 100 and pickle.loads(pickle.dumps(Plain()))[3].key == "3"

@@ -65,7 +65,7 @@ def find_columns(names: Sequence[str], asked: Columns, where: str) -> Columns:
     found = Columns(
         image=_find(names, asked.image, IMAGE_COLUMNS, where),
         caption=weighted[0][0] if len(weighted) == 1 else asked.caption,
-        label=_find(names, asked.label, LABEL_COLUMNS, where),
+        label=_find(names, None, LABEL_COLUMNS, where),
         weighted=weighted,
     )
     if found.image is None:
