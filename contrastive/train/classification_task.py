@@ -123,7 +123,7 @@ class ClassificationTask(TrainingTask):
         ]
 
 
-class Mixing(nn.Module):
+class Mixing:
     """Mix each batch with a permutation of itself; of the two methods given, one is drawn for each batch.
 
     Args:
@@ -133,15 +133,15 @@ class Mixing(nn.Module):
     """
 
     def __init__(self, mixup: float, cutmix: float, num_classes: int):
-        super().__init__()
         from torchvision.transforms import v2  # takes longer to import than all that lies here
 
         methods = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
         methods += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
         self.methods = methods
 
-    def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, H, W) and (B,) int64 to mixed pixels and, where anything mixes, probabilities (B, C)."""
         if not self.methods:
             return pixels, labels
+        # v2.RandomChoice draws in another way: a run that began with this draw would not resume exactly.
         return self.methods[int(torch.rand(()) * len(self.methods))](pixels, labels)

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 import contrastive
 from contrastive.errors import UserError
+from contrastive.files import locked
+from contrastive.train.run import LOCK
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,13 @@ def test_a_run_of_an_older_version_resumes(tiny, tmp_path):
     (run / "config.yaml").write_text(yaml.safe_dump(old))
     with pytest.raises(UserError, match="optimizer.beta1 is 0.8, but is no option any more: it is always 0.9"):
         pretrain_here("--run_folder", run, "--resume")
+
+
+def test_a_second_launch_is_refused(tiny, tmp_path):
+    run = tmp_path / "run"
+    with locked(run / LOCK, "busy"), pytest.raises(UserError, match=f"another process is training in {run}; wait"):
+        pretrain_here("--config", tiny, "--run_folder", run)
+    assert [path.name for path in run.iterdir()] == [LOCK]
 
 
 def test_a_failed_start_leaves_nothing_in_the_way(tiny, tmp_path):
