@@ -13,7 +13,7 @@ memory is linear in the batch. B batch, W ranks, E width:
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,9 +68,9 @@ class Tile:
     """Caption ids (r,) int64, equal where captions are; None when duplicates is `negative`."""
     column_ids: torch.Tensor | None = None
     """Likewise (c,)."""
-    rows: slice = field(default_factory=lambda: slice(None))
+    rows: slice | None = None
     """Which of this rank's rows x is."""
-    columns: slice = field(default_factory=lambda: slice(None))
+    columns: slice | None = None
     """Which of the global batch's rows y is."""
     x_sum: torch.Tensor | None = None
     """Where G·y is added to, (r, E); None where it is not wanted."""
@@ -128,12 +128,11 @@ class AllPairs:
     ):
         features = {"image_features": image_features, "text_features": text_features}
         scalars = {"logit_scale": logit_scale} | ({} if logit_bias is None else {"logit_bias": logit_bias})
-        self.needs = tuple(
-            torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-            for tensor in (image_features, text_features, logit_scale, logit_bias)
-        )
+        inputs = image_features, text_features, logit_scale, logit_bias
+        self.needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
         check_inputs(features, scalars, caption_ids, duplicates, self.needs)
         self.wants = self.needs[:2]
+        """Whether G·text and Gᵀ·image are to be summed."""
         if not any(self.wants) and any(self.needs[2:]):
             self.wants = True, False  # the scalars' gradients are by-products of either
 
@@ -143,10 +142,7 @@ class AllPairs:
         if duplicates != "negative":
             self.row_ids, self.column_ids = caption_ids, all_gather_even(caption_ids)
 
-        self._inputs = (
-            *features.values(),
-            *(None if scalar is None else scalar.reshape(()) for scalar in (logit_scale, logit_bias)),
-        )
+        self._inputs = *inputs[:2], *(None if scalar is None else scalar.reshape(()) for scalar in inputs[2:])
         product_type = _product_type(image_features, text_features)
         exact = torch.promote_types(product_type, torch.float32)
         self.image, self.text = (tensor.detach().to(product_type).contiguous() for tensor in self._inputs[:2])
@@ -166,9 +162,11 @@ class AllPairs:
         on_gpu = self.image.is_cuda and self.image.dtype != torch.float64
         size = GPU_TILE if on_gpu else CPU_TILE
         largest = min(size, len(self.image)), min(size, world_size() * len(self.text))
-        kernels = _triton_tiles(self.image, *largest) if on_gpu else None
-        buffers = Buffers(self.image, *largest)
+        buffers, kernels = Buffers(self.image, *largest), None
+        if on_gpu:
+            from contrastive.losses.triton_tiles import TritonTiles  # needs a GPU, and takes a while to import
 
+            kernels = TritonTiles(self.image, *largest)
         self.image_sum = _zeros_like(self.image) if sum_images else None
         blocks = every_block(self.text)
         for first, block in blocks:
@@ -255,12 +253,6 @@ def _product_type(image: torch.Tensor, text: torch.Tensor) -> torch.dtype:
     if device == "cuda" and (kind == torch.bfloat16 or (under_bf16 and kind == torch.float32)):
         return torch.bfloat16
     return torch.promote_types(kind, torch.float32)
-
-
-def _triton_tiles(like: torch.Tensor, rows: int, columns: int):
-    from contrastive.losses.triton_tiles import TritonTiles  # needs a GPU, and takes a while to import
-
-    return TritonTiles(like, rows, columns)
 
 
 def _parts(length: int, size: int) -> Iterator[slice]:

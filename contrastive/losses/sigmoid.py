@@ -56,14 +56,16 @@ class SigmoidLoss(nn.Module):
 
 
 def _sigmoid_loss(*inputs) -> torch.Tensor:
-    pairs = AllPairs(*inputs)
+    pairs = AllPairs(*inputs)  # all ranks' input is checked before any computes
+    # The types of the products are chosen: float32 features on a CPU are not to become bfloat16 under autocast.
     with torch.autocast(pairs.image.device.type, enabled=False):
-        loss_sum, bias_sum = _sums(pairs)
+        loss_sum, bias_sum = _loss_and_bias_sums(pairs)
         return pairs.differentiable(loss_sum, bias_sum)
 
 
+# A function of its own, so that the tiles' buffers are free again before gradients are converted and kept.
 @torch.no_grad()
-def _sums(pairs: AllPairs) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_bias_sums(pairs: AllPairs) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Σ −log σ(±z) over this rank's rows, and Σ ∂/∂z: three matrix products a tile, in one sweep.
 
     The gradient of a logit, σ(z) minus 1 for a match, needs no normaliser, so it is known as soon as the logit is.

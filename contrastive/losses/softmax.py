@@ -59,13 +59,15 @@ class SoftmaxLoss(nn.Module):
 
 
 def _softmax_loss(*inputs) -> torch.Tensor:
-    pairs = AllPairs(*inputs)
+    pairs = AllPairs(*inputs)  # all ranks' input is checked before any computes
+    # The types of the products are chosen: float32 features on a CPU are not to become bfloat16 under autocast.
     with torch.autocast(pairs.image.device.type, enabled=False):
-        return pairs.differentiable(_sum(pairs))
+        return pairs.differentiable(_loss_sum(pairs))
 
 
+# A function of its own, so that the tiles' buffers are free again before gradients are converted and kept.
 @torch.no_grad()
-def _sum(pairs: AllPairs) -> torch.Tensor:
+def _loss_sum(pairs: AllPairs) -> torch.Tensor:
     """Return Σ over this rank's pairs of the mean of both cross entropies: four matrix products a tile.
 
     The first sweep finds the log-sum-exps of rows and columns, the second, if any gradient is wanted, the gradient
