@@ -20,7 +20,7 @@ from contrastive.interop.bundle import Absent
 from contrastive.log import console, run_script, say
 from contrastive.visualize.drawing import shortened
 from contrastive.visualize.pictured_model import PicturedModel, read_inputs
-from contrastive.visualize.pictures import PICTURES, Picture
+from contrastive.visualize.pictures import PICTURES, Picture, make_picture
 from contrastive.visualize.pictures_page import claim, write_page
 
 TITLE_CHARACTERS = 30  # of the model's name, in the pictures' titles
@@ -68,8 +68,8 @@ def visualize(options: argparse.Namespace) -> None:
     )
     pictured.check()
     hidden = not console.is_terminal
-    makers = track(PICTURES, "drawing", console=console, disable=hidden, transient=True)
-    made = [make(pictured) for make in makers]
+    names = track(PICTURES, "drawing", console=console, disable=hidden, transient=True)
+    made = [make_picture(name, pictured) for name in names]
     pictures = [one for one in made if isinstance(one, Picture)]
     left_out = [one for one in made if not isinstance(one, Picture)]
     for one in left_out:

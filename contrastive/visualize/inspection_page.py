@@ -15,6 +15,7 @@ from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.files import claim_folder, write_json, write_whole
 from contrastive.page import data_uri, html_page
+from contrastive.visualize.drawing import as_picture, mosaic
 
 FIGURES, SHEET, PAGE = "figures.json", "contact_sheet.png", "index.html"
 CAPTIONS_SHOWN = 10
@@ -56,12 +57,8 @@ def write_inspection(folder: Path, figures: dict[str, Any], seen: Sequence[Seen]
 
 def contact_sheet(images: Sequence[torch.Tensor]) -> Image.Image:
     """Return images uint8 (3, S, S), as they are, side by side in about as many columns as rows."""
-    size, columns = images[0].shape[1], math.ceil(math.sqrt(len(images)))
-    step = size + SHEET_GAP
-    sheet = Image.new("RGB", (columns * step - SHEET_GAP, -(-len(images) // columns) * step - SHEET_GAP), "white")
-    for place, image in enumerate(images):
-        sheet.paste(to_pil_image(image), (place % columns * step, place // columns * step))
-    return sheet
+    tiles, columns = as_picture(torch.stack(list(images))), math.ceil(math.sqrt(len(images)))
+    return Image.fromarray(mosaic(tiles, columns, (SHEET_GAP, SHEET_GAP)))
 
 
 def spark(distribution: dict[str, Any]) -> str:

@@ -23,9 +23,6 @@ from contrastive.visualize.attention import (
     Trace,
     layer_index,
     patch_index,
-    query_attention,
-    reading_attention,
-    rollout_reading,
     trace,
 )
 from contrastive.visualize.representations import evenly_spread, patch_embeddings, random_tower, text_similarity
@@ -116,21 +113,6 @@ class PicturedModel:
         return self.preprocess.normalize(self.inputs.images.to(self.tower.patch_embed.weight.device))
 
     @cached_property
-    def reading(self) -> torch.Tensor:
-        """(S, H, rows, columns): see `reading_attention`, times the number of tokens: uniform attention has 1."""
-        return self._maps(lambda seen: reading_attention(self.tower, seen, self.layer))
-
-    @cached_property
-    def queried(self) -> torch.Tensor:
-        """(S, H, rows, columns): see `query_attention`, times the number of tokens."""
-        return self._maps(lambda seen: query_attention(self.tower, seen, self.patch, self.block))
-
-    @cached_property
-    def rolled(self) -> torch.Tensor:
-        """(S, rows, columns): see `rollout_reading`, times the number of tokens."""
-        return self._maps(lambda seen: rollout_reading(self.tower, seen))
-
-    @cached_property
     def patch_tokens(self) -> torch.Tensor:
         """(S, P, D) after the final norm."""
         return torch.cat([seen.patch_tokens for seen in self._traces])
@@ -173,7 +155,8 @@ class PicturedModel:
         """Of each image that is shown, by itself: the weights of all heads of a large grid fill the memory."""
         return tuple(trace(self.tower, pixels[None]) for pixels in self.pixels[: self.num_shown])
 
-    def _maps(self, of: Callable[[Trace], torch.Tensor]) -> torch.Tensor:
+    def maps(self, of: Callable[[Trace], torch.Tensor]) -> torch.Tensor:
+        """(1, ..., N) of each trace to (S, ..., rows, columns), times the number of tokens: uniform attention has 1."""
         return torch.cat([seen.on_grid(of(seen)) * seen.tokens.shape[1] for seen in self._traces]).cpu()
 
 
