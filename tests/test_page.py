@@ -8,9 +8,11 @@ from contrastive.page import data_uri, html_page
 
 
 def test_titles_are_escaped_and_bodies_are_not():
-    page = html_page("<a>", "1 < 2", "<p>body</p>", style=".x {}", script="run()")
+    page = html_page("<a>", "1 < 2", "<p>body</p>", "charts.css", "charts.js")
     assert "<title>&lt;a&gt;</title>" in page and "<h1>&lt;a&gt;</h1><p>1 &lt; 2</p>" in page
-    assert "<p>body</p>" in page and ".x {}</style>" in page and "<script>run()</script>" in page
+    assert "<p>body</p>" in page
+    assert page.index(":root {") < page.index(".chart {") < page.index("</style>") < page.index("<body>")
+    assert page.index("</main>") < page.index("<script>") < page.index("pointermove") < page.index("</script>")
 
 
 def test_a_page_without_a_script_has_none_and_nothing_is_fetched():

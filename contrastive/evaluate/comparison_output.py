@@ -15,32 +15,6 @@ from contrastive.results import EVALUATION_FILE, EVALUATION_FORMAT, is_rank
 MARKDOWN, PAGE = "evaluation.md", "evaluation.html"
 NUM_COLOURS = 6
 
-_STYLE = """
-.task { padding: 16px 20px 18px; margin: 12px 0; }
-.task h3 { font-size: 15px; margin: 0; }
-.task h3 span { font-weight: 400; color: var(--soft); }
-.figure { margin-top: 14px; }
-.figure h4 { font-size: 13px; font-weight: 500; color: var(--soft); margin: 0 0 4px; }
-.bar { display: grid; grid-template-columns: minmax(60px, 200px) 1fr 150px; gap: 14px; align-items: center;
-  padding: 3px 0; }
-.bar .name { overflow-wrap: anywhere; font-size: 13.5px; }
-.bar .value { white-space: nowrap; font-size: 13.5px; }
-.bar .value small { color: var(--soft); font-size: 12px; }
-.track { position: relative; height: 16px; background: var(--page); border-radius: 4px; }
-.track i { position: absolute; left: 0; top: 0; bottom: 0; border-radius: 4px; opacity: 0.85; }
-.track b { position: absolute; top: 50%; height: 2px; margin-top: -1px; background: var(--ink); }
-.track b::before, .track b::after { content: ""; position: absolute; top: -3px; height: 8px; width: 2px;
-  background: var(--ink); }
-.track b::before { left: 0; } .track b::after { right: 0; }
-.track u { position: absolute; top: -3px; bottom: -3px; border-left: 2px dashed var(--soft); }
-.failed { color: var(--c2); font-size: 13.5px; overflow-wrap: anywhere; margin: 8px 0 0; }
-.list .n, .list .n small { white-space: nowrap; }
-.key { display: inline-block; vertical-align: middle; margin: 0 4px 0 2px; }
-.key.whisker { width: 22px; height: 2px; background: var(--ink); }
-.key.chance { height: 14px; border-left: 2px dashed var(--soft); }
-@media (max-width: 760px) { .bar { grid-template-columns: 1fr; gap: 2px; } }
-"""
-
 
 def claim_output(folder: Path, models: Sequence[ModelEntry]) -> None:
     """Check that the evaluation of `models` may go to `folder`, before any work is done.
@@ -81,7 +55,7 @@ def comparison_page(comparison: Comparison) -> str:
     )
     body = f"{key}\n{cards}\n{_all_figures(comparison)}\n{_models(comparison)}\n<footer>{escape(NOTE)}</footer>"
     remark = f"{models} · {comparison.date}{limited}"
-    return html_page(f"Evaluation: {comparison.suite}", remark, body, style=_STYLE)
+    return html_page(f"Evaluation: {comparison.suite}", remark, body, "evaluation.css")
 
 
 def _card(comparison: Comparison, task: EvaluationTask, rows: list[Row]) -> str:

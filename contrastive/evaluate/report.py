@@ -14,8 +14,6 @@ from contrastive.data.loader import eval_loader
 from contrastive.data.record import BadSample
 from contrastive.evaluate.embeddings import embed_texts, evaluating, pick_indices
 from contrastive.evaluate.report_charts import (
-    CHART_SCRIPT,
-    CHART_STYLE,
     best,
     column,
     headlines,
@@ -31,43 +29,6 @@ MAX_WRITTEN_PAIRS = 20
 THUMBNAIL = 128
 NUM_SHOWN = 5
 SMALL = 64
-
-_STYLE = """
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 24px; }
-.tile { padding: 12px 16px 14px; font-size: 14px; line-height: 1.35; }
-.tile span { display: block; color: var(--soft); font-size: 13px; margin-top: 2px; }
-.tile b { display: block; font-size: 26px; font-weight: 620; letter-spacing: -0.02em; line-height: 1.3; }
-.matrix { display: grid; grid-template-columns: minmax(0, auto) minmax(240px, 1fr); gap: 28px; padding: 18px 20px;
-  align-items: start; }
-.matrix th { font-weight: 500; font-size: 12px; color: var(--soft); padding: 0 0 4px; }
-.matrix td { padding: 0; width: 34px; min-width: 30px; height: 30px; text-align: center; font-size: 11px;
-  border: 1px solid var(--card); border-radius: 5px;
-  background: color-mix(in oklab, var(--heat) calc(var(--v) * 1%), var(--page)); }
-.matrix td.strong { color: var(--on-strong); }
-.matrix td.top { color: var(--card); }
-.matrix td.own { outline: 2px solid var(--ink); outline-offset: -2px; font-weight: 700; }
-.matrix td.head { background: none; border: 0; padding-right: 6px; width: auto; }
-.matrix .head img { width: 30px; height: 30px; border-radius: 4px; object-fit: cover; }
-.matrix ol { margin: 0; padding-left: 26px; font-size: 13.5px; }
-.matrix li { padding: 2px 0; overflow-wrap: anywhere; }
-.matrix li::marker { color: var(--soft); }
-.map { padding: 18px 20px 4px; }
-.heatmap { width: min(100%, 560px); }
-.row { display: grid; grid-template-columns: minmax(150px, 270px) 1fr; gap: 20px; padding: 14px 20px;
-  border-top: 1px solid var(--rule); align-items: center; }
-.row:first-child { border-top: 0; }
-.row .caption { overflow-wrap: anywhere; }
-.row .caption small { display: block; }
-.shots { display: flex; flex-wrap: wrap; gap: 10px; }
-.shots figure { margin: 0; width: 96px; font-size: 12px; color: var(--soft); text-align: center; }
-.shots img { width: 96px; height: 96px; object-fit: cover; border-radius: 7px; margin-bottom: 3px; }
-.shots .own { color: var(--right); font-weight: 650; }
-.shots .own img { outline: 3px solid var(--right); outline-offset: -1px; }
-.shots .gap { width: auto; align-self: center; padding-bottom: 18px; font-size: 18px; }
-summary { cursor: pointer; padding: 12px 16px; font-weight: 500; }
-details[open] summary { border-bottom: 1px solid var(--rule); }
-@media (max-width: 760px) { .matrix, .row { grid-template-columns: 1fr; } }
-"""
 
 
 def write_report(
@@ -111,7 +72,7 @@ def write_report(
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     steps = f"{train[-1]['step']:,} steps" if train else "no step logged"
     body = "\n".join(section for section in sections if section)
-    page = html_page(title, f"{steps} · {date}", body, style=CHART_STYLE + _STYLE, script=CHART_SCRIPT)
+    page = html_page(title, f"{steps} · {date}", body, "charts.css", "report.css", "charts.js")
     write_whole(Path(path), page)
 
 

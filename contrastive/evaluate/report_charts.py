@@ -36,52 +36,6 @@ MAX_POINTS = 500
 SMOOTH_FROM = 60
 """Curves of at least so many points also get a smoothed line."""
 
-CHART_STYLE = """
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 12px; margin: 12px 0; }
-.chart { margin: 0; padding: 12px 14px 8px; display: flex; flex-direction: column; }
-.chart figcaption { display: flex; gap: 10px; font-size: 14px; }
-.chart .at { color: var(--soft); font-size: 13px; margin-left: auto; }
-.chart svg { display: block; width: 100%; height: auto; margin-top: auto; padding-top: 6px; touch-action: pan-y; }
-.chart text { fill: var(--soft); font-size: 10.5px; }
-.chart circle { fill: currentColor; }
-.grid { stroke: var(--rule); stroke-width: 1; }
-.cursor { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
-.line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.faint { stroke-width: 1; opacity: 0.32; }
-.legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-size: 13px; color: var(--soft); }
-.legend b { color: var(--ink); font-weight: 600; }
-.legend i { display: inline-block; width: 9px; height: 9px; border-radius: 3px; margin-right: 5px;
-  background: currentColor; }
-.c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
-.c4 { color: var(--c4); } .c5 { color: var(--c5); } .c6 { color: var(--c6); }
-"""
-
-CHART_SCRIPT = """
-// Values under the pointer: a dashed line, the step, and each curve's number in place of its last one.
-for (const chart of document.querySelectorAll('.chart')) {
-  const { steps, x, values } = JSON.parse(chart.dataset.hover);
-  const svg = chart.querySelector('svg'), cursor = chart.querySelector('.cursor');
-  const at = chart.querySelector('.at'), numbers = chart.querySelectorAll('.value');
-  const place = (position) => { cursor.setAttribute('x1', position); cursor.setAttribute('x2', position); };
-  svg.addEventListener('pointermove', (event) => {
-    const box = svg.getBoundingClientRect();
-    const pointer = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
-    let nearest = 0;
-    x.forEach((position, i) => {
-      if (Math.abs(position - pointer) < Math.abs(x[nearest] - pointer)) nearest = i;
-    });
-    place(x[nearest]);
-    at.textContent = 'step ' + steps[nearest].toLocaleString('en');
-    numbers.forEach((number, i) => { number.textContent = values[i][nearest]; });
-  });
-  svg.addEventListener('pointerleave', () => {
-    place(-9);
-    at.textContent = '';
-    numbers.forEach((number) => { number.textContent = number.dataset.last; });
-  });
-}
-"""
-
 
 @dataclass(frozen=True)
 class Score:

@@ -21,15 +21,6 @@ FIGURES, SHEET, PAGE = "figures.json", "contact_sheet.png", "index.html"
 CAPTIONS_SHOWN = 10
 SHEET_GAP = 4
 _BARS = " ▁▂▃▄▅▆▇█"
-_STYLE = """
-td, th { padding: 4px 14px 4px 0; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-th { color: var(--soft); font-weight: 400; } code { font-size: 12px; color: var(--soft); }
-.charts { display: flex; flex-wrap: wrap; gap: 24px; } .chart { width: 320px; margin: 0; }
-.bars { display: flex; align-items: flex-end; gap: 1px; height: 80px; border-bottom: 1px solid var(--rule); }
-.bars i { flex: 1; background: var(--c1); min-height: 1px; }
-.sample { display: flex; gap: 20px; padding: 14px 0; border-top: 1px solid var(--rule); }
-.sample img { flex: none; max-width: 256px; } .sample p { margin: 0 0 6px; color: var(--ink); }
-"""
 
 
 def claim(folder: Path, source: str) -> None:
@@ -106,7 +97,7 @@ def _page(figures: dict[str, Any], seen: Sequence[Seen], tokenizer: Tokenizer) -
         + (f"<h2>Found more than once</h2><table>{repeats}</table>" if repeats else "")
         + (f"<h2>As the model sees them</h2>{samples}" if samples else "")
     )
-    return html_page(figures["source"], "", body, style=_STYLE)
+    return html_page(figures["source"], "", body, "inspection.css")
 
 
 def _chart(title: str, found: dict[str, Any]) -> str:

@@ -11,16 +11,6 @@ from contrastive.visualize.pictures import LeftOut, Picture
 
 PAGE, RECORD, FORMAT = "index.html", "pictures.json", "contrastive-pictures-1"
 
-_STYLE = """
-p.found { color: var(--ink); }
-nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 16px; font-size: 14px; }
-figure { margin: 12px 0 0; padding: 14px; background: #ffffff; overflow-x: auto; }
-figure img { height: auto; }
-small { display: block; margin-top: 6px; }
-li { color: var(--soft); }
-@media (max-width: 760px) { figure img { max-width: none; } }
-"""
-
 
 def claim(folder: Path) -> list[str]:
     """Return the names of the pictures that an earlier call left in a folder; files without its record are refused.
@@ -65,7 +55,7 @@ def write_page(folder: Path, title: str, remark: str, pictures: Sequence[Picture
     missing = "".join(f"<li>{escape(picture.title)}: {escape(picture.reason)}</li>" for picture in left_out)
     body = f"<nav>{links}</nav>\n" + "\n".join(map(_section, pictures))
     body += f"\n<h2>Left out</h2>\n<ul>{missing}</ul>" if missing else ""
-    write_whole(folder / PAGE, html_page(title, remark, body, style=_STYLE))
+    write_whole(folder / PAGE, html_page(title, remark, body, "pictures.css"))
     return folder / PAGE
 
 
