@@ -65,11 +65,7 @@ class Draws:
         raw = np.random.Philox(key=np.array([seed, index], dtype=np.uint64)).random_raw(_DRAWS)
         self._next = iter(((raw >> 11) * 2.0**-53).tolist()).__next__
 
-    def unit(self) -> float:
-        """One number in [0, 1)."""
-        return self._next()
-
-    def between(self, low: float, high: float) -> float:
+    def between(self, low: float = 0.0, high: float = 1.0) -> float:
         """One number in [low, high)."""
         return low + (high - low) * self._next()
 
@@ -98,10 +94,13 @@ class Thing:
     @property
     def place(self) -> str | None:
         """'top left', 'centre', ...; None where the words would be open to doubt."""
-        row, column = _zone(self.y, "top", "bottom"), _zone(self.x, "left", "right")
-        if row is None or column is None:
-            return None
-        return f"{row} {column}".strip() or "centre"
+        words = []
+        for value, low, high in ((self.y, "top", "bottom"), (self.x, "left", "right")):
+            if value < 0.37 or value > 0.63:
+                words.append(low if value < 0.37 else high)
+            elif not 0.43 <= value <= 0.57:
+                return None
+        return " ".join(words) or "centre"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +137,7 @@ def draw_single(draws: Draws, pair: tuple[str, str]) -> Scene:
 
 def draw_any(draws: Draws, pairs: Sequence[tuple[str, str]]) -> Scene:
     """A training scene: mostly one thing, sometimes two that differ and stand in a relation."""
-    if draws.unit() >= _TWO_OBJECTS:
+    if draws.between() >= _TWO_OBJECTS:
         return draw_single(draws, draws.choice(pairs))
     backdrop = _draw_backdrop(draws)
     position = int(draws.between(0, len(pairs)))
@@ -152,9 +151,8 @@ def draw_any(draws: Draws, pairs: Sequence[tuple[str, str]]) -> Scene:
         size = draws.choice(tuple(PAIR_RADII))
         radius = draws.between(*PAIR_RADII[size])
         along = draws.between(radius + MARGIN, 0.49 - radius)
-        along = along if lower else 1 - along
-        across = middle + draws.between(-0.06, 0.06)
-        x, y = (along, across) if relation in ("left", "right") else (across, along)
+        place = (along if lower else 1 - along, middle + draws.between(-0.06, 0.06))
+        x, y = place if relation in ("left", "right") else reversed(place)
         things.append(_draw_thing(draws, pair, size, x, y, radius))
     return Scene(backdrop, tuple(things), relation)
 
@@ -169,8 +167,8 @@ def _draw_backdrop(draws: Draws) -> Backdrop:
         contrast=draws.between(10, 18),
         angle=draws.between(0, 180),
         period=draws.between(0.14, 0.3),
-        shift_x=draws.unit(),
-        shift_y=draws.unit(),
+        shift_x=draws.between(),
+        shift_y=draws.between(),
     )
 
 
@@ -178,15 +176,7 @@ def _draw_thing(draws: Draws, pair: tuple[str, str], size: str, x: float, y: flo
     most = TURNS.get(pair[1], 0.0)
     turn = draws.between(-most, most)
     tint = tuple(draws.between(-10, 10) for _ in range(3))
-    return Thing(pair[0], pair[1], size, x, y, radius, turn, tint)
-
-
-def _zone(value: float, low: str, high: str) -> str | None:
-    if value < 0.37:
-        return low
-    if value > 0.63:
-        return high
-    return "" if 0.43 <= value <= 0.57 else None
+    return Thing(*pair, size, x, y, radius, turn, tint)
 
 
 def word_scene(scene: Scene, draws: Draws) -> tuple[str, ...]:
@@ -195,11 +185,8 @@ def word_scene(scene: Scene, draws: Draws) -> tuple[str, ...]:
     First the fullest, because retrieval reads the first caption by default and "a red circle" fits many
     pictures. The last caption of a scene with one thing names only its colour and shape.
     """
-    captions = _word_pair(scene, draws) if scene.relation else _word_single(scene, draws)
-    *fuller, shortest = captions
-    different = dict.fromkeys(fuller)
-    different.pop(shortest, None)
-    return (*different, shortest)
+    *fuller, shortest = _word_pair(scene, draws) if scene.relation else _word_single(scene, draws)
+    return (*(caption for caption in dict.fromkeys(fuller) if caption != shortest), shortest)
 
 
 def _word_single(scene: Scene, draws: Draws) -> list[str]:
@@ -229,7 +216,7 @@ def _word_pair(scene: Scene, draws: Draws) -> list[str]:
     first, second = scene.things
     # The same fact from either side, and either may lead.
     stated = [(first, scene.relation, second), (second, _OPPOSITE[scene.relation], first)]
-    if draws.unit() < 0.5:
+    if draws.between() < 0.5:
         stated.reverse()
     related = [f"{{}} {draws.choice(_RELATIONS[relation])} {{}}" for _, relation, _ in stated]
     (one, _, other), (two, _, rest) = stated

@@ -91,11 +91,11 @@ class Scenes(Source):
         self.image_size = image_size
         self.name = f"scenes:{split}"
         self._length = SPLITS[split] if num_samples is None else num_samples
-        self._labelled_pairs = {"test": PAIRS, "heldout": HELD_OUT_PAIRS}.get(split)
-        self.class_names = tuple(" ".join(pair) for pair in PAIRS) if self._labelled_pairs else None
+        labelled_pairs = {"test": PAIRS, "heldout": HELD_OUT_PAIRS}.get(split, ())
+        self._labels = tuple(map(PAIRS.index, labelled_pairs))  # they come in turn
+        self.class_names = tuple(map(" ".join, PAIRS)) if self._labels else None
         self.heldout_labels = HELD_OUT_LABELS
-        identity = f"{_VERSION} {split} {image_size} {self._length}"
-        self.fingerprint = fingerprint_of(identity)
+        self.fingerprint = fingerprint_of(f"{_VERSION} {split} {image_size} {self._length}")
 
     def __len__(self) -> int:
         return self._length
@@ -117,9 +117,7 @@ class Scenes(Source):
     def label(self, index: int) -> int | None:
         """The class index of a `test` or `heldout` scene; None in `train` and `val`."""
         index = check_index(self, index)
-        if self._labelled_pairs is None:
-            return None
-        return PAIRS.index(self._labelled_pairs[index % len(self._labelled_pairs)])
+        return self._labels[index % len(self._labels)] if self._labels else None
 
     def describe(self, index: int) -> Scene:
         """What the scene shows: the description that picture and captions are made from."""
@@ -127,17 +125,15 @@ class Scenes(Source):
 
     def _draw(self, index: int) -> tuple[Scene, Draws]:
         """The scene's description, and its random numbers from where the wording takes over."""
-        index = check_index(self, index)
-        draws = Draws(_SEEDS[self.split], index)
-        if self._labelled_pairs is None:
-            return draw_any(draws, TRAINING_PAIRS), draws
-        return draw_single(draws, self._labelled_pairs[index % len(self._labelled_pairs)]), draws
+        label, draws = self.label(index), Draws(_SEEDS[self.split], index)
+        return draw_any(draws, TRAINING_PAIRS) if label is None else draw_single(draws, PAIRS[label]), draws
 
 
 def render(scene: Scene, image_size: int) -> np.ndarray:
     """The scene as uint8 (image_size, image_size, 3) RGB."""
     # All arrays from here on are float32, and numbers of Python leave them so.
-    canvas = _draw_backdrop(scene.backdrop, image_size)
+    tone = np.array(scene.backdrop.tone, dtype=np.float32).reshape(3, 1, 1)
+    canvas = tone + _pattern(scene.backdrop, image_size) * scene.backdrop.contrast
     for thing in scene.things:
         _draw_thing(canvas, thing, image_size)
     np.clip(canvas, 0, 255, out=canvas)
@@ -145,16 +141,10 @@ def render(scene: Scene, image_size: int) -> np.ndarray:
     return np.ascontiguousarray(canvas.astype(np.uint8).transpose(1, 2, 0))
 
 
-def _draw_backdrop(backdrop: Backdrop, image_size: int) -> np.ndarray:
-    """The ground as float32 (3, image_size, image_size)."""
-    tone = np.array(backdrop.tone, dtype=np.float32).reshape(3, 1, 1)
-    if backdrop.kind == "plain":
-        return np.repeat(tone, image_size * image_size, axis=1).reshape(3, image_size, image_size)
-    return tone + _pattern(backdrop, image_size) * backdrop.contrast
-
-
 def _pattern(backdrop: Backdrop, size: int) -> np.ndarray:
     """How far each pixel departs from the tone, about -1..1; float32 (size, size)."""
+    if backdrop.kind == "plain":
+        return np.zeros((size, size), dtype=np.float32)
     if backdrop.kind == "gradient":
         # Steep enough to be seen, yet no corner so light that a colour would fade into it.
         return _along(backdrop.angle, size) * 2.2
