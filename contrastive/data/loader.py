@@ -158,7 +158,7 @@ def train_loader(
     return _Loader(
         dataset,
         batch_sampler=steps,
-        collate_fn=_collate_samples,
+        collate_fn=_collate,
         pin_memory=pin_memory,
         **_worker_options(num_workers, timeout),
     )
@@ -172,10 +172,12 @@ def eval_loader(
     A batch is image uint8 (b, 3, S, S), index int64 (b,), key, the list of their keys, and bad, the list of
     (reason, key) of images that could not be read. Those are left out, so b may be below `batch_size`, or 0.
     """
+    image = torch.empty(0, 3, *preprocess.config.size, dtype=torch.uint8)
+    empty = {"image": image, "index": torch.empty(0, dtype=torch.int64), "key": []}
     return _Loader(
         _Images(source, preprocess, np.asarray(indices, np.int64)),
         batch_size=batch_size,
-        collate_fn=functools.partial(_collate_images, size=preprocess.config.size),
+        collate_fn=functools.partial(_collate, empty=empty),
         **_worker_options(num_workers, timeout=0),
     )
 
@@ -189,29 +191,21 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> tuple[int, torch.Tensor, str] | tuple[str, str]:
+    def __getitem__(self, place: int) -> dict[str, Any]:
         index, key = int(self.indices[place]), ""
         try:
             record = self.source[index]
             key = record.key
-            return index, self.preprocess.pixels(record.image), key
+            return {"image": self.preprocess.pixels(record.image), "index": index, "key": key, "bad": []}
         except BadSample as fault:
-            return fault.reason, fault.key or key
+            return {"bad": [(fault.reason, fault.key or key)]}
 
 
-def _collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
+def _collate(samples: list[dict[str, Any]], empty: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return a batch of the samples that hold more than what was "bad"; `empty` is one of no samples at all."""
     bad = [fault for sample in samples for fault in sample.pop("bad")]
-    return {**default_collate(samples), "bad": bad}
-
-
-def _collate_images(samples: list[tuple], size: tuple[int, int]) -> dict[str, Any]:
-    good = [sample for sample in samples if isinstance(sample[0], int)]
-    bad = [sample for sample in samples if isinstance(sample[0], str)]
-    if not good:
-        empty = torch.empty(0, 3, *size, dtype=torch.uint8)
-        return {"image": empty, "index": torch.empty(0, dtype=torch.int64), "key": [], "bad": bad}
-    index, image, key = default_collate(good)
-    return {"image": image, "index": index, "key": list(key), "bad": bad}
+    good = [sample for sample in samples if sample]
+    return {**(default_collate(good) if good else empty), "bad": bad}
 
 
 def _worker_options(num_workers: int, timeout: float) -> dict[str, Any]:

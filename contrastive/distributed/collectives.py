@@ -60,8 +60,7 @@ def reduce_scatter_sum(tensor: torch.Tensor) -> torch.Tensor:
         own = tensor.new_empty(rows, *tensor.shape[1:])
         dist.reduce_scatter_tensor(own, tensor.contiguous())
         return own
-    total = tensor.clone()  # gloo's reduce-scatter is slower than its all-reduce
-    dist.all_reduce(total)
+    total = all_reduce_sum(tensor)  # gloo's reduce-scatter is slower than its all-reduce
     return total[rank() * rows : (rank() + 1) * rows]
 
 
@@ -91,20 +90,18 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elementwise sum over ranks, same shape, no gradient."""
-    if world_size() == 1:
-        return tensor
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total
+    return _reduced(tensor, dist.ReduceOp.SUM) if world_size() > 1 else tensor
 
 
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elementwise maximum over ranks, same shape, no gradient."""
-    if world_size() == 1:
-        return tensor
-    largest = tensor.detach().clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest
+    return _reduced(tensor, dist.ReduceOp.MAX) if world_size() > 1 else tensor
+
+
+def _reduced(tensor: torch.Tensor, by: dist.ReduceOp) -> torch.Tensor:
+    result = tensor.detach().clone()
+    dist.all_reduce(result, op=by)
+    return result
 
 
 def gather_integers(values: list[int]) -> list[list[int]]:
