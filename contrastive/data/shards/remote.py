@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any
@@ -81,9 +81,8 @@ def download(
 
 def _attempt(url: str, path: str, size: int | None, sha256: str | None, reserve: Callable[[int], None]) -> None:
     digest, received = hashlib.sha256(), 0
-    opened = _http if url.startswith(("http://", "https://")) else _store
-    length, source, read = _guarded(url, lambda: opened(url))
-    with source:
+    with contextlib.closing(_read(url)) as content:
+        length = next(content)
         if None not in (size, length) and size != length:
             raise UserError(f"{url} has {length} bytes, but {size} when indexed; {_index_again(url)}")
         expected = size if length is None else length
@@ -91,7 +90,7 @@ def _attempt(url: str, path: str, size: int | None, sha256: str | None, reserve:
             reserve(expected)
         # Not truncated: the room reserved stays taken while the file fills.
         with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
-            while chunk := _guarded(url, read):
+            for chunk in content:
                 received += len(chunk)
                 digest.update(chunk)
                 file.write(chunk)
@@ -107,49 +106,14 @@ def _index_again(url: str) -> str:
     return f"if it was replaced, run `python scripts/index.py {shlex.quote(url)} --force`"
 
 
-# The length in bytes where it is known, what is to be closed, and what reads the next chunk.
-Opened = tuple[int | None, Any, Callable[[], bytes]]
+def _read(url: str) -> Iterator[Any]:
+    """Yield the length of a file in bytes, None where it is not known, then its content chunk by chunk.
 
-
-def _http(url: str) -> Opened:
-    request = urllib.request.Request(url, headers={"User-Agent": "contrastive", "Accept-Encoding": "identity"})
-    response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    length = response.headers.get("Content-Length")
-    return (int(length) if length else None), response, lambda: response.read(_CHUNK)
-
-
-def _store(url: str) -> Opened:
-    """Open a file of an object store; every call is bounded in time, whatever its library's own settings."""
-    from fsspec.core import url_to_fs
-
-    fs, path = _within(TIMEOUT, url_to_fs, url)
-    length = _within(TIMEOUT, fs.info, path).get("size")
-    # Without read-ahead, which would fetch more than is asked for.
-    file = _within(TIMEOUT, lambda: fs.open(path, "rb", cache_type="none"))
-    return length, file, lambda: _within(TIMEOUT, file.read, _CHUNK)
-
-
-def _within(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function that may never return; TimeoutError when it has not within the time."""
-    answer: Future = Future()
-
-    def call():
-        try:
-            answer.set_result(function(*arguments))
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return answer.result(seconds)
-
-
-def _guarded(url: str, call: Callable[[], Any]) -> Any:
-    """Call what reads from afar: what fails for good is a UserError, what may go better next time a _Transient.
-
-    So any OSError that is seen outside comes from the local disk.
+    What fails for good is a UserError, what may go better next time a _Transient: so any OSError that is seen outside
+    comes from the local disk.
     """
     try:
-        return call()
+        yield from (_http if url.startswith(("http://", "https://")) else _store)(url)
     except urllib.error.HTTPError as error:
         fault = f"the server answers {error.code} {error.reason}"
         error.close()
@@ -171,6 +135,39 @@ def _guarded(url: str, call: Callable[[], Any]) -> Any:
         if isinstance(reason, TimeoutError):
             raise _Transient(f"nothing came for {TIMEOUT:g} s") from None
         raise _Transient(f"the connection failed ({_line(reason)})") from None
+
+
+def _http(url: str) -> Iterator[Any]:
+    request = urllib.request.Request(url, headers={"User-Agent": "contrastive", "Accept-Encoding": "identity"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        length = response.headers.get("Content-Length")
+        yield int(length) if length else None
+        yield from iter(lambda: response.read(_CHUNK), b"")
+
+
+def _store(url: str) -> Iterator[Any]:
+    """Read from an object store; every call is bounded in time, whatever its library's own settings."""
+    from fsspec.core import url_to_fs
+
+    fs, path = _in_time(url_to_fs, url)
+    yield _in_time(fs.info, path).get("size")
+    # Without read-ahead, which would fetch more than is asked for.
+    with _in_time(fs.open, path, "rb", cache_type="none") as file:
+        yield from iter(lambda: _in_time(file.read, _CHUNK), b"")
+
+
+def _in_time(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a function that may never return; TimeoutError when it has not within TIMEOUT."""
+    answer: Future = Future()
+
+    def call():
+        try:
+            answer.set_result(function(*arguments, **options))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return answer.result(TIMEOUT)
 
 
 def _line(error: Exception | str) -> str:
