@@ -143,19 +143,32 @@ def order_for(
     """
     if replacement and (window is not None or lanes is not None):
         raise UserError("data.window and data.lanes mean nothing with data.replacement; leave them out")
-    options = {"window": window, "lanes": lanes, "replacement": replacement}
     if len(source.parts) > 1:
-        return _mixed(source, global_batch_size, seed, options)
-    return _plain(source, global_batch_size, seed, **options)
+        return _mixed(source, global_batch_size, seed, window=window, lanes=lanes, replacement=replacement)
+    size = len(source)
+    if replacement:
+        if source.remote:
+            raise UserError(
+                f"data.replacement would fetch a shard of '{source.name}' for nearly every sample; leave it out, "
+                "or copy the shards here first"
+            )
+        return DrawnOrder(size, global_batch_size, seed)
+    whole = size <= SHUFFLED_WHOLE and not source.remote if window is None else window >= size
+    if whole and lanes in (None, 1):
+        return Order(size, global_batch_size, seed)
+    sizes = pseudo_shards(size) if source.shard_sizes is None else source.shard_sizes
+    if window is None:
+        window = size if whole else WINDOW
+    return ShardedOrder(size, global_batch_size, seed, sizes, window, lanes)
 
 
-def _mixed(source: Source, global_batch_size: int, seed: int, options: dict) -> MixtureOrder:
+def _mixed(source: Source, global_batch_size: int, seed: int, **options: Any) -> MixtureOrder:
     parts = []
     for number, (part, weight) in enumerate(zip(source.parts, source.weights, strict=True)):
         share = global_batch_size * weight / sum(source.weights)
         batch = min(_part_batch(share, options["lanes"]), len(part))
         try:
-            parts.append(_plain(part, batch, seed + number * _PART_SEED, **options))
+            parts.append(order_for(part, batch, seed + number * _PART_SEED, **options))
         except UserError as error:
             raise UserError(f"{part.name}: {error}") from None
     return MixtureOrder(len(source), global_batch_size, seed, tuple(parts), source.weights)
@@ -173,23 +186,3 @@ def _part_batch(share: float, lanes: int | None) -> int:
     nearest = max(1, round(share))
     close = range(nearest - nearest // 256, nearest + nearest // 256 + 1)
     return max(close, key=lambda size: (default_lanes(size), -abs(size - nearest)))
-
-
-def _plain(
-    source: Source, global_batch_size: int, seed: int, window: int | None, lanes: int | None, replacement: bool
-) -> SampleOrder:
-    size = len(source)
-    if replacement:
-        if source.remote:
-            raise UserError(
-                f"data.replacement would fetch a shard of '{source.name}' for nearly every sample; leave it out, "
-                "or copy the shards here first"
-            )
-        return DrawnOrder(size, global_batch_size, seed)
-    whole = size <= SHUFFLED_WHOLE and not source.remote if window is None else window >= size
-    if whole and lanes in (None, 1):
-        return Order(size, global_batch_size, seed)
-    sizes = pseudo_shards(size) if source.shard_sizes is None else source.shard_sizes
-    if window is None:
-        window = size if whole else WINDOW
-    return ShardedOrder(size, global_batch_size, seed, sizes, window, lanes)
