@@ -89,14 +89,12 @@ def _missing(locations: Sequence[str], shards: Sequence[IndexedShard | None]) ->
 def _writable(folders: Sequence[IndexFolder]) -> IndexFolder:
     """Return the first index folder that may be written to."""
     for folder in folders[:-1]:
-        try:
-            # Root may write anywhere; a folder without any write bit is meant to stay as it is.
+        # Root may write anywhere; a folder without any write bit is meant to stay as it is.
+        with contextlib.suppress(OSError):
             if os.stat(folder.shards).st_mode & 0o222:
                 os.makedirs(folder.path, exist_ok=True)
                 if os.access(folder.path, os.W_OK):
                     return folder
-        except OSError:
-            continue
     return folders[-1]
 
 
@@ -172,12 +170,10 @@ def _index_copy(url: str, digest: bool) -> tuple[ShardIndex, ShardSummary]:
 
 def _write(missing: dict[str, IndexFolder], built: dict[str, IndexedShard]) -> None:
     """Add what was built to the manifests."""
-    by_folder: dict[IndexFolder, dict[str, ShardSummary]] = {}
-    for location, shard in built.items():
-        by_folder.setdefault(missing[location], {})[folder_and_name(location)[1]] = shard.summary
-    for folder, summaries in by_folder.items():
-        folder.add(summaries)
-        if is_remote(folder.shards) and any(row.labels or row.label_names for row in summaries.values()):
+    for folder in dict.fromkeys(missing[location] for location in built):
+        own = {folder_and_name(at)[1]: shard.summary for at, shard in built.items() if missing[at] == folder}
+        folder.add(own)
+        if is_remote(folder.shards) and any(row.labels or row.label_names for row in own.values()):
             _fetch_class_names(folder)
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,9 @@ ROLES = ("image", "txt", "json", "cls")
 REFUSALS = ("", "duplicate_member", "not_a_file", "unsafe_name")
 CAPTION_FIELDS = ("captions", "caption")
 MAX_TEXT_BYTES = 2**20
-_SUFFIXES = frozenset(suffix.encode() for suffix in (*IMAGE_SUFFIXES, *ROLES[1:]))
+# Of each of ROLES, the best first.
+_SUFFIXES = tuple(tuple(map(str.encode, suffixes)) for suffixes in (IMAGE_SUFFIXES, *((name,) for name in ROLES[1:])))
+_KNOWN = frozenset(chain(*_SUFFIXES))
 _META = re.compile(rb"__[^/]*__($|/)")  # not samples, by WebDataset's convention
 # Offsets are kept in blocks of 512 bytes as int32, which is half the memory and reaches 1 TB. A member of this size
 # or above is refused anyway, so that its size may be cut to it.
@@ -128,8 +131,8 @@ def index_shard(path: str, digest: bool = False) -> tuple[ShardIndex, ShardSumma
         raise UserError(f"{path} holds no sample: no KEY.jpg, KEY.png, ... with a KEY.txt or KEY.json")
     spans = np.full((len(groups), len(ROLES), 2), (0, -1), dtype=np.int32)
     for number, group in enumerate(groups):
-        for role, suffixes in enumerate((IMAGE_SUFFIXES, *((name,) for name in ROLES[1:]))):
-            found = next((group.members[s.encode()] for s in suffixes if s.encode() in group.members), None)
+        for role, suffixes in enumerate(_SUFFIXES):
+            found = next(filter(None, map(group.members.get, suffixes)), None)
             if found:
                 spans[number, role] = found.offset // BLOCK, min(found.size, _LARGEST)
     index = ShardIndex(
@@ -166,7 +169,7 @@ def _group(path: str) -> list[_Group]:
     groups, by_key = [], {}
     for member in iter_members(path):
         parts = split_key(member.name)
-        if parts is None or parts[1] not in _SUFFIXES or _META.match(member.name):
+        if parts is None or parts[1] not in _KNOWN or _META.match(member.name):
             continue
         key, suffix = parts
         if not groups or groups[-1].key != key:
@@ -297,7 +300,5 @@ def summary_from(values: dict) -> ShardSummary:
     return ShardSummary(**{**values, "fields": _shared(tuple(values["fields"]))})
 
 
-@lru_cache(maxsize=1024)
-def _shared(fields: tuple[str, ...]) -> tuple[str, ...]:
-    """One tuple for the same fields of 40,000 shards."""
-    return fields
+# One tuple for the same fields of 40,000 shards.
+_shared = lru_cache(maxsize=1024)(tuple)
