@@ -132,10 +132,10 @@ def test_a_file_of_deltas_is_read_as_the_library_reads_it(content, tmp_path):
     theirs = AutoConfig.from_pretrained(tmp_path)
     found = ours.read_description(tmp_path)
     for part, section in (("image", "vision_config"), ("text", "text_config")):
-        if found.part not in ("both", part):
+        if part not in found.towers:
             continue
         expected = getattr(theirs, section, theirs)
-        options = getattr(found, part)
+        options = found.towers[part]
         for name in options.keys() & expected.to_dict().keys() - {"dtype", "architectures", "transformers_version"}:
             if name == "projection_size" and options[name] is None:
                 continue  # theirs is then the width, which `our_config` takes too

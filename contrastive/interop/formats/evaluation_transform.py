@@ -12,7 +12,7 @@ from typing import Any
 from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent, Bundle
-from contrastive.interop.formats.option_kinds import check_like, is_like, per_channel
+from contrastive.interop.formats.option_kinds import check_kind, per_channel
 
 TIMM_MODES = {"center": "crop", "squash": "squash"}
 OPEN_CLIP_MODES = {"shortest": "crop", "squash": "squash"}
@@ -48,28 +48,26 @@ def read_timm_transform(cfg: Mapping, size: tuple[int, int], kept: tuple[int, in
 
     interpolation, mode = cfg.get("interpolation") or "bicubic", cfg.get("crop_mode") or "center"
     crop_pct = cfg.get("crop_pct") or DEFAULT_CROP_PCT
-    if not is_like(crop_pct, DEFAULT_CROP_PCT) or crop_pct <= 0:
-        raise UserError(f"{where}: pretrained_cfg.crop_pct is {crop_pct!r}; it has to be a number above 0")
-    exact, problem = mode == "squash" and crop_pct == 1, None
-    if interpolation not in ("bicubic", "bilinear"):
-        problem = f"interpolation '{interpolation}'"
-    elif mode not in TIMM_MODES:
-        problem = f"crop_mode '{mode}'"
-    elif not _is_possible(exact, size, kept):
-        if exact or size[0] == size[1]:
-            problem = f"crop_mode '{mode}' to {size[0]} pixels, which patches do not fill,"
-        else:
-            problem = f"crop_mode '{mode}' with crop_pct {crop_pct} to {size[0]}×{size[1]} pixels"
-    elif crop_pct > 1:
-        problem = f"crop_pct {crop_pct} (a frame around the image)"
-    if problem is not None:
+    check_kind(f"{where}: pretrained_cfg.crop_pct", crop_pct, "a number above 0", ";")
+    exact = mode == "squash" and crop_pct == 1
+    possible = _is_possible(exact, size, kept)
+    problems = {
+        f"interpolation '{interpolation}'": interpolation not in ("bicubic", "bilinear"),
+        f"crop_mode '{mode}'": mode not in TIMM_MODES,
+        f"crop_mode '{mode}' to {size[0]} pixels, which patches do not fill,": (
+            not possible and (exact or size[0] == size[1])
+        ),
+        f"crop_mode '{mode}' with crop_pct {crop_pct} to {size[0]}×{size[1]} pixels": not possible,
+        f"crop_pct {crop_pct} (a frame around the image)": crop_pct > 1,
+    }
+    for problem in (name for name, is_so in problems.items() if is_so):
         return Absent(
             f"pretrained_cfg in {where} asks for {problem} which our preprocessing has not; prepare images with "
             "timm.data.create_transform and give the model pixels"
         )
-    mean = per_channel("pretrained_cfg.mean", cfg.get("mean") or IMAGENET_DEFAULT_MEAN, where)
-    std = per_channel("pretrained_cfg.std", cfg.get("std") or IMAGENET_DEFAULT_STD, where)
-    return made_preprocess(TIMM_MODES[mode], math.floor(size[0] / crop_pct), size, kept, (mean, std), interpolation)
+    defaults = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    statistics = _statistics("pretrained_cfg", cfg, defaults, where)
+    return made_preprocess(TIMM_MODES[mode], math.floor(size[0] / crop_pct), size, kept, statistics, interpolation)
 
 
 def read_open_clip_transform(
@@ -85,29 +83,35 @@ def read_open_clip_transform(
     Raises:
         UserError: preprocess_cfg or one of its options is of another kind than open_clip's.
     """
-    check_like("preprocess_cfg", cfg, {}, where)
+    check_kind(f"{where}: preprocess_cfg", cfg, "an object with options", ";")
     mode, interpolation = cfg.get("resize_mode") or "shortest", cfg.get("interpolation") or "bicubic"
-    check_like("preprocess_cfg.resize_mode", mode, "shortest", where)
+    check_kind(f"{where}: preprocess_cfg.resize_mode", mode, "like 'shortest'", ";")
     known = ("bicubic", "bilinear", "random")
     if interpolation not in known:
         raise UserError(f"{where}: preprocess_cfg.interpolation is {interpolation!r}; use one of {', '.join(known)}")
-    possible = _is_possible(mode == "squash", size, kept)
-    if mode not in OPEN_CLIP_MODES or not possible:
+    if mode not in OPEN_CLIP_MODES or not _is_possible(mode == "squash", size, kept):
         pixels = "" if size[0] == size[1] and tuple(size) == tuple(kept) else f" to {size[0]}×{size[1]} pixels"
         return Absent(
             f"the model's preprocess_cfg has resize_mode '{mode}'{pixels}, which our preprocessing has not; prepare "
             "images with open_clip's transform and give the model pixels, or set resize_mode to 'squash' or 'shortest'"
         )
-    mean = per_channel("preprocess_cfg.mean", cfg.get("mean") or CLIP_MEAN, where)
-    std = per_channel("preprocess_cfg.std", cfg.get("std") or CLIP_STD, where)
+    statistics = _statistics("preprocess_cfg", cfg, {"mean": CLIP_MEAN, "std": CLIP_STD}, where)
     interpolation = "bicubic" if interpolation == "random" else interpolation  # as open_clip in evaluation
-    return made_preprocess(OPEN_CLIP_MODES[mode], size[0], size, kept, (mean, std), interpolation)
+    return made_preprocess(OPEN_CLIP_MODES[mode], size[0], size, kept, statistics, interpolation)
 
 
 def _is_possible(squashes: bool, size: tuple[int, int], kept: tuple[int, int]) -> bool:
     """Whether ours can make such images: of an oblong, or one that patches do not fill, it can only squash to it."""
-    square, cut_off = size[0] == size[1], tuple(size) != tuple(kept)
-    return (square and not cut_off) or (squashes and (square or not cut_off))
+    square, filled = size[0] == size[1], tuple(size) == tuple(kept)
+    return (square and filled) or (squashes and (square or filled))
+
+
+def _statistics(section: str, cfg: Mapping, defaults: Mapping, where: Path) -> dict[str, tuple[float, ...]]:
+    """Mean and std by our names; UserError where one is no number for each channel."""
+    found = {name: cfg.get(name) or default for name, default in defaults.items()}
+    for name, value in found.items():
+        check_kind(f"{where}: {section}.{name}", value, "three numbers, one for each channel", ";")
+    return {name: per_channel(value) for name, value in found.items()}
 
 
 def made_preprocess(
@@ -115,7 +119,7 @@ def made_preprocess(
     scaled: int,
     size: tuple[int, int],
     kept: tuple[int, int],
-    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    statistics: Mapping[str, tuple[float, ...]],
     interpolation: str,
     cut: str = "round",
 ) -> Preprocess:
@@ -132,11 +136,10 @@ def made_preprocess(
         PreprocessConfig(
             image_size=kept[0] if square else tuple(kept),
             resize=resize,
-            mean=statistics[0],
-            std=statistics[1],
             interpolation=interpolation,
             short_side=scaled if square and scaled != kept[0] else None,
             cut=cut if tuple(size) == tuple(kept) else "corner",
+            **statistics,
         )
     )
 
@@ -161,18 +164,17 @@ def checked_preprocess(bundle: Bundle) -> PreprocessConfig:
     return preprocess
 
 
-def transform_problems(config: PreprocessConfig, patch_size: int) -> list[str]:
-    """Return what neither evaluation transform can do, with what to do instead."""
+def transform_problems(config: PreprocessConfig, patch_size: int, scales: bool) -> list[str]:
+    """Return what an evaluation transform cannot do, with what to do instead.
+
+    Args:
+        scales: whether it can scale to more than the size of the images, as timm's by its crop_pct.
+    """
+    problems, taken = [], taken_size(config, patch_size)
     cuts = config.resize == "crop" or config.short_side not in (None, config.size[0])
-    if config.cut == "corner" and cuts and taken_size(config, patch_size) == config.size:
-        return ["preprocess cut 'corner' (they cut the centre)"]
-    return []
-
-
-def open_clip_transform_problems(config: PreprocessConfig, patch_size: int) -> list[str]:
-    """As `transform_problems`, of open_clip, which has no crop_pct."""
-    problems = transform_problems(config, patch_size)
-    if config.short_side not in (None, taken_size(config, patch_size)[0]):
+    if config.cut == "corner" and cuts and taken == config.size:
+        problems.append("preprocess cut 'corner' (they cut the centre)")
+    if not scales and config.short_side not in (None, taken[0]):
         problems.append(
             f"preprocess short_side {config.short_side} (its short side is the image size; leave short_side out)"
         )
@@ -204,7 +206,7 @@ def write_timm_transform(config: PreprocessConfig, patch_size: int) -> dict:
 
 
 def write_open_clip_transform(config: PreprocessConfig, patch_size: int) -> dict:
-    """Return the `preprocess_cfg` of what `open_clip_transform_problems` finds nothing in."""
+    """Return the `preprocess_cfg` of what `transform_problems` finds nothing in."""
     return {
         "size": size_option(taken_size(config, patch_size)),
         "mode": "RGB",
@@ -219,6 +221,11 @@ def write_open_clip_transform(config: PreprocessConfig, patch_size: int) -> dict
 def size_option(size: tuple[int, int]) -> int | list[int]:
     """Return (height, width) as open_clip's configs hold it: one number for a square."""
     return size[0] if size[0] == size[1] else list(size)
+
+
+def both_sides(option: int | list[int]) -> tuple[int, int]:
+    """Return (height, width) of what `size_option` gives."""
+    return (option, option) if isinstance(option, int) else tuple(option)
 
 
 def _named(modes: Mapping[str, str], resize: str) -> str:

@@ -8,8 +8,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from contrastive.errors import UserError, did_you_mean
-from contrastive.interop.formats.evaluation_transform import size_option, whole_patches
-from contrastive.interop.formats.option_kinds import unlike
+from contrastive.interop.formats.evaluation_transform import both_sides, size_option, whole_patches
 from contrastive.interop.formats.timm_vit import mlp_ratio
 from contrastive.interop.formats.tokenizer_reading import CLIP_EOS, CLIP_PAD, CLIP_VOCABULARY
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
@@ -35,7 +34,6 @@ ALSO_TAKEN = {
 POSITIVE = ("embed_dim", "layers", "width", "head_width", "patch_size", "image_size", "mlp_ratio")
 POSITIVE += ("context_length", "vocab_size", "heads")
 EXAMPLES = {str: "text", float: 2.66, int: 1, dict: {}}
-"""For messages about options that are null by default."""
 
 
 @dataclass(frozen=True)
@@ -81,77 +79,76 @@ def _completed(section: str, given: Any, config_class: type, where: Path) -> dic
     for name, value in given.items():
         if name not in defaults:
             raise UserError(f"{where}: unknown option {section}.{name}.{did_you_mean(name, defaults)}")
-        annotation, default = types[name], defaults[name]
-        kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+        default = defaults[name]
         # Some fields that are null by default are annotated as if they never were.
-        if not (any(_is(value, kind) for kind in kinds) or (value is None and default is None)):
-            example = EXAMPLES.get(get_origin(kinds[0]) or kinds[0]) if default is None else default
-            raise unlike(f"{section}.{name}", value, example, where)
+        if not (_is(value, types[name]) or (value is None and default is None)):
+            example = _example(types[name]) if default is None else default
+            wanted = "an object with options" if isinstance(example, Mapping) else f"like {example!r}"
+            raise UserError(f"{where}: {section}.{name} is {value!r}; it has to be {wanted}")
         sides = value if isinstance(value, list) else [value]
         if name in POSITIVE and any(side is not None and side <= 0 for side in sides):
             raise UserError(f"{where}: {section}.{name} is {value!r}; it has to be above 0")
     return {**defaults, **given}
 
 
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON is of a type, as `is_like`; a tuple is a list there."""
-    if kind is Any:
-        return True
-    if get_origin(kind) is tuple:
-        sides = get_args(kind)
-        return isinstance(value, list) and len(value) == len(sides) and all(type(side) is int for side in value)
-    kind = get_origin(kind) or kind
-    return type(value) in ((int, float) if kind is float else (kind,))
+def _is(value: Any, annotation: Any) -> bool:
+    """Whether a value of JSON is of a type: a tuple is a list there, a float may be a whole number, true is none."""
+    kind, inner = get_origin(annotation) or annotation, get_args(annotation)
+    if kind in (Union, UnionType):
+        return any(_is(value, option) for option in inner)
+    if kind is tuple:
+        return isinstance(value, list) and len(value) == len(inner) and all(map(_is, value, inner))
+    return kind is Any or type(value) in ((int, float) if kind is float else (kind,))
+
+
+def _example(annotation: Any) -> Any:
+    """A value of the type, for messages about options that are null by default."""
+    kind = get_args(annotation)[0] if get_origin(annotation) in (Union, UnionType) else annotation
+    return EXAMPLES[get_origin(kind) or kind]
 
 
 def _check_expressible(
     model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], where: Path
 ) -> None:
-    problems = ["multimodal_cfg (CoCa)"] if model["multimodal_cfg"] else []
+    strange = {"multimodal_cfg (CoCa)": model["multimodal_cfg"]}
     if not vision["timm_model_name"]:
-        problems += _strange("vision_cfg", vision, _strange_vision(vision))
+        pool, position = vision["pool_type"], vision["pos_embed_type"]
+        strange |= _strange_blocks("vision_cfg", vision) | {
+            "vision_cfg.layers as a list (a ResNet)": isinstance(vision["layers"], list),
+            "vision_cfg.patch_size as a list (oblong patches)": isinstance(vision["patch_size"], list),
+            "vision_cfg.attentional_pool (CoCa's)": vision["attentional_pool"],
+            "vision_cfg.final_ln_after_pool with pool_type 'avg'": vision["final_ln_after_pool"] and pool == "avg",
+            f"vision_cfg.pool_type '{pool}'": pool not in THEIR_POOLS.values(),
+            f"vision_cfg.pos_embed_type '{position}'": position not in ("learnable", "sin_cos_2d"),
+        }
     if text["hf_model_name"]:
-        problems.append(f"text_cfg.hf_model_name '{text['hf_model_name']}' (a text tower of transformers)")
+        strange[f"text_cfg.hf_model_name '{text['hf_model_name']}' (a text tower of transformers)"] = True
     else:
-        problems += _strange("text_cfg", text, _strange_text(text))
+        strange |= _strange_blocks("text_cfg", text) | {
+            "text_cfg.embed_cls (CoCa's)": text["embed_cls"],
+            f"text_cfg.pool_type '{text['pool_type']}'": text["pool_type"] not in ("argmax", "eos", "last"),
+            f"text_cfg.proj_type '{text['proj_type']}'": text["proj_type"] not in ("linear", "none"),
+        }
+    problems = [name for name, is_so in strange.items() if is_so]
     if problems:
         raise UserError(f"{where}: our towers have no {', no '.join(problems)}; open_clip itself can load this model")
 
 
-def _strange(section: str, cfg: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """Return the options of a tower that ours has not: those that both of open_clip's have, then its own."""
-    block = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
-    found = {name: cfg[name] for name in block}
-    found[f"block_type '{cfg['block_type']}'"] = cfg["block_type"] not in (None, "default")
-    return [f"{section}.{name}" for name, is_so in (found | own).items() if is_so]
-
-
-def _strange_vision(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "layers as a list (a ResNet)": isinstance(cfg["layers"], list),
-        "patch_size as a list (oblong patches)": isinstance(cfg["patch_size"], list),
-        "attentional_pool (CoCa's)": cfg["attentional_pool"],
-        "final_ln_after_pool with pool_type 'avg'": cfg["final_ln_after_pool"] and cfg["pool_type"] == "avg",
-        f"pool_type '{cfg['pool_type']}'": cfg["pool_type"] not in ("tok", "avg"),
-        f"pos_embed_type '{cfg['pos_embed_type']}'": cfg["pos_embed_type"] not in ("learnable", "sin_cos_2d"),
-    }
-
-
-def _strange_text(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "embed_cls (CoCa's)": cfg["embed_cls"],
-        f"pool_type '{cfg['pool_type']}'": cfg["pool_type"] not in ("argmax", "eos", "last"),
-        f"proj_type '{cfg['proj_type']}'": cfg["proj_type"] not in ("linear", "none"),
+def _strange_blocks(section: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What blocks of ours have not, of either tower."""
+    names = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+    kind = cfg["block_type"]
+    return {f"{section}.{name}": cfg[name] for name in names} | {
+        f"{section}.block_type '{kind}'": kind not in (None, "default")
     }
 
 
 def image_options(vision: Mapping[str, Any], quick_gelu: bool, where: Path) -> tuple[ImageTowerConfig, tuple[int, int]]:
     """Return our options for a native image tower, and the (height, width) of its images."""
-    side, patch, width = vision["image_size"], vision["patch_size"], vision["width"]
+    size, patch, width = both_sides(vision["image_size"]), vision["patch_size"], vision["width"]
     if patch is None or vision["head_width"] > width:
         name = "patch_size" if patch is None else "head_width"
         raise UserError(f"{where}: vision_cfg.{name} is {vision[name]!r}, which no tower of width {width} can have")
-    size = (side, side) if isinstance(side, int) else tuple(side)
     config = ImageTowerConfig(
         image_size=whole_patches(size, patch)[0],
         num_heads=width // vision["head_width"],

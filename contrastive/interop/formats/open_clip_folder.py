@@ -24,10 +24,10 @@ from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle
 from contrastive.interop.formats.evaluation_transform import (
     checked_preprocess,
     cut_notes,
-    open_clip_transform_problems,
     read_open_clip_transform,
     size_option,
     taken_size,
+    transform_problems,
     whole_patches,
     write_open_clip_transform,
     write_timm_transform,
@@ -141,7 +141,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     if text.pool == "average":
         problems.append("model.text.pool 'average' (its text towers pool at one token; train with 'eos' or 'last')")
     preprocess = checked_preprocess(bundle)
-    problems += open_clip_transform_problems(preprocess, image.patch_size)
+    problems += transform_problems(preprocess, image.patch_size, scales=False)
     if problems:
         raise UserError(f"{bundle.path}: open_clip cannot express {'; '.join(problems)}")
     tokenizer_cfg, notes = write_open_clip_tokenizer(bundle.tokenizer, folder)

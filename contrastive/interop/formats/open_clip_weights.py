@@ -10,6 +10,7 @@ from torch import nn
 
 from contrastive.errors import UserError
 from contrastive.files import read_json
+from contrastive.interop.formats.evaluation_transform import both_sides
 from contrastive.interop.formats.key_table import TensorNames, renamed_table, to_ours, to_theirs
 from contrastive.interop.formats.state_dicts import weights_of
 from contrastive.interop.formats.timm_vit import build_on_meta, describe_vit
@@ -142,8 +143,7 @@ def build_trunk(cfg: Mapping[str, Any], embed_dim: int, folder: Path, where: Pat
 
 def describe_trunk(trunk: nn.Module, cfg: Mapping[str, Any], where: Path) -> tuple[ImageTowerConfig, tuple[int, int]]:
     """Return our options for the tower and the (height, width) of its images, which are vision_cfg's."""
-    side = cfg["image_size"]
-    image, size = describe_vit(trunk, where, (side, side) if isinstance(side, int) else tuple(side))
+    image, size = describe_vit(trunk, where, both_sides(cfg["image_size"]))
     return replace(image, projection=cfg["timm_proj"] != "none"), size
 
 

@@ -134,7 +134,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     bundle.check_image_tower("timm holds image towers")
     model, config = bundle.model, bundle.model.image_tower.config
     preprocess = checked_preprocess(bundle)
-    problems = timm_problems(config) + transform_problems(preprocess, config.patch_size)
+    problems = timm_problems(config) + transform_problems(preprocess, config.patch_size, scales=True)
     if isinstance(model, ImageClassifier):
         problems += _classifier_problems(model)
     if problems:

@@ -21,24 +21,10 @@ from contrastive.interop.formats.key_table import to_ours, to_theirs
 from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
 from contrastive.interop.formats.tokenizer_reading import read_transformers_tokenizer
 from contrastive.interop.formats.tokenizer_writing import write_tokenizer
-from contrastive.interop.formats.transformers_architecture import Parts, fitting_family, their_config
-from contrastive.interop.formats.transformers_config import (
-    image_side,
-    lacks_head,
-    native_size,
-    our_config,
-    pooled_id,
-    read_description,
-)
+from contrastive.interop.formats.transformers_architecture import fitting_family, their_config, towers_of
+from contrastive.interop.formats.transformers_config import Towers, our_config, read_description
 from contrastive.interop.formats.transformers_preprocess import FILE, read_preprocess, write_preprocess
-from contrastive.interop.formats.transformers_weights import (
-    HEAD,
-    as_clip,
-    as_siglip,
-    is_mean_head,
-    key_table,
-    plain,
-)
+from contrastive.interop.formats.transformers_weights import HEAD, adapted, is_mean_head, key_table, plain
 from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.log import warn
 from contrastive.models.encoders import unit_length
@@ -71,27 +57,27 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     Raises:
         UserError: another architecture, an option that our towers lack, or weights that do not fit.
     """
-    description = read_description(folder)
+    found = read_description(folder)
     file = read_safetensors(folder, (WEIGHTS,))
-    if description.part != "both" and description.projected is None:
-        description = replace(description, projected=any(name.endswith("_projection.weight") for name in file))
-    has_image, has_text = description.part != "text", description.part != "image"
-    weights = plain(file, description.part, image_side(description, "patch_size") if has_image else 0)
-    without_pooling = has_image and lacks_head(description)
-    mean_head = has_image and (without_pooling or is_mean_head(weights))
+    if found.projected is None:
+        found = replace(found, projected=any(name.endswith("_projection.weight") for name in file))
+    has_image = "image" in found.towers
+    weights = plain(file, None if found.whole else next(iter(found.towers)), found.patch_size if has_image else 0)
+    without_pooling = has_image and found.lacks_head
+    mean_head = without_pooling or is_mean_head(weights)
     if mean_head:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(HEAD)}
-    config = our_config(description, mean_head, pooled_id(description))
+    config = our_config(found, mean_head)
     model = MODELS[type(config)](config)
-    family = "clip" if description.family == "clip" else "siglip"
+    family = "clip" if found.family == "clip" else "siglip"
     ours, theirs = to_ours(key_table(model.state_dict(), family), weights, folder / WEIGHTS)
     fill(model, ours, folder / WEIGHTS, theirs)
     if without_pooling:
         warn(f"{folder} has no pooling head (vision_use_head is false): its image embedding is the mean of the patches")
     preprocess = tokenizer = None
     if has_image:
-        preprocess = read_preprocess(folder, native_size(description), config.image.patch_size)
-    if has_text:
+        preprocess = read_preprocess(folder, found.native_size, config.image.patch_size)
+    if "text" in found.towers:
         tokenizer = read_transformers_tokenizer(folder, config.text) if with_tokenizer else NOT_LOADED
     return Bundle(model.eval(), preprocess, tokenizer, config, folder)
 
@@ -108,56 +94,47 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     Raises:
         UserError: the format cannot hold the model exactly; it names each option that does not fit, and the way out.
     """
-    parts = Parts.of(bundle.model)
-    family = fitting_family(parts, str(bundle.path))
+    family, towers = fitting_family(bundle.model, str(bundle.path)), towers_of(bundle.model)
     preprocess, tokenizer = (
         None if isinstance(part, Absent) else part for part in (bundle.preprocess, bundle.tokenizer)
     )
-    weights, notes = _weights(bundle, parts, family)
+    state = {name: tensor for name, tensor in weights_of(bundle.model).items() if not name.startswith("head.")}
+    state, notes = adapted(state, towers, family)
     size = 0
-    if parts.image is not None:
-        size = parts.image.image_size
+    if "image" in towers:
+        size, patch_size = towers["image"].image_size, towers["image"].patch_size
         if preprocess is not None:
-            their_class = PROCESSORS[family] if parts.part == "both" else None
-            notes += write_preprocess(preprocess.config, size, parts.image.patch_size, their_class, folder)
-            size = taken_size(preprocess.config, parts.image.patch_size)[0]
+            processor_class = PROCESSORS[family] if len(towers) == 2 else None
+            notes += write_preprocess(preprocess.config, size, patch_size, processor_class, folder)
+            size = taken_size(preprocess.config, patch_size)[0]
         else:
             notes.append(
                 f"{bundle.path} has no preprocessing, so {FILE} was left out; image_size in config.json is "
                 f"{size}, what its patches fill"
             )
-    if parts.text is not None:
-        if tokenizer is not None:
-            notes += write_tokenizer(tokenizer, folder)
-        else:
-            notes.append(f"{bundle.path} has no tokenizer, so its files were left out")
-    write_json(folder / "config.json", their_config(parts, family, size, tokenizer))
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    return notes + _advice(bundle, parts, family)
+    if tokenizer is not None:
+        notes += write_tokenizer(tokenizer, folder)
+    elif "text" in towers:
+        notes.append(f"{bundle.path} has no tokenizer, so its files were left out")
+    write_json(folder / "config.json", their_config(towers, family, bundle.model.config.embed_dim, size, tokenizer))
+    save_file(to_theirs(key_table(state, family), state), folder / WEIGHTS, metadata={"format": "pt"})
+    return notes + _advice(bundle.model, towers, family)
 
 
-def _weights(bundle: Bundle, parts: Parts, family: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The state dict by their names, and what of the model it says in other terms."""
-    classifier_head = ("head.weight", "head.bias")
-    state = {name: tensor for name, tensor in weights_of(bundle.model).items() if name not in classifier_head}
-    state, notes = (as_siglip if family == "siglip" else as_clip)(state, parts.image, parts.text)
-    return to_theirs(key_table(state, family), state), notes
-
-
-def _advice(bundle: Bundle, parts: Parts, family: str) -> list[str]:
+def _advice(model: torch.nn.Module, towers: Towers, family: str) -> list[str]:
     notes = []
-    if isinstance(bundle.model, models.ImageClassifier):
+    if isinstance(model, models.ImageClassifier):
         notes.append("only the image tower was written: transformers has no class for it with this head")
-    if parts.text is None or family != "siglip":
+    if "text" not in towers or family != "siglip":
         return notes
     notes.append(
         'the text tower reads its last position: with a bare tokenizer always ask for padding="max_length", '
         "truncation=True (the processor does so by itself)"
     )
-    if parts.part == "text":
+    if len(towers) == 1:
         notes.append("AutoModel does not know SigLIP's text tower alone; load it by SiglipTextModel.from_pretrained")
-    length = parts.text.context_length
-    if parts.part == "both" and length != PIPELINE_LENGTH:
+    length = towers["text"].context_length
+    if len(towers) == 2 and length != PIPELINE_LENGTH:
         wrong = "fails" if length < PIPELINE_LENGTH else "gives wrong scores without a word"
         notes.append(
             f"transformers' zero-shot-image-classification pipeline pads to {PIPELINE_LENGTH} tokens whatever a SigLIP "

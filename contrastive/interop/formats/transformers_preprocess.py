@@ -7,16 +7,13 @@ from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent
 from contrastive.interop.formats.evaluation_transform import made_preprocess, taken_size, whole_patches
-from contrastive.interop.formats.option_kinds import is_count, is_number
+from contrastive.interop.formats.option_kinds import check_kind, is_count, per_channel
 
 FILE, NESTED_FILE = "preprocessor_config.json", "processor_config.json"
 SQUASH, CROP, NAFLEX = "SiglipImageProcessor", "CLIPImageProcessor", "Siglip2ImageProcessor"
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-SHARED_DEFAULTS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 DEFAULTS = {
     SQUASH: {
-        **SHARED_DEFAULTS,
-        "resample": 3,
         "size": {"height": 224, "width": 224},
         "do_center_crop": False,
         "crop_size": None,
@@ -24,14 +21,19 @@ DEFAULTS = {
         "image_std": SIGLIP_STD,
     },
     CROP: {
-        **SHARED_DEFAULTS,
-        "resample": 3,
         "size": {"shortest_edge": 224},
         "do_center_crop": True,
         "crop_size": {"height": 224, "width": 224},
         "image_mean": CLIP_MEAN,
         "image_std": CLIP_STD,
     },
+}
+SHARED_DEFAULTS = {
+    "do_resize": True,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
 }
 OLD_NAMES = {"CLIPFeatureExtractor": CROP, "SiglipFeatureExtractor": SQUASH}
 
@@ -98,11 +100,9 @@ def _preprocess(options: dict, image_size: int, patch_size: int) -> Preprocess:
 
 def _filled(options: dict, image_size: int) -> dict:
     """The options with the defaults of their class; null stays, which the library takes for off, or fails at."""
-    if not isinstance(options, dict):
-        raise UserError(f"image_processor is {options!r}: it has to be an object of options")
+    check_kind("image_processor", options, "an object of options")
     named = options.get("image_processor_type") or options.get("feature_extractor_type") or ""
-    if not isinstance(named, str):
-        raise UserError(f"image_processor_type is {named!r}: it has to be the name of a class")
+    check_kind("image_processor_type", named, "the name of a class")
     kind = OLD_NAMES.get(named, named.removesuffix("Fast").removesuffix("Pil"))
     if kind == NAFLEX:
         raise UserError(
@@ -112,7 +112,7 @@ def _filled(options: dict, image_size: int) -> dict:
         )
     if kind not in DEFAULTS:
         raise UserError(f"image_processor_type '{named}' is not supported; known: {', '.join(DEFAULTS)}")
-    return {**DEFAULTS[kind], **options}
+    return {**SHARED_DEFAULTS, **DEFAULTS[kind], **options}
 
 
 def _size(options: dict, name: str, number_means: str) -> dict:
@@ -131,27 +131,19 @@ def _size(options: dict, name: str, number_means: str) -> dict:
     return sides
 
 
-def _normalisation(options: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std where white is 1, whatever factor the library multiplies pixels with."""
+def _normalisation(options: dict) -> dict[str, tuple[float, ...]]:
+    """Mean and std, by our names, where white is 1, whatever factor the library multiplies pixels with."""
     factor = 255.0
     if options["do_rescale"]:
-        rescale = options["rescale_factor"]
-        if not is_number(rescale) or rescale <= 0:
-            raise UserError(f"rescale_factor is {rescale!r}: it has to be a number above 0")
-        factor *= rescale
+        check_kind("rescale_factor", options["rescale_factor"], "a number above 0")
+        factor *= options["rescale_factor"]
     factor = 1.0 if abs(factor - 1) < 1e-9 else factor
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    found = {"mean": 0.0, "std": 1.0}
     if options["do_normalize"]:
-        mean, std = _channels(options, "image_mean"), _channels(options, "image_std")
-    return tuple(value / factor for value in mean), tuple(value / factor for value in std)
-
-
-def _channels(options: dict, name: str) -> tuple[float, ...]:
-    """One number of each channel; a single one is meant for all three."""
-    values = options[name] if isinstance(options[name], list | tuple) else [options[name]]
-    if not all(map(is_number, values)) or len(values) not in (1, 3):
-        raise UserError(f"{name} is {options[name]!r}: it has to be a number, or three of them")
-    return tuple(float(value) for value in values) * (3 // len(values))
+        found = {name: options[f"image_{name}"] for name in found}
+    for name, value in found.items():
+        check_kind(f"image_{name}", value, "a number, or three of them")
+    return {name: tuple(one / factor for one in per_channel(value)) for name, value in found.items()}
 
 
 def write_preprocess(

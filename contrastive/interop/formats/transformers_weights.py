@@ -3,12 +3,14 @@
 Keys are renamed; parts that one side lacks become exact substitutes of the same function in the shape of the other's.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
 from contrastive.interop.formats.key_table import TensorNames, renamed_table
-from contrastive.models import ImageTowerConfig, TextTowerConfig
+from contrastive.interop.formats.transformers_config import Towers
+from contrastive.models import ImageTowerConfig
+from contrastive.models.transformer import AttentionPooling
 
 # From our names to theirs, in this order: each pattern sees what those before it have made.
 RENAMES = (
@@ -46,13 +48,16 @@ def key_table(names: Iterable[str], family: str) -> list[TensorNames]:
     return renamed_table(names, (*RENAMES, *PROJECTIONS[family]), unit_axes=unit_axes)
 
 
-def plain(file: Mapping[str, torch.Tensor], part: str, patch_size: int) -> dict[str, torch.Tensor]:
+def plain(file: Mapping[str, torch.Tensor], alone: str | None, patch_size: int) -> dict[str, torch.Tensor]:
     """Return a file's tensors as transformers 5 would write them for a SiglipModel or CLIPModel.
 
     A tower alone may have its keys with or without the tower's prefix, the numbers of the positions may be there, a
     scalar may be a vector of one, and SigLIP 2 embeds patches by a Linear over (row, column, channel).
+
+    Args:
+        alone: 'image' or 'text', the only tower; None of a whole model.
     """
-    prefix = PREFIXES.get(part)
+    prefix = PREFIXES.get(alone)
     bare = prefix is not None and not any(key.startswith(prefix) for key in file)
     tensors = {}
     for key, tensor in file.items():
@@ -84,56 +89,58 @@ def is_mean_head(weights: Mapping[str, torch.Tensor]) -> bool:
     )
 
 
-def as_siglip(
-    weights: Mapping[str, torch.Tensor], image: ImageTowerConfig | None, text: TextTowerConfig | None
+def adapted(
+    weights: Mapping[str, torch.Tensor], towers: Towers, family: str
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Return weights by our names, for towers that all have a patch bias, an attention head and a text projection.
+    """Return weights by our names as a model of 'siglip' or 'clip' has them.
 
-    The notes say in plain sentences what of the model that puts in other terms.
+    SigLIP's towers all have a patch bias, an attention head and a text projection, CLIP's no patch bias, and both are
+    projected if both are here. The notes say in plain sentences what of the model that puts in other terms.
     """
-    adapted, notes = dict(weights), _position_notes(image)
+    made, notes = dict(weights), []
+    if "image" in towers and towers["image"].position == "sincos":
+        notes.append("the fixed sin-cos positions are written as learned ones")
+    for tensors, note in (_siglip_parts if family == "siglip" else _clip_parts)(weights, towers):
+        made |= tensors
+        notes.append(note)
+    if family == "clip":
+        made.pop("logit_bias", None)  # zero, or it would not fit
+        made.pop("image_tower.patch_embed.bias", None)
+    return made, notes
+
+
+Parts = Iterator[tuple[dict[str, torch.Tensor], str]]
+"""Tensors that stand for something that one side lacks, and what to tell of them."""
+
+
+def _siglip_parts(weights: Mapping[str, torch.Tensor], towers: Towers) -> Parts:
+    image, text = towers.get("image"), towers.get("text")
     if image is not None and image.pool == "average":
-        adapted |= {f"image_tower.head.{name}": tensor for name, tensor in _mean_head(image).items()}
-        notes.append("the mean over patches is written as an attention head that attends to all alike")
+        head = {f"image_tower.head.{name}": tensor for name, tensor in _mean_head(image).items()}
+        yield head, "the mean over patches is written as an attention head that attends to all alike"
     if image is not None and not image.patch_bias:
-        adapted["image_tower.patch_embed.bias"] = torch.zeros(image.width)
-        notes.append("the patch embedding, which has no bias, gets one of zero")
+        bias = {"image_tower.patch_embed.bias": torch.zeros(image.width)}
+        yield bias, "the patch embedding, which has no bias, gets one of zero"
+    projection = "text_tower.projection"
     if text is not None and not text.projection:
-        adapted["text_tower.projection.weight"] = torch.eye(text.width)
-        adapted["text_tower.projection.bias"] = torch.zeros(text.width)
-        notes.append("the text tower, which has no projection, gets the identity")
+        identity = {f"{projection}.weight": torch.eye(text.width), f"{projection}.bias": torch.zeros(text.width)}
+        yield identity, "the text tower, which has no projection, gets the identity"
     elif text is not None and not text.projection_bias:
-        rows = adapted["text_tower.projection.weight"].shape[0]
-        adapted["text_tower.projection.bias"] = torch.zeros(rows)
-        notes.append("the text projection, which has no bias, gets one of zero")
-    if image is not None and text is not None and "logit_bias" not in adapted:
-        adapted["logit_bias"] = torch.zeros(())
-        notes.append("the logits, which have no bias, get one of zero")
-    return adapted, notes
+        bias = {f"{projection}.bias": torch.zeros(len(weights[f"{projection}.weight"]))}
+        yield bias, "the text projection, which has no bias, gets one of zero"
+    if len(towers) == 2 and "logit_bias" not in weights:
+        yield {"logit_bias": torch.zeros(())}, "the logits, which have no bias, get one of zero"
 
 
-def as_clip(
-    weights: Mapping[str, torch.Tensor], image: ImageTowerConfig | None, text: TextTowerConfig | None
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Return weights by our names, for towers without patch bias, and both projected if both are here; and notes."""
-    adapted, notes, both = dict(weights), _position_notes(image), image is not None and text is not None
-    adapted.pop("logit_bias", None)  # zero, or it would not fit
-    bias = adapted.pop("image_tower.patch_embed.bias", None)
+def _clip_parts(weights: Mapping[str, torch.Tensor], towers: Towers) -> Parts:
+    bias, position = weights.get("image_tower.patch_embed.bias"), "image_tower.position_embedding"
     if bias is not None:  # every patch gets it, and every patch gets a position
-        positions = adapted["image_tower.position_embedding"].clone()
-        positions[1:] += bias
-        adapted["image_tower.position_embedding"] = positions
-        notes.append("the bias of the patch embedding is added to the positions")
-    for tower, config in (("image", image), ("text", text)):
-        if both and not config.projection:
-            adapted[f"{tower}_tower.projection.weight"] = torch.eye(config.width)
-            notes.append(f"the {tower} tower, which has no projection, gets the identity")
-    return adapted, notes
-
-
-def _position_notes(image: ImageTowerConfig | None) -> list[str]:
-    fixed = image is not None and image.position == "sincos"
-    return ["the fixed sin-cos positions are written as learned ones"] if fixed else []
+        moved = torch.cat([weights[position][:1], weights[position][1:] + bias])
+        yield {position: moved}, "the bias of the patch embedding is added to the positions"
+    for tower, config in towers.items():
+        if len(towers) == 2 and not config.projection:
+            identity = {f"{tower}_tower.projection.weight": torch.eye(config.width)}
+            yield identity, f"the {tower} tower, which has no projection, gets the identity"
 
 
 def _mean_head(image: ImageTowerConfig) -> dict[str, torch.Tensor]:
@@ -141,11 +148,9 @@ def _mean_head(image: ImageTowerConfig) -> dict[str, torch.Tensor]:
 
     Queries and keys of zero attend to all tokens alike, values and output are the identity, and the MLP adds zero.
     """
-    width, zeros = image.width, torch.zeros
-    head = {"probe": zeros(1, 1, width), "norm.weight": torch.ones(width), "norm.bias": zeros(width)}
-    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        is_identity = name in ("v_proj", "out_proj")
-        head[f"attention.{name}.weight"] = torch.eye(width) if is_identity else zeros(width, width)
-        head[f"attention.{name}.bias"] = zeros(width)
-    head |= {"mlp.fc1.weight": zeros(image.mlp_dim, width), "mlp.fc1.bias": zeros(image.mlp_dim)}
-    return head | {"mlp.fc2.weight": zeros(width, image.mlp_dim), "mlp.fc2.bias": zeros(width)}
+    width = image.width
+    with torch.device("meta"):
+        shapes = AttentionPooling(image).state_dict()
+    head = {name: torch.zeros(tensor.shape) for name, tensor in shapes.items()}
+    identity = dict.fromkeys(("attention.v_proj.weight", "attention.out_proj.weight"), torch.eye(width))
+    return head | identity | {"norm.weight": torch.ones(width)}
