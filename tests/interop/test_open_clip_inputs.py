@@ -13,8 +13,8 @@ import contrastive
 from contrastive.data.captions import clean_text
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
-from contrastive.interop.formats.tokenizer_reading import read_open_clip_tokenizer as read_tokenizer
-from contrastive.interop.formats.tokenizer_writing import write_tokenizer
+from contrastive.interop.formats.tokenizer_files import read_open_clip_tokenizer as read_tokenizer
+from contrastive.interop.formats.tokenizer_files import write_tokenizer
 
 ODD_TEXTS = ["A_b: it&#39;s  5 &amp; 7", "Zürich’s   CAFÉ!", "", "word " * 300, "ﬁne “quotes” …"]
 

@@ -10,7 +10,7 @@ import contrastive
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.tokenizer import train_bpe
 from contrastive.interop.export import export
-from contrastive.interop.formats.tokenizer_writing import write_tokenizer
+from contrastive.interop.formats.tokenizer_files import write_tokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 LENGTH = 12

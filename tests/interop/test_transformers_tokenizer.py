@@ -10,9 +10,8 @@ from transformers_models import edit_json, save_theirs
 import contrastive
 from contrastive.data.tokenizer import TransformersTokenizer, clip_tokenizer, load_tokenizer, train_bpe
 from contrastive.errors import UserError
-from contrastive.interop.formats.tokenizer_reading import highest_id
-from contrastive.interop.formats.tokenizer_reading import read_transformers_tokenizer as read_tokenizer
-from contrastive.interop.formats.tokenizer_writing import write_tokenizer
+from contrastive.interop.formats.tokenizer_files import highest_id, write_tokenizer
+from contrastive.interop.formats.tokenizer_files import read_transformers_tokenizer as read_tokenizer
 from contrastive.models import TextTowerConfig
 
 ODD = [
@@ -168,7 +167,7 @@ def test_clips_own_tokenizer(captions, tmp_path, capsys):
     theirs = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)  # OpenAI's: padded with eos
     save_theirs(tmp_path, "CLIPModel", vocab_size=49_408, max_position_embeddings=77, eos_token_id=2, hidden_size=16)
     theirs.save_pretrained(tmp_path)
-    assert highest_id(tmp_path) == 49_407
+    assert highest_id(tmp_path) == (49_407, True)
     bundle = contrastive.load(tmp_path)
     assert "guess" not in capsys.readouterr().err  # the end of a text has the highest id
     assert bundle.config.text.eos_id == bundle.tokenizer.eos_id == bundle.tokenizer.pad_id == 49_407
@@ -234,4 +233,4 @@ def test_a_damaged_tokenizer_is_absent(trained):
     (trained / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(UserError, match="cannot read a tokenizer from folder"):
         read_tokenizer(trained, TextTowerConfig(vocab_size=300))(["a"])
-    assert highest_id(trained) is None
+    assert highest_id(trained) == (None, False)

@@ -13,6 +13,7 @@ from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, Preproc
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.formats.option_kinds import check_kind, per_channel
+from contrastive.models import ImageTowerConfig
 
 TIMM_MODES = {"center": "crop", "squash": "squash"}
 OPEN_CLIP_MODES = {"shortest": "crop", "squash": "squash"}
@@ -181,11 +182,16 @@ def transform_problems(config: PreprocessConfig, patch_size: int, scales: bool) 
     return problems
 
 
-def cut_notes(config: PreprocessConfig) -> list[str]:
-    """What both evaluation transforms do a little otherwise."""
+def notes_on_images(image: ImageTowerConfig, config: PreprocessConfig) -> list[str]:
+    """What timm and open_clip do a little otherwise, and what is written to them in other terms."""
+    notes = []
+    if image.position == "sincos":
+        notes.append("the fixed sin-cos positions are written as learned ones of the same values")
     if config.cut == "floor":
-        return ["where the middle lies between two pixels, the crop can be one pixel further right or down than before"]
-    return []
+        notes.append(
+            "where the middle lies between two pixels, the crop can be one pixel further right or down than before"
+        )
+    return notes
 
 
 def write_timm_transform(config: PreprocessConfig, patch_size: int) -> dict:

@@ -15,7 +15,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.formats import onnx_example
-from contrastive.interop.formats.tokenizer_writing import pad_and_cut, write_tokenizer
+from contrastive.interop.formats.tokenizer_files import pad_and_cut, write_tokenizer
 from contrastive.interop.parity import Outputs, Probe
 from contrastive.models import DualEncoder, ImageClassifier
 
@@ -78,15 +78,8 @@ def description_of(bundle: Bundle) -> dict:
     model, preprocess = bundle.model, None
     if bundle.preprocess is not None and not isinstance(bundle.preprocess, Absent):
         options = bundle.preprocess.config
-        preprocess = {
-            "size": list(options.size),
-            "resize": options.resize,
-            "short_side": options.short_side or (min(options.size) if options.resize == "crop" else None),
-            "cut": options.cut,
-            "interpolation": options.interpolation,
-            "mean": list(options.mean),
-            "std": list(options.std),
-        }
+        short_side = options.short_side or (min(options.size) if options.resize == "crop" else None)
+        preprocess = {**asdict(options.options), "size": list(options.size), "short_side": short_side}
     description = {"format": FORMAT, "embed_dim": bundle.config.embed_dim, "preprocess": preprocess}
     if bundle.tokenizer is not None:
         description["context_length"] = bundle.config.text.context_length
@@ -148,13 +141,22 @@ def _write_tokenizer(bundle: Bundle, folder: Path) -> list[str]:
     return notes
 
 
-class ImageGraph(nn.Module):
-    """What image_tower.onnx computes: pixels (B, 3, H, W) to unit embeddings (B, E), of a classifier scores too."""
+class TextGraph(nn.Module):
+    """What text_tower.onnx computes: ids (B, context_length) to unit embeddings (B, E)."""
+
+    output_names = [EMBEDDINGS]
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
         self.model = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", dtype)
         self.dtype = dtype
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.model.encode_text(tokens),)
+
+
+class ImageGraph(TextGraph):
+    """What image_tower.onnx computes: pixels (B, 3, H, W) to unit embeddings (B, E), of a classifier scores too."""
 
     @property
     def output_names(self) -> list[str]:
@@ -166,19 +168,6 @@ class ImageGraph(nn.Module):
         if isinstance(self.model, ImageClassifier):
             return embeddings, self.model.scores(pixels).float()
         return (embeddings,)
-
-
-class TextGraph(nn.Module):
-    """What text_tower.onnx computes: ids (B, context_length) to unit embeddings (B, E)."""
-
-    output_names = [EMBEDDINGS]
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.model = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", dtype)
-
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (self.model.encode_text(tokens),)
 
 
 def write_graph(graph: ImageGraph | TextGraph, input_name: str, example: torch.Tensor, file: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from contrastive.errors import UserError, did_you_mean
 from contrastive.interop.formats.evaluation_transform import both_sides, size_option, whole_patches
 from contrastive.interop.formats.timm_vit import mlp_ratio
-from contrastive.interop.formats.tokenizer_reading import CLIP_EOS, CLIP_PAD, CLIP_VOCABULARY
+from contrastive.interop.formats.tokenizer_files import CLIP_EOS_ID, CLIP_PAD_ID, CLIP_VOCABULARY
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.models.transformer import Activation
 
@@ -204,9 +204,9 @@ def _text_options(text: Mapping[str, Any], given: Mapping[str, Any], quick_gelu:
     """
     vocabulary = range(text["vocab_size"])
     clip = not text["hf_tokenizer_name"] and text["vocab_size"] >= CLIP_VOCABULARY
-    eos_id, pad_id = given.get("eos_id"), given.get("pad_id", CLIP_PAD if clip else None)
+    eos_id, pad_id = given.get("eos_id"), given.get("pad_id", CLIP_PAD_ID if clip else None)
     if text["pool_type"] == "argmax":
-        eos_id = CLIP_EOS if clip else vocabulary[-1]
+        eos_id = CLIP_EOS_ID if clip else vocabulary[-1]
     elif text["pool_type"] == "eos":
         eos_id = text["eos_id"]
     else:

@@ -23,14 +23,13 @@ from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle
 from contrastive.interop.formats.evaluation_transform import (
     checked_preprocess,
-    cut_notes,
+    notes_on_images,
     read_open_clip_transform,
     size_option,
     taken_size,
     transform_problems,
     whole_patches,
     write_open_clip_transform,
-    write_timm_transform,
 )
 from contrastive.interop.formats.open_clip_config import (
     image_options,
@@ -50,9 +49,8 @@ from contrastive.interop.formats.open_clip_weights import (
     written_weights,
 )
 from contrastive.interop.formats.state_dicts import fill, read_safetensors
-from contrastive.interop.formats.timm_vit import THEIR_POOLS, timm_description, timm_name, timm_problems
-from contrastive.interop.formats.tokenizer_reading import read_open_clip_tokenizer
-from contrastive.interop.formats.tokenizer_writing import write_open_clip_tokenizer
+from contrastive.interop.formats.timm_vit import THEIR_POOLS, timm_description, timm_problems
+from contrastive.interop.formats.tokenizer_files import read_open_clip_tokenizer, write_open_clip_tokenizer
 from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.log import warn
 from contrastive.models import DualEncoder, ModelConfig
@@ -61,7 +59,6 @@ CONFIG = "open_clip_config.json"
 # In open_clip's own order; without the pickles among them.
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 CLAMP_NOTE = "the factor on the similarities is above 100: open_clip's training clamps it to 100 at its first step"
-SINCOS_NOTE = "the fixed sin-cos positions are written as learned ones of the same values"
 
 
 def recognises(folder: Path) -> bool:
@@ -154,12 +151,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     preprocess_cfg = write_open_clip_transform(preprocess, image.patch_size)
     write_json(folder / CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
     save_file(written_weights(model, native), folder / WEIGHTS[0])
-    return [
-        *notes,
-        *([SINCOS_NOTE] if image.position == "sincos" else []),
-        *cut_notes(preprocess),
-        *([CLAMP_NOTE] if model.logit_scale.exp() > 100 else []),
-    ]
+    return notes + notes_on_images(image, preprocess) + [CLAMP_NOTE] * bool(model.logit_scale.exp() > 100)
 
 
 def retarget(folder: Path, source: str | Path) -> bool:
@@ -170,26 +162,24 @@ def retarget(folder: Path, source: str | Path) -> bool:
     """
     source = str(source) if str(source).startswith(PLACES) else f"{LOCAL}{Path(source).resolve()}"
     description = read_json(folder / CONFIG)
-    vision, text = (dict(description["model_cfg"][name]) for name in ("vision_cfg", "text_cfg"))
+    vision, text = (description["model_cfg"][name] for name in ("vision_cfg", "text_cfg"))
     if (vision.get("timm_model_name") or "").startswith(PLACES):
         vision["timm_model_name"] = source
     if source.startswith(HUB) and text.get("hf_tokenizer_name"):
         text["hf_tokenizer_name"] = source.removeprefix(HUB)
-    model_cfg = {**description["model_cfg"], "vision_cfg": vision, "text_cfg": text}
-    changed = model_cfg != description["model_cfg"]
+    changed = description != read_json(folder / CONFIG)
     if changed:
-        write_json(folder / CONFIG, {**description, "model_cfg": model_cfg})
+        write_json(folder / CONFIG, description)
     return changed
 
 
 def _write_trunk(bundle: Bundle, folder: Path, place: Path) -> tuple[dict, list[str]]:
     """Write what timm has to know, if anything; return vision_cfg and notes for the user."""
     image, preprocess, notes = bundle.model.image_tower.config, bundle.preprocess.config, []
-    size = taken_size(preprocess, image.patch_size)
-    name, arguments = timm_name(image, size)
-    if arguments:  # no name of the registry alone
-        processor = write_timm_transform(preprocess, image.patch_size)
-        write_json(folder / "config.json", timm_description(name, arguments, 0, processor))
+    description = timm_description(image, preprocess)
+    name = description["architecture"]
+    if description["model_args"]:  # no name of the registry alone
+        write_json(folder / "config.json", description)
         name = f"{LOCAL}{place.resolve()}"
         notes.append(
             f"timm has no name for this image tower: its config.json is looked for in {place}. After moving the "
@@ -201,7 +191,7 @@ def _write_trunk(bundle: Bundle, folder: Path, place: Path) -> tuple[dict, list[
         "timm_model_pretrained": False,
         "timm_pool": THEIR_POOLS[image.pool],
         "timm_proj": "linear" if image.projection else "none",
-        "image_size": size_option(size),
+        "image_size": size_option(taken_size(preprocess, image.patch_size)),
         "patch_dropout": image.patch_dropout,
     }
     return options, notes

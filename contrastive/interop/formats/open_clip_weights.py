@@ -13,8 +13,7 @@ from contrastive.files import read_json
 from contrastive.interop.formats.evaluation_transform import both_sides
 from contrastive.interop.formats.key_table import TensorNames, renamed_table, to_ours, to_theirs
 from contrastive.interop.formats.state_dicts import weights_of
-from contrastive.interop.formats.timm_vit import build_on_meta, describe_vit
-from contrastive.interop.formats.timm_weights import PROJECTION, take_projection, tower_to_ours, tower_to_theirs
+from contrastive.interop.formats.timm_vit import PROJECTION, build_on_meta, describe_vit, tower_to_ours, tower_to_theirs
 from contrastive.log import warn
 from contrastive.models import DualEncoder, ImageTowerConfig
 
@@ -69,11 +68,10 @@ def read_weights(
     table = _table(model.state_dict(), prefix, trunk is not None, scaled, unit_axes=1)
     weights, theirs = to_ours(table, file, where)
     if trunk is not None:
-        weights, more = tower_to_ours(weights, trunk, model, where, TRUNK)
+        layers = {"linear": "visual.head.proj", "none": None}  # open_clip's; else timm's own
+        projection = layers.get(vision["timm_proj"], f"{TRUNK}head")
+        weights, more = tower_to_ours(weights, trunk, model, where, TRUNK, projection)
         theirs |= more
-        if vision["timm_proj"] != "none":
-            layer = "visual.head.proj" if vision["timm_proj"] == "linear" else f"{TRUNK}head"  # open_clip's, timm's own
-            take_projection(weights, theirs, layer, where, "open_clip")
     return weights, theirs
 
 

@@ -9,6 +9,7 @@ image towers and classifiers.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,27 +20,29 @@ from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Bundle
 from contrastive.interop.formats.evaluation_transform import (
     checked_preprocess,
-    cut_notes,
+    notes_on_images,
     read_timm_transform,
-    taken_size,
     transform_problems,
     whole_patches,
-    write_timm_transform,
 )
 from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
-from contrastive.interop.formats.timm_vit import build_on_meta, describe_vit, timm_description, timm_name, timm_problems
-from contrastive.interop.formats.timm_weights import (
-    HEAD_KEY,
+from contrastive.interop.formats.timm_vit import (
     PROJECTION,
-    head_kind,
-    take_projection,
+    build_on_meta,
+    describe_vit,
+    timm_description,
+    timm_problems,
     tower_to_ours,
     tower_to_theirs,
 )
 from contrastive.interop.parity import Outputs, Probe, cropped, padded
+from contrastive.log import warn
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ImageModel, ImageModelConfig
 from contrastive.models.encoders import unit_length
 
+HeadKind = Literal["none", "projection", "classifier"]
+HEAD_KEY = "contrastive_head"
+"""What a folder of ours says its head is, in a key of config.json that timm passes over."""
 # Of a state dict of timm's ViT, whatever its options.
 TELLING_KEYS = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
 HOW_TO_NAME_IT = (
@@ -85,9 +88,8 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
         model = ImageModel(ImageModelConfig(image.width, image))
     kept = whole_patches(size, image.patch_size)
     model.image_tower.set_input_size(kept)
-    weights, theirs = tower_to_ours(file_weights, skeleton, model, folder)
-    if kind == "projection":
-        take_projection(weights, theirs, "head", folder, "timm")
+    projection = "head" if kind == "projection" else None
+    weights, theirs = tower_to_ours(file_weights, skeleton, model, folder, projection=projection)
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),
@@ -120,6 +122,42 @@ def _label_names(names: object, num_classes: int, where: Path) -> tuple | None:
     return None if None in names else tuple(names)
 
 
+def head_kind(
+    description: Mapping, num_classes: int, label_names: object, weights: Mapping[str, torch.Tensor], where: Path
+) -> HeadKind:
+    """Return what the head of a model is.
+
+    Our own folders say so in config.json, under a key that timm passes over. For others, a head whose bias is zero
+    throughout is a projection, as timm keeps those of CLIP, unless `label_names` name its rows; a warning says so
+    where the architecture is none of CLIP's.
+
+    Args:
+        description: config.json. where: that file, for messages.
+
+    Raises:
+        UserError: our key has a value that it cannot have here.
+    """
+    if HEAD_KEY in description:
+        kind = description[HEAD_KEY]
+        if kind not in get_args(HeadKind) or (kind == "none") != (num_classes == 0):
+            raise UserError(
+                f"{where}: {HEAD_KEY} {kind!r} with num_classes {num_classes}; without classes it has to be 'none', "
+                "else 'projection' or 'classifier'"
+            )
+        return kind
+    if num_classes == 0:
+        return "none"
+    zero = {"head.weight", "head.bias"} <= weights.keys() and not weights["head.bias"].any()
+    if label_names or not zero:
+        return "classifier"
+    if "clip" not in str(description.get("architecture")):
+        warn(
+            f"{where}: the bias of the head is zero, so its {num_classes:,} rows are taken for a projection into an "
+            f'embedding space; for a classifier add "{HEAD_KEY}": "classifier"'
+        )
+    return "projection"
+
+
 def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     """Write the image tower for timm into an existing empty folder; return notes for the user.
 
@@ -146,9 +184,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
         kind, head = "projection", {"head.weight": state[PROJECTION], "head.bias": torch.zeros(len(state[PROJECTION]))}
     num_classes = len(head["head.weight"]) if head else 0
     save_file(tower_to_theirs(state, config) | head, folder / "model.safetensors")
-    name, arguments = timm_name(config, taken_size(preprocess, config.patch_size))
-    transform = write_timm_transform(preprocess, config.patch_size)
-    description = {**timm_description(name, arguments, num_classes, transform), HEAD_KEY: kind}
+    description = {**timm_description(config, preprocess, num_classes), HEAD_KEY: kind}
     if bundle.class_names is not None:
         description["label_names"] = list(bundle.class_names)
     write_json(folder / "config.json", description)
@@ -191,6 +227,4 @@ def _notes(bundle: Bundle) -> list[str]:
         notes.append(
             "the projection to the embedding space is timm's head, with a bias of zero; num_classes=0 omits it"
         )
-    if bundle.model.image_tower.config.position == "sincos":
-        notes.append("the fixed sin-cos positions are written as learned ones of the same values")
-    return notes + cut_notes(bundle.preprocess.config)
+    return notes + notes_on_images(bundle.model.image_tower.config, bundle.preprocess.config)

@@ -1,24 +1,52 @@
-"""timm's ViTs and our options: what a name of timm's stands for, and which name an image tower of ours has.
+"""timm's ViTs and our options and weights: what a name of timm's stands for, and which name a tower of ours has.
 
 Hyper-parameters of a name live in timm's code alone. They are read off a model that timm builds on the meta device:
 it has shapes and no memory.
 """
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from contrastive.data.preprocess import PreprocessConfig
 from contrastive.errors import UserError
-from contrastive.interop.formats.evaluation_transform import whole_patches
-from contrastive.interop.formats.timm_weights import timm_names, timm_table
+from contrastive.interop.formats.evaluation_transform import taken_size, whole_patches, write_timm_transform
+from contrastive.interop.formats.key_table import TensorNames, renamed_table, to_ours, to_theirs
 from contrastive.log import warn
-from contrastive.models import ImageTowerConfig
+from contrastive.models import ImageModel, ImageModelConfig, ImageTowerConfig
 
 POOLS = {"token": "class", "avg": "average", "map": "attention"}
 THEIR_POOLS = {ours: theirs for theirs, ours in POOLS.items()}
 # timm takes the epsilon of norms from the code of a name alone; the rest can be given as arguments. The first name
 # is for attention pooling: timm fills a 'siglip' model of another pooling without complaint over missing weights.
 BASES = {1e-6: ("vit_base_patch16_siglip_224", "vit_base_patch16_224"), 1e-5: ("vit_base_patch16_clip_224",) * 2}
+# What has to agree for a name to be a tower's: neither how it is trained nor where its positions come from. Without
+# pre_norm timm's patches have a bias, which can be zero.
+SHAPE = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "pool", "class_token", "pre_norm")
+SHAPE += ("activation", "norm_eps")
+TOWER = "image_tower."
+PROJECTION = f"{TOWER}projection.weight"
+# From our names to theirs, in this order: each pattern sees what those before it have made.
+RENAMES = (
+    (rf"^{TOWER}", ""),
+    (r"^transformer\.", ""),
+    (r"^head\.attention\.q_proj", "attn_pool.q"),
+    (r"^head\.attention\.[kv]_proj", "attn_pool.kv"),
+    (r"^head\.attention\.out_proj", "attn_pool.proj"),
+    (r"^head\.probe", "attn_pool.latent"),
+    (r"^head\.", "attn_pool."),
+    (r"attention\.[qkv]_proj", "attn.qkv"),
+    (r"attention\.out_proj", "attn.proj"),
+    (r"^patch_embed", "patch_embed.proj"),
+    (r"^position_embedding", "pos_embed"),
+    (r"^class_token", "cls_token"),
+    (r"^pre_norm", "norm_pre"),
+)
+# LayerScale multiplies what attention and MLP add, which is as if it multiplied their last layer.
+SCALES = ((r"(blocks\.\d+\.)attn\.proj\.\w+$", r"\1ls1.gamma"), (r"(blocks\.\d+\.)mlp\.fc2\.\w+$", r"\1ls2.gamma"))
 
 
 def build_on_meta(name: str, where: Path, **arguments) -> nn.Module:
@@ -31,8 +59,6 @@ def build_on_meta(name: str, where: Path, **arguments) -> nn.Module:
     Raises:
         UserError: timm is not installed, or cannot build it.
     """
-    import torch
-
     try:
         import timm
     except ImportError:
@@ -58,11 +84,13 @@ def describe_vit(
     Raises:
         UserError: it has parts that our tower has not; all of them are named.
     """
-    _refuse(_strange_parts(model), where)
-    size = tuple(size or model.patch_embed.img_size)
-    _refuse(_strange_options(model, size), where)
-    block, patch = model.blocks[0], model.patch_embed.patch_size[0]
-    pool = model.global_pool
+    problems = _strange_parts(model)
+    if not problems:  # the options of such a model can be read off
+        size = tuple(size or model.patch_embed.img_size)
+        problems = _strange_options(model, size)
+    if problems:
+        raise UserError(f"{where}: our ViT has no {', no '.join(problems)}; timm itself can load this model")
+    block, patch, pool = model.blocks[0], model.patch_embed.patch_size[0], model.global_pool
     if not pool:
         pool, taken = ("token", "the class token") if model.has_class_token else ("avg", "the mean of the patches")
         warn(f"{where}: the model has no pooling of its own (global_pool ''); encode_image takes {taken}")
@@ -84,30 +112,20 @@ def describe_vit(
     return config, size
 
 
-def _refuse(problems: list[str], where: Path) -> None:
-    if problems:
-        raise UserError(f"{where}: our ViT has no {', no '.join(problems)}; timm itself can load this model")
-
-
 def _strange_parts(model: nn.Module) -> list[str]:
-    """Modules of other kinds than our tower's; the options of a model that has none can be read off."""
+    """Modules of other kinds than our tower's."""
     from timm.layers import Attention, Mlp, PatchEmbed
     from timm.models.vision_transformer import Block, VisionTransformer
 
     if type(model) is not VisionTransformer:
         return [f"'{type(model).__name__}'"]
-    problems = (
-        [] if type(model.patch_embed) is PatchEmbed else [f"patch embedding '{type(model.patch_embed).__name__}'"]
-    )
-    for block in model.blocks:
-        if type(block) is not Block:
-            return [*problems, f"block '{type(block).__name__}'"]
-    for part, kind in ((model.blocks[0].attn, Attention), (model.blocks[0].mlp, Mlp)):
-        if type(part) is not kind:
-            problems.append(f"{kind.__name__.lower()} '{type(part).__name__}'")
-    if not all(isinstance(block.norm1, nn.LayerNorm) for block in model.blocks):
-        problems.append(f"norm '{type(model.blocks[0].norm1).__name__}'")
-    return problems
+    block = next((block for block in model.blocks if type(block) is not Block), model.blocks[0])
+    kinds = [("patch embedding", model.patch_embed, PatchEmbed), ("block", block, Block)]
+    if type(block) is Block:
+        kinds += [("attention", block.attn, Attention), ("mlp", block.mlp, Mlp)]
+        norm = next((each.norm1 for each in model.blocks if not isinstance(each.norm1, nn.LayerNorm)), block.norm1)
+        kinds.append(("norm", norm, type(norm) if isinstance(norm, nn.LayerNorm) else nn.LayerNorm))
+    return [f"{name} '{type(part).__name__}'" for name, part, kind in kinds if type(part) is not kind]
 
 
 def _strange_options(model: nn.Module, size: tuple[int, int]) -> list[str]:
@@ -140,12 +158,9 @@ def _strange_options(model: nn.Module, size: tuple[int, int]) -> list[str]:
 
 def _activation(module: nn.Module) -> str | None:
     """Return our name of an activation of timm, None for one that we have not."""
-    name = type(module).__name__
-    if isinstance(module, nn.GELU) and module.approximate == "none":
-        return "gelu"
-    if name == "GELUTanh" or (isinstance(module, nn.GELU) and module.approximate == "tanh"):
+    if getattr(module, "approximate", "none") == "tanh":  # of torch's GELU
         return "gelu_tanh"
-    return {"GELU": "gelu", "QuickGELU": "quick_gelu"}.get(name)
+    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(type(module).__name__)
 
 
 def timm_problems(config: ImageTowerConfig) -> list[str]:
@@ -186,8 +201,9 @@ def timm_name(config: ImageTowerConfig, size: tuple[int, int]) -> tuple[str, dic
     }
 
 
-def timm_description(name: str, arguments: dict, num_classes: int, transform: dict) -> dict:
-    """Return timm's config.json."""
+def timm_description(config: ImageTowerConfig, preprocess: PreprocessConfig, num_classes: int = 0) -> dict:
+    """Return timm's config.json; its model_args are empty where a name of the registry is this tower already."""
+    name, arguments = timm_name(config, taken_size(preprocess, config.patch_size))
     return {
         "architecture": name,
         "num_classes": num_classes,
@@ -197,7 +213,7 @@ def timm_description(name: str, arguments: dict, num_classes: int, transform: di
             "fixed_input_size": True,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-            **transform,
+            **write_timm_transform(preprocess, config.patch_size),
         },
     }
 
@@ -209,11 +225,17 @@ def _registered_name(config: ImageTowerConfig, size: tuple[int, int]) -> str | N
     if size[0] != size[1]:
         return None
     # The keys tell of LayerScale, missing biases and the like, which can be read but not written.
-    keys = {entry.theirs for entry in timm_table(timm_names(config))}
+    keys = {entry.theirs for entry in _table(_names(config))}
     kind = "siglip" if config.pool == "attention" else "siglip_gap" if not config.class_token else "clip*"
     for pattern in (f"vit_*_patch{config.patch_size}_{kind}_{size[0]}", f"vit_*_patch{config.patch_size}_{size[0]}"):
         for name in timm.list_models(pattern):
-            if _is(name, config, size, keys):
+            model = build_on_meta(name, Path(name), num_classes=0)
+            try:
+                found, taken = describe_vit(model, Path(name))
+            except UserError:  # a ViT of another kind
+                continue
+            same = all(getattr(found, option) == getattr(config, option) for option in SHAPE) and taken == tuple(size)
+            if same and keys == model.state_dict().keys() and not model.no_embed_class:
                 return name
     return None
 
@@ -224,18 +246,78 @@ def mlp_ratio(width: int, mlp_dim: int) -> float:
     return ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width
 
 
-def _is(name: str, config: ImageTowerConfig, size: tuple[int, int], keys: set[str]) -> bool:
-    model = build_on_meta(name, Path(name), num_classes=0)
-    try:
-        found, taken = describe_vit(model, Path(name))
-    except UserError:  # a ViT of another kind
-        return False
-    same = _comparable(found) == _comparable(config) and tuple(taken) == tuple(size)
-    return same and keys == model.state_dict().keys() and not model.no_embed_class
+def _names(config: ImageTowerConfig) -> list[str]:
+    """Return our names of the tensors that timm has of such a tower, without projection or classifier.
+
+    Positions are learned ones, and patches have a bias exactly where there is no pre_norm.
+    """
+    plain = replace(config, position="learned", projection=False, patch_bias=not config.pre_norm)
+    with torch.device("meta"):
+        return list(ImageModel(ImageModelConfig(config.width, plain)).state_dict())
 
 
-def _comparable(config: ImageTowerConfig) -> tuple:
-    """What has to agree: neither how a tower is trained nor where its positions come from."""
-    names = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "pool", "class_token", "pre_norm")
-    # Without pre_norm timm's patches have a bias, which can be zero.
-    return tuple(getattr(config, name) for name in (*names, "activation", "norm_eps"))
+def _table(names: Iterable[str], prefix: str = "", layer_scale: bool = False) -> list[TensorNames]:
+    """Return the table of an image tower.
+
+    Args:
+        names: ours.
+        prefix: what stands before each of timm's names.
+        layer_scale: whether the blocks scale what they add (`init_values`).
+    """
+    unit_axes = {f"{prefix}pos_embed": 1, f"{prefix}cls_token": 2}
+    return renamed_table(names, (*RENAMES, ("^", prefix)), (), unit_axes, SCALES if layer_scale else ())
+
+
+def tower_to_theirs(
+    weights: Mapping[str, torch.Tensor], config: ImageTowerConfig, prefix: str = ""
+) -> dict[str, torch.Tensor]:
+    """Return an image tower's weights by timm's names; sin-cos positions are written out, a bias it lacks is zero.
+
+    Args:
+        weights: by our names, with `image_tower.position_embedding` where that is a buffer too.
+    """
+    bias = f"{TOWER}patch_embed.bias"
+    return to_theirs(_table(_names(config), prefix), {bias: torch.zeros(config.width), **weights})
+
+
+def tower_to_ours(
+    file: Mapping[str, torch.Tensor],
+    skeleton: nn.Module,
+    model: nn.Module,
+    where: Path,
+    prefix: str = "",
+    projection: str | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tower's weights by our names and what each is called in the file; other keys stay as they are.
+
+    LayerScale is folded into the layer before it, a missing bias is zero, and a class token without a position gets
+    the position zero: the features stay what they are.
+
+    Args:
+        skeleton: timm's model, on the meta device; it says which of these there are.
+        model: ours, which the weights are for.
+        projection: the layer of the file that is our projection.
+
+    Raises:
+        UserError: that layer has a bias other than zero, which ours has not.
+    """
+    known = {f"{prefix}{name}" for name in skeleton.state_dict()}
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(TOWER) and name != PROJECTION}
+    table = _table(own, prefix, not isinstance(skeleton.blocks[0].ls1, nn.Identity))
+    there = [entry for entry in table if entry.theirs in known]
+    if projection is not None:
+        there.append(TensorNames(f"{projection}.weight", (PROJECTION,)))
+    weights, theirs = to_ours(there, file, where)
+    for entry in table:
+        if entry.theirs not in known:  # a layer without bias
+            weights |= {name: torch.zeros(own[name].shape) for name in entry.ours}
+    position = f"{TOWER}position_embedding"
+    if f"{TOWER}class_token" in own and skeleton.no_embed_class and position in weights:
+        weights[position] = torch.cat([torch.zeros_like(weights[position][:1]), weights[position]])
+    bias = None if projection is None else weights.pop(f"{projection}.bias", None)
+    if bias is not None and bias.any():
+        raise UserError(
+            f"{where}: '{projection}.bias' is not zero, and our projection has no bias; "
+            f"{'open_clip' if prefix else 'timm'} can load this model"
+        )
+    return weights, theirs

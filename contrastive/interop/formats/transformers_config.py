@@ -12,7 +12,7 @@ from pathlib import Path
 from contrastive.errors import UserError
 from contrastive.files import read_json
 from contrastive.interop.formats.option_kinds import check_kind, is_count
-from contrastive.interop.formats.tokenizer_reading import end_of_text_id, highest_id
+from contrastive.interop.formats.tokenizer_files import highest_id
 from contrastive.log import warn
 from contrastive.models import ImageModelConfig, ImageTowerConfig, ModelConfig, TextModelConfig, TextTowerConfig
 
@@ -286,9 +286,9 @@ def _highest_pooled_id(file: Path, last: int) -> int:
     Args:
         last: the last id of the vocabulary, which can be padded.
     """
-    highest = highest_id(file.parent)
+    highest, is_end = highest_id(file.parent)
     eos_id = last if highest is None else min(highest, last)
-    if not end_of_text_id(file.parent) == highest == eos_id:
+    if not (is_end and highest == eos_id):
         warn(
             f"{file}: eos_token_id {LEGACY_EOS} means the highest id of each text to the library; here it "
             f"is always {eos_id}, a guess, as no tokenizer here has its end-of-text token as its highest id: set "

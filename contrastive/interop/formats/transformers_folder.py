@@ -19,8 +19,7 @@ from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle
 from contrastive.interop.formats.evaluation_transform import taken_size
 from contrastive.interop.formats.key_table import to_ours, to_theirs
 from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
-from contrastive.interop.formats.tokenizer_reading import read_transformers_tokenizer
-from contrastive.interop.formats.tokenizer_writing import write_tokenizer
+from contrastive.interop.formats.tokenizer_files import read_transformers_tokenizer, write_tokenizer
 from contrastive.interop.formats.transformers_architecture import fitting_family, their_config, towers_of
 from contrastive.interop.formats.transformers_config import Towers, our_config, read_description
 from contrastive.interop.formats.transformers_preprocess import FILE, read_preprocess, write_preprocess
@@ -152,8 +151,7 @@ def outputs(folder: Path, probe: Probe) -> Outputs:
     """
     import transformers
 
-    content = read_json(folder / "config.json")
-    name = content["architectures"][0]
+    name = read_json(folder / "config.json")["architectures"][0]
     with _quiet():
         options = {"local_files_only": True, "output_loading_info": True}
         model, loaded = getattr(transformers, name).from_pretrained(str(folder), **options)
@@ -161,14 +159,18 @@ def outputs(folder: Path, probe: Probe) -> Outputs:
         if wrong:
             raise UserError(f"transformers' {name} does not take the weights in {folder}: {wrong[0]}")
         made, ids = _processed(folder, probe.images, probe.texts)
-        model.eval()
-        full = probe.pixels
-        if full is not None:
-            side = content.get("vision_config", content)["image_size"]
-            full, made = padded(full, (side, side)), None if made is None else cropped(made, full)
+        given = {} if probe.tokens is None else {"input_ids": probe.tokens}
+        if probe.pixels is not None:
+            side = getattr(model.config, "vision_config", model.config).image_size
+            given["pixel_values"] = padded(probe.pixels, (side, side))
+            made = None if made is None else cropped(made, probe.pixels)
         with torch.inference_mode():
-            image, text, logits = _embeddings(model, name, full, probe.tokens)
-    return Outputs(image, text, logits, made, ids)
+            out = model.eval()(**given)
+    if "logits_per_image" in out:
+        return Outputs(out.image_embeds, out.text_embeds, out.logits_per_image, made, ids)
+    projected = next((out[key] for key in ("image_embeds", "text_embeds") if key in out), None)
+    embedding = unit_length(out.pooler_output if projected is None else projected)
+    return Outputs(**{"image" if "Vision" in name else "text": embedding}, pixels=made, tokens=ids)
 
 
 @contextmanager
@@ -185,17 +187,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _embeddings(model, name: str, pixels: torch.Tensor | None, tokens: torch.Tensor | None):
-    if name in ("SiglipModel", "CLIPModel"):
-        out = model(pixel_values=pixels, input_ids=tokens)
-        return out.image_embeds, out.text_embeds, out.logits_per_image
-    given = {"pixel_values": pixels} if "Vision" in name else {"input_ids": tokens}
-    out = model(**given)
-    found = next((out[key] for key in ("image_embeds", "text_embeds") if key in out), None)
-    embedding = unit_length(out.pooler_output if found is None else found)
-    return (embedding, None, None) if "Vision" in name else (None, embedding, None)
 
 
 def _processed(
