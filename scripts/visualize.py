@@ -16,7 +16,6 @@ from rich.progress import track
 
 import contrastive
 from contrastive.command_line import Parser, at_least, chosen_device
-from contrastive.interop.bundle import Absent
 from contrastive.log import console, run_script, say
 from contrastive.visualize.drawing import shortened
 from contrastive.visualize.pictured_model import PicturedModel, read_inputs
@@ -55,8 +54,6 @@ def visualize(options: argparse.Namespace) -> None:
     if options.text:
         bundle.check_text_tower("leave out --text")
         tokenizer(options.text)  # one that the folder lacks says so now, not after the first pictures
-    elif isinstance(tokenizer, Absent):
-        tokenizer = None
     pictured = PicturedModel(
         name=shortened([str(options.model)], TITLE_CHARACTERS)[0],
         model=bundle.model,

@@ -25,7 +25,7 @@ from contrastive.distributed.collectives import rank, together
 from contrastive.errors import UserError
 from contrastive.evaluate.embeddings import Space, pick_indices
 from contrastive.files import check_writable, write_json, write_whole
-from contrastive.interop.bundle import Absent, weights_key
+from contrastive.interop.bundle import weights_key
 
 FORMAT = "contrastive-embeddings-1"
 CONFIG = "config.json"
@@ -229,7 +229,7 @@ def model_key(bundle) -> str:
 
 def _tokenizer_key(tokenizer) -> str:
     """A sha256 over the files that the tokenizer saves; empty without one, or without its files."""
-    if tokenizer is None or isinstance(tokenizer, Absent):
+    if not tokenizer:
         return ""
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:

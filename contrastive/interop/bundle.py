@@ -8,6 +8,7 @@ tokenizer/          as data.tokenizer saves it; a classifier has none
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,10 +39,13 @@ CLASSIFIER_FORMAT = "contrastive-classifier-1"
 
 
 class Absent:
-    """Stands for a part that a folder should have and has not: any use of it is a UserError that says so."""
+    """Stands for a part that a folder should have and has not: false, and any use of it is a UserError that says so."""
 
     def __init__(self, message: str):
         self._message = message
+
+    def __bool__(self) -> bool:
+        return False
 
     def __call__(self, *args, **kwargs):
         raise UserError(self._message)
@@ -170,18 +174,11 @@ def load_native(folder: Path, with_tokenizer: bool = True) -> Bundle:
 def load_weights(model: nn.Module, file: Path) -> None:
     """Fill the model from a safetensors file, every key and shape exactly; otherwise UserError."""
     try:
-        weights = load_file(file)
+        model.load_state_dict(load_file(file))
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the weights {file}: {error}") from None
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or extra:
-        name, what = (missing[0], "lacks") if missing else (extra[0], "has an unknown")
-        raise UserError(f"{file} does not fit the model: it {what} key '{name}'")
-    for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
-            raise UserError(f"{file}: '{name}' is {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}")
-    model.load_state_dict(weights)
+    except RuntimeError as error:  # which names every key, on a line each
+        raise UserError(f"{file} does not fit the model: {textwrap.shorten(str(error), 400)}") from None
 
 
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:

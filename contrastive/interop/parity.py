@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from contrastive.data.tokenizer import TransformersTokenizer
-from contrastive.interop.bundle import Absent, Bundle
+from contrastive.interop.bundle import Bundle
 from contrastive.models import ImageClassifier
 
 # Two float32 implementations of one tower differ by the order of their sums: 2e-7 in a unit vector at most over a few
@@ -104,16 +104,14 @@ class Probe:
         if isinstance(bundle.tokenizer, TransformersTokenizer):  # cleaning is ours and not in its files
             texts = [bundle.tokenizer.cleaned(text) for text in texts]
         config, generator = bundle.config, torch.Generator().manual_seed(0)
-        if bundle.preprocess is not None:
-            if isinstance(bundle.preprocess, Absent):
-                pixels = torch.randn(len(images), 3, *bundle.model.image_tower.input_size, generator=generator)
-            else:
-                pixels = torch.stack([bundle.preprocess(image) for image in images])
-        if bundle.tokenizer is not None:
-            if isinstance(bundle.tokenizer, Absent):
-                tokens = _some_tokens(config.text, len(texts), generator)
-            else:
-                tokens = bundle.tokenizer(texts)
+        if bundle.preprocess:
+            pixels = torch.stack([bundle.preprocess(image) for image in images])
+        elif bundle.preprocess is not None:
+            pixels = torch.randn(len(images), 3, *bundle.model.image_tower.input_size, generator=generator)
+        if bundle.tokenizer:
+            tokens = bundle.tokenizer(texts)
+        elif bundle.tokenizer is not None:
+            tokens = _some_tokens(config.text, len(texts), generator)
         return cls(images, texts, pixels, tokens)
 
 
@@ -143,9 +141,9 @@ def compare(bundle: Bundle, probe: Probe, outputs: Callable[[Probe], Outputs], h
             checks.append(Check(what + suffix, "cosine", _cosine(own, other), HALF_COSINE_LIMIT))
     if half:
         return checks
-    if theirs.tokens is not None and not isinstance(bundle.tokenizer, Absent):
+    if theirs.tokens is not None and bundle.tokenizer:
         checks.append(Check("tokens", "ids that differ", _different(probe.tokens, theirs.tokens), 0))
-    if theirs.pixels is not None and not isinstance(bundle.preprocess, Absent):
+    if theirs.pixels is not None and bundle.preprocess:
         checks += _pixel_checks(bundle, probe.pixels, theirs.pixels)
     return checks
 
@@ -228,7 +226,7 @@ def _sizes(bundle: Bundle) -> list[tuple[int, int]]:
     Scaled to the size of a crop they leave an even number of pixels to cut off: where the middle lies between two
     pixels, some libraries take the one and some the other, and the writers say so.
     """
-    if bundle.preprocess is None or isinstance(bundle.preprocess, Absent):
+    if not bundle.preprocess:
         return [(64, 64)] * 4
     options = bundle.preprocess.config
     side = options.short_side or min(options.size)

@@ -13,7 +13,7 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import classification, zero_shot, zero_shot_classifier
 from contrastive.files import write_folder, write_json
-from contrastive.interop.bundle import Absent, Bundle, save_model, weights_key
+from contrastive.interop.bundle import Bundle, save_model, weights_key
 from contrastive.interop.loading import load
 from contrastive.log import say
 from contrastive.models import ClassifierConfig, ImageClassifier
@@ -109,8 +109,7 @@ def finetune(config: FinetuneConfig) -> bool:
 
 
 def _kind_of_head(config: FinetuneConfig, bundle: Bundle, source: Source) -> str:
-    has_text = bundle.tokenizer is not None and not isinstance(bundle.tokenizer, Absent)
-    possible = has_text and source.class_names is not None
+    possible = bundle.tokenizer and source.class_names is not None
     if config.head == "auto":
         return "zero_shot" if possible else "zeros"
     if config.head == "zero_shot":

@@ -61,7 +61,7 @@ class PicturedModel:
     """DualEncoder, ImageClassifier or ImageModel."""
     preprocess: Preprocess
     tokenizer: Tokenizer | None
-    """None for a model without a text tower, or without its tokenizer."""
+    """None for a model without a text tower; `Absent`, which is false too, without its tokenizer."""
     inputs: Inputs
     layer: int | None = None
     """The block whose attention is shown; None: the last, or SigLIP's attention head where there is one."""

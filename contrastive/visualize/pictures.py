@@ -189,7 +189,7 @@ def image_text(pictured: PicturedModel) -> Drawn | str:
 
 def _no_texts(pictured: PicturedModel, least: int = 1) -> str | None:
     """Why there is no picture with texts, if so."""
-    if pictured.tokenizer is None:
+    if not pictured.tokenizer:
         return "the model has no text tower, or its folder no tokenizer"
     if not pictured.inputs.texts:
         return "these images have no texts; give some, as --text 'a red circle' --text 'a blue star'"

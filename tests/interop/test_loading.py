@@ -4,9 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import contrastive
 from contrastive.errors import UserError
+from contrastive.interop.bundle import Absent, load_weights
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,31 @@ def test_our_own_folder_needs_no_other_library(model_folder):
 def test_public_names_are_listed():
     names = {"ImageEncoder", "create_model", "list_models", "load", "load_image_encoder", "losses", "models"}
     assert names <= set(dir(contrastive)) and all(hasattr(contrastive, name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": None}, 'does not fit the model.*Missing key.*"bias"'),
+        ({"extra": torch.zeros(1)}, 'does not fit the model.*Unexpected key.*"extra"'),
+        ({"bias": torch.zeros(3)}, "does not fit the model.*size mismatch for bias"),
+        (None, "cannot read the weights .*w.safetensors"),
+    ],
+)
+def test_weights_that_do_not_fit(tmp_path, change, message):
+    model, file = torch.nn.Linear(4, 2), tmp_path / "w.safetensors"
+    tensors = model.state_dict() | (change or {})
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+    if change is None:
+        file.write_bytes(file.read_bytes()[:30])
+    with pytest.raises(UserError, match=message) as caught:
+        load_weights(model, file)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_part_is_false_and_says_so_when_used():
+    part = Absent("the vocabulary is missing")
+    assert not part
+    for use in (lambda: part(["a text"]), lambda: part.config):
+        with pytest.raises(UserError, match="the vocabulary is missing"):
+            use()
