@@ -33,31 +33,29 @@ def taken_size(config: PreprocessConfig, patch_size: int) -> tuple[int, int]:
     return config.size
 
 
-def read_timm_transform(cfg: Mapping, size: tuple[int, int], kept: tuple[int, int], where: Path) -> Preprocess | Absent:
+def read_timm_transform(cfg: Mapping, size: tuple[int, int], patch_size: int, where: Path) -> Preprocess | Absent:
     """Return the preprocessing of timm's evaluation transform, as `resolve_data_config` has it.
 
     Args:
         cfg: `pretrained_cfg`.
-        size: (height, width) that the model takes.
-        kept: those that its patches fill.
+        size: (height, width) that the model takes, as far as its patches fill it.
         where: the file with it, for messages.
 
     Raises:
         UserError: a crop_pct, mean or std that is no number, or none above zero.
     """
-    from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm.data import resolve_data_config
 
-    interpolation, mode = cfg.get("interpolation") or "bicubic", cfg.get("crop_mode") or "center"
-    crop_pct = cfg.get("crop_pct") or DEFAULT_CROP_PCT
+    cfg = resolve_data_config(pretrained_cfg=cfg)  # which fills in the library's defaults
+    interpolation, mode, crop_pct = cfg["interpolation"], cfg["crop_mode"], cfg["crop_pct"]
     check_kind(f"{where}: pretrained_cfg.crop_pct", crop_pct, "a number above 0", ";")
     exact = mode == "squash" and crop_pct == 1
-    possible = _is_possible(exact, size, kept)
+    possible, square = _is_possible(exact, size, patch_size), size[0] == size[1]
+    unfilled = f"crop_mode '{mode}' to {size[0]} pixels, which patches do not fill,"
     problems = {
         f"interpolation '{interpolation}'": interpolation not in ("bicubic", "bilinear"),
         f"crop_mode '{mode}'": mode not in TIMM_MODES,
-        f"crop_mode '{mode}' to {size[0]} pixels, which patches do not fill,": (
-            not possible and (exact or size[0] == size[1])
-        ),
+        unfilled: not possible and (exact or square),
         f"crop_mode '{mode}' with crop_pct {crop_pct} to {size[0]}×{size[1]} pixels": not possible,
         f"crop_pct {crop_pct} (a frame around the image)": crop_pct > 1,
     }
@@ -66,60 +64,58 @@ def read_timm_transform(cfg: Mapping, size: tuple[int, int], kept: tuple[int, in
             f"pretrained_cfg in {where} asks for {problem} which our preprocessing has not; prepare images with "
             "timm.data.create_transform and give the model pixels"
         )
-    defaults = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    statistics = _statistics("pretrained_cfg", cfg, defaults, where)
-    return made_preprocess(TIMM_MODES[mode], math.floor(size[0] / crop_pct), size, kept, statistics, interpolation)
+    statistics, scaled = _statistics("pretrained_cfg", cfg, where), math.floor(size[0] / crop_pct)
+    return made_preprocess(TIMM_MODES[mode], scaled, size, patch_size, statistics, interpolation)
 
 
-def read_open_clip_transform(
-    cfg: Any, size: tuple[int, int], kept: tuple[int, int], where: Path
-) -> Preprocess | Absent:
+def read_open_clip_transform(cfg: Any, size: tuple[int, int], patch_size: int, where: Path) -> Preprocess | Absent:
     """Return the preprocessing of open_clip's evaluation transform; what the config leaves out is CLIP's.
 
     Args:
         cfg: `preprocess_cfg`, whatever it is.
         size: (height, width) of the image tower, which open_clip puts above the config's own.
-        kept, where: as above.
+        patch_size, where: as above.
 
     Raises:
         UserError: preprocess_cfg or one of its options is of another kind than open_clip's.
     """
     check_kind(f"{where}: preprocess_cfg", cfg, "an object with options", ";")
-    mode, interpolation = cfg.get("resize_mode") or "shortest", cfg.get("interpolation") or "bicubic"
+    defaults = {"mean": CLIP_MEAN, "std": CLIP_STD, "resize_mode": "shortest", "interpolation": "bicubic"}
+    cfg = defaults | {name: value for name, value in cfg.items() if value}
+    mode, interpolation = cfg["resize_mode"], cfg["interpolation"]
     check_kind(f"{where}: preprocess_cfg.resize_mode", mode, "like 'shortest'", ";")
     known = ("bicubic", "bilinear", "random")
     if interpolation not in known:
         raise UserError(f"{where}: preprocess_cfg.interpolation is {interpolation!r}; use one of {', '.join(known)}")
-    if mode not in OPEN_CLIP_MODES or not _is_possible(mode == "squash", size, kept):
-        pixels = "" if size[0] == size[1] and tuple(size) == tuple(kept) else f" to {size[0]}×{size[1]} pixels"
+    if mode not in OPEN_CLIP_MODES or not _is_possible(mode == "squash", size, patch_size):
+        pixels = "" if _is_possible(False, size, patch_size) else f" to {size[0]}×{size[1]} pixels"
         return Absent(
             f"the model's preprocess_cfg has resize_mode '{mode}'{pixels}, which our preprocessing has not; prepare "
             "images with open_clip's transform and give the model pixels, or set resize_mode to 'squash' or 'shortest'"
         )
-    statistics = _statistics("preprocess_cfg", cfg, {"mean": CLIP_MEAN, "std": CLIP_STD}, where)
+    statistics = _statistics("preprocess_cfg", cfg, where)
     interpolation = "bicubic" if interpolation == "random" else interpolation  # as open_clip in evaluation
-    return made_preprocess(OPEN_CLIP_MODES[mode], size[0], size, kept, statistics, interpolation)
+    return made_preprocess(OPEN_CLIP_MODES[mode], size[0], size, patch_size, statistics, interpolation)
 
 
-def _is_possible(squashes: bool, size: tuple[int, int], kept: tuple[int, int]) -> bool:
+def _is_possible(squashes: bool, size: tuple[int, int], patch_size: int) -> bool:
     """Whether ours can make such images: of an oblong, or one that patches do not fill, it can only squash to it."""
-    square, filled = size[0] == size[1], tuple(size) == tuple(kept)
+    square, filled = size[0] == size[1], size == whole_patches(size, patch_size)
     return (square and filled) or (squashes and (square or filled))
 
 
-def _statistics(section: str, cfg: Mapping, defaults: Mapping, where: Path) -> dict[str, tuple[float, ...]]:
+def _statistics(section: str, cfg: Mapping, where: Path) -> dict[str, tuple[float, ...]]:
     """Mean and std by our names; UserError where one is no number for each channel."""
-    found = {name: cfg.get(name) or default for name, default in defaults.items()}
-    for name, value in found.items():
-        check_kind(f"{where}: {section}.{name}", value, "three numbers, one for each channel", ";")
-    return {name: per_channel(value) for name, value in found.items()}
+    for name in ("mean", "std"):
+        check_kind(f"{where}: {section}.{name}", cfg[name], "three numbers, one for each channel", ";")
+    return {name: per_channel(cfg[name]) for name in ("mean", "std")}
 
 
 def made_preprocess(
     resize: str,
     scaled: int,
     size: tuple[int, int],
-    kept: tuple[int, int],
+    patch_size: int,
     statistics: Mapping[str, tuple[float, ...]],
     interpolation: str,
     cut: str = "round",
@@ -129,17 +125,17 @@ def made_preprocess(
     Args:
         resize, interpolation, cut: as PreprocessConfig has them; what patches do not fill is a corner to be cut.
         scaled: pixels of the short side, or of both sides of a square, before a crop.
-        size, kept: (height, width) that the model takes, and those that its patches fill.
+        size: (height, width) that the model takes; what patches do not fill is not made.
         statistics: mean and std.
     """
-    square = size[0] == size[1]
+    square, kept = size[0] == size[1], whole_patches(size, patch_size)
     return Preprocess(
         PreprocessConfig(
-            image_size=kept[0] if square else tuple(kept),
+            image_size=kept[0] if square else kept,
             resize=resize,
             interpolation=interpolation,
             short_side=scaled if square and scaled != kept[0] else None,
-            cut=cut if tuple(size) == tuple(kept) else "corner",
+            cut=cut if size == kept else "corner",
             **statistics,
         )
     )

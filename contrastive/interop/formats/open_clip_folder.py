@@ -43,8 +43,7 @@ from contrastive.interop.formats.open_clip_weights import (
     HUB,
     LOCAL,
     PLACES,
-    build_trunk,
-    describe_trunk,
+    read_trunk,
     read_weights,
     written_weights,
 )
@@ -83,8 +82,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     model_cfg, vision, text = read_sections(description["model_cfg"], where)
     trunk = None
     if vision["timm_model_name"]:
-        trunk = build_trunk(vision, model_cfg["embed_dim"], folder, where)
-        image, size = describe_trunk(trunk, vision, where)
+        trunk, image, size = read_trunk(vision, model_cfg["embed_dim"], folder, where)
     else:
         image, size = image_options(vision, model_cfg["quick_gelu"], where)
     config = model_options(model_cfg, image, text, where)
@@ -92,13 +90,12 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
         model = DualEncoder(config)
     except UserError as error:  # sizes that do not go together
         raise UserError(f"{where}: {error}") from None
-    kept = whole_patches(size, image.patch_size)
-    model.image_tower.set_input_size(kept)
+    model.image_tower.set_input_size(whole_patches(size, image.patch_size))
     weights, theirs = read_weights(read_safetensors(folder, WEIGHTS), model, vision, text, trunk, folder)
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),
-        preprocess=read_open_clip_transform(description.get("preprocess_cfg") or {}, size, kept, where),
+        preprocess=read_open_clip_transform(description.get("preprocess_cfg") or {}, size, image.patch_size, where),
         tokenizer=_tokenizer(text, config, folder) if with_tokenizer else NOT_LOADED,
         config=config,
         path=folder,

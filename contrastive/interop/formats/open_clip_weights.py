@@ -109,8 +109,12 @@ def _table(
     return renamed_table(names, renames, ("visual.proj", f"{prefix}text_projection"), axes, scales)
 
 
-def build_trunk(cfg: Mapping[str, Any], embed_dim: int, folder: Path, where: Path) -> nn.Module:
-    """Return the tower on the meta device, made with the calls that open_clip's TimmModel makes.
+def read_trunk(
+    cfg: Mapping[str, Any], embed_dim: int, folder: Path, where: Path
+) -> tuple[nn.Module, ImageTowerConfig, tuple[int, int]]:
+    """Return timm's tower on the meta device, our options for it, and the (height, width) of its images: vision_cfg's.
+
+    It is made with the calls that open_clip's TimmModel makes.
 
     A name that is a place ('local-dir:...', 'hf-hub:...') stands for timm's config.json beside the weights, so that
     a folder can be moved.
@@ -129,20 +133,17 @@ def build_trunk(cfg: Mapping[str, Any], embed_dim: int, folder: Path, where: Pat
         _compare_places(name, folder, where)
         name = f"local-dir:{folder}"
     arguments = {"patch_drop_rate": cfg["patch_dropout"]} if cfg["patch_dropout"] > 0 else {}
-    if projection != "linear":
-        return build_on_meta(name, where, num_classes=embed_dim if not projection else 0, global_pool=pool, **arguments)
-    trunk = build_on_meta(name, where, **arguments)
-    try:
-        trunk.reset_classifier(0, **({"global_pool": pool} if pool else {}))
-    except AssertionError as error:
-        raise UserError(f"{where}: vision_cfg.timm_pool '{pool}' does not fit '{name}': {error}") from None
-    return trunk
-
-
-def describe_trunk(trunk: nn.Module, cfg: Mapping[str, Any], where: Path) -> tuple[ImageTowerConfig, tuple[int, int]]:
-    """Return our options for the tower and the (height, width) of its images, which are vision_cfg's."""
+    if projection == "linear":
+        trunk = build_on_meta(name, where, **arguments)
+        try:
+            trunk.reset_classifier(0, **({"global_pool": pool} if pool else {}))
+        except AssertionError as error:
+            raise UserError(f"{where}: vision_cfg.timm_pool '{pool}' does not fit '{name}': {error}") from None
+    else:
+        num_classes = 0 if projection else embed_dim
+        trunk = build_on_meta(name, where, num_classes=num_classes, global_pool=pool, **arguments)
     image, size = describe_vit(trunk, where, both_sides(cfg["image_size"]))
-    return replace(image, projection=cfg["timm_proj"] != "none"), size
+    return trunk, replace(image, projection=projection != "none"), size
 
 
 def _compare_places(name: str, folder: Path, where: Path) -> None:

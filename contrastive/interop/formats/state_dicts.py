@@ -90,7 +90,7 @@ def fill(model: nn.Module, weights: Mapping[str, torch.Tensor], where: Path, the
         UserError: a key is missing or unknown, a shape differs, or a tensor is of whole numbers or not finite; it names
             the key of the file and the file.
     """
-    own = model.state_dict()
+    own, called = model.state_dict(), {name: theirs.get(name, name) for name in weights}
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     for names, what in ((missing, "lacks"), (extra, "has an unknown")):
         if names:
@@ -100,15 +100,13 @@ def fill(model: nn.Module, weights: Mapping[str, torch.Tensor], where: Path, the
                 f"'{theirs.get(names[0], names[0])}'{more}; nothing was loaded"
             )
     for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
-            raise UserError(
-                f"{where}: '{theirs.get(name, name)}' is {tuple(tensor.shape)}, its config asks for "
-                f"{tuple(own[name].shape)}"
-            )
-        check_floating(theirs.get(name, name), tensor, where)
+        shape, wanted = tuple(tensor.shape), tuple(own[name].shape)
+        if shape != wanted:
+            raise UserError(f"{where}: '{called[name]}' is {shape}, its config asks for {wanted}")
+        check_floating(called[name], tensor, where)
         if not tensor.isfinite().all():
             raise UserError(
-                f"{where}: '{theirs.get(name, name)}' holds NaN or infinity: the model is broken, take it from before"
+                f"{where}: '{called[name]}' holds NaN or infinity: the model is broken, take it from before"
             )
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
 

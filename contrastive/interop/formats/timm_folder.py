@@ -86,14 +86,13 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
         model = ImageModel(ImageModelConfig(skeleton.num_classes, replace(image, projection=True)))
     else:
         model = ImageModel(ImageModelConfig(image.width, image))
-    kept = whole_patches(size, image.patch_size)
-    model.image_tower.set_input_size(kept)
+    model.image_tower.set_input_size(whole_patches(size, image.patch_size))
     projection = "head" if kind == "projection" else None
     weights, theirs = tower_to_ours(file_weights, skeleton, model, folder, projection=projection)
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),
-        preprocess=read_timm_transform(skeleton.pretrained_cfg, size, kept, file),
+        preprocess=read_timm_transform(skeleton.pretrained_cfg, size, image.patch_size, file),
         tokenizer=None,
         config=model.config,
         path=folder,

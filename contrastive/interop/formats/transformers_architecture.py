@@ -1,11 +1,16 @@
-"""Our options as a config.json of transformers, and what there is no such file for."""
+"""Our models in transformers' terms: what they can hold, config.json, and weights, which are read back too.
 
-from collections.abc import Iterable
+Keys are renamed; parts that one side lacks become exact substitutes of the same function in the shape of the other's.
+"""
 
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
 from torch import nn
 
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
+from contrastive.interop.formats.key_table import TensorNames, renamed_table
 from contrastive.interop.formats.transformers_config import (
     ACTIVATIONS,
     BLOCKS,
@@ -18,6 +23,36 @@ from contrastive.interop.formats.transformers_config import (
     VOCABULARY,
     Towers,
 )
+from contrastive.models import ImageTowerConfig
+from contrastive.models.transformer import AttentionPooling
+
+# From our names to theirs, in this order: each pattern sees what those before it have made.
+RENAMES = (
+    (r"^image_tower\.", "vision_model."),
+    (r"^text_tower\.", "text_model."),
+    (r"^vision_model\.norm\.", "vision_model.post_layernorm."),
+    (r"^text_model\.norm\.", "text_model.final_layer_norm."),
+    (r"^vision_model\.pre_norm\.", "vision_model.pre_layrnorm."),  # as they spell it
+    (r"\.head\.norm\.", ".head.layernorm."),
+    (r"\.head\.attention\.[qkv]_proj\.", ".head.attention.in_proj_"),  # torch's MultiheadAttention
+    (r"transformer\.blocks\.(\d+)\.attention\.", r"transformer.blocks.\1.self_attn."),
+    (r"transformer\.blocks\.", "encoder.layers."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"class_token", "embeddings.class_embedding"),
+    (r"patch_embed\.", "embeddings.patch_embedding."),
+    (r"token_embedding\.", "embeddings.token_embedding."),
+    (r"position_embedding", "embeddings.position_embedding.weight"),
+)
+PROJECTIONS = {
+    "clip": (
+        (r"^vision_model\.projection\.", "visual_projection."),
+        (r"^text_model\.projection\.", "text_projection."),
+    ),
+    "siglip": ((r"^text_model\.projection\.", "text_model.head."),),
+}
+SCALARS = ("logit_scale", "logit_bias")
+HEAD = "vision_model.head."
+"""What the keys of the pooling head begin with."""
 
 
 def towers_of(model: nn.Module) -> Towers:
@@ -108,3 +143,117 @@ def their_config(towers: Towers, family: str, embed_dim: int, image_size: int, t
         return head | next(iter(sections.values()))
     whole = {"model_type": family} | {f"{SECTIONS[tower]}_config": options for tower, options in sections.items()}
     return head | whole | ({"projection_dim": embed_dim} if is_clip else {})
+
+
+def key_table(names: Iterable[str], family: str) -> list[TensorNames]:
+    """Return what each of our names is called in a model of 'siglip' or 'clip'."""
+    unit_axes = dict.fromkeys(SCALARS, 1) if family == "siglip" else {}
+    return renamed_table(names, (*RENAMES, *PROJECTIONS[family]), unit_axes=unit_axes)
+
+
+def plain(file: Mapping[str, torch.Tensor], alone: str | None, patch_size: int) -> dict[str, torch.Tensor]:
+    """Return a file's tensors as transformers 5 would write them for a SiglipModel or CLIPModel.
+
+    A tower alone may have its keys with or without the tower's prefix, the numbers of the positions may be there, a
+    scalar may be a vector of one, and SigLIP 2 embeds patches by a Linear over (row, column, channel).
+
+    Args:
+        alone: 'image' or 'text', the only tower; None of a whole model.
+    """
+    prefix = f"{SECTIONS.get(alone)}_model."
+    bare = alone is not None and not any(key.startswith(prefix) for key in file)
+    tensors = {}
+    for key, tensor in file.items():
+        if key.endswith("embeddings.position_ids"):
+            continue
+        if bare and not key.endswith("_projection.weight"):
+            key = prefix + key
+        if key in SCALARS and tensor.shape == (1,):
+            tensor = tensor.reshape(())
+        if key.endswith("patch_embedding.weight") and tensor.ndim == 2 and tensor.shape[1] == 3 * patch_size**2:
+            tensor = tensor.unflatten(1, (patch_size, patch_size, 3)).permute(0, 3, 1, 2).contiguous()
+        tensors[key] = tensor
+    return tensors
+
+
+def is_mean_head(weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether SigLIP's attention head, by their names, is what `_mean_head` writes: the mean of the tokens."""
+    packed, out = weights.get(f"{HEAD}attention.in_proj_weight"), weights.get(f"{HEAD}attention.out_proj.weight")
+    if packed is None or out is None or packed.ndim != 2 or packed.shape != (3 * out.shape[0], out.shape[0]):
+        return False
+    width = out.shape[0]
+    zeros = ("attention.in_proj_bias", "attention.out_proj.bias", "mlp.fc2.weight", "mlp.fc2.bias")
+    eye = torch.eye(width, dtype=packed.dtype)
+    return (
+        all(HEAD + name in weights and not weights[HEAD + name].any() for name in zeros)
+        and not packed[: 2 * width].any()
+        and torch.equal(packed[2 * width :], eye)
+        and torch.equal(out, eye)
+    )
+
+
+def adapted(
+    weights: Mapping[str, torch.Tensor], towers: Towers, family: str
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return weights by our names as a model of 'siglip' or 'clip' has them.
+
+    SigLIP's towers all have a patch bias, an attention head and a text projection, CLIP's no patch bias, and both are
+    projected if both are here. The notes say in plain sentences what of the model that puts in other terms.
+    """
+    made, notes = dict(weights), []
+    if "image" in towers and towers["image"].position == "sincos":
+        notes.append("the fixed sin-cos positions are written as learned ones")
+    for tensors, note in (_siglip_parts if family == "siglip" else _clip_parts)(weights, towers):
+        made |= tensors
+        notes.append(note)
+    if family == "clip":
+        made.pop("logit_bias", None)  # zero, or it would not fit
+        made.pop("image_tower.patch_embed.bias", None)
+    return made, notes
+
+
+Parts = Iterator[tuple[dict[str, torch.Tensor], str]]
+"""Tensors that stand for something that one side lacks, and what to tell of them."""
+
+
+def _siglip_parts(weights: Mapping[str, torch.Tensor], towers: Towers) -> Parts:
+    image, text = towers.get("image"), towers.get("text")
+    if image is not None and image.pool == "average":
+        head = {f"image_tower.head.{name}": tensor for name, tensor in _mean_head(image).items()}
+        yield head, "the mean over patches is written as an attention head that attends to all alike"
+    if image is not None and not image.patch_bias:
+        bias = {"image_tower.patch_embed.bias": torch.zeros(image.width)}
+        yield bias, "the patch embedding, which has no bias, gets one of zero"
+    projection = "text_tower.projection"
+    if text is not None and not text.projection:
+        identity = {f"{projection}.weight": torch.eye(text.width), f"{projection}.bias": torch.zeros(text.width)}
+        yield identity, "the text tower, which has no projection, gets the identity"
+    elif text is not None and not text.projection_bias:
+        bias = {f"{projection}.bias": torch.zeros(len(weights[f"{projection}.weight"]))}
+        yield bias, "the text projection, which has no bias, gets one of zero"
+    if len(towers) == 2 and "logit_bias" not in weights:
+        yield {"logit_bias": torch.zeros(())}, "the logits, which have no bias, get one of zero"
+
+
+def _clip_parts(weights: Mapping[str, torch.Tensor], towers: Towers) -> Parts:
+    bias, position = weights.get("image_tower.patch_embed.bias"), "image_tower.position_embedding"
+    if bias is not None:  # every patch gets it, and every patch gets a position
+        moved = torch.cat([weights[position][:1], weights[position][1:] + bias])
+        yield {position: moved}, "the bias of the patch embedding is added to the positions"
+    for tower, config in towers.items():
+        if len(towers) == 2 and not config.projection:
+            identity = {f"{tower}_tower.projection.weight": torch.eye(config.width)}
+            yield identity, f"the {tower} tower, which has no projection, gets the identity"
+
+
+def _mean_head(image: ImageTowerConfig) -> dict[str, torch.Tensor]:
+    """An attention head that returns the mean of the tokens.
+
+    Queries and keys of zero attend to all tokens alike, values and output are the identity, and the MLP adds zero.
+    """
+    width = image.width
+    with torch.device("meta"):
+        shapes = AttentionPooling(image).state_dict()
+    head = {name: torch.zeros(tensor.shape) for name, tensor in shapes.items()}
+    identity = dict.fromkeys(("attention.v_proj.weight", "attention.out_proj.weight"), torch.eye(width))
+    return head | identity | {"norm.weight": torch.ones(width)}

@@ -20,10 +20,18 @@ from contrastive.interop.formats.evaluation_transform import taken_size
 from contrastive.interop.formats.key_table import to_ours, to_theirs
 from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
 from contrastive.interop.formats.tokenizer_files import read_transformers_tokenizer, write_tokenizer
-from contrastive.interop.formats.transformers_architecture import fitting_family, their_config, towers_of
+from contrastive.interop.formats.transformers_architecture import (
+    HEAD,
+    adapted,
+    fitting_family,
+    is_mean_head,
+    key_table,
+    plain,
+    their_config,
+    towers_of,
+)
 from contrastive.interop.formats.transformers_config import Towers, our_config, read_description
 from contrastive.interop.formats.transformers_preprocess import FILE, read_preprocess, write_preprocess
-from contrastive.interop.formats.transformers_weights import HEAD, adapted, is_mean_head, key_table, plain
 from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.log import warn
 from contrastive.models.encoders import unit_length

@@ -6,7 +6,7 @@ from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP
 from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent
-from contrastive.interop.formats.evaluation_transform import made_preprocess, taken_size, whole_patches
+from contrastive.interop.formats.evaluation_transform import made_preprocess, taken_size
 from contrastive.interop.formats.option_kinds import check_kind, is_count, per_channel
 
 FILE, NESTED_FILE = "preprocessor_config.json", "processor_config.json"
@@ -68,34 +68,35 @@ def read_preprocess(folder: Path, image_size: int, patch_size: int) -> Preproces
 def _preprocess(options: dict, image_size: int, patch_size: int) -> Preprocess:
     """UserError says, without the file, what we do not do."""
     options = _filled(options, image_size)
-    size, crop_size = _size(options, "size", "short side"), _size(options, "crop_size", "square")
-    resample = options["resample"]
-    if not isinstance(resample, int) or resample not in RESAMPLE:
-        raise UserError(f"resample {resample!r} is not supported, only 2 (bilinear) and 3 (bicubic)")
-    if not options["do_resize"]:
-        raise UserError("do_resize false (or null) leaves images as large as they are: resize them yourself")
-    if options.get("use_square_size"):
-        raise UserError("use_square_size true is not supported: name height and width in size")
-    short, cropped = size.get("shortest_edge"), bool(options["do_center_crop"])
-    kept = crop_size if cropped else size
-    if set(size) not in ({"shortest_edge"}, {"height", "width"}) or set(kept) != {"height", "width"}:
-        raise UserError(f"size {options['size']} with do_center_crop {cropped} does not give images of one size")
-    if (kept["height"], kept["width"]) != (image_size, image_size):
-        raise UserError(
-            f"images become {kept['height']}×{kept['width']} pixels, but the model takes {image_size}×{image_size}: "
-            "set size and crop_size to that"
-        )
-    if short is None and size["height"] != size["width"]:
-        raise UserError(f"size {options['size']} is not a square")
-    scaled = size["height"] if short is None else short
-    if scaled < image_size:
-        raise UserError(f"size {options['size']} is smaller than crop_size, which would put a black border around")
-    whole = (image_size, image_size)
-    kept = whole_patches(whole, patch_size)
-    if kept != whole and (scaled != image_size or short is not None):
-        raise UserError(f"a crop to {image_size} pixels, which patches of {patch_size} do not fill, is not supported")
+    size, crop_size = _size(options, "size", ("shortest_edge",)), _size(options, "crop_size", ("height", "width"))
+    resample, short, cropped = options["resample"], size.get("shortest_edge"), bool(options["do_center_crop"])
+    kept, scaled = crop_size if cropped else size, short or size.get("height")
+    height, width = kept.get("height"), kept.get("width")
+    fills = image_size % patch_size == 0
+    problems = {
+        f"resample {resample!r} is not supported, only 2 (bilinear) and 3 (bicubic)": (
+            type(resample) is not int or resample not in RESAMPLE
+        ),
+        "do_resize false (or null) leaves images as large as they are: resize them yourself": not options["do_resize"],
+        "use_square_size true is not supported: name height and width in size": options.get("use_square_size"),
+        f"size {options['size']} with do_center_crop {cropped} does not give images of one size": (
+            set(size) not in ({"shortest_edge"}, {"height", "width"}) or set(kept) != {"height", "width"}
+        ),
+        f"images become {height}×{width} pixels, but the model takes {image_size}×{image_size}: set size and crop_size "
+        "to that": (height, width) != (image_size, image_size),
+        f"size {options['size']} is not a square": short is None and scaled != size.get("width"),
+        f"size {options['size']} is smaller than crop_size, which would put a black border around": (
+            scaled is not None and scaled < image_size
+        ),
+        f"a crop to {image_size} pixels, which patches of {patch_size} do not fill, is not supported": (
+            not fills and (scaled != image_size or short is not None)
+        ),
+    }
+    for problem in (text for text, is_so in problems.items() if is_so):
+        raise UserError(problem)
     resize, cut = "squash" if short is None else "crop", "floor" if cropped else "round"  # without a crop: no matter
-    return made_preprocess(resize, scaled, whole, kept, _normalisation(options), RESAMPLE[resample], cut)
+    statistics = _normalisation(options)
+    return made_preprocess(resize, scaled, (image_size, image_size), patch_size, statistics, RESAMPLE[resample], cut)
 
 
 def _filled(options: dict, image_size: int) -> dict:
@@ -115,8 +116,8 @@ def _filled(options: dict, image_size: int) -> dict:
     return {**SHARED_DEFAULTS, **DEFAULTS[kind], **options}
 
 
-def _size(options: dict, name: str, number_means: str) -> dict:
-    """A size by the names of its sides; in old files it is a number, of the short side or of a square."""
+def _size(options: dict, name: str, number_means: tuple[str, ...]) -> dict:
+    """A size by the names of its sides; in old files it is a number, of the short side or of a square's both."""
     size = options[name]
     if isinstance(size, dict):
         sides = {side: value for side, value in size.items() if value is not None}
@@ -125,7 +126,7 @@ def _size(options: dict, name: str, number_means: str) -> dict:
     elif size is None:
         sides = {}
     else:
-        sides = {"shortest_edge": size} if number_means == "short side" else {"height": size, "width": size}
+        sides = dict.fromkeys(number_means, size)
     if not all(map(is_count, sides.values())):
         raise UserError(f"{name} is {size!r}: it has to be in whole numbers of pixels")
     return sides
@@ -172,21 +173,17 @@ def write_preprocess(
     cropped = scaled != whole or config.resize == "crop"
     if cropped and config.cut == "corner":
         raise UserError("preprocess cut 'corner': transformers cuts the centre only; set cut 'floor'")
-    side = {"height": scaled, "width": scaled}
     options = {
         "image_processor_type": CROP if cropped else SQUASH,
-        **({"processor_class": processor_class} if processor_class else {}),
         "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": scaled} if config.resize == "crop" else side,
+        **SHARED_DEFAULTS,
+        "size": {"shortest_edge": scaled} if config.resize == "crop" else {"height": scaled, "width": scaled},
         "resample": next(number for number, name in RESAMPLE.items() if name == config.interpolation),
         "do_center_crop": cropped,
         **({"crop_size": {"height": image_size, "width": image_size}} if cropped else {}),
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": list(config.mean),
         "image_std": list(config.std),
+        **({"processor_class": processor_class} if processor_class else {}),
     }
     write_json(folder / FILE, options)
     odd = config.resize == "crop" or (scaled - image_size) % 2
