@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from contrastive.data.class_sets import class_names_beside
 from contrastive.data.record import BadSample, Record, Source, check_index, part_and_row
 from contrastive.data.sources.paths import MAX_IMAGE_BYTES, read_image_file
 from contrastive.errors import UserError, did_you_mean
@@ -106,7 +106,94 @@ def weighted_names(text: str) -> tuple[tuple[str, float], ...]:
     return tuple(weighted.items())
 
 
-def check_types(columns: Columns, types: Mapping[str, pa.DataType], where: str) -> None:
+class Cells(Protocol):
+    """One column: a row's Python value, or Arrow's scalar of it. Picklable, safe to fork."""
+
+    def __getitem__(self, row: int) -> Any: ...
+
+
+class TablePart(NamedTuple):
+    """Consecutive rows with one origin. label: names it in keys. folder: of relative image paths, '' for none."""
+
+    label: str
+    folder: str
+    num_rows: int
+
+
+class ColumnSource(Source):
+    """Rows of an image column with captions, labels or both.
+
+    Args:
+        name: the specification, for messages.
+        parts: where the rows come from, in order.
+        columns: those to read, as `find_columns` has them.
+        types: of those columns.
+        cells: those columns. An image is bytes, a path, relative to the part's folder, or {'bytes', 'path'}; a
+            caption is a text or a list of texts, which share the column's weight evenly; nulls are left out. Labels
+            are a pa.ChunkedArray, in memory.
+        class_names: those that come with the labels; else they are those of classes.json or classnames.txt in the
+            folder of the first part, else the distinct texts of the label column.
+
+    Raises:
+        UserError: a column of another kind than it should be, or a label without a class name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[TablePart],
+        columns: Columns,
+        types: Mapping[str, pa.DataType],
+        cells: Mapping[str, Cells],
+        class_names: tuple[str, ...] | None,
+        fingerprint: str,
+    ):
+        _check_types(columns, types, name)
+        self.name, self.fingerprint, self._parts = name, fingerprint, tuple(parts)
+        self._ends = np.cumsum([part.num_rows for part in parts])
+        self._images = cells[columns.image]
+        self._captions = [(cells[caption], weight) for caption, weight in columns.weighted]
+        if columns.label:
+            known = class_names or (parts[0].folder and class_names_beside(parts[0].folder)) or None
+            self._labels, self.class_names = _read_labels(cells[columns.label], known, name)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        part, key = self._locate(index)
+        image = _image_bytes(_read(self._images, index, key), part.folder, key)
+        captions, weights = self._weighted_captions(index, key)
+        return Record(key, image, captions, self.label(index), weights if len(self._captions) > 1 else None)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._weighted_captions(index, self._locate(index)[1])[0]
+
+    def _weighted_captions(self, index: int, key: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        captions, weights = [], []
+        for cells, weight in self._captions:
+            value = _read(cells, index, key)
+            texts = [text for text in (value if isinstance(value, list) else [value]) if text is not None]
+            if not all(isinstance(text, str) for text in texts):
+                raise BadSample("bad_caption", key)
+            captions += texts
+            weights += [weight / len(texts) for _ in texts]
+        return tuple(captions), tuple(weights)
+
+    def _locate(self, index: int) -> tuple[TablePart, str]:
+        """The part of the row, and its key: the part's label and the row in it, counted from 0."""
+        number, row = part_and_row(self._ends, check_index(self, index))
+        part = self._parts[number]
+        return part, f"{part.label}:{row}"
+
+
+def is_text(column_type: pa.DataType) -> bool:
+    from pyarrow import types
+
+    return types.is_string(column_type) or types.is_large_string(column_type) or types.is_string_view(column_type)
+
+
+def _check_types(columns: Columns, types: Mapping[str, pa.DataType], where: str) -> None:
     """Raise UserError where the image column holds no images, or a caption column no texts."""
     from pyarrow import types as kinds
 
@@ -125,19 +212,12 @@ def check_types(columns: Columns, types: Mapping[str, pa.DataType], where: str) 
             raise UserError(f"{where}: column '{caption}' holds {held}; captions must be texts or lists of texts")
 
 
-def is_text(column_type: pa.DataType) -> bool:
-    from pyarrow import types
-
-    return types.is_string(column_type) or types.is_large_string(column_type) or types.is_string_view(column_type)
-
-
-def read_labels(
+def _read_labels(
     column: pa.ChunkedArray, class_names: tuple[str, ...] | None, where: str
 ) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Return (labels int64, -1 for none, and class names), or (None, None) for a column that is no label.
+    """Return (labels int64, -1 for none, and class names), or (None, None) for a column without a single label.
 
-    A text column is a class name a row; its classes are `class_names`, or the sorted distinct texts. Class
-    names without a single label are dropped.
+    A text column is a class name a row; its classes are `class_names`, or the sorted distinct texts.
 
     Raises:
         UserError: a label outside `class_names`, or bad UTF-8.
@@ -147,7 +227,7 @@ def read_labels(
 
     if pa.types.is_binary(column.type) or is_text(column.type):
         try:
-            return _number_names(column.cast(pa.string()), class_names, where)
+            column, class_names = _number_names(column.cast(pa.string()), class_names, where)
         except (pa.ArrowInvalid, UnicodeDecodeError):
             raise UserError(f"{where}: the labels are not UTF-8 text") from None
     if not pa.types.is_integer(column.type):
@@ -162,105 +242,26 @@ def read_labels(
 
 def _number_names(
     column: pa.ChunkedArray, class_names: tuple[str, ...] | None, where: str
-) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+) -> tuple[pa.ChunkedArray, tuple[str, ...]]:
+    """Return the number of each name among the class names, null where it is empty, and the class names."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     present = sorted(name for name in pc.unique(column).to_pylist() if name)
-    unknown = sorted(set(present) - set(class_names or present))
+    class_names = class_names or tuple(present)
+    unknown = sorted(set(present) - set(class_names))
     if unknown:
         raise UserError(
             f"{where}: label '{unknown[0]}' is not among the {len(class_names)} class names."
             f"{did_you_mean(unknown[0], class_names)}"
         )
-    if not present:
-        return None, None
-    class_names = class_names or tuple(present)
-    numbers = pc.index_in(column, value_set=pa.array(class_names, pa.string()))
-    return pc.fill_null(numbers, -1).to_numpy().astype(np.int64), class_names
-
-
-Cells = Callable[[int], Any]  # one column: the Python value of a row; picklable, safe to fork
-
-
-def arrow_cells(column: pa.ChunkedArray) -> Cells:
-    """Return the cells of a column that is in memory."""
-    return partial(_arrow_cell, column)
-
-
-def _arrow_cell(column: pa.ChunkedArray, row: int) -> Any:
-    return column[row].as_py()
-
-
-class TablePart(NamedTuple):
-    """Consecutive rows with one origin. label: names it in keys. folder: relative image paths start there."""
-
-    label: str
-    folder: str
-    num_rows: int
-
-
-class ColumnSource(Source):
-    """Rows of an image column with captions, labels or both.
-
-    Args:
-        name: the specification, for messages.
-        parts: where the rows come from, in order.
-        images: cells of bytes, of a path, relative to the part's folder, or of {'bytes', 'path'}.
-        captions: columns whose cells are a text or a list of texts, each with its weight; the texts of one cell
-            share it evenly, and nulls are left out.
-        labels: int64, one a row, -1 for none; or None.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        parts: Sequence[TablePart],
-        images: Cells,
-        captions: Sequence[tuple[Cells, float]],
-        labels: np.ndarray | None,
-        class_names: tuple[str, ...] | None,
-        fingerprint: str,
-    ):
-        self.name, self.class_names, self.fingerprint = name, class_names, fingerprint
-        self._parts = tuple(parts)
-        self._ends = np.cumsum([part.num_rows for part in parts])
-        self._images, self._captions, self._labels = images, tuple(captions), labels
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> Record:
-        part, key = self._locate(index)
-        image = _image_bytes(_read(self._images, index, key), part.folder, key)
-        captions, weights = self._weighted_captions(index)
-        return Record(key, image, captions, self.label(index), weights if len(self._captions) > 1 else None)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self._weighted_captions(index)[0]
-
-    def _weighted_captions(self, index: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        _, key = self._locate(index)
-        captions, weights = [], []
-        for cells, weight in self._captions:
-            value = _read(cells, index, key)
-            texts = [text for text in (value if isinstance(value, list) else [value]) if text is not None]
-            if not all(isinstance(text, str) for text in texts):
-                raise BadSample("bad_caption", key)
-            captions += texts
-            weights += [weight / len(texts)] * len(texts) if texts else []
-        return tuple(captions), tuple(weights)
-
-    def _locate(self, index: int) -> tuple[TablePart, str]:
-        """The part of the row, and its key: the part's label and the row in it, counted from 0."""
-        number, row = part_and_row(self._ends, check_index(self, index))
-        part = self._parts[number]
-        return part, f"{part.label}:{row}"
+    return pc.index_in(column, value_set=pa.array(class_names, pa.string())), class_names
 
 
 def _read(cells: Cells, row: int, key: str) -> Any:
     try:
-        return cells(row)
+        value = cells[row]
+        return value.as_py() if hasattr(value, "as_py") else value
     except UnicodeDecodeError:  # bad UTF-8, which Arrow keeps until it is read
         raise BadSample("bad_utf8", key) from None
 

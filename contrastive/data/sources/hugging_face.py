@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from contrastive.data.class_sets import class_names_beside
 from contrastive.data.record import fingerprint_of
-from contrastive.data.sources.columns import (
-    Cells,
-    Columns,
-    ColumnSource,
-    TablePart,
-    check_types,
-    find_columns,
-    read_labels,
-)
+from contrastive.data.sources.columns import Columns, ColumnSource, TablePart, find_columns
 from contrastive.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -35,7 +27,7 @@ def open_saved(name: str, folder: str, split: str | None, asked: Columns) -> Col
     from datasets import load_from_disk
 
     splits_file = Path(folder) / "dataset_dict.json"
-    try:
+    with _library_errors(name):
         if splits_file.is_file():
             splits = json.loads(splits_file.read_text("utf-8"))["splits"]
             folder = os.path.join(folder, _chosen(name, split, splits))
@@ -45,8 +37,6 @@ def open_saved(name: str, folder: str, split: str | None, asked: Columns) -> Col
         if not state["_data_files"]:  # the library cannot open what it saved without rows
             raise UserError(f"{name} has no rows")
         dataset = load_from_disk(folder)
-    except Exception as error:  # whatever a damaged folder leads the library to
-        raise _cannot_open(name, error) from None
     return _from_dataset(name, dataset, folder, asked)
 
 
@@ -58,11 +48,9 @@ def open_hub(argument: str, asked: Columns) -> ColumnSource:
     name = f"hf:{argument}"
     if not path:
         raise UserError("hf: needs a name, as 'hf:OWNER/NAME:train'")
-    try:
+    with _library_errors(name):
         dataset = load_dataset(path, split=split or "train")
-    except Exception as error:  # the network, the hub, the builder: all of theirs
-        raise _cannot_open(name, error) from None
-    return _from_dataset(name, dataset, None, asked)
+    return _from_dataset(name, dataset, "", asked)
 
 
 def _chosen(name: str, split: str | None, splits: list[str]) -> str:
@@ -75,50 +63,42 @@ def _chosen(name: str, split: str | None, splits: list[str]) -> str:
     return split
 
 
-def _cannot_open(name: str, error: Exception) -> UserError:
-    if isinstance(error, UserError):
-        return error
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return UserError(f"{name}: datasets cannot open it ({reason})")
+@contextmanager
+def _library_errors(name: str) -> Iterator[None]:
+    """Whatever a damaged folder, the network, the hub or a builder leads the library to is a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"{name}: datasets cannot open it ({reason})") from None
 
 
-def _from_dataset(name: str, dataset: Dataset, folder: str | None, asked: Columns) -> ColumnSource:
+def _from_dataset(name: str, dataset: Dataset, folder: str, asked: Columns) -> ColumnSource:
     import datasets
 
     if not len(dataset):
         raise UserError(f"{name} has no rows")
     dataset = dataset.with_format(None)
     columns = find_columns(dataset.column_names, asked, name)
-    fingerprint = _fingerprint(dataset)
-    features = dataset.features
+    fingerprint, features = _fingerprint(dataset), dataset.features
     if isinstance(features[columns.image], datasets.Image):
         # Undecoded: our own decoder sees the bytes, and no picture goes through Pillow twice.
         dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
-    check_types(columns, {field.name: field.type for field in dataset.features.arrow_schema}, name)
-    labels = class_names = None
+    # A column of the library is memory-mapped, so that pickling carries paths, not rows.
+    cells = {held: dataset.select_columns([held])[held] for held in (columns.image, *dict(columns.weighted))}
     if columns.label:
-        known = getattr(features[columns.label], "names", None)
-        table = dataset.select_columns([columns.label]).with_format("arrow")[:]
-        known = tuple(known) if known else folder and class_names_beside(Path(folder))
-        labels, class_names = read_labels(table.column(0), known, name)
+        cells[columns.label] = dataset.select_columns([columns.label]).with_format("arrow")[:].column(0)
     return ColumnSource(
         name=name,
-        parts=[TablePart(name, folder or "", len(dataset))],
-        images=_cells(dataset, columns.image),
-        captions=[(_cells(dataset, caption), weight) for caption, weight in columns.weighted],
-        labels=labels,
-        class_names=class_names,
+        parts=[TablePart(name, folder, len(dataset))],
+        columns=columns,
+        types={held.name: held.type for held in dataset.features.arrow_schema},
+        cells=cells,
+        class_names=tuple(getattr(features.get(columns.label), "names", None) or ()),
         fingerprint=fingerprint,
     )
-
-
-def _cells(dataset: Dataset, column: str) -> Cells:
-    """One column of a map-style Dataset: memory-mapped, so that pickling carries paths, not rows."""
-    return partial(_cell, dataset.select_columns([column]), column)
-
-
-def _cell(dataset: Dataset, column: str, row: int) -> Any:
-    return dataset[row][column]
 
 
 def _fingerprint(dataset: Dataset) -> str:

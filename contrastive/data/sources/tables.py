@@ -11,22 +11,18 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from contrastive.data.class_sets import class_names_beside
 from contrastive.data.record import fingerprint_of, part_and_row
 from contrastive.data.sources.columns import (
-    Cells,
     Columns,
     ColumnSource,
     TablePart,
-    arrow_cells,
-    check_types,
     find_columns,
     is_text,
-    read_labels,
 )
 from contrastive.data.sources.paths import short_names
 from contrastive.errors import UserError
@@ -35,7 +31,6 @@ from contrastive.files import sha256
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _BLOCK_BYTES = 32 * 2**20  # no row may be longer: captions of megabytes do occur
 # Decoded row groups that one process keeps. Rows are compressed by the group, so a set that fits is read
 # once, and of a larger one each visit to another group costs its decoding.
@@ -62,33 +57,30 @@ def open_table(name: str, paths: Sequence[str], asked: Columns) -> ColumnSource:
     """Open tables with the same columns, one after the other.
 
     Image paths are relative to the table's folder. Class names come from the `datasets` metadata of a
-    Parquet file, else from classes.json or classnames.txt beside the first table, else they are the distinct
-    texts of the label column.
+    Parquet file, else as ColumnSource finds them.
 
     Raises:
         UserError: an empty or damaged table, a missing column, or one of another kind than it should be.
     """
     files = [_read_table(path, asked) for path in paths]
-    first, rows, labels_of_files = files[0], _joined(files), short_names(paths)
-    columns = first.columns
-    types = {held.name: held.type for held in rows.schema} | {columns.image: first.image_type}
-    check_types(columns, types, name)
-    labels = class_names = None
-    if columns.label:
-        known = first.class_names or class_names_beside(os.path.dirname(first.path))
-        labels, class_names = read_labels(rows.column(columns.label), known, name)
-    identity = "\n".join(f"{short} {columns} {file.digest}" for short, file in zip(labels_of_files, files, strict=True))
+    rows, columns, image = _joined(files), files[0].columns, files[0].columns.image
+    cells = {held: rows.column(held) for held in rows.column_names}
+    if not is_text(files[0].image_type):
+        cells[image] = ParquetImages(paths, image)
+    elif _is_web_address(cells[image][0].as_buffer()):
+        raise UserError(
+            f"{name}: column '{image}' holds web addresses; download the images first, "
+            "as img2dataset does into .tar shards"
+        )
+    named = list(zip(short_names(paths), files, strict=True))
     return ColumnSource(
         name=name,
-        parts=[
-            TablePart(short, os.path.dirname(file.path), file.rows.num_rows)
-            for short, file in zip(labels_of_files, files, strict=True)
-        ],
-        images=_path_cells(rows, columns, name) if is_text(first.image_type) else ParquetImages(paths, columns.image),
-        captions=[(arrow_cells(rows.column(caption)), weight) for caption, weight in columns.weighted],
-        labels=labels,
-        class_names=class_names,
-        fingerprint=fingerprint_of(identity),
+        parts=[TablePart(short, os.path.dirname(file.path) or os.curdir, file.rows.num_rows) for short, file in named],
+        columns=columns,
+        types={held.name: held.type for held in rows.schema} | {image: files[0].image_type},
+        cells=cells,
+        class_names=files[0].class_names,
+        fingerprint=fingerprint_of("\n".join(f"{short} {columns} {file.digest}" for short, file in named)),
     )
 
 
@@ -107,15 +99,8 @@ def _joined(files: Sequence[TableFile]) -> pa.Table:
         raise UserError(f"{first.path} and the tables after it have different columns ({reason})") from None
 
 
-def _path_cells(rows: pa.Table, columns: Columns, where: str) -> Cells:
-    column = rows.column(columns.image)
-    first = column[0].as_buffer()
-    if first is not None and first.to_pybytes().startswith((b"http://", b"https://")):
-        raise UserError(
-            f"{where}: column '{columns.image}' holds web addresses; download the images first, "
-            "as img2dataset does into .tar shards"
-        )
-    return arrow_cells(column)
+def _is_web_address(cell: pa.Buffer | None) -> bool:
+    return cell is not None and cell.to_pybytes().startswith((b"http://", b"https://"))
 
 
 def _read_table(path: str, asked: Columns) -> TableFile:
@@ -125,10 +110,7 @@ def _read_table(path: str, asked: Columns) -> TableFile:
     try:
         if not os.path.getsize(path):
             raise UserError(f"{path} is empty")
-        if suffix == ".parquet":
-            file = _read_parquet(path, asked)
-        else:
-            file = _read_jsonl(path, asked) if suffix == ".jsonl" else _read_csv(path, asked, _DELIMITERS[suffix])
+        file = _READERS[suffix](path, asked)
     except (OSError, csv.Error, pa.ArrowException) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path}: cannot be read as {suffix[1:]} ({reason})") from None
@@ -137,7 +119,7 @@ def _read_table(path: str, asked: Columns) -> TableFile:
     return file
 
 
-def _read_csv(path: str, asked: Columns, delimiter: str) -> TableFile:
+def _read_csv(path: str, asked: Columns, delimiter: str = ",") -> TableFile:
     import pyarrow as pa
     import pyarrow.compute as pc
     from pyarrow import csv as arrow_csv
@@ -179,6 +161,14 @@ def _read_parquet(path: str, asked: Columns) -> TableFile:
         rows = file.read(columns=wanted)
     rows = rows.cast(pa.schema([(held.name, _plain(held.type)) for held in rows.schema]))
     return TableFile(path, columns, rows, image_type, _hub_class_names(schema, columns.label), _footer_digest(path))
+
+
+_READERS = {
+    ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
 
 
 def _plain(column_type: pa.DataType) -> pa.DataType:
@@ -227,9 +217,9 @@ class ParquetImages:
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._decoded: dict[int, pa.ChunkedArray] = {}
 
-    def __call__(self, row: int) -> Any:
+    def __getitem__(self, row: int) -> pa.Scalar:
         number, row = part_and_row(self._ends, row)
-        return self._group(number)[row].as_py()
+        return self._group(number)[row]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_decoded": {}}
