@@ -113,7 +113,7 @@ def main(options: Options) -> None:
     train, labels = data.train[~data.held], data.train_labels[~data.held]
     val, val_labels = data.train[data.held], data.train_labels[data.held]
     # Which values our search visits, before any clock; it also starts the libraries up.
-    _, visited = sweep_weight_decay(train, labels, val, val_labels, data.num_classes, device=device)
+    visited = sweep_weight_decay(train, labels, val, val_labels, data.num_classes, device=device).accuracies
     runs: dict[RivalName, Callable[[], Found]] = {
         "ours": lambda: _ours(data, device),
         "sklearn": lambda: _sklearn(data, list(visited)),
@@ -170,7 +170,7 @@ def _ours(data: Data, device: str) -> Found:
     train, labels = data.train[~data.held], data.train_labels[~data.held]
     val, val_labels = data.train[data.held], data.train_labels[data.held]
     started = time.perf_counter()
-    best, _ = sweep_weight_decay(train, labels, val, val_labels, data.num_classes, device=device)
+    best = sweep_weight_decay(train, labels, val, val_labels, data.num_classes, device=device).best.weight_decay
     swept = time.perf_counter() - started
     started = time.perf_counter()
     given = checked_input(data.train, data.train_labels, data.test, data.test_labels, data.num_classes)

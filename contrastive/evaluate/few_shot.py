@@ -25,58 +25,81 @@ LEAST_DEVIATION = 1e-5
 BLOCK_ROWS = 4096
 
 
-def few_shot(
-    given: ProbeInput,
-    *,
-    shots: Sequence[int] = SHOTS,
-    seeds: int = 3,
-    l2: float = L2,
-    device: str | torch.device = "cpu",
-    progress: bool = False,
-) -> dict:
-    """Fit on S training images of each class, score on the whole test set; for each S and several draws.
+@TASKS.register("few_shot")
+@dataclass(frozen=True)
+class FewShot(ProbeTask):
+    """Ridge regression on a few images of each class (big_vision's few-shot evaluator)."""
 
-    Args:
-        given: its features (N, E) are whitened here by the mean and deviation of the drawn images.
-        shots: the numbers S. One that some class has fewer images than is left out, and named in the result.
-        seeds: number of draws, of seeds 0, 1, ...; fewer shots of a seed are the first of its more.
-        l2: penalty of the ridge regression.
+    title = "few-shot"
 
-    Returns:
-        A dict that JSON can hold but for 'predicted' (N,) int64: in percent 'shot1_acc1' and 'shot1_std', ... mean and
-        standard deviation (of the seeds) for each S; 'acc1', 'acc5' (more than five classes), 'mean_per_class_recall':
-        means for the most shots; 'chance'; 'shots' as used, 'left_out_shots', 'seeds', 'l2', 'num_train', 'num_test',
-        'num_classes'. 'predicted' is that of the most shots and seed 0.
+    shots: tuple[int, ...] = SHOTS
+    """Training images of each class, S. A number that some class has fewer images than is left out."""
+    seeds: int = 3
+    """Draws of the training images, of seeds 0, 1, ...; fewer shots of a seed are the first of its more."""
 
-    Raises:
-        UserError: shots, seeds or an l2 that are not positive, or no number of shots that every class has.
-    """
-    check_options(shots, seeds)
-    if not l2 > 0:
-        raise UserError(f"few-shot: l2 is {l2}; it has to be positive")
-    used = _checked_shots(shots, given.train_labels, given.num_classes)
-    found, first = _draws(given, used, seeds, l2, probe_device(device), progress)
-    figures = {}
-    for number, draws in found.items():
-        accuracies = [figure["acc1"] for figure in draws]
-        figures[f"shot{number}_acc1"], figures[f"shot{number}_std"] = (
-            np.mean(accuracies).item(),
-            np.std(accuracies).item(),
-        )
-    return {
-        **{name: np.mean([figure[name] for figure in found[used[-1]]]).item() for name in found[used[-1]][0]},
-        **figures,
-        "shots": used,
-        "left_out_shots": [number for number in shots if number not in used],
-        "seeds": seeds,
-        "l2": l2,
-        **counts(given),
-        "predicted": first,
-    }
+    def check(self) -> None:
+        if self.seeds < 1:
+            raise UserError(f"few-shot needs at least one seed, got {self.seeds}")
+        if not self.shots or min(self.shots) < 1:
+            got = ", ".join(map(str, self.shots)) or "none"
+            raise UserError(f"few-shot needs positive numbers of shots, got {got}")
+
+    def fit(self, given: ProbeInput, device: str | torch.device = "cpu", progress: bool = False) -> dict:
+        """Fit on S training images of each class, score on the whole test set; for each S and several draws.
+
+        Args:
+            given: its features (N, E) are whitened here by the mean and deviation of the drawn images.
+
+        Returns:
+            A dict that JSON can hold but for 'predicted' (N,) int64: in percent 'shot1_acc1' and 'shot1_std', ... mean
+            and standard deviation (of the seeds) for each S; 'acc1', 'acc5' (more than five classes),
+            'mean_per_class_recall': means for the most shots; 'chance'; 'shots' as used, 'left_out_shots', 'seeds',
+            'l2', 'num_train', 'num_test', 'num_classes'. 'predicted' is that of the most shots and seed 0.
+
+        Raises:
+            UserError: no number of shots that every class has.
+        """
+        used = self._used(given)
+        found, predicted = _draws(given, used, self.seeds, probe_device(device), progress)
+        figures = {}
+        for number, draws in found.items():
+            accuracies = [figure["acc1"] for figure in draws]
+            figures[f"shot{number}_acc1"] = np.mean(accuracies).item()
+            figures[f"shot{number}_std"] = np.std(accuracies).item()
+        most = found[used[-1]]
+        return {
+            **{name: np.mean([figure[name] for figure in most]).item() for name in most[0]},
+            **figures,
+            "shots": used,
+            "left_out_shots": [number for number in self.shots if number not in used],
+            "seeds": self.seeds,
+            "l2": L2,
+            **counts(given),
+            "predicted": predicted,
+        }
+
+    def _used(self, given: ProbeInput) -> list[int]:
+        images = torch.bincount(given.train_labels, minlength=given.num_classes)
+        used = sorted({number for number in self.shots if number <= images.min()})
+        if not used:
+            raise UserError(
+                f"class {images.argmin()} has {images.min()} training images, fewer than the least number of shots, "
+                f"{min(self.shots)}; ask for fewer shots"
+            )
+        return used
+
+    def headline(self, result: dict) -> tuple[str, ...]:
+        return tuple(f"shot{number}_acc1" for number in result["shots"])
+
+    def run(self, subject: EvaluatedModel) -> Outcome:
+        outcome = super().run(subject)
+        # A mean over draws, while 'predicted' is of one draw: no interval can be made around it from that.
+        recall = replace(outcome.figures["mean_per_class_recall"], interval=None)
+        return replace(outcome, figures={**outcome.figures, "mean_per_class_recall": recall})
 
 
 def _draws(
-    given: ProbeInput, used: Sequence[int], seeds: int, l2: float, device: torch.device, progress: bool
+    given: ProbeInput, used: Sequence[int], seeds: int, device: torch.device, progress: bool
 ) -> tuple[dict[int, list[dict[str, float]]], torch.Tensor]:
     """Figures of each draw by shots, and the classes (N,) predicted by seed 0 with the most shots."""
     found: dict[int, list[dict[str, float]]] = {number: [] for number in used}
@@ -85,30 +108,11 @@ def _draws(
         for number in used:
             rows = torch.cat([places[:number] for places in drawn])
             train, labels = given.train[rows].to(device), given.train_labels[rows]
-            rank, predicted = ranked(ridge_scores(train, labels, given.test, given.num_classes, l2), given.test_labels)
+            rank, predicted = ranked(ridge_scores(train, labels, given.test, given.num_classes), given.test_labels)
             found[number].append(hit_figures(rank, predicted, given))
         if seed == 0:
             first = predicted
     return found, first
-
-
-def check_options(shots: Sequence[int], seeds: int) -> None:
-    """Raise UserError for options of `few_shot` that no data can make right."""
-    if seeds < 1:
-        raise UserError(f"few-shot needs at least one seed, got {seeds}")
-    if not shots or min(shots) < 1:
-        raise UserError(f"few-shot needs positive numbers of shots, got {', '.join(map(str, shots)) or 'none'}")
-
-
-def _checked_shots(shots: Sequence[int], labels: torch.Tensor, num_classes: int) -> list[int]:
-    fewest = torch.bincount(labels, minlength=num_classes)
-    used = sorted({number for number in shots if number <= fewest.min()})
-    if not used:
-        raise UserError(
-            f"class {fewest.argmin()} has {fewest.min()} training images, fewer than the least number of shots, "
-            f"{min(shots)}; ask for fewer shots"
-        )
-    return used
 
 
 def draw(labels: torch.Tensor, num_classes: int, seed: int) -> list[torch.Tensor]:
@@ -145,31 +149,3 @@ def ridge_scores(
 def _solve(matrix: torch.Tensor, l2: float, target: torch.Tensor) -> torch.Tensor:
     matrix.diagonal().add_(l2)
     return torch.cholesky_solve(target, torch.linalg.cholesky(matrix))
-
-
-@TASKS.register("few_shot")
-@dataclass(frozen=True)
-class FewShot(ProbeTask):
-    """Ridge regression on a few images of each class (big_vision's few-shot evaluator)."""
-
-    title = "few-shot"
-
-    shots: tuple[int, ...] = SHOTS
-    """Training images of each class."""
-    seeds: int = 3
-    """Draws of the training images; figures are means over them."""
-
-    def check(self) -> None:
-        check_options(self.shots, self.seeds)
-
-    def fit(self, given: ProbeInput, **how) -> dict:
-        return few_shot(given, shots=self.shots, seeds=self.seeds, **how)
-
-    def headline(self, result: dict) -> tuple[str, ...]:
-        return tuple(f"shot{number}_acc1" for number in result["shots"])
-
-    def run(self, subject: EvaluatedModel) -> Outcome:
-        outcome = super().run(subject)
-        # A mean over draws, while 'predicted' is of one draw: no interval can be made around it from that.
-        recall = replace(outcome.figures["mean_per_class_recall"], interval=None)
-        return replace(outcome, figures={**outcome.figures, "mean_per_class_recall": recall})

@@ -5,7 +5,7 @@ N samples, C classes, E embed_dim.
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,59 +35,68 @@ class Head:
 HEADS: Registry[Head] = Registry("head")
 
 
-def head_probe(name: str, given: ProbeInput, *, seed: int = 0, options: Mapping[str, Any] | None = None) -> dict:
-    """Fit the classifier `name` on training features, score it on test features.
+@TASKS.register("head")
+@dataclass(frozen=True)
+class HeadTask(ProbeTask):
+    """A classifier of scikit-learn, by its name in `HEADS`."""
 
-    Args:
-        seed: decides everything random in the fit.
-        options: of the classifier, by scikit-learn's names, in place of the defaults here.
+    head: str = "linear"
+    options: dict = field(default_factory=dict)
+    """Of that classifier, by scikit-learn's names, in place of the defaults here; 'random_state' is 0."""
 
-    Returns:
-        A dict that JSON can hold but for 'predicted' (N,) int64: 'acc1', 'acc5' (more than five classes; among equal
-        scores the right class comes last), 'mean_per_class_recall', 'chance' in percent, 'head', 'options',
-        'warnings' (what scikit-learn said, such as iterations that did not suffice), 'num_train', 'num_test',
-        'num_classes'.
+    @property
+    def title(self) -> str:
+        return f"{self.head} head".replace("_", " ")
 
-    Raises:
-        UserError: an unknown head or option, or a value the classifier refuses.
-    """
-    options = dict(options or {})
-    estimator = build_head(name, options, seed)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            estimator.fit(given.train.numpy(), given.train_labels.numpy())
-            predicted = torch.from_numpy(np.asarray(estimator.predict(given.test.numpy()), dtype=np.int64))
-            rank = _rank(estimator, given, predicted)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"head {name}: {_first_line(error)}") from None
-    return {
-        **hit_figures(rank, predicted, given),
-        "head": name,
-        "options": options,
-        "warnings": sorted({_first_line(warning.message) for warning in caught}),
-        **counts(given),
-        "predicted": predicted,
-    }
+    def check(self) -> None:
+        self.build()
 
+    def build(self) -> Any:
+        """Return the unfitted classifier; UserError for an unknown head or option."""
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
 
-def build_head(name: str, options: Mapping[str, Any], seed: int = 0) -> Any:
-    """Return the unfitted classifier; UserError for an unknown head or option."""
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+        head = HEADS.get(self.head)
+        classifier = head.build()
+        known = classifier.get_params()
+        for name in self.options:
+            if name not in known:
+                hint = f"{did_you_mean(name, known)} Known: {', '.join(sorted(known))}"
+                raise UserError(f"head {self.head} has no option '{name}'.{hint}")
+        if "random_state" in known:
+            classifier.set_params(random_state=0)
+        classifier.set_params(**self.options)
+        return make_pipeline(StandardScaler(), classifier) if head.standardise else classifier
 
-    head = HEADS.get(name)
-    classifier = head.build()
-    known = classifier.get_params()
-    for option in options:
-        if option not in known:
-            raise UserError(
-                f"head {name} has no option '{option}'.{did_you_mean(option, known)} Known: {', '.join(sorted(known))}"
-            )
-    if "random_state" in known:
-        classifier.set_params(random_state=seed)
-    classifier.set_params(**options)
-    return make_pipeline(StandardScaler(), classifier) if head.standardise else classifier
+    def fit(self, given: ProbeInput, device: str | torch.device = "cpu", progress: bool = False) -> dict:
+        """Fit the classifier on training features, score it on test features; on the CPU.
+
+        Returns:
+            A dict that JSON can hold but for 'predicted' (N,) int64: 'acc1', 'acc5' (more than five classes; among
+            equal scores the right class comes last), 'mean_per_class_recall', 'chance' in percent, 'head', 'options',
+            'warnings' (what scikit-learn said, such as iterations that did not suffice), 'num_train', 'num_test',
+            'num_classes'.
+
+        Raises:
+            UserError: a value the classifier refuses.
+        """
+        estimator = self.build()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                estimator.fit(given.train.numpy(), given.train_labels.numpy())
+                predicted = torch.from_numpy(np.asarray(estimator.predict(given.test.numpy()), dtype=np.int64))
+                rank = _rank(estimator, given, predicted)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"head {self.head}: {_first_line(error)}") from None
+        return {
+            **hit_figures(rank, predicted, given),
+            "head": self.head,
+            "options": self.options,
+            "warnings": sorted({_first_line(warning.message) for warning in caught}),
+            **counts(given),
+            "predicted": predicted,
+        }
 
 
 def _rank(estimator: Any, given: ProbeInput, predicted: torch.Tensor) -> torch.Tensor:
@@ -112,26 +121,6 @@ def _sklearn(module: str, name: str, **defaults: Any) -> Callable[[], Any]:
         return getattr(importlib.import_module(f"sklearn.{module}"), name)(**defaults)
 
     return build
-
-
-@TASKS.register("head")
-@dataclass(frozen=True)
-class HeadTask(ProbeTask):
-    """A classifier of scikit-learn, by its name in `HEADS`."""
-
-    head: str = "linear"
-    options: dict = field(default_factory=dict)
-    """Of that classifier, by scikit-learn's names."""
-
-    @property
-    def title(self) -> str:
-        return f"{self.head} head".replace("_", " ")
-
-    def check(self) -> None:
-        build_head(self.head, self.options)
-
-    def fit(self, given: ProbeInput, **how) -> dict:
-        return head_probe(self.head, given, options=self.options)
 
 
 for _name, _head in {

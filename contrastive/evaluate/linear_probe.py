@@ -26,7 +26,7 @@ VAL_SHARE = 0.2
 
 
 class Sweep(NamedTuple):
-    """What a sweep found."""
+    """What a sweep found: the fit of the best weight decay, and of all that were fitted."""
 
     best: LinearProbe
     accuracies: dict[float, float]
@@ -50,7 +50,8 @@ def sweep_weight_decay(
     max_iterations: int = MAX_ITERATIONS,
     tolerance: float = SWEEP_TOLERANCE,
     device: str | torch.device = "cpu",
-) -> tuple[float, dict[float, float]]:
+    progress: bool = False,
+) -> Sweep:
     """Choose the weight decay with the highest validation accuracy, coarse to fine.
 
     First 1e-6, 1e-4, 1e-2, 1, 1e2, 1e4 and 1e6; then the two neighbours of the best so far at one decade's distance,
@@ -58,12 +59,23 @@ def sweep_weight_decay(
 
     Args:
         train, val: features (N, E) and (M, E). Their labels (N,) and (M,) are int64 in 0..C-1.
-
-    Returns:
-        The best weight decay, and the validation accuracy in percent of all that were fitted.
     """
-    found = _sweep(train, train_labels, val, val_labels, num_classes, max_iterations, tolerance, device)
-    return found.best.weight_decay, found.accuracies
+    problem = LogisticProblem(train, train_labels, num_classes, device)
+    val = val.to(problem.rows.device)
+    probes: dict[int, LinearProbe] = {}
+    accuracies: dict[int, float] = {}
+    for steps in bar(_steps(accuracies), "linear probe", ROUNDS, shown=progress):
+        decays, starts = [weight_decay_at(step) for step in steps], [_guess(probes, step) for step in steps]
+        fitted = problem.fit(decays, starts, max_iterations=max_iterations, tolerance=tolerance)
+        for step, probe in zip(steps, fitted, strict=True):
+            probes[step] = probe
+            rank, _ = ranked(probe.scores(val), val_labels)
+            accuracies[step] = 100 * (rank < 1).double().mean().item()
+    return Sweep(
+        probes[_best(accuracies)],
+        {weight_decay_at(step): accuracies[step] for step in sorted(accuracies)},
+        tuple(weight_decay_at(step) for step in sorted(probes) if not probes[step].converged),
+    )
 
 
 def linear_probe(
@@ -86,7 +98,7 @@ def linear_probe(
         UserError: no class has a second image to choose the weight decay on.
     """
     features, labels, parts = _parts(given, seed)
-    found = _sweep(*parts, given.num_classes, MAX_ITERATIONS, SWEEP_TOLERANCE, device, progress)
+    found = sweep_weight_decay(*parts, given.num_classes, device=device, progress=progress)
     best = found.best
     # Only the sum of losses grows with the data; as with scikit-learn's C, the penalty stays.
     probe = fit_logistic(features, labels, given.num_classes, best.weight_decay, start=best, device=device)
@@ -137,35 +149,6 @@ def held_out(labels: torch.Tensor, seed: int) -> torch.Tensor:
     if not held.any():
         raise UserError("no class has a second training sample to choose the weight decay on; give validation data")
     return held
-
-
-def _sweep(
-    train: torch.Tensor,
-    train_labels: torch.Tensor,
-    val: torch.Tensor,
-    val_labels: torch.Tensor,
-    num_classes: int,
-    max_iterations: int,
-    tolerance: float,
-    device: str | torch.device,
-    progress: bool = False,
-) -> Sweep:
-    problem = LogisticProblem(train, train_labels, num_classes, device)
-    val = val.to(problem.rows.device)
-    probes: dict[int, LinearProbe] = {}
-    accuracies: dict[int, float] = {}
-    for steps in bar(_steps(accuracies), "linear probe", ROUNDS, shown=progress):
-        decays, starts = [weight_decay_at(step) for step in steps], [_guess(probes, step) for step in steps]
-        fitted = problem.fit(decays, starts, max_iterations=max_iterations, tolerance=tolerance)
-        for step, probe in zip(steps, fitted, strict=True):
-            probes[step] = probe
-            rank, _ = ranked(probe.scores(val), val_labels)
-            accuracies[step] = 100 * (rank < 1).double().mean().item()
-    return Sweep(
-        probes[_best(accuracies)],
-        {weight_decay_at(step): accuracies[step] for step in sorted(accuracies)},
-        tuple(weight_decay_at(step) for step in sorted(probes) if not probes[step].converged),
-    )
 
 
 def _steps(accuracies: dict[int, float]) -> Iterator[list[int]]:

@@ -21,3 +21,10 @@ def clouds(num, width=16, num_classes=3, seed=0, spread=1.0, dtype=torch.float64
 
 def unit(features):
     return F.normalize(features, dim=1)
+
+
+def fitted(kind, given, **options):
+    """What a probe of that kind finds, its options checked as those in a suite's file are."""
+    task = kind("train", "test", **options)
+    task.check()
+    return task.fit(given)

@@ -3,14 +3,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from probe_data import clouds
+from probe_data import clouds, fitted
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from contrastive.errors import UserError
-from contrastive.evaluate.heads import HEADS, Head, head_probe
+from contrastive.evaluate.heads import HEADS, Head, HeadTask
 from contrastive.evaluate.probe_input import checked_input
 from contrastive.registry import Registry
 
@@ -21,6 +21,10 @@ QUICK = {
     "gradient_boosting": {"max_iter": 5},
 }
 FITTED_AT_RANDOM = ("mlp", "random_forest", "extra_trees", "sgd")
+
+
+def head_probe(name, given, options=None):
+    return fitted(HeadTask, given, head=name, options=options or {})
 
 
 def data(num_classes=7):
@@ -53,7 +57,9 @@ def test_the_seed_decides(name):
     given = data()
     options = {"max_iter": 2} if name in ("mlp", "sgd") else {"n_estimators": 2}
     first = head_probe(name, checked_input(*given), options=options)["predicted"]
-    others = [head_probe(name, checked_input(*given), seed=seed, options=options)["predicted"] for seed in (1, 2, 3)]
+    others = [
+        head_probe(name, checked_input(*given), options | {"random_state": seed})["predicted"] for seed in (1, 2, 3)
+    ]
     assert any(not torch.equal(first, other) for other in others)
 
 

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from probe_data import clouds, unit
+from probe_data import clouds, fitted, unit
 from sklearn.neighbors import KNeighborsClassifier
 
 from contrastive.errors import UserError
 from contrastive.evaluate import knn as module
-from contrastive.evaluate.knn import knn
+from contrastive.evaluate.knn import Knn
 from contrastive.evaluate.probe_input import checked_input
 
 
@@ -35,7 +35,9 @@ def data(num_classes=7, seed=0):
 def test_agrees_with_the_formula_in_any_blocks(block, temperature, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
     train, train_labels, test, test_labels = data()
-    result = knn(checked_input(train, train_labels, test, test_labels), k=(1, 5, 20, 250), temperature=temperature)
+    result = fitted(
+        Knn, checked_input(train, train_labels, test, test_labels), k=(1, 5, 20, 250), temperature=temperature
+    )
     for k in (1, 5, 20, 250):
         found = votes(train, train_labels, test, k, temperature, 7)
         right = found.argmax(1) == test_labels.numpy()
@@ -53,7 +55,7 @@ def test_agrees_with_the_formula_in_any_blocks(block, temperature, monkeypatch):
 
 def test_agrees_with_scikit_learn():
     train, train_labels, test, test_labels = data(num_classes=4, seed=5)
-    result = knn(checked_input(train.float(), train_labels, test.float(), test_labels), k=(10, 20, 100))
+    result = fitted(Knn, checked_input(train.float(), train_labels, test.float(), test_labels), k=(10, 20, 100))
     for k in (10, 20, 100):
         theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
         theirs.fit(train.numpy(), train_labels.numpy())
@@ -65,7 +67,7 @@ def test_agrees_with_scikit_learn():
 
 def test_the_result():
     train, train_labels, test, test_labels = data(num_classes=4)
-    result = knn(checked_input(train, train_labels, test, test_labels), k=[30, 4, 6])
+    result = fitted(Knn, checked_input(train, train_labels, test, test_labels), k=[30, 4, 6])
     assert result.pop("predicted").dtype == torch.int64
     json.dumps(result)
     assert result["k"] == 6 and result["acc1"] == result["k6_acc1"]
@@ -75,11 +77,11 @@ def test_the_result():
 
 def test_default_k_above_the_gallery_are_left_out():
     train, train_labels, test, test_labels = data(num_classes=3)
-    result = knn(checked_input(train[:50], train_labels[:50], test, test_labels))
+    result = fitted(Knn, checked_input(train[:50], train_labels[:50], test, test_labels))
     assert result["left_out_k"] == [100, 200] and {"k10_acc1", "k20_acc1"} < set(result)
     assert "k100_acc1" not in result
     with pytest.raises(UserError, match="the gallery has 9 images, fewer than the least k, 10"):
-        knn(checked_input(train[:9], train_labels[:9], test, test_labels))
+        fitted(Knn, checked_input(train[:9], train_labels[:9], test, test_labels))
 
 
 @pytest.mark.parametrize(
@@ -94,17 +96,19 @@ def test_default_k_above_the_gallery_are_left_out():
 )
 def test_refuses(options, match):
     with pytest.raises(UserError, match=match):
-        knn(checked_input(*data()), **options)
+        fitted(Knn, checked_input(*data()), **options)
 
 
 def test_a_tiny_temperature_does_not_overflow():
     train, train_labels, test, test_labels = data(num_classes=3)
-    nearest = knn(checked_input(train.float(), train_labels, test.float(), test_labels), k=(1,))
-    result = knn(checked_input(train.float(), train_labels, test.float(), test_labels), k=(20,), temperature=1e-6)
+    nearest = fitted(Knn, checked_input(train.float(), train_labels, test.float(), test_labels), k=(1,))
+    result = fitted(
+        Knn, checked_input(train.float(), train_labels, test.float(), test_labels), k=(20,), temperature=1e-6
+    )
     assert result["acc1"] == nearest["acc1"]
 
 
 def test_features_that_are_all_alike_score_nothing():
     labels = torch.arange(40) % 4
-    result = knn(checked_input(torch.ones(40, 3), labels, torch.ones(8, 3), torch.arange(8) % 4), k=(40,))
+    result = fitted(Knn, checked_input(torch.ones(40, 3), labels, torch.ones(8, 3), torch.arange(8) % 4), k=(40,))
     assert result["acc1"] == 0

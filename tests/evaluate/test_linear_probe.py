@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from contrastive.errors import UserError
 from contrastive.evaluate import logistic as module
-from contrastive.evaluate.linear_probe import _sweep, held_out, linear_probe, sweep_weight_decay, weight_decay_at
+from contrastive.evaluate.linear_probe import held_out, linear_probe, sweep_weight_decay, weight_decay_at
 from contrastive.evaluate.logistic import LinearProbe, LogisticProblem, fit_logistic
 from contrastive.evaluate.probe_input import checked_input
 
@@ -158,10 +158,10 @@ def reference_sweep(train, train_labels, val, val_labels):
 def test_the_sweep_is_the_papers_with_scikit_learn(spread):
     (train, train_labels), (val, val_labels) = (clouds(n, 12, 4, seed, spread) for n, seed in ((150, 0), (400, 1)))
     best, accuracies = reference_sweep(train, train_labels, val, val_labels)
-    found, found_accuracies = sweep_weight_decay(train, train_labels, val, val_labels, 4, tolerance=1e-9)
-    assert found == pytest.approx(best)
-    assert list(found_accuracies) == pytest.approx(sorted(accuracies))
-    assert list(found_accuracies.values()) == pytest.approx([accuracies[key] for key in sorted(accuracies)], abs=1e-4)
+    found = sweep_weight_decay(train, train_labels, val, val_labels, 4, tolerance=1e-9)
+    assert found.best.weight_decay == pytest.approx(best)
+    assert list(found.accuracies) == pytest.approx(sorted(accuracies))
+    assert list(found.accuracies.values()) == pytest.approx([accuracies[key] for key in sorted(accuracies)], abs=1e-4)
     assert len(accuracies) <= 15
 
 
@@ -172,14 +172,14 @@ def test_the_grid_has_96_steps():
 
 def test_among_equals_the_strongest_decay_wins_and_the_grids_end_is_kept():
     train, labels = torch.eye(4).repeat(10, 1), torch.arange(4).repeat(10)
-    best, accuracies = sweep_weight_decay(train, labels, train, labels, 4)
-    assert set(accuracies.values()) == {100.0} and best == 1e6
+    best, accuracies, _ = sweep_weight_decay(train, labels, train, labels, 4)
+    assert set(accuracies.values()) == {100.0} and best.weight_decay == 1e6
     assert max(accuracies) == 1e6 and len(accuracies) == 11  # seven, and one below at each distance
 
 
 def test_fits_that_stop_early_are_named():
     features, labels = clouds(300, 12, 4)
-    found = _sweep(features, labels, features, labels, 4, 3, 1e-4, "cpu")
+    found = sweep_weight_decay(features, labels, features, labels, 4, max_iterations=3)
     assert 1e-6 in found.unconverged and len(found.unconverged) < len(found.accuracies)
 
 
