@@ -5,7 +5,7 @@ Files of choices are laid out as SugarCrepe's or as Winoground's. N samples, E e
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +21,8 @@ from contrastive.evaluate.tasks import TASKS, EvaluationTask, Figure, Need, Outc
 
 ONE_IMAGE = ("filename", "caption", "negative_caption")
 TWO_IMAGES = ("image_0", "image_1", "caption_0", "caption_1")
-PAIR_FIGURES = ("text_score", "image_score", "group_score")
-# Of four independent scores: two comparisons right, twice; and both right ones above both wrong ones.
-PAIR_CHANCE = (25.0, 25.0, 100 / 6)
+PAIR_CHANCE = {"text_score": 25.0, "image_score": 25.0, "group_score": 100 / 6}
+"""Of four independent scores: two comparisons right, twice; and both right ones above both wrong ones."""
 
 
 class CaptionChoice(NamedTuple):
@@ -119,8 +118,15 @@ def compositional(
     texts = _distinct(caption for choice in kept for caption in choice.captions)
     text_features = embed_texts(bundle.model, bundle.tokenizer, texts, device=device)
     image_row = {files.files[index]: row for row, index in enumerate(embedded.index.tolist())}
-    features = _Features(embedded.features, image_row, text_features, {text: row for row, text in enumerate(texts)})
-    figures, chance, hits = _scored(kept, features)
+    text_row = {text: row for row, text in enumerate(texts)}
+
+    def near(pairs: Iterable[tuple[str, str]]) -> torch.Tensor:
+        """How near image and caption of each pair are to each other (n,)."""
+        images, captions = zip(*((image_row[image], text_row[text]) for image, text in pairs), strict=True)
+        # Row by row alike, so that equal vectors tie exactly.
+        return (embedded.features[list(images)] * text_features[list(captions)]).sum(dim=1)
+
+    figures, chance, hits = (_scored_pairs if len(kept[0].images) == 2 else _scored_captions)(kept, near)
     return {**figures, "chance": chance, "num_samples": len(kept), "skipped": dict(+skipped), "hits": hits}
 
 
@@ -137,52 +143,31 @@ def _readable(
     return kept
 
 
-class _Features:
-    """Unit vectors of image files and of captions, by name."""
-
-    def __init__(self, images: torch.Tensor, image_row: dict[str, int], texts: torch.Tensor, text_row: dict[str, int]):
-        self._images, self._image_row, self._texts, self._text_row = images, image_row, texts, text_row
-
-    def similarity(self, pairs: Iterable[tuple[str, str]]) -> torch.Tensor:
-        """Return (n,): how near image and caption are to each other."""
-        images, texts = zip(*((self._image_row[image], self._text_row[text]) for image, text in pairs), strict=True)
-        # Row by row alike, so that equal vectors tie exactly.
-        return (self._images[list(images)] * self._texts[list(texts)]).sum(dim=1)
+Near = Callable[[Iterable[tuple[str, str]]], torch.Tensor]
 
 
-def _scored(choices: list[CaptionChoice], features: _Features) -> tuple[dict, dict, torch.Tensor]:
-    """Return the figures and their chance levels in percent, and the hits."""
-    if len(choices[0].images) == 2:
-        hits = _pair_hits(choices, features)
-        shares = hits.double().mean(dim=0) * 100
-        figures = dict(zip(PAIR_FIGURES, shares.tolist(), strict=True))
-        return figures, dict(zip(PAIR_FIGURES, PAIR_CHANCE, strict=True)), hits
-    hits = _caption_hits(choices, features)
+def _scored_captions(choices: list[CaptionChoice], near: Near) -> tuple[dict, dict, torch.Tensor]:
+    """Figures and chance levels in percent, and hits (N,): the right caption strictly nearer than every wrong one."""
+    right = near((choice.images[0], choice.captions[0]) for choice in choices)
+    wrong = near((choice.images[0], text) for choice in choices for text in choice.captions[1:])
+    counts = [len(choice.captions) - 1 for choice in choices]
+    above = right.repeat_interleave(torch.tensor(counts)) > wrong
+    hits = torch.stack([of_one.all() for of_one in above.split(counts)])
     chance = sum(100 / len(choice.captions) for choice in choices) / len(choices)
     return {"acc1": 100 * hits.double().mean().item()}, {"acc1": chance}, hits
 
 
-def _caption_hits(choices: list[CaptionChoice], features: _Features) -> torch.Tensor:
-    """(N,): the right caption strictly nearer than every wrong one."""
-    right = features.similarity((choice.images[0], choice.captions[0]) for choice in choices)
-    wrong = features.similarity((choice.images[0], text) for choice in choices for text in choice.captions[1:])
-    counts = torch.tensor([len(choice.captions) - 1 for choice in choices])
-    above = right.repeat_interleave(counts) > wrong
-    ends = counts.cumsum(0)
-    wins = torch.cat([torch.zeros(1, dtype=torch.int64), above.cumsum(0)])
-    return wins[ends] - wins[ends - counts] == counts
-
-
-def _pair_hits(choices: list[CaptionChoice], features: _Features) -> torch.Tensor:
-    """(N, 3): text, image and group score of each."""
-
-    def near(image: int, caption: int) -> torch.Tensor:
-        return features.similarity((choice.images[image], choice.captions[caption]) for choice in choices)
-
-    own_0, own_1, cross_01, cross_10 = near(0, 0), near(1, 1), near(0, 1), near(1, 0)
+def _scored_pairs(choices: list[CaptionChoice], near: Near) -> tuple[dict, dict, torch.Tensor]:
+    """Figures, their chance levels in percent, and hits (N, 3): text, image and group score of each."""
+    own_0, own_1, cross_01, cross_10 = (
+        near((choice.images[image], choice.captions[caption]) for choice in choices)
+        for image, caption in ((0, 0), (1, 1), (0, 1), (1, 0))
+    )
     text = (own_0 > cross_01) & (own_1 > cross_10)
     image = (own_0 > cross_10) & (own_1 > cross_01)
-    return torch.stack([text, image, text & image], dim=1)
+    hits = torch.stack([text, image, text & image], dim=1)
+    shares = hits.double().mean(dim=0) * 100
+    return dict(zip(PAIR_CHANCE, shares.tolist(), strict=True)), dict(PAIR_CHANCE), hits
 
 
 def _distinct(names: Iterable[str]) -> tuple[str, ...]:
@@ -200,59 +185,43 @@ def read_choices(path: Path) -> list[CaptionChoice]:
     """
     try:
         text = path.expanduser().read_text("utf-8-sig")
-        entries = _entries_of_lines(text, path) if path.suffix == ".jsonl" else _entries(text, path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON text ({error})") from None
-    if not entries:
-        raise UserError(f"{path} has no entries")
-    seen: set[str] = set()
-    for key, _ in entries:
-        if key in seen:
-            raise UserError(f"{path}: id '{key}' is there twice")
-        seen.add(key)
-    layout = TWO_IMAGES if "image_0" in entries[0][1] else ONE_IMAGE
-    return [_choice(entry, layout, f"{path}, entry '{key}'", key) for key, entry in entries]
-
-
-def _entries(text: str, path: Path) -> list[tuple[str, dict]]:
-    held = json.loads(text, object_pairs_hook=_Pairs)
+    if path.suffix == ".jsonl":
+        lines = enumerate(text.split("\n"), start=1)
+        held = [_parsed(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    else:
+        held = _parsed(text, f"{path}")
     if isinstance(held, _Pairs):
         named = list(held)
     elif isinstance(held, list):
-        named = [_with_id(entry, place) for place, entry in enumerate(held)]
+        named = [(str(dict(e).get("id", n)) if isinstance(e, _Pairs) else str(n), e) for n, e in enumerate(held)]
     else:
         raise UserError(f"{path}: must be a JSON object of entries by id, or a list of entries")
-    return [(key, _fields(entry, f"{path}, entry '{key}'")) for key, entry in named]
-
-
-def _entries_of_lines(text: str, path: Path) -> list[tuple[str, dict]]:
-    entries = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            key, entry = _with_id(json.loads(line, object_pairs_hook=_Pairs), len(entries))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
-        entries.append((key, _fields(entry, f"{path}, line {number}")))
-    return entries
+    if not named:
+        raise UserError(f"{path} has no entries")
+    twice = [key for key, times in Counter(key for key, _ in named).items() if times > 1]
+    for key, entry in named:
+        if not isinstance(entry, _Pairs):
+            raise UserError(f"{path}, entry '{key}': must be a JSON object with the fields {', '.join(ONE_IMAGE)}")
+    if twice:
+        raise UserError(f"{path}: id '{twice[0]}' is there twice")
+    entries = [(key, dict(entry)) for key, entry in named]
+    layout = TWO_IMAGES if "image_0" in entries[0][1] else ONE_IMAGE
+    return [_choice(entry, layout, f"{path}, entry '{key}'", key) for key, entry in entries]
 
 
 class _Pairs(list):
     """The (name, value) pairs of a JSON object: a dict would keep the last of those with one name."""
 
 
-def _with_id(entry: Any, place: int) -> tuple[str, Any]:
-    fields = dict(entry) if isinstance(entry, _Pairs) else {}
-    return str(fields.get("id", place)), entry
-
-
-def _fields(entry: Any, where: str) -> dict:
-    if not isinstance(entry, _Pairs):
-        raise UserError(f"{where}: must be a JSON object with the fields {', '.join(ONE_IMAGE)}")
-    return dict(entry)
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_Pairs)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON text ({error})") from None
 
 
 def _choice(entry: dict, layout: Sequence[str], where: str, key: str) -> CaptionChoice:
@@ -296,8 +265,8 @@ class Compositional(EvaluationTask):
         check_text_tower(subject.bundle, "the compositional choice")
         options = {"image_root": self.image_root, "limit": subject.limit, **subject.loading}
         result = compositional(subject.bundle, self.data, device=subject.device, **options)
-        names = [name for name in ("acc1", "text_score", "image_score", "group_score") if name in result]
         chance, count = result["chance"], result["num_samples"]
-        figures = {n: Figure(result[n], share_interval(result[n], count), chance.get(n)) for n in names}
+        names = list(chance)
+        figures = {n: Figure(result[n], share_interval(result[n], count), chance[n]) for n in names}
         details = {n: v for n, v in result.items() if n not in (*names, "chance", "hits")}
         return Outcome(figures, tuple(names), details)
