@@ -16,8 +16,8 @@ from contrastive.command_line import Parser, at_least
 from contrastive.data.sources import open_source
 from contrastive.distributed.runtime import joined_ranks, prepare_process
 from contrastive.errors import UserError
-from contrastive.evaluate.embedding_store import SAMPLES_PER_SHARD, StoreOptions, claim_store
-from contrastive.evaluate.evaluated_model import check_texts, fill_store, has_captions
+from contrastive.evaluate.embedding_store import SAMPLES_PER_SHARD, StoreOptions, claim_store, store_config
+from contrastive.evaluate.evaluated_model import check_texts, fill_store, has_captions, model_identity
 from contrastive.log import is_main_process, run_script, say, warn
 
 SHOWN_KEYS = 3
@@ -63,7 +63,7 @@ def embed(options: argparse.Namespace) -> None:
             parts = ("images",)
         if "texts" in parts:
             check_texts(bundle, source)
-        store = claim_store(options.out, bundle, source, StoreOptions(**layout))
+        store = claim_store(options.out, store_config(model_identity(bundle), source, StoreOptions(**layout)))
         loading = {"batch_size": options.batch_size, "num_workers": options.workers, "progress": True}
         fill_store(store, bundle, source, parts, device=device, **loading)
     if is_main_process():

@@ -8,7 +8,6 @@ N images, M texts, E embed_dim.
 """
 
 import contextlib
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -186,23 +185,6 @@ def check_labels(name: str, labels: torch.Tensor, num_classes: int | None) -> No
         raise UserError(f"{name} has {span}, but there are {num_classes} class names")
 
 
-@dataclass(frozen=True)
-class ImageEmbeddings:
-    """What `embed_images` found, in the order of the indices asked for, unreadable images left out."""
-
-    features: torch.Tensor
-    """(N, E) float32 on the CPU, L2-normalised."""
-    index: torch.Tensor
-    """(N,) int64: the source index of each row."""
-    bad: tuple[tuple[str, str], ...]
-    """(reason, key) of each image left out."""
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """Number of images left out, by reason."""
-        return Counter(reason for reason, _ in self.bad)
-
-
 def pick_indices(num_samples: int, limit: int | None = None) -> np.ndarray:
     """Return `limit` source indices in rising order, all when None.
 
@@ -236,17 +218,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class ImageBatch(NamedTuple):
-    """Embedded images, in the order asked for."""
+def in_precision(precision: Literal["fp32", "bf16"], device: str | torch.device) -> torch.autocast:
+    """Compute in float32, or by autocast in bfloat16."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+class ImageEmbeddings(NamedTuple):
+    """Embedded images in the order asked for, unreadable ones left out."""
 
     features: torch.Tensor
-    """(b, E) float32 on the CPU."""
+    """(N, E) float32 on the CPU."""
     index: torch.Tensor
-    """(b,) int64, source indices."""
+    """(N,) int64, source indices."""
     keys: list[str]
-    """b keys of the samples."""
+    """N keys of the samples."""
     bad: list[tuple[str, str]]
-    """(reason, key) of each image of the batch left out, in order."""
+    """(reason, key) of each image left out, in order."""
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Number of images left out, by reason."""
+        return Counter(reason for reason, _ in self.bad)
 
 
 def image_batches(
@@ -261,21 +253,20 @@ def image_batches(
     space: Space = "projected",
     precision: Literal["fp32", "bf16"] = "fp32",
     progress: bool = False,
-) -> Iterator[ImageBatch]:
+) -> Iterator[ImageEmbeddings]:
     """Embed the images at `indices` on this rank, a batch at a time; iterate within `evaluating(model)`.
 
     Features of space 'projected' are of unit length; 'pooled' ones are as the tower gives them.
     """
     loader = eval_loader(source, preprocess, indices, batch_size=batch_size, num_workers=num_workers)
     options = {"normalize": False, "project": False} if space == "pooled" else {}
-    in_bf16 = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
     for batch in bar(loader, "embedding images", -(-len(indices) // batch_size), shown=progress):
         features = torch.empty(0, 0)
         if len(batch["index"]):
             pixels = preprocess.normalize(batch["image"].to(device, non_blocking=True))
-            with in_bf16:
+            with in_precision(precision, device):
                 features = model.encode_image(pixels, **options).float().cpu()
-        yield ImageBatch(features, batch["index"], batch["key"], batch["bad"])
+        yield ImageEmbeddings(features, batch["index"], batch["key"], batch["bad"])
 
 
 def embed_images(
@@ -289,7 +280,7 @@ def embed_images(
     num_workers: int = 0,
     progress: bool = False,
 ) -> ImageEmbeddings:
-    """Embed images of `source`, all or those at `indices`.
+    """Embed images of `source`, all or those at `indices`, L2-normalised.
 
     With several ranks each embeds a contiguous share and all get every row: call it on all of them.
     Unreadable images are left out and told in `bad`. `progress` shows a bar on the first rank.
@@ -298,21 +289,17 @@ def embed_images(
     # Contiguous shares, so that the ranks' rows, one rank after the other, are in the order asked for.
     world, rank = collectives.world_size(), collectives.rank()
     share = indices[rank * len(indices) // world : (rank + 1) * len(indices) // world]
-    features = [torch.empty(0, model.config.embed_dim)]
-    rows = [torch.empty(0, dtype=torch.int64)]
-    bad: list[tuple[str, str]] = []
     loading = {"device": device, "batch_size": batch_size, "num_workers": num_workers, "progress": progress}
     with evaluating(model):
-        for batch in image_batches(model, source, preprocess, share, **loading):
-            bad.extend(batch.bad)
-            if len(batch.index):
-                features.append(batch.features)
-                rows.append(batch.index)
-    return ImageEmbeddings(
-        _gather(torch.cat(features), device),
-        _gather(torch.cat(rows), device),
-        tuple(itertools.chain.from_iterable(collectives.gather_objects(bad))),
-    )
+        batches = list(image_batches(model, source, preprocess, share, **loading))
+    features = [torch.empty(0, model.config.embed_dim), *(batch.features for batch in batches if len(batch.index))]
+    index = [torch.empty(0, dtype=torch.int64), *(batch.index for batch in batches)]
+    keys, bad = [], []
+    for of_rank in collectives.gather_objects([(batch.keys, batch.bad) for batch in batches]):
+        for names, faults in of_rank:
+            keys += names
+            bad += faults
+    return ImageEmbeddings(_gather(torch.cat(features), device), _gather(torch.cat(index), device), keys, bad)
 
 
 def embed_texts(

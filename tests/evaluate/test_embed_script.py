@@ -13,7 +13,7 @@ from small_model import save_small_model, script_caller
 import contrastive
 from contrastive.data.sources import open_source
 from contrastive.evaluate.embeddings import embed_images
-from contrastive.evaluate.evaluated_model import has_captions, load_embeddings
+from contrastive.evaluate.evaluated_model import has_captions, load_embeddings, model_identity
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_images_and_captions_of_scenes(embed, model_folder, tmp_path):
     names = [f"{part}-0000{n}.parquet" for part in ("images", "texts") for n in range(3)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", *names]
     bundle, source = contrastive.load(model_folder), open_source("scenes:val")
-    found = load_embeddings(tmp_path / "out", bundle, source, parts=("images", "texts"))
+    found = load_embeddings(tmp_path / "out", model_identity(bundle), source, parts=("images", "texts"))
     expected = embed_images(bundle.model, source, bundle.preprocess, indices=found.index, device="cpu")
     torch.testing.assert_close(found.features, expected.features)
     first = found.index[0].item()

@@ -15,10 +15,9 @@ from small_model import save_small_model
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.evaluate import evaluated_model
-from contrastive.evaluate.embedding_store import StoreOptions, claim_store, model_key, store_config
+from contrastive.evaluate.embedding_store import EmbeddingStore, StoreOptions, claim_store, store_config
 from contrastive.evaluate.embeddings import embed_images, embed_texts
-from contrastive.evaluate.evaluated_model import fill_store, load_embeddings
+from contrastive.evaluate.evaluated_model import fill_store, load_embeddings, model_identity, model_key
 
 NAMES = list(COLOURS)
 BOTH = ("images", "texts")
@@ -40,8 +39,13 @@ def source_of(number=11, **options):
     return source
 
 
+def claim(out, bundle, source, **options):
+    options = StoreOptions(**{"samples_per_shard": 4, **options})
+    return claim_store(Path(out), store_config(model_identity(bundle), source, options))
+
+
 def fill(out, bundle, source, parts=("images",), batch_size=3, **options):
-    store = claim_store(out, bundle, source, StoreOptions(**{"samples_per_shard": 4, **options}))
+    store = claim(out, bundle, source, **options)
     fill_store(store, bundle, source, parts, device="cpu", batch_size=batch_size)
     return store
 
@@ -52,7 +56,7 @@ def test_what_is_written_is_what_is_embedded(tmp_path, bundle, files, batch_size
     labels = [NAMES[i % 6] if i % 5 else None for i in range(11)]
     source = source_of(labels=labels, unreadable=(0, 3, 4, 10))
     store = fill(tmp_path, bundle, source, batch_size=batch_size, files=files, samples_per_shard=shard)
-    found = load_embeddings(tmp_path, bundle, source)
+    found = load_embeddings(tmp_path, model_identity(bundle), source)
     expected = embed_images(bundle.model, source, bundle.preprocess, device="cpu")
     torch.testing.assert_close(found.features, expected.features)
     assert found.index.tolist() == expected.index.tolist() == [1, 2, 5, 6, 7, 8, 9]
@@ -68,7 +72,7 @@ def test_captions_with_their_images(tmp_path, bundle):
     texts = {0: ("a red thing", "red"), 1: (" ", "green"), 2: (), 3: ("yellow",), 4: ("cyan",)}
     source = source_of(5, texts=texts, unreadable=(3,))
     fill(tmp_path, bundle, source, BOTH, samples_per_shard=2)
-    found = load_embeddings(tmp_path, bundle, source, parts=BOTH).texts
+    found = load_embeddings(tmp_path, model_identity(bundle), source, parts=BOTH).texts
     assert found.texts == ("a red thing", "red", "green", "cyan")
     assert found.row.tolist() == [0, 0, 1, 3]  # of the images that could be read: 0, 1, 2 and 4
     assert found.caption.tolist() == [0, 1, 1, 0]
@@ -82,7 +86,7 @@ def test_texts_come_later_without_embedding_the_images_again(tmp_path, bundle, e
     fill(tmp_path, bundle, source_of())
     assert sum(embedded) == 11
     with pytest.raises(UserError, match="has no texts"):
-        load_embeddings(tmp_path, bundle, parts=BOTH)
+        load_embeddings(tmp_path, model_identity(bundle), parts=BOTH)
     fill(tmp_path, bundle, source_of(), BOTH)
     assert sum(embedded) == 11 and len(load_embeddings(tmp_path, parts=BOTH).texts.texts) == 11
 
@@ -151,10 +155,10 @@ def test_another_model_has_another_key_and_is_refused(tmp_path, bundle, folder, 
     store = fill(tmp_path / "out", bundle, source_of())
     other = change(bundle, tmp_path)
     assert model_key(other) != model_key(contrastive.load(folder))
-    assert store_config(other, source_of(), StoreOptions())["key"] != store.key
+    assert store_config(model_identity(other), source_of(), StoreOptions())["key"] != store.key
     for attempt in (
-        lambda: load_embeddings(tmp_path / "out", other),
-        lambda: claim_store(tmp_path / "out", other, source_of(), StoreOptions(samples_per_shard=4)),
+        lambda: load_embeddings(tmp_path / "out", model_identity(other)),
+        lambda: claim(tmp_path / "out", other, source_of()),
     ):
         with pytest.raises(UserError, match="holds embeddings of another model .*final") as caught:
             attempt()
@@ -190,7 +194,7 @@ def test_other_preprocessing_is_refused(tmp_path, bundle):
     config = replace(bundle.preprocess.config, resize="crop")
     other = replace(bundle, preprocess=contrastive.data.preprocess.Preprocess(config))
     with pytest.raises(UserError, match="other preprocessing"):
-        load_embeddings(tmp_path, other)
+        load_embeddings(tmp_path, model_identity(other))
 
 
 # Interruptions and damage
@@ -198,18 +202,19 @@ def test_other_preprocessing_is_refused(tmp_path, bundle):
 
 def test_goes_on_after_a_kill_with_the_shards_that_are_there(tmp_path, bundle, embedded, monkeypatch):
     written = []
-    whole = evaluated_model.write_shard
+    whole = EmbeddingStore.write
 
-    def killed(path, *args, **options):
+    def killed(store, part, shard, *args):
+        path = store.path(part, shard)
         if len(written) == 2:
             (path.parent / f".{path.name}.1.partial").write_bytes(b"half a shard")
             os.utime(path.parent / f".{path.name}.1.partial", (0, 0))
             raise KeyboardInterrupt
-        whole(path, *args, **options)
+        whole(store, part, shard, *args)
         written.append(path.name)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(evaluated_model, "write_shard", killed)
+        patch.setattr(EmbeddingStore, "write", killed)
         fill(tmp_path, bundle, source_of(20))
     assert written == ["images-00000.parquet", "images-00001.parquet"]
     with pytest.raises(UserError, match="images are unfinished; run scripts/embed.py"):
@@ -217,7 +222,7 @@ def test_goes_on_after_a_kill_with_the_shards_that_are_there(tmp_path, bundle, e
     embedded.clear()
     fill(tmp_path, bundle, source_of(20))
     assert sum(embedded) == 12  # of 20, 8 were there
-    found = load_embeddings(tmp_path, bundle, source_of(20))
+    found = load_embeddings(tmp_path, model_identity(bundle), source_of(20))
     expected = embed_images(bundle.model, source_of(20), bundle.preprocess, device="cpu")
     torch.testing.assert_close(found.features, expected.features)
     assert not list(tmp_path.glob(".*"))
@@ -258,7 +263,7 @@ def test_a_damaged_shard_is_one_line(tmp_path, bundle, harm):
     fill(tmp_path, bundle, source_of())
     harm(tmp_path / "images-00001.parquet")
     with pytest.raises(UserError, match="images-00001.parquet is damaged .*delete it and embed again") as caught:
-        load_embeddings(tmp_path, bundle)
+        load_embeddings(tmp_path, model_identity(bundle))
     assert "\n" not in str(caught.value)
 
 
@@ -310,11 +315,11 @@ def _fill_on_rank(rank, world_size, port, folder, out):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     bundle, source = contrastive.load(folder), source_of(21, unreadable=(2, 9))
-    store = claim_store(Path(out), bundle, source, StoreOptions(samples_per_shard=4))
+    store = claim(out, bundle, source)
     fill_store(store, bundle, source, BOTH, device="cpu", batch_size=3)
     if rank == 1:  # a fault of one rank is known to all: none waits for ever
-        evaluated_model.write_shard = _refuse
-    again = claim_store(Path(out + "-again"), bundle, source, StoreOptions(samples_per_shard=4))
+        EmbeddingStore.write = _refuse
+    again = claim(out + "-again", bundle, source)
     try:
         fill_store(again, bundle, source, BOTH, device="cpu")
     except UserError as error:
@@ -333,7 +338,7 @@ def test_two_ranks_write_what_one_does(tmp_path, folder, bundle, free_port):
     )
     source = source_of(21, unreadable=(2, 9))
     fill(tmp_path / "one", bundle, source, BOTH)
-    two, one = (load_embeddings(tmp_path / name, bundle, source, parts=BOTH) for name in ("two", "one"))
+    two, one = (load_embeddings(tmp_path / name, model_identity(bundle), source, parts=BOTH) for name in ("two", "one"))
     assert torch.equal(two.features, one.features) and torch.equal(two.texts.features, one.texts.features)
     assert two.keys == one.keys and two.texts.texts == one.texts.texts and two.skipped == one.skipped
     assert [Path(f"{out}-{rank}.txt").read_text() for rank in range(2)] == ["rank 1 cannot write"] * 2

@@ -33,7 +33,8 @@ def test_unreadable_images_are_left_out_and_told():
     found = embed(source_of(9, unreadable=(0, 1, 5)), batch_size=2, progress=True)
     assert found.index.tolist() == [2, 3, 4, 6, 7, 8]
     assert len(found.features) == 6
-    assert found.bad == tuple(("unreadable_image", f"picture {i}") for i in (0, 1, 5))
+    assert found.bad == [("unreadable_image", f"picture {i}") for i in (0, 1, 5)]
+    assert found.keys == list("234678")
     assert found.skipped == {"unreadable_image": 3}
 
 

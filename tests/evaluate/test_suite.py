@@ -14,8 +14,8 @@ from contrastive.errors import UserError
 from contrastive.evaluate import evaluated_model as evaluated_module
 from contrastive.evaluate.classification import zero_shot
 from contrastive.evaluate.comparison import ModelEntry
-from contrastive.evaluate.embedding_store import StoreOptions, claim_store
-from contrastive.evaluate.evaluated_model import EvaluatedModel, fill_store
+from contrastive.evaluate.embedding_store import StoreOptions, claim_store, store_config
+from contrastive.evaluate.evaluated_model import EvaluatedModel, fill_store, model_identity
 from contrastive.evaluate.retrieval import retrieval
 from contrastive.evaluate.suite import Suite, read_suite, run_suite, task_from
 from contrastive.interop.bundle import Bundle
@@ -172,7 +172,7 @@ def test_both_spaces_and_limits_are_kept_apart(tmp_path, bundle, data):
 
 
 def store_of(folder, bundle, source, parts=("images", "texts"), **options):
-    store = claim_store(folder, bundle, source, StoreOptions(**options))
+    store = claim_store(folder, store_config(model_identity(bundle), source, StoreOptions(**options)))
     fill_store(store, bundle, source, parts, device="cpu")
     return str(folder)
 
