@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from itertools import groupby
 
 from rich import box
 from rich.console import Console, Group
@@ -58,7 +59,6 @@ class Row:
     task: EvaluationTask
     name: str
     """Of the figure; empty for a task that failed on every model."""
-    chance: float | None
     cells: tuple[Figure | str, ...]
     """In the order of the models: a figure, or 'failed', or '' where the model has no such figure."""
 
@@ -66,8 +66,20 @@ class Row:
     def label(self) -> str:
         return figure_title(self.name)
 
+    @property
+    def chance(self) -> str:
+        """What guessing scores, the same for every model; '–' where nothing is known of it."""
+        known = (cell.chance for cell in self.cells if isinstance(cell, Figure) and cell.chance is not None)
+        return next((self.written(chance) for chance in known), "–")
+
     def written(self, value: float) -> str:
         return figure_written(self.name, value)
+
+    def value_and_interval(self, cell: Figure | str) -> tuple[str, str]:
+        """Both as text; '' for what there is not."""
+        if isinstance(cell, str):
+            return cell, ""
+        return self.written(cell.value), "[{:.1f}, {:.1f}]".format(*cell.interval) if cell.interval else ""
 
 
 @dataclass(frozen=True)
@@ -104,9 +116,7 @@ class Comparison:
             chosen = [outcome.headline if headline else outcome.figures for outcome in outcomes]
             names = dict.fromkeys(name for chosen_names in chosen for name in chosen_names)
             for name in names or ("",):  # a task that failed on every model has a row too
-                cells = [_cell(found[model.name], name) for model in self.models]
-                chances = [cell.chance for cell in cells if isinstance(cell, Figure) and cell.chance is not None]
-                rows.append(Row(task, name, chances[0] if chances else None, tuple(cells)))
+                rows.append(Row(task, name, tuple(_cell(found[model.name], name) for model in self.models)))
         return rows
 
     def to_json(self) -> dict:
@@ -157,55 +167,33 @@ def _side_by_side(comparison: Comparison) -> Table:
     table.add_column("chance", justify="right", no_wrap=True)
     for model in comparison.models:
         table.add_column(Text(model.name), justify="right", overflow="fold", min_width=12)
-    for row, task in _with_tasks(comparison.rows()):
-        cells = [_two_lines(row, cell) for cell in row.cells]
-        table.add_row(task, row.label, _chance(row), *cells)
+    for task, rows in groupby(comparison.rows(), key=lambda row: row.task):
+        told = Text.assemble(task.title, ("\n" + task.subtitle.replace(", ", "\n"), "dim"))
+        for row in rows:
+            table.add_row(
+                told, row.label, row.chance, *(_two_lines(*row.value_and_interval(cell)) for cell in row.cells)
+            )
+            told = Text()  # in the first of a task's rows
     return table
+
+
+def _two_lines(value: str, interval: str) -> Text:
+    return Text.assemble(value, (f"\n{interval}", "dim")) if interval else Text(value)
 
 
 def _below_each_other(comparison: Comparison) -> Group:
     parts: list[Text | Table] = []
     for row in comparison.rows():
         parts.append(Text.assemble("\n", (row.task.title, "bold"), f" on {row.task.subtitle}"))
-        parts.append(Text(f"{row.label}, chance {_chance(row)}" if row.label else "", style="dim"))
+        parts.append(Text(f"{row.label}, chance {row.chance}" if row.label else "", style="dim"))
         table = Table.grid(padding=(0, 2))
         table.add_column(overflow="fold")
         table.add_column(justify="right", no_wrap=True)
         table.add_column(no_wrap=True)
         for model, cell in zip(comparison.models, row.cells, strict=True):
-            table.add_row(Text(f"  {model.name}"), *map(Text, _written(row, cell)))
+            table.add_row(Text(f"  {model.name}"), *map(Text, row.value_and_interval(cell)))
         parts.append(table)
     return Group(*parts, Text())
-
-
-def _with_tasks(rows: Iterable[Row]) -> Iterable[tuple[Row, Text]]:
-    """Each row with what its first column says: the task in the first of its rows, nothing in the others."""
-    last = None
-    for row in rows:
-        told = (
-            Text()
-            if row.task is last
-            else Text.assemble(row.task.title, ("\n" + row.task.subtitle.replace(", ", "\n"), "dim"))
-        )
-        last = row.task
-        yield row, told
-
-
-def _two_lines(row: Row, cell: Figure | str) -> Text:
-    value, interval = _written(row, cell)
-    return Text.assemble(value, (f"\n{interval}", "dim")) if interval else Text(value)
-
-
-def _written(row: Row, cell: Figure | str) -> tuple[str, str]:
-    """A cell's value and its interval."""
-    if isinstance(cell, str):
-        return cell, ""
-    low_high = "" if cell.interval is None else "[{:.1f}, {:.1f}]".format(*cell.interval)
-    return row.written(cell.value), low_high
-
-
-def _chance(row: Row) -> str:
-    return "–" if row.chance is None else row.written(row.chance)
 
 
 def markdown(comparison: Comparison) -> str:
@@ -214,8 +202,8 @@ def markdown(comparison: Comparison) -> str:
     head = ["task", "data", "features", "figure", "chance", *names]
     lines = [f"# {_escaped(comparison.suite)}", "", _row(head), _row(["---"] * 4 + ["--:"] * (1 + len(names)))]
     for row in comparison.rows():
-        cells = [" ".join(_written(row, cell)).strip() for cell in row.cells]
-        told = (row.task.title, row.task.data_title, row.task.features_title, row.label, _chance(row))
+        cells = [" ".join(row.value_and_interval(cell)).strip() for cell in row.cells]
+        told = (row.task.title, row.task.data_title, row.task.features_title, row.label, row.chance)
         lines.append(_row([*map(_escaped, told), *cells]))
     lines += ["", f"{NOTE}{_limited(comparison)} {comparison.date}"]
     if comparison.failures:

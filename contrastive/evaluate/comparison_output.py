@@ -9,7 +9,7 @@ from contrastive.errors import UserError
 from contrastive.evaluate.comparison import NOTE, Comparison, ModelEntry, Row, markdown
 from contrastive.evaluate.tasks import EvaluationTask, Figure
 from contrastive.files import claim_folder, write_json, write_whole
-from contrastive.page import html_page
+from contrastive.page import html_page, html_table
 from contrastive.results import EVALUATION_FILE, EVALUATION_FORMAT, is_rank
 
 MARKDOWN, PAGE = "evaluation.md", "evaluation.html"
@@ -69,7 +69,7 @@ def _card(comparison: Comparison, task: EvaluationTask, rows: list[Row]) -> str:
 
 
 def _figure(comparison: Comparison, row: Row) -> str:
-    chance = "" if row.chance is None else f", chance {row.written(row.chance)}"
+    chance = "" if row.chance == "–" else f", chance {row.chance}"
     bars = [
         _bar(row, model.name, cell, place)
         for place, (model, cell) in enumerate(zip(comparison.models, row.cells, strict=True))
@@ -79,48 +79,41 @@ def _figure(comparison: Comparison, row: Row) -> str:
 
 
 def _bar(row: Row, name: str, figure: Figure, place: int) -> str:
-    interval = "" if figure.interval is None else "[{:.1f}, {:.1f}]".format(*figure.interval)
-    track = ""
+    track = "<span></span>"
     if not is_rank(row.name):
         low, high = figure.interval or (figure.value, figure.value)
         whisker = f'<b style="left:{low:.2f}%;width:{high - low:.2f}%"></b>' if figure.interval else ""
         chance = "" if figure.chance is None else f'<u style="left:{figure.chance:.2f}%"></u>'
-        colour = f"var(--c{place % NUM_COLOURS + 1})"
-        fill = f'<i style="width:{figure.value:.2f}%;background:{colour}"></i>'
+        fill = f'<i style="width:{figure.value:.2f}%;background:var(--c{place % NUM_COLOURS + 1})"></i>'
         track = f'<div class="track">{fill}{chance}{whisker}</div>'
+    value, interval = row.value_and_interval(figure)
     return (
-        f'<div class="bar"><span class="name">{escape(name)}</span>{track or "<span></span>"}'
-        f'<span class="value">{escape(row.written(figure.value))} <small>{interval}</small></span></div>'
+        f'<div class="bar"><span class="name">{escape(name)}</span>{track}'
+        f'<span class="value">{escape(value)} <small>{interval}</small></span></div>'
     )
 
 
 def _all_figures(comparison: Comparison) -> str:
-    head = "".join(f'<th class="n">{escape(model.name)}</th>' for model in comparison.models)
-    lines = []
+    head = ["task", "features", "figure", "chance", *(escape(model.name) for model in comparison.models)]
+    rows = []
     for row in comparison.rows(headline=False):
-        told = (f"{row.task.title}, {row.task.data_title}", row.task.features_title, row.label)
-        cells = "".join(f'<td class="n">{_cell(row, cell)}</td>' for cell in row.cells)
-        chance = "" if row.chance is None else row.written(row.chance)
-        lines.append(
-            f'<tr>{"".join(f"<td>{escape(text)}</td>" for text in told)}<td class="n">{chance}</td>{cells}</tr>'
-        )
-    titles = '<tr><th>task</th><th>features</th><th>figure</th><th class="n">chance</th>'
-    table = f'<table class="list">{titles}{head}</tr>{"".join(lines)}</table>'
+        told = (f"{row.task.title}, {row.task.data_title}", row.task.features_title, row.label, row.chance)
+        cells = [row.value_and_interval(cell) for cell in row.cells]
+        shown = [
+            f"{escape(value)}<br><small>{interval}</small>" if interval else escape(value) for value, interval in cells
+        ]
+        rows.append([*map(escape, told), *shown])
+    table = html_table(head, rows, numbers=range(3, len(head)))
     return f'<h2>All figures</h2><div class="card scroll">{table}</div>'
 
 
-def _cell(row: Row, cell: Figure | str) -> str:
-    if isinstance(cell, str):
-        return escape(cell)
-    interval = "" if cell.interval is None else "<br><small>[{:.1f}, {:.1f}]</small>".format(*cell.interval)
-    return f"{escape(row.written(cell.value))}{interval}"
+def _two_lines(value: str, interval: str) -> str:
+    return f"{escape(value)}<br><small>{interval}</small>" if interval else escape(value)
 
 
 def _models(comparison: Comparison) -> str:
-    lines = "".join(
-        f"<tr><td>{escape(model.name)}</td><td>{escape(model.path)}</td>"
-        f"<td><code>{escape((model.key or 'not loaded')[:16])}</code></td></tr>"
+    rows = [
+        (escape(model.name), escape(model.path), f"<code>{escape((model.key or 'not loaded')[:16])}</code>")
         for model in comparison.models
-    )
-    head = "<tr><th>name</th><th>folder</th><th>key</th></tr>"
-    return f'<h2>Models</h2><div class="card scroll"><table class="list">{head}{lines}</table></div>'
+    ]
+    return f'<h2>Models</h2><div class="card scroll">{html_table(("name", "folder", "key"), rows)}</div>'
