@@ -47,16 +47,17 @@ class Tokenizer(ABC):
     clean: what is done to texts first (see `clean_text`); saved, so that every use of a model cleans alike.
     """
 
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    bos_id: int | None
     clean: Cleaning = "none"
     _hides_special_tokens = True  # in a decoded text
 
-    def __init__(
-        self, core: Any, kind: str, vocab_size: int, context_length: int, pad_id: int, eos_id: int, bos_id: int | None
-    ):
+    def __init__(self, core: Any, kind: str, context_length: int):
         if context_length < 3:
             raise UserError(f"context length {context_length} leaves no room for text; set it to 3 or more")
-        self.core, self.kind, self.vocab_size, self.context_length = core, kind, vocab_size, context_length
-        self.pad_id, self.eos_id, self.bos_id = pad_id, eos_id, bos_id
+        self.core, self.kind, self.context_length = core, kind, context_length
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """Return int64 (B, context_length); one string is a batch of one."""
@@ -89,11 +90,8 @@ class Tokenizer(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._save(folder)
-        write_json(folder / OPTIONS_FILE, self._options())
-
-    def _options(self) -> dict:
-        names = ("kind", "vocab_size", "context_length", "pad_id", "eos_id", "bos_id", "clean")
-        return {name: getattr(self, name) for name in names}
+        names = ("kind", "vocab_size", "context_length", "pad_id", "eos_id", "bos_id", "clean", "add_eos")
+        write_json(folder / OPTIONS_FILE, {name: getattr(self, name) for name in names if hasattr(self, name)})
 
     @abstractmethod
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -109,11 +107,11 @@ class BpeTokenizer(Tokenizer):
     _hides_special_tokens = False  # a text that names them means their characters
 
     def __init__(self, core: tokenizers.Tokenizer, kind: str, context_length: int):
-        names = (CLIP_EOS, CLIP_BOS) if kind == "clip" else (EOS, BOS)
-        eos_id, bos_id = (core.token_to_id(name) for name in names)
+        super().__init__(core, kind, context_length)
+        self.vocab_size = core.get_vocab_size()
+        self.eos_id, self.bos_id = map(core.token_to_id, (CLIP_EOS, CLIP_BOS) if kind == "clip" else (EOS, BOS))
         # CLIP pads with 0, the id of '!': harmless, as nothing behind eos is looked at.
-        pad_id = 0 if kind == "clip" else core.token_to_id(PAD)
-        super().__init__(core, kind, core.get_vocab_size(), context_length, pad_id, eos_id, bos_id)
+        self.pad_id = 0 if kind == "clip" else core.token_to_id(PAD)
 
     def _encode(self, texts):
         if self.kind == "clip":
@@ -145,11 +143,11 @@ class TransformersTokenizer(Tokenizer):
                     f"name one as {name}_token in its tokenizer_config.json"
                 )
         core.padding_side = core.truncation_side = "right"
-        vocab_size = max(core.get_vocab().values()) + 1
-        bos_id = core.bos_token_id if ids[0] == core.bos_token_id else None
-        super().__init__(core, "transformers", vocab_size, context_length, core.pad_token_id, core.eos_token_id, bos_id)
-        self.add_eos = add_eos
-        self.ends_with_eos = ids[-1] == core.eos_token_id
+        super().__init__(core, "transformers", context_length)
+        self.vocab_size = max(core.get_vocab().values()) + 1
+        self.pad_id, self.eos_id = core.pad_token_id, core.eos_token_id
+        self.bos_id = core.bos_token_id if ids[0] == core.bos_token_id else None
+        self.add_eos, self.ends_with_eos = add_eos, ids[-1] == core.eos_token_id
 
     def _encode(self, texts):
         if not texts:
@@ -160,9 +158,6 @@ class TransformersTokenizer(Tokenizer):
         return [
             row if row and row[-1] == self.eos_id else [*row[: self.context_length - 1], self.eos_id] for row in rows
         ]
-
-    def _options(self):
-        return {**super()._options(), "add_eos": self.add_eos}
 
     def _save(self, folder):
         self.core.save_pretrained(str(folder))
