@@ -35,16 +35,20 @@ def warn(message: str) -> None:
         console.print(Text.assemble(("warning:", "yellow"), f" {message}"))
 
 
-def bar(items: Iterable[T], text: str, total: int | None = None, *, shown: bool = True) -> Iterable[T]:
+def bar(
+    items: Iterable[T], text: str, total: int | None = None, *, done: int = 0, shown: bool = True, forks: bool = False
+) -> Iterable[T]:
     """Iterate over `items` under a progress bar, on the first rank's terminal; it goes away at the end.
 
-    total: how many items there are, where they have no length.
+    total: how many items there are, where they have no length; `done` of them were done before.
+    forks: whether processes are started on the way. The bar then has no thread that refreshes it: a fork would catch
+        that thread with the console's lock in its hand.
     """
     if not (shown and is_main_process() and console.is_terminal):
         return items
     from rich.progress import track
 
-    return track(items, text, total, console=console, transient=True)
+    return track(items, text, total, done, auto_refresh=not forks, console=console, transient=True)
 
 
 def run_script(prog: str, main: Callable[[list[str]], None]) -> None:

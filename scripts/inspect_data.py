@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
@@ -64,10 +63,7 @@ def main(args: list[str]) -> None:
     claim(folder, source.name)
     indices = chosen_indices(source, config.samples, config.seed)
     tokenizer = config.make_tokenizer(source, config.context_length)
-    columns = (TextColumn("reading samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(indices))
-        found = measure(source, indices, tokenizer, lambda: bar.advance(task))
+    found = measure(source, indices, tokenizer)
     figures = summary(source, found, tokenizer, len(indices))
     seen = []
     try:

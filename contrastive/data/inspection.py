@@ -6,7 +6,7 @@ import io
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from contrastive.data.order_choice import order_for
 from contrastive.data.record import BadSample, FaultCounts, Record, Source
 from contrastive.data.samples import PairDataset
 from contrastive.data.tokenizer import Tokenizer
+from contrastive.log import bar
 
 # What is measured of images and captions, and what it is called.
 QUANTITIES = {
@@ -73,15 +74,13 @@ def chosen_indices(source: Source, samples: int | None, seed: int) -> np.ndarray
     return np.sort(rng.choice(size, samples, replace=False))
 
 
-def measure(
-    source: Source, indices: Sequence[int], tokenizer: Tokenizer, advance: Callable[[], None] = lambda: None
-) -> Measured:
-    """Read and decode the samples at `indices` in full and return what they are. `advance` is called after each."""
+def measure(source: Source, indices: Sequence[int], tokenizer: Tokenizer) -> Measured:
+    """Read and decode the samples at `indices` in full and return what they are."""
     # A length that no caption reaches tells how long each is before it is cut.
     uncut = copy.copy(tokenizer)
     uncut.context_length = MAX_CAPTION_CHARS * 4
     found = Measured()
-    for index in indices:
+    for index in bar(indices, "reading samples"):
         key = ""
         try:
             record = source[int(index)]
@@ -91,7 +90,6 @@ def measure(
             found.faults.add(fault.reason, fault.key or key)
         else:
             _measure_captions(record, uncut, found)
-        advance()
     return found
 
 

@@ -4,17 +4,16 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from contrastive.distributed import end_with_parent
 from contrastive.errors import UserError
-from contrastive.log import console, is_main_process
+from contrastive.log import bar
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
@@ -28,8 +27,8 @@ def in_parallel(
     *,
     most: int | None = None,
     done: int = 0,
-) -> Iterator[tuple[Job, Done]]:
-    """Yield each job with what `function` returns for it, in the order they are done.
+) -> Iterable[tuple[Job, Done]]:
+    """Return each job with what `function` returns for it, in the order they are done.
 
     Args:
         what: is done, for the progress bar.
@@ -42,15 +41,8 @@ def in_parallel(
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(workers or min(cores, most or cores), len(jobs))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = console.is_terminal and is_main_process()
-    # Without a thread that refreshes it: a fork would catch that thread with the console's lock in its hand.
-    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not shown) as bar:
-        task = bar.add_task(what, total=done + len(jobs), completed=done)
-        finished = _in_processes(function, jobs, count) if count > 1 else ((job, function(job)) for job in jobs)
-        for job, result in finished:
-            bar.update(task, advance=1, refresh=True)
-            yield job, result
+    finished = _in_processes(function, jobs, count) if count > 1 else ((job, function(job)) for job in jobs)
+    return bar(finished, what, done + len(jobs), done=done, forks=True)
 
 
 def _in_processes(function: Callable[[Job], Done], jobs: Sequence[Job], count: int) -> Iterator[tuple[Job, Done]]:
