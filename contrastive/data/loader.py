@@ -104,24 +104,21 @@ class _Loader(DataLoader):
 class _Steps:
     """For each step, the positions of this rank's slice of the global batch; fetches shards that lie far away."""
 
-    def __init__(self, dataset: SampleDataset, rank: int, world_size: int, start_step: int, num_steps: int):
+    def __init__(self, dataset: SampleDataset, rank: int, world_size: int, steps: range):
         self.source, self.order, self.rank, self.world_size = dataset.source, dataset.order, rank, world_size
-        self.global_batch_size = dataset.order.global_batch_size
-        self.local_batch_size = self.global_batch_size // world_size
-        self.steps = range(start_step, start_step + num_steps)
+        self.steps = steps
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __iter__(self) -> Iterator[range]:
-        ahead = max(1, _SAMPLES_AHEAD // self.local_batch_size)
+    def __iter__(self) -> Iterator[list[int]]:
+        ahead = max(1, _SAMPLES_AHEAD * self.world_size // self.order.global_batch_size)
         for step in self.steps:
             # Asked for long before it is used up; what an earlier call asked for and was not begun, this one repeats.
             if self.source.remote and (step - self.steps.start) % max(1, ahead // 8) == 0:
                 num_steps = min(ahead, self.steps.stop - step)
                 self.source.prefetch(self.order.shards_ahead(step, num_steps, self.rank, self.world_size))
-            first = step * self.global_batch_size + self.rank * self.local_batch_size
-            yield range(first, first + self.local_batch_size)
+            yield self.order.share(step, 1, self.rank, self.world_size).tolist()
 
 
 def train_loader(
@@ -154,7 +151,7 @@ def train_loader(
             f"global batch size {global_batch_size} does not divide among {world_size} processes; "
             f"use a multiple of {world_size}"
         )
-    steps = _Steps(dataset, rank, world_size, start_step, num_steps)
+    steps = _Steps(dataset, rank, world_size, range(start_step, start_step + num_steps))
     return _Loader(
         dataset,
         batch_sampler=steps,
