@@ -12,7 +12,7 @@ from contrastive.data.decode import decode
 from contrastive.data.record import BadSample, Source, some_have
 from contrastive.data.sources import open_source
 from contrastive.data.sources.derived import labelled_share
-from contrastive.data.sources.held_out import held_out_spec
+from contrastive.data.sources.open import held_out_spec
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import check_same_classes
 from contrastive.log import console, is_main_process

@@ -1,7 +1,7 @@
 """Which data belong to some training data as those to test on."""
 
 from contrastive.data.sources import open_source
-from contrastive.data.sources.held_out import held_out_spec
+from contrastive.data.sources.open import held_out_spec
 
 
 def test_held_out_splits_by_name():

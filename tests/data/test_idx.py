@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from contrastive.data.decode import decode
 from contrastive.data.sources import open_source
-from contrastive.data.sources.held_out import held_out_spec
+from contrastive.data.sources.open import held_out_spec
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (12, 5, 4), dtype=np.uint8)

@@ -147,6 +147,7 @@ def test_bad_folder_is_refused(images):
         ("digits:tets", "unknown split 'tets'.* Did you mean 'test'"),
         ("scenes:tets", "unknown split 'tets'"),
         ("s3://bucket/x.tar", "1 of its 1 shards have no index yet; run `python scripts/index.py"),
+        ("hf://datasets/me/birds/x.tar", "1 of its 1 shards have no index yet; run `python scripts/index.py"),
         ("pipe:touch canary", "not read; use local files"),
         ("/no/such/folder/x.tar", "no file or folder '/no/such/folder/x.tar': there is no folder '/no/such/folder'"),
     ],

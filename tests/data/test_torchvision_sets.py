@@ -19,7 +19,7 @@ from torchvision.datasets import stl10 as stl10_module
 from contrastive.data.class_sets import class_set, class_sets
 from contrastive.data.prompts import load_templates
 from contrastive.data.sources import SOURCES, open_source
-from contrastive.data.sources.held_out import held_out_spec
+from contrastive.data.sources.open import held_out_spec
 from contrastive.data.sources.torchvision_sets import SETS
 
 

@@ -1,7 +1,11 @@
-"""From one string to a source of data."""
+"""From one string to a source of data, and to the data held out for it."""
 
+import fnmatch
+import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
 
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import Source, some_have
@@ -24,6 +28,11 @@ FORMS = (
     "hf:NAME[:SPLIT]"
 )
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+HELD_OUT = ("test", "val", "valid", "validation", "dev")
+"""Names of held-out splits, the preferred one first."""
+
+_TRAIN_FILES = re.compile(r"train(?![a-z])")  # 'train-00000', but not 'training'
 
 
 def open_source(
@@ -62,7 +71,7 @@ def open_source(
 
 def _open(spec: str, columns: Columns) -> Source:
     scheme, _, argument = spec.partition(":")
-    if scheme in SOURCES.names():
+    if scheme in SOURCES.names() and not argument.startswith("//"):  # 'hf://' is a place of shards, 'hf:' a data set
         return SOURCES.get(scheme)(argument, columns)
     if "://" in spec or scheme == "pipe":
         return _open_remote(spec, columns)
@@ -72,16 +81,13 @@ def _open(spec: str, columns: Columns) -> Source:
         from contrastive.data.shards.shard_source import Shards
 
         return Shards(spec, read_index(spec), columns.caption)
-    folder, _, split = os.path.expanduser(spec).rpartition(":")
-    if os.path.isdir(folder) and not os.path.exists(os.path.expanduser(spec)):
-        return _open_folder(spec, folder, split, columns)
+    folder, split = _folder_and_split(spec)
+    if folder:
+        return _open_folder(spec, os.path.expanduser(folder), split, columns)
     if not any(character in scheme for character in "/.*?[{~\\") and not os.path.exists(spec):
         hint = did_you_mean(scheme, (*SOURCES.names(), *os.listdir()))
         raise UserError(f"unknown data source '{scheme}'.{hint} Forms: {FORMS}")
-    paths = expand_paths(spec)
-    if len(paths) == 1 and os.path.isdir(paths[0]):
-        return _open_folder(spec, paths[0], None, columns)
-    return _open_files(spec, paths, columns)
+    return _open_files(spec, expand_paths(spec), columns)
 
 
 def _open_remote(spec: str, columns: Columns) -> Source:
@@ -95,6 +101,14 @@ def _open_remote(spec: str, columns: Columns) -> Source:
     if not all(url.partition("?")[0].endswith(".tar") for url in urls):
         raise UserError(f"{spec}: only .tar shards are read from afar; copy other data here, and give its path")
     return Shards(spec, remote_shards(spec, urls), columns.caption)
+
+
+def _folder_and_split(spec: str) -> tuple[str, str | None]:
+    """Return (folder, None) or (folder, split) where `spec` is 'FOLDER' or 'FOLDER:SPLIT', else ('', None)."""
+    for folder, split in ((spec, None), spec.rpartition(":")[::2]):
+        if os.path.exists(os.path.expanduser(folder)):
+            return (folder, split) if os.path.isdir(os.path.expanduser(folder)) else ("", None)
+    return "", None
 
 
 def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) -> Source:
@@ -170,3 +184,76 @@ def _open_hf(argument: str, columns: Columns) -> Source:
 
 for _dataset in SETS:
     SOURCES.register(_dataset)(lambda argument, columns, dataset=_dataset: open_named(dataset, argument))
+
+
+def held_out_spec(spec: str) -> str | None:
+    """Return the specification of the held-out split that belongs to `spec`, the training split; None without one.
+
+        digits, mnist:train, imagenette digits:test, mnist:test, imagenette:val
+        FOLDER, FOLDER:train            FOLDER:test, of MNIST's files, CIFAR's, or saved by datasets
+        DIR/train                       DIR/test, where there is such a folder; else val, ...
+        DIR/train-{00..09}.tar          DIR/test*.tar, where there are such files; else val*.tar, ...
+        hf:NAME, hf:NAME:train          hf:NAME:test, where the hub has it
+
+    Splits are looked for by the names of `HELD_OUT`, in that order. Of a mixture, and of data that are no training
+    split themselves, there is none.
+    """
+    spec = spec.strip()
+    if not spec or "://" in spec or len(split_mixture(spec)[0]) > 1:
+        return None
+    name, split = _name_and_split(spec)
+    if split not in (None, "", "train") and not (split == "trainval" and name in SETS):
+        return None
+    splits = _splits_of(name)
+    if splits is None:
+        return _beside(name.rstrip(os.sep) or spec)
+    return next((f"{name}:{held_out}" for held_out in HELD_OUT if held_out in splits), None)
+
+
+def _name_and_split(spec: str) -> tuple[str, str | None]:
+    """As `_folder_and_split`, of sets and of names on the hub too."""
+    scheme, _, argument = spec.partition(":")
+    if scheme == "hf":
+        path, _, split = argument.partition(":")
+        return f"hf:{path}", split
+    return (scheme, argument) if scheme in ("digits", "scenes", *SETS) else _folder_and_split(spec)
+
+
+def _splits_of(name: str) -> Collection[str] | None:
+    """Return the splits of a set, of a name on the hub or of a folder; None for other folders, and for no folder."""
+    if name in ("digits", "scenes", *SETS):
+        return SETS[name].splits if name in SETS else ("test",)
+    if name.startswith("hf:"):
+        return _splits_on_hub(name.removeprefix("hf:"))
+    from contrastive.data.sources.arrays import is_idx_folder
+    from contrastive.data.sources.hugging_face import is_saved_dataset
+
+    folder = os.path.expanduser(name)
+    if is_saved_dataset(folder):
+        splits = Path(folder) / "dataset_dict.json"
+        return json.loads(splits.read_text("utf-8"))["splits"] if splits.is_file() else ()
+    return ("train", "test") if is_idx_folder(folder) or is_cifar_folder(folder) else None
+
+
+def _splits_on_hub(path: str) -> Collection[str]:
+    from datasets import get_dataset_split_names
+
+    try:
+        return get_dataset_split_names(path)
+    except Exception:  # the network's and the hub's; training itself says what is wrong with the name
+        return ()
+
+
+def _beside(spec: str) -> str | None:
+    """What lies beside a folder 'train' or beside files 'train...', of the same kind and named for a held-out split."""
+    place, name = os.path.split(spec)
+    here = os.path.expanduser(place) or os.curdir
+    if not _TRAIN_FILES.match(name) or not os.path.isdir(here):
+        return None
+    suffix = os.path.splitext(name)[1]
+    for split in HELD_OUT:
+        pattern = f"{split}*{suffix}" if suffix else split
+        found = fnmatch.filter(os.listdir(here), pattern)
+        if found:
+            return os.path.join(place, found[0] if len(found) == 1 else pattern)
+    return None
