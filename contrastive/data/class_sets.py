@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import ModuleType
 
@@ -51,11 +52,15 @@ class ClassSet:
         return None
 
 
+def shipped(folder: str) -> dict[str, Traversable]:
+    """Return the text files that come with the package, in 'classes' or 'templates', by the names of their sets."""
+    entries = (files("contrastive.data") / folder).iterdir()
+    return {entry.name.removesuffix(".txt"): entry for entry in entries if entry.name.endswith(".txt")}
+
+
 def class_sets() -> tuple[str, ...]:
     """Return the names of the sets that `load_class_names` knows."""
-    folder = files("contrastive.data") / "classes"
-    stored = (Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".txt"))
-    return tuple(sorted((*stored, *ALIASES, IMAGENET)))
+    return tuple(sorted((*shipped("classes"), *ALIASES, IMAGENET)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -66,7 +71,7 @@ def class_set(name: str) -> ClassSet:
         names = imagenet_metadata().IMAGENET_CLASSNAMES
         names = tuple(_TOLD_APART.get(place, spoken) for place, spoken in enumerate(names))
         return ClassSet(IMAGENET, IMAGENET, names, names)
-    text = (files("contrastive.data") / "classes" / f"{name}.txt").read_text("utf-8")
+    text = shipped("classes")[name].read_text("utf-8")
     templates = text.partition("# templates: ")[2].partition("\n")[0]
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     names, _, own_names = zip(*(line.partition(" = ") for line in lines), strict=True)

@@ -1,10 +1,9 @@
 """Prompt templates: how a class name becomes a caption."""
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
-from contrastive.data.class_sets import class_set, class_set_of, class_sets, imagenet_metadata
+from contrastive.data.class_sets import class_set, class_set_of, class_sets, imagenet_metadata, shipped
 from contrastive.data.record import Source
 from contrastive.errors import UserError, did_you_mean
 
@@ -14,9 +13,7 @@ _OF_OPEN_CLIP = {"imagenet": "OPENAI_IMAGENET_TEMPLATES", "imagenet_simple": "SI
 
 def template_sets() -> tuple[str, ...]:
     """Return the names of the sets: those that come with the package, and CLIP's for ImageNet out of open_clip's."""
-    folder = files("contrastive.data") / "templates"
-    stored = (Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".txt"))
-    return tuple(sorted((*stored, *_OF_OPEN_CLIP)))
+    return tuple(sorted((*shipped("templates"), *_OF_OPEN_CLIP)))
 
 
 def load_templates(name_or_file: str) -> tuple[str, ...]:
@@ -35,7 +32,7 @@ def load_templates(name_or_file: str) -> tuple[str, ...]:
     if name_or_file in _OF_OPEN_CLIP:
         return tuple(template("{}") for template in getattr(imagenet_metadata(), _OF_OPEN_CLIP[name_or_file]))
     if name_or_file in template_sets():
-        text = (files("contrastive.data") / "templates" / f"{name_or_file}.txt").read_text("utf-8")
+        text = shipped("templates")[name_or_file].read_text("utf-8")
     else:
         text = _read_file(name_or_file)
     templates = []

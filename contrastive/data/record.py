@@ -207,10 +207,8 @@ class Wrapped(Source):
         if len(source.parts) > 1:
             raise ValueError(f"{source.name}: wrap each part of a mixture by itself, or the weights are lost")
         self.source = source
-        self.name, self.fingerprint, self.class_names = source.name, source.fingerprint, source.class_names
-        self.captioned, self.labelled = source.captioned, source.labelled
-        self.templates, self.prompted, self.heldout_labels = source.templates, source.prompted, source.heldout_labels
-        self.shard_sizes, self.remote, self.weights = source.shard_sizes, source.remote, source.weights
+        for member in Source.__annotations__:  # its data; its methods follow
+            setattr(self, member, getattr(source, member))
 
     def __len__(self) -> int:
         return len(self.source)

@@ -3,6 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from contrastive.data.order import check_cursor
 from contrastive.data.order_choice import order_for
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sharded_order import ShardedOrder
@@ -112,6 +113,17 @@ def test_remote_shards_keep_windows_and_prefetching(share, prompts):
         ahead = order.shards_ahead(step, 3).tolist()
         assert ahead == shards_read(source, order, 2 * step, 2 * step + 6)
         assert source.wanted(ahead) == [(f"afar/{shard}.tar", 1, None) for shard in ahead]
+
+
+def test_a_run_is_not_resumed_with_other_shards():
+    """Local shards decide the order within a window too, which the rest of a cursor does not tell."""
+    whole, cut = Afar(), Afar()
+    whole.shard_sizes, cut.shard_sizes = None, np.array([40, 20])
+    sources = [labelled_share(source, 0.5) for source in (whole, cut, Afar())]
+    assert len({source.fingerprint for source in sources}) == 3
+    before, after = (order_for(source, 2, 0, window=5).cursor(3, source.fingerprint) for source in sources[:2])
+    with pytest.raises(UserError, match="cannot resume: fingerprint"):
+        check_cursor(before, after)
 
 
 def test_a_share_of_a_mixture_of_remote_shards_is_fetched_ahead(monkeypatch):

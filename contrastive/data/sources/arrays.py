@@ -83,16 +83,17 @@ class Digits(ArrayImages):
 
 def _rows_of(split: str, digits: np.ndarray) -> np.ndarray:
     """Rows of scikit-learn's file in a split: stratified, the same everywhere."""
-    nth = np.zeros(len(digits), dtype=np.int64)  # of its digit
-    for digit in np.unique(digits):
-        nth[digits == digit] = np.arange(np.count_nonzero(digits == digit))
+    nth = np.array([np.count_nonzero(digits[:row] == digit) for row, digit in enumerate(digits)])  # of its digit
     is_test = nth % _TEST_EVERY == _TEST_EVERY - 1
     return np.flatnonzero({"train": ~is_test, "test": is_test, "all": np.ones_like(is_test)}[split])
 
 
-def is_idx_folder(folder: str) -> bool:
-    """Whether idx files of MNIST's names lie in `folder` or in its 'raw', as torchvision has them."""
-    return _files_folder(folder) is not None
+def idx_folder(folder: str) -> str | None:
+    """Return where idx files of MNIST's names lie: `folder`, or its 'raw', as torchvision has them; else None."""
+    for within in (folder, os.path.join(folder, "raw")):
+        if any(_find(within, prefix, _IMAGES) for prefix in _PREFIXES.values()):
+            return within
+    return None
 
 
 def open_idx(name: str, folder: str, split: str) -> ArrayImages:
@@ -106,7 +107,7 @@ def open_idx(name: str, folder: str, split: str) -> ArrayImages:
             label without a class name.
     """
     check_split(name, split, _PREFIXES)
-    within, prefix = _files_folder(folder), _PREFIXES[split]
+    within, prefix = idx_folder(folder), _PREFIXES[split]
     paths = [_find(within, prefix, kind) for kind in (_IMAGES, _LABELS)]
     if None in paths:
         missing = f"{prefix}-{(_IMAGES, _LABELS)[paths.index(None)]}"
@@ -125,13 +126,6 @@ def open_idx(name: str, folder: str, split: str) -> ArrayImages:
             "put the names in a classes.json beside it"
         )
     return ArrayImages(name, images, labels, class_names)
-
-
-def _files_folder(folder: str) -> str | None:
-    for within in (folder, os.path.join(folder, "raw")):
-        if any(_find(within, prefix, _IMAGES) for prefix in _PREFIXES.values()):
-            return within
-    return None
 
 
 def _find(folder: str, prefix: str, kind: str) -> str | None:

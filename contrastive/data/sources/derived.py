@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
@@ -81,11 +81,14 @@ class LabelledSubset(Wrapped):
         self.share = share
         self.name = f"{source.name} ({100 * share:g} %)"
         self._indices = _pick(source, share)
+        identity = source.fingerprint.encode() + self._indices.tobytes()
         if source.shard_sizes is not None:
             # The shards keep their numbers, by which the order asks for them, with fewer samples in each or none.
             ends = np.searchsorted(self._indices, np.cumsum(source.shard_sizes))
             self.shard_sizes = np.diff(ends, prepend=0)
-        self.fingerprint = fingerprint_of(source.fingerprint.encode() + self._indices.tobytes())
+            # They decide the order within a window: a run begun when a share had no shards is not to go on with them.
+            identity += self.shard_sizes.tobytes()
+        self.fingerprint = fingerprint_of(identity)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -166,37 +169,32 @@ class Mixture(Source):
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Record:
-        part, row = self._locate(index)
-        with _faults_of(part):
+        with self._part_of(index) as (part, row):
             record = part[row]
         label = record.label if self.class_names else None
         return replace(record, key=f"{part.name}:{record.key}", label=label)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        part, row = self._locate(index)
-        with _faults_of(part):
+        with self._part_of(index) as (part, row):
             return part.captions(row)
 
     def label(self, index: int) -> int | None:
-        part, row = self._locate(index)
-        with _faults_of(part):
+        with self._part_of(index) as (part, row):
             return part.label(row) if self.class_names else None
 
     def wanted(self, shards: Sequence[tuple[int, int]]) -> list[Wanted]:
         """As Source's, of pairs: the part's number and the shard's in it."""
         return [file for number, shard in shards for file in self._parts[number].wanted([shard])]
 
-    def _locate(self, index: int) -> tuple[Source, int]:
+    @contextmanager
+    def _part_of(self, index: int) -> Iterator[tuple[Source, int]]:
+        """Give the part that holds `index`, and the row in it; bad samples found meanwhile are named after the part."""
         number, row = part_and_row(self._ends, check_index(self, index))
-        return self._parts[number], row
-
-
-@contextmanager
-def _faults_of(part: Source):
-    try:
-        yield
-    except BadSample as fault:
-        raise BadSample(fault.reason, f"{part.name}:{fault.key}") from fault
+        part = self._parts[number]
+        try:
+            yield part, row
+        except BadSample as fault:
+            raise BadSample(fault.reason, f"{part.name}:{fault.key}") from fault
 
 
 def split_mixture(spec: str) -> tuple[list[str], tuple[int, ...]]:

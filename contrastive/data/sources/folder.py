@@ -75,28 +75,17 @@ def open_folder(name: str, root: str) -> ImageFiles:
     Raises:
         UserError: no images; neither captions nor class folders; splits or a single folder for classes.
     """
-    images, texts, folders = _scan(root)
+    files = sorted(_walk(root))
+    images = [path for path in files if path.rpartition(".")[2].lower() in IMAGE_SUFFIXES]
+    texts = [path for path in files if path.rpartition(".")[2].lower() == "txt"]
     if not images:
         raise UserError(f"{name}: {_nothing_found(root)}")
-    if not texts.isdisjoint(_text_path(path) for path in images):
-        return ImageFiles(name, root, images, texts=sorted(texts))
-    class_names = _class_names(name, images, folders)
+    if not set(texts).isdisjoint(map(_text_path, images)):
+        return ImageFiles(name, root, images, texts=texts)
+    class_names = _class_names(name, root, images)
     number = {folder: label for label, folder in enumerate(class_names)}
     labels = np.array([number[path.split(os.sep, 1)[0]] for path in images], dtype=np.int64)
     return ImageFiles(name, root, images, labels, class_names)
-
-
-def _scan(root: str) -> tuple[list[str], set[str], list[str]]:
-    """Return the images (sorted), the .txt files and the first-level folders, relative to `root`."""
-    images, texts = [], set()
-    for path in _walk(root):
-        suffix = path.rpartition(".")[2].lower()
-        if suffix in IMAGE_SUFFIXES:
-            images.append(path)
-        elif suffix == "txt":
-            texts.add(path)
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    return sorted(images), texts, folders
 
 
 def _walk(root: str) -> Iterator[str]:
@@ -118,13 +107,14 @@ def _text_path(image_path: str) -> str:
     return os.path.splitext(image_path)[0] + ".txt"
 
 
-def _class_names(name: str, images: list[str], folders: list[str]) -> tuple[str, ...]:
+def _class_names(name: str, root: str, images: list[str]) -> tuple[str, ...]:
     loose = [path for path in images if os.sep not in path]
     if loose:
         raise UserError(
             f"{name}: the images have neither captions (a .txt of the same name beside each) nor class folders: "
             f"{len(loose)} of {len(images)} lie in no sub-folder, as '{loose[0]}'"
         )
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if _SPLIT_NAMES.issuperset(folder.lower() for folder in folders):
         raise UserError(f"{name}: its folders are splits ({', '.join(folders)}); give one, as '{name}/{folders[0]}'")
     if len(folders) == 1:

@@ -12,7 +12,7 @@ from contrastive.data.record import Source, some_have
 from contrastive.data.sources.columns import Columns
 from contrastive.data.sources.derived import ClassPrompts, Mixture, split_mixture
 from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote
-from contrastive.data.sources.torchvision_sets import SETS, is_cifar_folder, open_cifar, open_named
+from contrastive.data.sources.torchvision_sets import SETS, cifar_folders, open_cifar, open_named
 from contrastive.errors import UserError, did_you_mean
 from contrastive.registry import Registry
 
@@ -112,15 +112,15 @@ def _folder_and_split(spec: str) -> tuple[str, str | None]:
 
 
 def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) -> Source:
-    from contrastive.data.sources.arrays import is_idx_folder, open_idx
+    from contrastive.data.sources.arrays import idx_folder, open_idx
     from contrastive.data.sources.folder import open_folder
     from contrastive.data.sources.hugging_face import is_saved_dataset, open_saved
 
     if is_saved_dataset(folder):
         return open_saved(spec, folder, split, columns)
-    if is_idx_folder(folder):
+    if idx_folder(folder):
         return open_idx(spec, folder, split or "train")
-    if is_cifar_folder(folder):
+    if cifar_folders(folder):
         return open_cifar(spec, folder, split or "train")
     if split is not None:
         raise UserError(f"{spec}: only a folder saved by datasets, or of MNIST or CIFAR, has splits; give '{folder}'")
@@ -225,14 +225,14 @@ def _splits_of(name: str) -> Collection[str] | None:
         return SETS[name].splits if name in SETS else ("test",)
     if name.startswith("hf:"):
         return _splits_on_hub(name.removeprefix("hf:"))
-    from contrastive.data.sources.arrays import is_idx_folder
+    from contrastive.data.sources.arrays import idx_folder
     from contrastive.data.sources.hugging_face import is_saved_dataset
 
     folder = os.path.expanduser(name)
     if is_saved_dataset(folder):
         splits = Path(folder) / "dataset_dict.json"
         return json.loads(splits.read_text("utf-8"))["splits"] if splits.is_file() else ()
-    return ("train", "test") if is_idx_folder(folder) or is_cifar_folder(folder) else None
+    return ("train", "test") if idx_folder(folder) or cifar_folders(folder) else None
 
 
 def _splits_on_hub(path: str) -> Collection[str]:

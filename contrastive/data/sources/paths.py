@@ -23,20 +23,17 @@ def expand_paths(spec: str) -> list[str]:
             range with files missing.
     """
     spec = os.path.expanduser(spec)
-    if os.path.exists(spec):
-        return [spec]
-    patterns = _expand_braces(spec)
+    patterns = [spec] if os.path.exists(spec) else _expand_braces(spec)
     paths, missing = [], []
     for pattern in patterns:
         if os.path.exists(pattern):
             paths.append(pattern)
-        elif glob.has_magic(pattern):
-            matches = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-            if not matches:
-                raise UserError(f"no file matches '{pattern}'{_where(pattern)}")
-            paths.extend(matches)
-        else:
+        elif not glob.has_magic(pattern):
             missing.append(pattern)
+        elif matches := sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))):
+            paths += matches
+        else:
+            raise UserError(f"no file matches '{pattern}'{_where(pattern)}")
     if missing and len(patterns) > 1:
         raise UserError(f"{spec}: {len(missing)} of its {len(patterns)} files are missing, first '{missing[0]}'")
     if missing:

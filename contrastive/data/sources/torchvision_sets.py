@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from contrastive.data.class_sets import class_names_beside, class_set, class_sets
+from contrastive.data.class_sets import ClassSet, class_names_beside, class_set, class_sets
 from contrastive.data.prompts import load_templates
 from contrastive.data.record import Source, check_split
 from contrastive.errors import UserError
@@ -117,7 +117,7 @@ def open_named(dataset: str, split: str) -> Source:
     """
     from filelock import FileLock
 
-    from contrastive.data.sources.arrays import is_idx_folder, open_idx
+    from contrastive.data.sources.arrays import idx_folder, open_idx
 
     entry, root = SETS[dataset], os.path.join(cache_folder(), "datasets", dataset)
     first = next(iter(entry.splits))
@@ -136,14 +136,19 @@ def open_named(dataset: str, split: str) -> Source:
         reason = error.strerror or error
         raise UserError(f"{name}: cannot be kept in {root} ({reason}); set CONTRASTIVE_CACHE") from None
     for folder in (os.path.join(root, entry.loader), root):
-        if is_idx_folder(folder):
+        if idx_folder(folder):
             return open_idx(name, folder, split)
-    return open_cifar(name, root, split) if is_cifar_folder(root) else _read(name, root, dataset, split)
+    return open_cifar(name, root, split) if cifar_folders(root) else _read(name, root, dataset, split)
 
 
-def is_cifar_folder(folder: str) -> bool:
-    """Whether the batches of CIFAR-10 or CIFAR-100 lie in `folder`, or in the folder their archive unpacks to."""
-    return bool(_cifar_in(folder))
+def cifar_folders(folder: str) -> dict[str, str]:
+    """Return where the batches of CIFAR-10 and CIFAR-100 lie: in `folder`, or in the one their archive unpacks to."""
+    return {
+        dataset: place
+        for dataset, (below, files) in _CIFAR.items()
+        for place in (folder, os.path.join(folder, below))
+        if all(os.path.isfile(os.path.join(place, file)) for file in files)
+    }
 
 
 def open_cifar(name: str, folder: str, split: str) -> Source:
@@ -154,23 +159,13 @@ def open_cifar(name: str, folder: str, split: str) -> Source:
     Raises:
         UserError: an unknown split, or a missing or altered file.
     """
-    found = _cifar_in(folder)
+    found = cifar_folders(folder)
     if len(found) > 1:
         raise UserError(f"{name}: it holds both CIFAR-10 and CIFAR-100; give one of {' and '.join(found.values())}")
     [(dataset, within)] = found.items()
     check_split(name, split, SETS[dataset].splits)
     # torchvision looks for a folder of the archive's name; the files may lie in one of any name.
     return _read(name, within, dataset, split, {"base_folder": ""})
-
-
-def _cifar_in(folder: str) -> dict[str, str]:
-    """Return which of the two lies there, and in which folder."""
-    return {
-        dataset: place
-        for dataset, (below, files) in _CIFAR.items()
-        for place in (folder, os.path.join(folder, below))
-        if all(os.path.isfile(os.path.join(place, file)) for file in files)
-    }
 
 
 def _read(name: str, root: str, dataset: str, split: str, altered: dict[str, Any] | None = None) -> Source:
@@ -193,27 +188,27 @@ def _read(name: str, root: str, dataset: str, split: str, altered: dict[str, Any
     labels = np.asarray(labels)
     if labels.dtype == object:  # None among them
         raise UserError(f"{name}: its files in {root} have no labels")
-    labels, class_names = labels.astype(np.int64), class_names_beside(root) or _class_names(dataset, held)
+    known = class_set(dataset) if dataset in class_sets() else None
+    labels, class_names = labels.astype(np.int64), class_names_beside(root) or _class_names(entry, known, held)
     if isinstance(images[0], str | Path):
         paths = np.array([os.path.relpath(path, root) for path in images])
         order = np.argsort(paths)  # some come as the disk has them
         source = ImageFiles(name, root, paths[order].tolist(), labels[order], class_names)
     else:
         source = ArrayImages(name, _pixels(images), labels, class_names)
-    if dataset in class_sets() and class_set(dataset).places(class_names):  # the digits of SVHN are no handwritten ones
+    if known and known.places(class_names):  # the digits of SVHN are no handwritten ones
         source.templates = load_templates(dataset)
     return source
 
 
-def _class_names(dataset: str, held: Any) -> tuple[str, ...]:
+def _class_names(entry: TorchvisionSet, known: ClassSet | None, held: Any) -> tuple[str, ...]:
     """The shipped names in the order of the labels, by what the set calls its classes; else its own."""
-    known = class_set(dataset) if dataset in class_sets() else None
-    own_names = getattr(held, SETS[dataset].own_names or "", None)
+    own_names = getattr(held, entry.own_names or "", None)
     if own_names is None:  # the labels are the numbers of the shipped names
         return known.names
     places = known and known.places(own_names)
     # A classifier of CIFAR has the names of its files, whichever way they were opened.
-    return tuple(own_names if places is None or dataset in _CIFAR else (known.names[place] for place in places))
+    return tuple(own_names if places is None or known.name in _CIFAR else (known.names[place] for place in places))
 
 
 def _pixels(images: Any) -> np.ndarray:
