@@ -12,7 +12,7 @@ from typing import Any
 from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent, Bundle
-from contrastive.interop.formats.option_kinds import check_kind, per_channel
+from contrastive.interop.formats.option_kinds import check, is_positive, per_channel
 from contrastive.models import ImageTowerConfig
 
 TIMM_MODES = {"center": "crop", "squash": "squash"}
@@ -38,7 +38,7 @@ def read_timm_transform(cfg: Mapping, size: tuple[int, int], patch_size: int, wh
 
     Args:
         cfg: `pretrained_cfg`.
-        size: (height, width) that the model takes, as far as its patches fill it.
+        size: (height, width) that the model takes; what its patches do not fill, of `patch_size`, is left out.
         where: the file with it, for messages.
 
     Raises:
@@ -48,7 +48,7 @@ def read_timm_transform(cfg: Mapping, size: tuple[int, int], patch_size: int, wh
 
     cfg = resolve_data_config(pretrained_cfg=cfg)  # which fills in the library's defaults
     interpolation, mode, crop_pct = cfg["interpolation"], cfg["crop_mode"], cfg["crop_pct"]
-    check_kind(f"{where}: pretrained_cfg.crop_pct", crop_pct, "a number above 0", ";")
+    check(is_positive(crop_pct), f"{where}: pretrained_cfg.crop_pct", crop_pct, "a number above 0", ";")
     exact = mode == "squash" and crop_pct == 1
     possible, square = _is_possible(exact, size, patch_size), size[0] == size[1]
     unfilled = f"crop_mode '{mode}' to {size[0]} pixels, which patches do not fill,"
@@ -79,11 +79,11 @@ def read_open_clip_transform(cfg: Any, size: tuple[int, int], patch_size: int, w
     Raises:
         UserError: preprocess_cfg or one of its options is of another kind than open_clip's.
     """
-    check_kind(f"{where}: preprocess_cfg", cfg, "an object with options", ";")
+    check(isinstance(cfg, Mapping), f"{where}: preprocess_cfg", cfg, "an object with options", ";")
     defaults = {"mean": CLIP_MEAN, "std": CLIP_STD, "resize_mode": "shortest", "interpolation": "bicubic"}
     cfg = defaults | {name: value for name, value in cfg.items() if value}
     mode, interpolation = cfg["resize_mode"], cfg["interpolation"]
-    check_kind(f"{where}: preprocess_cfg.resize_mode", mode, "like 'shortest'", ";")
+    check(isinstance(mode, str), f"{where}: preprocess_cfg.resize_mode", mode, "like 'shortest'", ";")
     known = ("bicubic", "bilinear", "random")
     if interpolation not in known:
         raise UserError(f"{where}: preprocess_cfg.interpolation is {interpolation!r}; use one of {', '.join(known)}")
@@ -106,9 +106,7 @@ def _is_possible(squashes: bool, size: tuple[int, int], patch_size: int) -> bool
 
 def _statistics(section: str, cfg: Mapping, where: Path) -> dict[str, tuple[float, ...]]:
     """Mean and std by our names; UserError where one is no number for each channel."""
-    for name in ("mean", "std"):
-        check_kind(f"{where}: {section}.{name}", cfg[name], "three numbers, one for each channel", ";")
-    return {name: per_channel(cfg[name]) for name in ("mean", "std")}
+    return {name: per_channel(f"{where}: {section}.{name}", cfg[name]) for name in ("mean", "std")}
 
 
 def made_preprocess(
@@ -141,33 +139,27 @@ def made_preprocess(
     )
 
 
-def checked_preprocess(bundle: Bundle) -> PreprocessConfig:
-    """Return how images become pixels.
+def checked_preprocess(bundle: Bundle, scales: bool) -> tuple[PreprocessConfig, list[str]]:
+    """Return how images become pixels, and what of that an evaluation transform cannot do, with what to do instead.
+
+    Args:
+        scales: whether it can scale to more than the size of the images, as timm's by its crop_pct.
 
     Raises:
         UserError: there is no preprocessing, which timm and open_clip cannot do without, or it makes images of another
             size than the tower's positions are for.
     """
     try:
-        preprocess = bundle.preprocess.config
+        config = bundle.preprocess.config
     except UserError as error:  # of an Absent, which says what is missing
         raise UserError(f"{error}; --to transformers and --to onnx write the model without") from None
-    made, taken = preprocess.size, bundle.model.image_tower.input_size
-    if tuple(made) != tuple(taken):
+    made, fits = config.size, bundle.model.image_tower.input_size
+    if tuple(made) != tuple(fits):
         raise UserError(
             f"the preprocessing makes {made[0]}×{made[1]} pixels, the image tower has positions for "
-            f"{taken[0]}×{taken[1]}: call model.image_tower.set_input_size or give the bundle another preprocess"
+            f"{fits[0]}×{fits[1]}: call model.image_tower.set_input_size or give the bundle another preprocess"
         )
-    return preprocess
-
-
-def transform_problems(config: PreprocessConfig, patch_size: int, scales: bool) -> list[str]:
-    """Return what an evaluation transform cannot do, with what to do instead.
-
-    Args:
-        scales: whether it can scale to more than the size of the images, as timm's by its crop_pct.
-    """
-    problems, taken = [], taken_size(config, patch_size)
+    problems, taken = [], taken_size(config, bundle.model.image_tower.config.patch_size)
     cuts = config.resize == "crop" or config.short_side not in (None, config.size[0])
     if config.cut == "corner" and cuts and taken == config.size:
         problems.append("preprocess cut 'corner' (they cut the centre)")
@@ -175,7 +167,7 @@ def transform_problems(config: PreprocessConfig, patch_size: int, scales: bool) 
         problems.append(
             f"preprocess short_side {config.short_side} (its short side is the image size; leave short_side out)"
         )
-    return problems
+    return config, problems
 
 
 def notes_on_images(image: ImageTowerConfig, config: PreprocessConfig) -> list[str]:

@@ -27,7 +27,6 @@ from contrastive.interop.formats.evaluation_transform import (
     read_open_clip_transform,
     size_option,
     taken_size,
-    transform_problems,
     whole_patches,
     write_open_clip_transform,
 )
@@ -134,8 +133,8 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     problems = [] if native else timm_problems(image)
     if text.pool == "average":
         problems.append("model.text.pool 'average' (its text towers pool at one token; train with 'eos' or 'last')")
-    preprocess = checked_preprocess(bundle)
-    problems += transform_problems(preprocess, image.patch_size, scales=False)
+    preprocess, unlike = checked_preprocess(bundle, scales=False)
+    problems += unlike
     if problems:
         raise UserError(f"{bundle.path}: open_clip cannot express {'; '.join(problems)}")
     tokenizer_cfg, notes = write_open_clip_tokenizer(bundle.tokenizer, folder)

@@ -22,7 +22,6 @@ from contrastive.interop.formats.evaluation_transform import (
     checked_preprocess,
     notes_on_images,
     read_timm_transform,
-    transform_problems,
     whole_patches,
 )
 from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
@@ -170,8 +169,8 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     """
     bundle.check_image_tower("timm holds image towers")
     model, config = bundle.model, bundle.model.image_tower.config
-    preprocess = checked_preprocess(bundle)
-    problems = timm_problems(config) + transform_problems(preprocess, config.patch_size, scales=True)
+    preprocess, unlike = checked_preprocess(bundle, scales=True)
+    problems = timm_problems(config) + unlike
     if isinstance(model, ImageClassifier):
         problems += _classifier_problems(model)
     if problems:

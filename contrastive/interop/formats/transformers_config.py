@@ -1,4 +1,4 @@
-"""config.json of transformers' SigLIP, SigLIP 2 and CLIP models as our options, and back.
+"""config.json of transformers' SigLIP, SigLIP 2 and CLIP models as our options.
 
 Files hold what differs from the library's defaults, which are taken from its own classes.
 """
@@ -6,12 +6,12 @@ Files hold what differs from the library's defaults, which are taken from its ow
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from contrastive.errors import UserError
 from contrastive.files import read_json
-from contrastive.interop.formats.option_kinds import check_kind, is_count
+from contrastive.interop.formats.option_kinds import check, is_count, is_number
 from contrastive.interop.formats.tokenizer_files import highest_id
 from contrastive.log import warn
 from contrastive.models import ImageModelConfig, ImageTowerConfig, ModelConfig, TextModelConfig, TextTowerConfig
@@ -41,12 +41,13 @@ BLOCKS = {
     "layer_norm_eps": "norm_eps",
 }
 VOCABULARY = {"vocab_size": "vocab_size", "max_position_embeddings": "context_length"}
-COUNTS = (*VOCABULARY, "num_channels", "num_patches", "projection_dim", "projection_size")
-KIND_OF = {
-    **dict.fromkeys((*BLOCKS, *COUNTS), "a whole number above 0"),
-    "layer_norm_eps": "a number, 0 or more",
-    "hidden_act": "the name of an activation",
-    "vision_use_head": "true or false",
+# What options of theirs have to be.
+COUNTS = (*BLOCKS, *VOCABULARY, "num_channels", "num_patches", "projection_dim", "projection_size")
+KINDS = {
+    **dict.fromkeys(COUNTS, (is_count, "a whole number above 0")),
+    "layer_norm_eps": (lambda value: is_number(value) and value >= 0, "a number, 0 or more"),
+    "hidden_act": (lambda value: isinstance(value, str), "the name of an activation"),
+    "vision_use_head": (lambda value: isinstance(value, bool), "true or false"),
 }
 # Which values of our options a family has: reading takes the first, writing refuses others. The rest fits either.
 FITTING = {
@@ -145,8 +146,9 @@ def read_description(folder: Path) -> Description:
     file = folder / "config.json"
     content = read_json(file)
     named, model_type = content.get("architectures") or [], content.get("model_type")
-    check_kind(f"{file}: architectures", named, "a list of names of classes")
-    check_kind(f"{file}: model_type", "" if model_type is None else model_type, "a name")
+    names = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    check(names, f"{file}: architectures", named, "a list of names of classes")
+    check(isinstance(model_type, str | None), f"{file}: model_type", model_type, "a name")
     if content.get("quantization_config") is not None:
         raise UserError(
             f"{file} has a quantization_config: such weights mean nothing without the library that made them; take the "
@@ -162,7 +164,7 @@ def read_description(folder: Path) -> Description:
     projected = len(has) == 2 or (any(name.endswith(PROJECTED) for name in named) if named else None)
     dim = content.get("projection_dim", library_defaults(family, "").get("projection_dim"))
     if len(has) == 2 and family == "clip":
-        check_kind(f"{file}: projection_dim", dim, "a whole number above 0")
+        check(is_count(dim), f"{file}: projection_dim", dim, "a whole number above 0")
     found = Description(file, family, towers, dim, projected)
     for tower, options in towers.items():
         _check_options(options, found.where(tower), tower)
@@ -176,7 +178,7 @@ def _options(content: dict, family: str, section: str, nested: bool, file: Path)
     names = [f"{section}_config"] * nested + [f"{section}_config_dict"] * (family == "clip")
     for name in names:
         if content.get(name) is not None:
-            check_kind(f"{file}: {name}", content[name], "an object of options")
+            check(isinstance(content[name], dict), f"{file}: {name}", content[name], "an object of options")
             given = content[name]
         elif name == f"{section}_config":
             given = {}
@@ -185,9 +187,9 @@ def _options(content: dict, family: str, section: str, nested: bool, file: Path)
 
 def _check_options(options: dict, where: str, tower: str) -> None:
     """Raise UserError, naming the option behind `where`, where one is of a wrong type, which would fail much later."""
-    for name, kind in KIND_OF.items():
+    for name, (fits, wanted) in KINDS.items():
         if name in options and not (name == "projection_size" and options[name] is None):  # as wide as the tower
-            check_kind(f"{where}{name}", options[name], kind)
+            check(fits(options[name]), f"{where}{name}", options[name], wanted)
     if tower == "image" and options.get("is_causal"):
         raise UserError(f"{where}is_causal is true: only images whose patches all attend to each other can be read")
 
@@ -201,10 +203,11 @@ def our_config(found: Description, mean_head: bool) -> ModelConfig | ImageModelC
     Raises:
         UserError: an option that our towers do not have.
     """
-    image = _image_config(found, mean_head) if "image" in found.towers else None
-    if "text" not in found.towers:
+    image, text = (_tower_config(found, tower) if tower in found.towers else None for tower in SECTIONS)
+    if mean_head:
+        image = replace(image, pool="average")
+    if text is None:
         return ImageModelConfig(_embed_dim(found, "image", image), image)
-    text = _text_config(found)
     embed_dim = _embed_dim(found, "text", text)
     if image is None:
         return TextModelConfig(embed_dim, text)
@@ -227,38 +230,30 @@ def _embed_dim(found: Description, tower: str, config: ImageTowerConfig | TextTo
     return found.projection_dim if found.whole else options["projection_dim"]
 
 
-def _image_config(found: Description, mean_head: bool) -> ImageTowerConfig:
-    """Our options of the image tower; images that patches do not fill count up to the last whole patch."""
-    where, channels = found.where("image"), found.towers["image"]["num_channels"]
+def _tower_config(found: Description, tower: str) -> ImageTowerConfig | TextTowerConfig:
+    """Our options of a tower; images that patches do not fill count up to the last whole patch."""
+    options, where, is_clip = found.towers[tower], found.where(tower), found.family == "clip"
+    if tower == "image":
+        _check_image(found, where)
+    activation = options["hidden_act"]
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{where}hidden_act '{activation}' is not supported; known: {', '.join(ACTIVATIONS)}")
+    ours = {ours: options[theirs] for theirs, ours in BLOCKS.items()} | {"activation": ACTIVATIONS[activation]}
+    ours |= {option: values[0] for option, values in FITTING["clip" if is_clip else "siglip"][tower].items()}
+    ours |= {"projection": bool(found.projected)} if is_clip else {}
+    if tower == "image":
+        size, patch_size = found.native_size, found.patch_size
+        return ImageTowerConfig(size - size % patch_size, patch_size, patch_bias=not is_clip, **ours)
+    words = {ours: options[theirs] for theirs, ours in VOCABULARY.items()}
+    return TextTowerConfig(**words, eos_id=_pooled_id(found), **ours)
+
+
+def _check_image(found: Description, where: str) -> None:
+    channels = found.towers["image"]["num_channels"]
     if channels != 3:
         raise UserError(f"{where}num_channels is {channels}: only models of RGB images can be read")
     if found.lacks_head and found.whole:
         raise UserError(f"{where}vision_use_head is false: such a model has no image embedding to compare with texts")
-    size, patch_size = found.native_size, found.patch_size
-    own = {"image_size": size - size % patch_size, "patch_size": patch_size, "patch_bias": found.family != "clip"}
-    return ImageTowerConfig(**_shared(found, "image") | own | ({"pool": "average"} if mean_head else {}))
-
-
-def _text_config(found: Description) -> TextTowerConfig:
-    words = {ours: found.towers["text"][theirs] for theirs, ours in VOCABULARY.items()}
-    return TextTowerConfig(**_shared(found, "text"), **words, eos_id=_pooled_id(found))
-
-
-def _shared(found: Description, tower: str) -> dict:
-    """Our options that either tower has, and those that its family settles."""
-    options, is_clip = found.towers[tower], found.family == "clip"
-    activation = options["hidden_act"]
-    if activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UserError(f"{found.where(tower)}hidden_act '{activation}' is not supported; known: {known}")
-    settled = {option: values[0] for option, values in FITTING["clip" if is_clip else "siglip"][tower].items()}
-    if is_clip:
-        settled["projection"] = bool(found.projected)
-    return {
-        **{ours: options[theirs] for theirs, ours in BLOCKS.items()},
-        "activation": ACTIVATIONS[activation],
-        **settled,
-    }
 
 
 def _pooled_id(found: Description) -> int | None:

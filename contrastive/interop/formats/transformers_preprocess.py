@@ -7,7 +7,7 @@ from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent
 from contrastive.interop.formats.evaluation_transform import made_preprocess, taken_size
-from contrastive.interop.formats.option_kinds import check_kind, is_count, per_channel
+from contrastive.interop.formats.option_kinds import check, is_count, is_positive, per_channel
 
 FILE, NESTED_FILE = "preprocessor_config.json", "processor_config.json"
 SQUASH, CROP, NAFLEX = "SiglipImageProcessor", "CLIPImageProcessor", "Siglip2ImageProcessor"
@@ -101,9 +101,9 @@ def _preprocess(options: dict, image_size: int, patch_size: int) -> Preprocess:
 
 def _filled(options: dict, image_size: int) -> dict:
     """The options with the defaults of their class; null stays, which the library takes for off, or fails at."""
-    check_kind("image_processor", options, "an object of options")
+    check(isinstance(options, dict), "image_processor", options, "an object of options")
     named = options.get("image_processor_type") or options.get("feature_extractor_type") or ""
-    check_kind("image_processor_type", named, "the name of a class")
+    check(isinstance(named, str), "image_processor_type", named, "the name of a class")
     kind = OLD_NAMES.get(named, named.removesuffix("Fast").removesuffix("Pil"))
     if kind == NAFLEX:
         raise UserError(
@@ -127,8 +127,7 @@ def _size(options: dict, name: str, number_means: tuple[str, ...]) -> dict:
         sides = {}
     else:
         sides = dict.fromkeys(number_means, size)
-    if not all(map(is_count, sides.values())):
-        raise UserError(f"{name} is {size!r}: it has to be in whole numbers of pixels")
+    check(all(map(is_count, sides.values())), name, size, "in whole numbers of pixels")
     return sides
 
 
@@ -136,15 +135,16 @@ def _normalisation(options: dict) -> dict[str, tuple[float, ...]]:
     """Mean and std, by our names, where white is 1, whatever factor the library multiplies pixels with."""
     factor = 255.0
     if options["do_rescale"]:
-        check_kind("rescale_factor", options["rescale_factor"], "a number above 0")
-        factor *= options["rescale_factor"]
+        rescale = options["rescale_factor"]
+        check(is_positive(rescale), "rescale_factor", rescale, "a number above 0")
+        factor *= rescale
     factor = 1.0 if abs(factor - 1) < 1e-9 else factor
     found = {"mean": 0.0, "std": 1.0}
     if options["do_normalize"]:
         found = {name: options[f"image_{name}"] for name in found}
-    for name, value in found.items():
-        check_kind(f"image_{name}", value, "a number, or three of them")
-    return {name: tuple(one / factor for one in per_channel(value)) for name, value in found.items()}
+    wanted = "a number, or three of them"
+    channels = {name: per_channel(f"image_{name}", value, wanted, ":") for name, value in found.items()}
+    return {name: tuple(value / factor for value in values) for name, values in channels.items()}
 
 
 def write_preprocess(
