@@ -81,10 +81,9 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     kind = head_kind(description, skeleton.num_classes, names, file_weights, file)
     if kind == "classifier":
         model = ImageClassifier(ClassifierConfig(image, num_classes=skeleton.num_classes))
-    elif kind == "projection":
-        model = ImageModel(ImageModelConfig(skeleton.num_classes, replace(image, projection=True)))
     else:
-        model = ImageModel(ImageModelConfig(image.width, image))
+        embed_dim = skeleton.num_classes or image.width
+        model = ImageModel(ImageModelConfig(embed_dim, replace(image, projection=kind == "projection")))
     model.image_tower.set_input_size(whole_patches(size, image.patch_size))
     projection = "head" if kind == "projection" else None
     weights, theirs = tower_to_ours(file_weights, skeleton, model, folder, projection=projection)

@@ -190,12 +190,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
     own_class = is_clip and tokenizer.clean != "canonicalize"
     if own_class:
         core.model.save(str(folder))  # vocab.json and merges.txt
-    names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-    if is_clip:
-        names["unk_token"] = eos
     config = {
         "tokenizer_class": "CLIPTokenizer" if own_class else "PreTrainedTokenizerFast",
-        **names,
+        **{"bos_token": bos, "eos_token": eos, "pad_token": pad},
+        **({"unk_token": eos} if is_clip else {}),
         "split_special_tokens": True,
     }
     write_json(folder / CONFIG_FILE, config | _defaults(tokenizer))
