@@ -1,15 +1,20 @@
-"""One HTML page that needs no other file: its skeleton, its colours, its pictures. Nothing in it is fetched."""
+"""One HTML page that needs no other file: its skeleton, its colours, its pictures. Nothing in it is fetched.
+
+Also how a template becomes text, whether a page's or another file's.
+"""
 
 import base64
 import io
 from collections.abc import Collection, Iterable
 from html import escape
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import Any
 
 from PIL import Image
 
 PARTS = files("contrastive") / "pages"
-"""Style sheets and scripts: base.css for all pages, then those of what some of them hold."""
+"""Style sheets, scripts and templates: base.css for all pages, then those of what some of them hold."""
 
 
 def html_page(title: str, remark: str, body: str, *parts: str) -> str:
@@ -45,6 +50,17 @@ def html_table(head: Iterable[str], rows: Iterable[Iterable[str]], numbers: Coll
 
     titles = [row(head, "th")] if head else []
     return f'<table class="list">{"".join([*titles, *(row(cells, "td") for cells in rows)])}</table>'
+
+
+def filled(template: Traversable, **fields: Any) -> str:
+    """Return a template of jinja2 with its fields; in one for HTML their text is escaped, no field may be missing."""
+    from jinja2 import Environment, StrictUndefined
+
+    is_html = ".html" in template.name
+    strict = Environment(
+        autoescape=is_html, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    return strict.from_string(template.read_text("utf-8")).render(**fields)
 
 
 def data_uri(image: Image.Image | bytes, kind: str = "PNG") -> str:

@@ -2,9 +2,11 @@ import base64
 import io
 import re
 
+import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
-from contrastive.page import data_uri, html_page, html_table
+from contrastive.page import data_uri, filled, html_page, html_table
 
 
 def test_titles_are_escaped_and_bodies_are_not():
@@ -34,3 +36,11 @@ def test_a_table_of_cells_that_are_html_already():
     head, row = '<tr><th>name</th><th class="n">count</th></tr>', '<tr><td><b>a</b></td><td class="n">1</td></tr>'
     assert table == f'<table class="list">{head}{row}</table>'
     assert html_table((), [("a",)]) == '<table class="list"><tr><td>a</td></tr></table>'
+
+
+def test_a_template_of_a_page_escapes_and_every_field_is_asked_for(tmp_path):
+    for name, expected in (("a.html.jinja", "&lt;b&gt; &amp;\n"), ("a.md.jinja", "<b> &\n")):
+        (tmp_path / name).write_text("{% if True %}\n{{ text }}\n{% endif %}\n")
+        assert filled(tmp_path / name, text="<b> &") == expected
+        with pytest.raises(UndefinedError, match="'text' is undefined"):
+            filled(tmp_path / name)

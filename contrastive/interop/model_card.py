@@ -18,6 +18,7 @@ from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.parity import Check
 from contrastive.interop.run_record import RunRecord, public_name
 from contrastive.models import DualEncoder, ImageClassifier, TextModel
+from contrastive.page import filled
 
 PACKAGES = {"transformers": "transformers", "open_clip": "open_clip_torch", "timm": "timm", "onnx": "onnxruntime"}
 
@@ -31,15 +32,12 @@ def model_card(
         to: the format. folder: as written in it. name: ORG/NAME or the folder's own name.
         checks: of the parity check. notes: what the format could not take along.
     """
-    from jinja2 import Environment, StrictUndefined
-
     model, run = bundle.model, RunRecord.of(bundle.path)
     named = {name: getattr(model, f"{name}_tower", None) for name in ("image", "text")}
     towers = {name: tower for name, tower in named.items() if tower is not None}
     parts = {"preprocessing options": bundle.preprocess, "tokenizer": bundle.tokenizer}
-    strict = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
-    template = strict.from_string((files("contrastive.interop") / "card.md.jinja").read_text("utf-8"))
-    return template.render(
+    return filled(
+        files("contrastive.interop") / "card.md.jinja",
         **_of_format(to, folder),
         **({} if run is None else _of_run(run)),
         to=to,

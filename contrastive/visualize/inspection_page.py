@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from contrastive.data.inspection import QUANTITIES, Seen
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.files import claim_folder, write_json, write_whole
-from contrastive.page import data_uri, html_page
+from contrastive.page import PARTS, data_uri, filled, html_page
 from contrastive.visualize.drawing import as_picture, mosaic
 
 FIGURES, SHEET, PAGE = "figures.json", "contact_sheet.png", "index.html"
@@ -83,43 +82,19 @@ def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _page(figures: dict[str, Any], seen: Sequence[Seen], tokenizer: Tokenizer) -> str:
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts(figures))
-    charts = "".join(_chart(title, figures[name]) for name, title in QUANTITIES.items() if figures[name])
-    samples = "".join(_sample(sample, tokenizer) for sample in seen)
-    repeats = "".join(
-        f"<tr><td>{found['times']:,} ×</td><td>{escape(found['what'])}<br><small>{escape(', '.join(found['keys']))}"
-        "</small></td></tr>"
-        for what in ("captions", "images")
-        for found in (figures[f"duplicate_{what}"] or {"most_repeated": ()})["most_repeated"]
-    )
-    body = (
-        f'<table>{rows}</table><h2>How they are distributed</h2><div class="charts">{charts}</div>'
-        + (f"<h2>Found more than once</h2><table>{repeats}</table>" if repeats else "")
-        + (f"<h2>As the model sees them</h2>{samples}" if samples else "")
+    body = filled(
+        PARTS / "inspection.html.jinja",
+        facts=facts(figures),
+        charts={title: figures[name] for name, title in QUANTITIES.items() if figures[name]},
+        repeats=[
+            found
+            for what in ("captions", "images")
+            for found in (figures[f"duplicate_{what}"] or {"most_repeated": ()})["most_repeated"]
+        ],
+        seen=seen,
+        tokenizer=tokenizer,
+        captions_shown=CAPTIONS_SHOWN,
+        to_pil_image=to_pil_image,
+        data_uri=data_uri,
     )
     return html_page(figures["source"], "", body, "inspection.css")
-
-
-def _chart(title: str, found: dict[str, Any]) -> str:
-    counts, edges = found["histogram"]["counts"], found["histogram"]["edges"]
-    bars = "".join(
-        f'<i style="height:{count / max(counts):.1%}" title="{low:g} to {high:g}: {count:,}"></i>'
-        for count, low, high in zip(counts, edges, edges[1:], strict=False)
-    )
-    return (
-        f'<figure class="chart"><figcaption>{title}</figcaption><div class="bars">{bars}</div>'
-        f"<small>{found['min']:,} to {found['max']:,}, median {found['median']:,g}</small></figure>"
-    )
-
-
-def _sample(sample: Seen, tokenizer: Tokenizer) -> str:
-    stored = [f"<p>{escape(caption)}</p>" for caption in sample.captions[:CAPTIONS_SHOWN]]
-    if len(sample.captions) > CAPTIONS_SHOWN:
-        stored.append(f"<p>and {len(sample.captions) - CAPTIONS_SHOWN:,} more</p>")
-    ids = sample.tokens.tolist()
-    return (
-        f'<div class="sample"><img class="small" alt="" src="{data_uri(to_pil_image(sample.image))}">'
-        f"<div><small>{escape(sample.key)}: "
-        f"captions as stored</small>{''.join(stored)}<small>the tokens, as text</small>"
-        f"<p>{escape(tokenizer.decode(ids))}</p><code>{' '.join(map(str, ids))}</code></div></div>"
-    )

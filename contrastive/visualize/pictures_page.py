@@ -1,12 +1,11 @@
 """The folder that pictures are written to: PNG files and a page that needs no other file."""
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from contrastive.errors import UserError
 from contrastive.files import claim_folder, write_json, write_whole
-from contrastive.page import data_uri, html_page
+from contrastive.page import PARTS, data_uri, filled, html_page
 from contrastive.visualize.pictures import LeftOut, Picture
 
 PAGE, RECORD, FORMAT = "index.html", "pictures.json", "contrastive-pictures-1"
@@ -51,18 +50,6 @@ def write_page(folder: Path, title: str, remark: str, pictures: Sequence[Picture
     write_json(folder / RECORD, record)
     for picture in pictures:
         write_whole(folder / f"{picture.name}.png", picture.png)
-    links = "".join(f'<a href="#{picture.name}">{escape(picture.title)}</a>' for picture in pictures)
-    missing = "".join(f"<li>{escape(picture.title)}: {escape(picture.reason)}</li>" for picture in left_out)
-    body = f"<nav>{links}</nav>\n" + "\n".join(map(_section, pictures))
-    body += f"\n<h2>Left out</h2>\n<ul>{missing}</ul>" if missing else ""
+    body = filled(PARTS / "pictures.html.jinja", pictures=pictures, left_out=left_out, data_uri=data_uri)
     write_whole(folder / PAGE, html_page(title, remark, body, "pictures.css"))
     return folder / PAGE
-
-
-def _section(picture: Picture) -> str:
-    found = f'<p class="found">{escape(picture.found)}</p>' if picture.found else ""
-    return (
-        f'<section id="{picture.name}"><h2>{escape(picture.title)}</h2>\n<p>{escape(picture.reading)}</p>{found}\n'
-        f'<figure class="card"><img alt="{escape(picture.alt)}" src="{data_uri(picture.png)}"></figure>\n'
-        f"<small>Source: {escape(picture.source)}.</small></section>"
-    )
