@@ -56,16 +56,18 @@ def find_columns(names: Sequence[str], asked: Columns, where: str) -> Columns:
     if twice:
         raise UserError(f"{where}: column '{twice[0]}' is there twice; the columns are: {', '.join(names)}")
     if asked.caption is None or asked.caption in names:  # a name may hold ',' or '='
-        caption = asked.caption or _find(names, None, CAPTION_COLUMNS, where)
+        caption = asked.caption or _usual(names, CAPTION_COLUMNS)
         weighted = ((caption, 1.0),) if caption else ()
     else:
         weighted = weighted_names(asked.caption)
-        for name, _ in weighted:
-            _find(names, name, (), where)
+    for name in (*dict(weighted), asked.image):
+        if name is not None and name not in names:
+            hint = did_you_mean(name, names)
+            raise UserError(f"{where}: no column '{name}'; the columns are: {', '.join(names)}.{hint}")
     found = Columns(
-        image=_find(names, asked.image, IMAGE_COLUMNS, where),
+        image=asked.image or _usual(names, IMAGE_COLUMNS),
         caption=weighted[0][0] if len(weighted) == 1 else asked.caption,
-        label=_find(names, None, LABEL_COLUMNS, where),
+        label=_usual(names, LABEL_COLUMNS),
         weighted=weighted,
     )
     if found.image is None:
@@ -76,12 +78,9 @@ def find_columns(names: Sequence[str], asked: Columns, where: str) -> Columns:
     return found
 
 
-def _find(names: Sequence[str], asked: str | None, usual: Sequence[str], where: str) -> str | None:
-    if asked is not None and asked not in names:
-        hint = did_you_mean(asked, names)
-        raise UserError(f"{where}: no column '{asked}'; the columns are: {', '.join(names)}.{hint}")
+def _usual(names: Sequence[str], usual: Sequence[str]) -> str | None:
     by_lower = {name.lower(): name for name in reversed(names)}
-    return asked or next((by_lower[name] for name in usual if name in by_lower), None)
+    return next((by_lower[name] for name in usual if name in by_lower), None)
 
 
 def weighted_names(text: str) -> tuple[tuple[str, float], ...]:

@@ -32,6 +32,7 @@ _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 HELD_OUT = ("test", "val", "valid", "validation", "dev")
 """Names of held-out splits, the preferred one first."""
 
+_SETS_BY_NAME = {"digits": ("train", "test"), "scenes": ("train", "test"), **{name: SETS[name].splits for name in SETS}}
 _TRAIN_FILES = re.compile(r"train(?![a-z])")  # 'train-00000', but not 'training'
 
 
@@ -216,13 +217,13 @@ def _name_and_split(spec: str) -> tuple[str, str | None]:
     if scheme == "hf":
         path, _, split = argument.partition(":")
         return f"hf:{path}", split
-    return (scheme, argument) if scheme in ("digits", "scenes", *SETS) else _folder_and_split(spec)
+    return (scheme, argument) if scheme in _SETS_BY_NAME else _folder_and_split(spec)
 
 
 def _splits_of(name: str) -> Collection[str] | None:
     """Return the splits of a set, of a name on the hub or of a folder; None for other folders, and for no folder."""
-    if name in ("digits", "scenes", *SETS):
-        return SETS[name].splits if name in SETS else ("test",)
+    if name in _SETS_BY_NAME:
+        return _SETS_BY_NAME[name]
     if name.startswith("hf:"):
         return _splits_on_hub(name.removeprefix("hf:"))
     from contrastive.data.sources.arrays import idx_folder
