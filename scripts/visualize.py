@@ -18,7 +18,7 @@ import contrastive
 from contrastive.command_line import Parser, at_least, chosen_device
 from contrastive.log import console, run_script, say
 from contrastive.visualize.drawing import shortened
-from contrastive.visualize.pictured_model import PicturedModel, read_inputs
+from contrastive.visualize.pictured_model import MAX_SHOWN, PicturedModel, read_inputs
 from contrastive.visualize.pictures import PICTURES, Picture, make_picture
 from contrastive.visualize.pictures_page import claim, write_page
 
@@ -63,7 +63,6 @@ def visualize(options: argparse.Namespace) -> None:
         layer=options.layer,
         query=options.query and tuple(options.query),
     )
-    pictured.check()
     hidden = not console.is_terminal
     names = track(PICTURES, "drawing", console=console, disable=hidden, transient=True)
     made = [make_picture(name, pictured) for name in names]
@@ -73,8 +72,8 @@ def visualize(options: argparse.Namespace) -> None:
         say(f"left out: {one.title.lower()}: {one.reason}")
     number = len(pictured.inputs.images)
     remark = f"{number} image{'s' * (number > 1)} from {', '.join(options.images)}, as the model sees them."
-    if pictured.num_shown < number:
-        remark += f" Patch by patch, the first {pictured.num_shown}."
+    if number > MAX_SHOWN:
+        remark += f" Patch by patch, the first {MAX_SHOWN}."
     page = write_page(out, str(options.model), remark, pictures, left_out)
     say(f"{len(pictures)} pictures; look at {page}")
 

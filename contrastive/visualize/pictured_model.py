@@ -1,10 +1,10 @@
 """What is pictured: a model with the images and texts given to it. Each thing is computed once, when asked for."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -53,7 +53,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class PicturedModel:
-    """A model in eval mode, and what it is shown. B images, S of them shown, T texts, H heads, P patches."""
+    """A model in eval mode, and what it is shown. B images, S of them shown, T texts, H heads, P patches.
+
+    Raises:
+        UserError: the tower has no such layer or patch; before anything is computed.
+    """
 
     name: str
     """Of the model, for titles."""
@@ -68,8 +72,7 @@ class PicturedModel:
     query: tuple[int, int] | None = None
     """(row, column) of the patch whose attention is shown; None: the middle one."""
 
-    def check(self) -> None:
-        """Raise UserError for a layer or a patch that the tower has not, before anything is computed."""
+    def __post_init__(self):
         layer_index(self.tower, self.block)
         patch_index(self.grid, self.patch)
 
@@ -87,14 +90,9 @@ class PicturedModel:
         return f"block {self.block + 1} of {len(self.tower.transformer.blocks)}"
 
     @property
-    def num_shown(self) -> int:
-        """S: the first images, MAX_SHOWN at most."""
-        return min(len(self.inputs.images), MAX_SHOWN)
-
-    @property
     def shown(self) -> tuple[torch.Tensor, tuple[str, ...]]:
-        """(S, 3, H, W) uint8, and their names."""
-        return self.inputs.images[: self.num_shown], self.inputs.names[: self.num_shown]
+        """(S, 3, H, W) uint8, the first images, and their names."""
+        return self.inputs.images[:MAX_SHOWN], self.inputs.names[:MAX_SHOWN]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -119,12 +117,6 @@ class PicturedModel:
 
     @cached_property
     @torch.no_grad()
-    def patches(self) -> torch.Tensor:
-        """(S, P, E): see `patch_embeddings`."""
-        return torch.cat([patch_embeddings(self.tower, seen.patch_tokens) for seen in self._traces])
-
-    @cached_property
-    @torch.no_grad()
     def image_features(self) -> torch.Tensor:
         """(B, E), unit length."""
         return torch.cat([self.model.encode_image(batch) for batch in self.pixels.split(8)])
@@ -140,9 +132,10 @@ class PicturedModel:
         """(S, T', rows, columns) cosines of patches and the T' texts that are shown, and these texts."""
         texts, chosen = self.inputs.texts, list(range(len(self.inputs.texts)))
         if self.inputs.texts_of_data:  # those of the images that are shown come first
-            own = [text for text in self.inputs.own[: self.num_shown] if text is not None]
+            own = [text for text in self.inputs.own[:MAX_SHOWN] if text is not None]
             chosen = sorted(list(dict.fromkeys([*own, *chosen]))[:MAX_DATA_TEXTS])
-        maps = text_similarity(self.patches, self.text_features[chosen])
+        patches = patch_embeddings(self.tower, self.patch_tokens)
+        maps = text_similarity(patches, self.text_features[chosen])
         return maps.unflatten(-1, self.grid).cpu(), tuple(texts[text] for text in chosen)
 
     @cached_property
@@ -153,15 +146,14 @@ class PicturedModel:
     @cached_property
     def _traces(self) -> tuple[Trace, ...]:
         """Of each image that is shown, by itself: the weights of all heads of a large grid fill the memory."""
-        return tuple(trace(self.tower, pixels[None]) for pixels in self.pixels[: self.num_shown])
+        return tuple(trace(self.tower, pixels[None]) for pixels in self.pixels[:MAX_SHOWN])
 
     def maps(self, of: Callable[[Trace], torch.Tensor]) -> torch.Tensor:
         """(1, ..., N) of each trace to (S, ..., rows, columns), times the number of tokens: uniform attention has 1."""
         return torch.cat([seen.on_grid(of(seen)) * seen.tokens.shape[1] for seen in self._traces]).cpu()
 
 
-@dataclass(frozen=True)
-class _Image:
+class _Image(NamedTuple):
     name: str
     pixels: torch.Tensor
     text: str | None = None
@@ -203,8 +195,7 @@ def read_inputs(
 def _read_place(place: str, preprocess: Preprocess, limit: int) -> tuple[list[_Image], list[str]]:
     """Return the images of one place, and the texts of its classes where there are few."""
     path = Path(place).expanduser()
-    is_image_name = path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
-    if is_image_name and not path.is_dir():
+    if _is_image_name(path) and not path.is_dir():
         return [_read_file(path, preprocess)], []
     if path.is_dir():
         files = _loose_images(path)
@@ -218,11 +209,12 @@ def _read_place(place: str, preprocess: Preprocess, limit: int) -> tuple[list[_I
 
 def _loose_images(folder: Path) -> list[Path]:
     """The images right inside a folder, where none has a caption beside it; else none: it is a data source."""
-    names = sorted(os.listdir(folder))
-    images = [name for name in names if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and name[0] != "."]
-    if any(f"{os.path.splitext(name)[0]}.txt" in names for name in images):
-        return []
-    return [folder / name for name in images]
+    images = sorted(path for path in folder.iterdir() if _is_image_name(path) and path.name[0] != ".")
+    return [] if any(path.with_suffix(".txt").exists() for path in images) else images
+
+
+def _is_image_name(path: Path) -> bool:
+    return path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
 
 
 def _read_file(path: Path, preprocess: Preprocess) -> _Image:
@@ -245,11 +237,9 @@ def _read_source(source: Source, preprocess: Preprocess, limit: int) -> tuple[li
         try:
             record = source[index]
             key = record.key
-            pixels = preprocess.pixels(record.image)
+            images.append(_Image(key, preprocess.pixels(record.image), _own_text(record, class_texts)))
         except BadSample as bad:
             warn(f"{source.name}: image {bad.key or key} left out ({bad.reason})")
-            continue
-        images.append(_Image(record.key, pixels, _own_text(record, class_texts)))
     if not images:
         raise UserError(f"{source.name}: none of the {limit} images tried can be read; python scripts/inspect_data.py")
     return images, class_texts
