@@ -1,6 +1,5 @@
 """report.html of a training run: one page, nothing fetched, that shows what the run did."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -14,8 +13,6 @@ from contrastive.data.loader import eval_loader
 from contrastive.data.record import BadSample
 from contrastive.evaluate.embeddings import embed_texts, evaluating, pick_indices
 from contrastive.evaluate.report_charts import (
-    best,
-    column,
     headlines,
     rows_of,
     score_charts,
@@ -23,7 +20,7 @@ from contrastive.evaluate.report_charts import (
     training_charts,
 )
 from contrastive.files import write_whole
-from contrastive.page import data_uri, html_page
+from contrastive.page import data_uri, html_page, html_table
 
 MAX_WRITTEN_PAIRS = 20
 THUMBNAIL = 128
@@ -52,8 +49,8 @@ def write_report(
             a share (0 to 1), scores are percent.
         similarity: (n, n) cosines of held-out pairs, row the image, column the caption.
         pairs: the n pairs, (uint8 (H, W, 3), caption).
-        retrievals: {'caption', 'images' uint8 (H, W, 3), 'scores', 'correct' place of the right image or
-            None}, and if known 'rank' of the right one and 'gallery', the number of images to choose from.
+        retrievals: {'caption', 'images' uint8 (H, W, 3), 'scores', 'correct' place of the right image, 'rank' of
+            the right one in the gallery, and 'gallery', the number of images to choose from}.
         examples_from: the data that pairs and retrievals are of.
         bad_samples: how many samples were skipped, by reason. bad_keys: the first keys of each reason.
 
@@ -94,18 +91,11 @@ def _headlines(train: list[dict], evaluations: list[dict]) -> str:
 def _evaluations(rows: list[dict]) -> str:
     lines = []
     for score in scores_of(rows):
-        values = column(rows, score.key)
-        last = score.written(values[np.isfinite(values)][-1])
-        top, step = best(rows, score)
-        lines.append(
-            f"<tr><td>{escape(score.kind)}</td><td>{escape(score.source)}</td><td>{escape(score.name)}</td>"
-            f'<td class="n">{last}</td><td class="n">{score.written(top)}</td><td class="n">{step:,}</td></tr>'
-        )
-    head = (
-        '<tr><th>evaluation</th><th>data</th><th>score</th><th class="n">last</th><th class="n">best</th>'
-        '<th class="n">best at step</th></tr>'
-    )
-    table = f'<div class="card scroll"><table class="list">{head}{"".join(lines)}</table></div>'
+        last = int(np.flatnonzero(np.isfinite(score.values))[-1])
+        told = (score.task, score.source, score.title, score.written(last), score.written(score.best))
+        lines.append([*map(escape, told), f"{rows[score.best]['step']:,}"])
+    head = ("evaluation", "data", "score", "last", "best", "best at step")
+    table = f'<div class="card scroll">{html_table(head, lines, numbers=(3, 4, 5))}</div>'
     return _section("Evaluation", "", _charts(score_charts(rows)) + table, lines)
 
 
@@ -165,59 +155,49 @@ def _heatmap(scores: np.ndarray) -> str:
 
 
 def _retrievals(retrievals: Sequence[Mapping], examples_from: str) -> str:
-    rows = []
-    for found in retrievals:
-        shots = []
-        for place, (image, score) in enumerate(zip(found["images"], found["scores"], strict=True)):
-            own = place == found["correct"]
-            rank = found.get("rank")
-            if own and rank is not None and rank > place + 1:
-                shots.append('<div class="gap">…</div>')
-            mark = "✓ " if own else ""
-            alt = "the right image" if own else f"image {place + 1}"
-            shots.append(f'<figure class="{"own" if own else ""}">{_thumbnail(image, alt)}{mark}{score:.3f}</figure>')
-        rank = found.get("rank")
-        gallery = f" of {found['gallery']:,}" if found.get("gallery") else ""
-        place = f"<small>right image at rank {rank:,}{gallery}</small>" if rank is not None else ""
-        rows.append(
-            f'<div class="row"><div class="caption">{escape(found["caption"])}{place}</div>'
-            f'<div class="shots">{"".join(shots)}</div></div>'
-        )
     remark = (
         f"The images of {escape(examples_from)} nearest to a caption, nearest first, with their cosine. "
         "The right one is marked."
     )
-    return _section("Sample retrievals", remark, f'<div class="card">{"".join(rows)}</div>', rows)
+    rows = "".join(_retrieval_row(**found) for found in retrievals)
+    return _section("Sample retrievals", remark, f'<div class="card">{rows}</div>', rows)
+
+
+def _retrieval_row(
+    caption: str, images: Sequence[np.ndarray], scores: Sequence[float], correct: int, rank: int, gallery: int
+) -> str:
+    shots = []
+    for place, (image, score) in enumerate(zip(images, scores, strict=True)):
+        if place == correct:
+            gap = '<div class="gap">…</div>' if rank > place + 1 else ""
+            shots.append(f'{gap}<figure class="own">{_thumbnail(image, "the right image")}✓ {score:.3f}</figure>')
+        else:
+            shots.append(f'<figure class="">{_thumbnail(image, f"image {place + 1}")}{score:.3f}</figure>')
+    told = f"{escape(caption)}<small>right image at rank {rank:,} of {gallery:,}</small>"
+    return f'<div class="row"><div class="caption">{told}</div><div class="shots">{"".join(shots)}</div></div>'
 
 
 def _bad_samples(counts: Mapping[str, int], keys: Mapping[str, Sequence[str]], train: list[dict]) -> str:
     if not any(counts.values()):
         return _section("Skipped samples", "Every sample could be used.", "", train)
-    lines = "".join(
-        f'<tr><td>{escape(str(reason).replace("_", " "))}</td><td class="n">{count:,}</td>'
-        f"<td>{escape(', '.join(keys.get(reason, ())))}</td></tr>"
+    rows = [
+        (escape(str(reason).replace("_", " ")), f"{count:,}", escape(", ".join(keys.get(reason, ()))))
         for reason, count in sorted(counts.items(), key=lambda item: -item[1])
-    )
+    ]
+    table = html_table(("reason", "samples", "the first of them"), rows, numbers=(1,))
     remark = "Replaced by other samples, so that batches stay full."
-    head = '<tr><th>reason</th><th class="n">samples</th><th>the first of them</th></tr>'
-    return _section("Skipped samples", remark, f'<div class="card"><table class="list">{head}{lines}</table></div>')
+    return _section("Skipped samples", remark, f'<div class="card">{table}</div>')
 
 
 def _config(config: Mapping) -> str:
-    options = list(_flattened(config))
-    lines = "".join(
-        f"<tr><td><code>{escape(name)}</code></td><td><code>{escape(value)}</code></td></tr>" for name, value in options
-    )
-    body = (
-        f'<details class="card"><summary>{len(options)} options</summary><table class="list">{lines}</table></details>'
-    )
+    options = [(f"<code>{escape(name)}</code>", f"<code>{escape(value)}</code>") for name, value in _flattened(config)]
+    table = html_table((), options)
+    body = f'<details class="card"><summary>{len(options)} options</summary>{table}</details>'
     return _section("Configuration", "", body, options)
 
 
 def _flattened(value, name: str = ""):
     """(dotted name, value) of every option: the names of the command line's flags."""
-    if dataclasses.is_dataclass(value):
-        value = dataclasses.asdict(value)
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from _flattened(inner, f"{name}.{key}" if name else str(key))

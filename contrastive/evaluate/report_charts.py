@@ -7,9 +7,8 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -33,47 +32,46 @@ FINAL_ROWS = 20
 WIDTH, HEIGHT = 370, 170
 LEFT, RIGHT, TOP, BOTTOM = 42, 6, 8, 22
 MAX_POINTS = 500
+DOTS_TO = 30
 SMOOTH_FROM = 60
 """Curves of at least so many points also get a smoothed line."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """An evaluation figure, from its key 'KIND/SOURCE/NAME' or 'KIND/NAME'; the source may hold slashes."""
+class Score(NamedTuple):
+    """An evaluation figure over the rows of a run's evaluations; its key is 'TASK/DATA/NAME' or 'TASK/NAME'."""
 
-    key: str
-
-    @property
-    def kind(self) -> str:
-        return key_parts(self.key)[0]
+    task: str
+    data: str
+    name: str
+    values: np.ndarray
+    """(rows,) float64, NaN where a row does not have it."""
 
     @property
     def source(self) -> str:
         """The data it is of, a long path by its end; empty when the key does not say."""
-        return "/".join(key_parts(self.key)[1].split("/")[-2:])
+        return "/".join(self.data.split("/")[-2:])
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         """In words: 'image → text R@10'."""
-        return figure_title(key_parts(self.key)[2])
-
-    @property
-    def is_rank(self) -> bool:
-        return is_rank(self.key)
+        return figure_title(self.name)
 
     @property
     def family(self) -> tuple[str, str]:
         """(title of the chart it shares, name of its curve there)."""
-        head, _, tail = self.name.rpartition(" ")
+        head, _, tail = self.title.rpartition(" ")
         of = f", {self.source}" if self.source else ""
-        if self.is_rank:
-            return f"median rank{of}", self.name.removesuffix(" median rank")
-        if tail.startswith("R@"):
-            return f"{head}{of}", tail
-        return f"{self.kind}{of}", self.name
+        if is_rank(self.name):
+            return f"median rank{of}", self.title.removesuffix(" median rank")
+        return (f"{head}{of}", tail) if tail.startswith("R@") else (f"{self.task}{of}", self.title)
 
-    def written(self, value: float) -> str:
-        return figure_written(self.key, value)
+    @property
+    def best(self) -> int:
+        """The row of the best value."""
+        return int(np.nanargmin(self.values) if is_rank(self.name) else np.nanargmax(self.values))
+
+    def written(self, row: int) -> str:
+        return figure_written(self.name, float(self.values[row]))
 
 
 def rows_of(metrics: list[dict], kind: str) -> list[dict]:
@@ -90,15 +88,8 @@ def column(rows: list[dict], key: str) -> np.ndarray:
 
 def scores_of(rows: list[dict]) -> list[Score]:
     """The evaluation scores, in the order they first come; counts and chance levels left out."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return [Score(key) for key in keys if is_figure(key_parts(key)[2]) and np.isfinite(column(rows, key)).any()]
-
-
-def best(rows: list[dict], score: Score) -> tuple[float, int]:
-    """(best value, step it was reached at)."""
-    values = column(rows, score.key)
-    at = int(np.nanargmin(values) if score.is_rank else np.nanargmax(values))
-    return float(values[at]), int(rows[at]["step"])
+    scores = [Score(*key_parts(key), column(rows, key)) for key in dict.fromkeys(key for row in rows for key in row)]
+    return [score for score in scores if is_figure(score.name) and np.isfinite(score.values).any()]
 
 
 def headlines(train: list[dict], evaluations: list[dict]) -> list[tuple[str, str, str]]:
@@ -114,11 +105,11 @@ def headlines(train: list[dict], evaluations: list[dict]) -> list[tuple[str, str
         remark = f"{100 * np.nanmedian(wait):.0f} % waiting for data" if np.isfinite(wait).any() else "median"
         tiles.append(("samples per second", short(float(np.nanmedian(speed))), remark))
     found = scores_of(evaluations)
-    chosen = [score for end in ("acc1", "_r1", "_r10") for score in found if score.key.endswith(end)]
+    chosen = [score for end in ("acc1", "_r1", "_r10") for score in found if score.name.endswith(end)]
     for score in chosen[:NUM_HEADLINES]:
-        value, step = best(evaluations, score)
         source = f"{score.source}, " if score.source else ""
-        tiles.append((f"best {score.name}", score.written(value), f"{source}step\u00a0{step:,}"))
+        remark = f"{source}step\u00a0{evaluations[score.best]['step']:,}"
+        tiles.append((f"best {score.title}", score.written(score.best), remark))
     return tiles
 
 
@@ -135,17 +126,15 @@ def training_charts(rows: list[dict]) -> list[str]:
 
 def score_charts(rows: list[dict]) -> list[str]:
     """Charts of the evaluation scores, those of a kind together."""
-    made = []
-    families: dict[str, dict[str, Score]] = defaultdict(dict)
-    for score in scores_of(rows):
+    families: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for score in sorted(scores_of(rows), key=lambda score: is_rank(score.name)):  # charts in percent stand together
         title, name = score.family
-        families[title][name] = score
-    # Ranks come last: charts in percent stand together.
-    for title, scores in sorted(families.items(), key=lambda family: family[0].startswith("median rank")):
-        curves = {name: column(rows, score.key) for name, score in scores.items()}
-        unit = "" if any(score.is_rank for score in scores.values()) else "%"
-        made.append(line_chart(title, [row["step"] for row in rows], curves, unit=unit))
-    return made
+        families[title][name] = score.values
+    steps = [row["step"] for row in rows]
+    return [
+        line_chart(title, steps, curves, unit="" if title.startswith("median rank") else "%")
+        for title, curves in families.items()
+    ]
 
 
 def line_chart(
@@ -171,27 +160,27 @@ def line_chart(
     values = np.concatenate(list(series.values()))
     finite = values[np.isfinite(values)]
     ticks = _ticks(*((finite.min(), finite.max()) if len(finite) else (0.0, 1.0)))
-    x_low = float(steps[0])
-    x_high = float(steps[-1]) if steps[-1] > steps[0] else x_low + 1
+    first, last = steps[0], max(steps[-1], steps[0] + 1)
 
-    def at_x(step: float) -> float:
-        return LEFT + (step - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+    def at_x(step):
+        return LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT)
 
-    def at_y(value: float) -> float:
+    def at_y(value):
         return HEIGHT - BOTTOM - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (HEIGHT - TOP - BOTTOM)
 
-    def placed(curve: np.ndarray) -> list[tuple[float, float] | None]:
-        return [(at_x(x), at_y(y)) if math.isfinite(y) else None for x, y in zip(steps, curve, strict=True)]
-
-    parts = [_grid(ticks, _ticks(x_low, x_high), at_x, at_y, x_low, x_high)]
+    # Steps are whole.
+    marks = [tick for tick in _ticks(first, last) if first <= tick <= last and tick == int(tick)]
+    parts = [_grid([(at_y(tick), tick) for tick in ticks], [(at_x(tick), tick) for tick in marks])]
+    smoothed, x = smooth and len(steps) >= SMOOTH_FROM, at_x(steps)
     for place, curve in enumerate(series.values()):
-        faint = smooth and len(steps) >= SMOOTH_FROM
-        parts.append(_path(placed(curve), place, "faint" if faint else "", dots=len(steps) <= 30))
-        if faint:
-            parts.append(_path(placed(_running_mean(curve, max(3, len(curve) // 25))), place))
+        parts.append(_path(x, at_y(curve), f"{_colour(place)} faint" if smoothed else _colour(place)))
+        if len(steps) <= DOTS_TO:
+            parts.append(_dots(x, at_y(curve), _colour(place)))
+        if smoothed:
+            parts.append(_path(x, at_y(_running_mean(curve, max(3, len(curve) // 25))), _colour(place)))
     hover = {
         "steps": [int(step) for step in steps],
-        "x": [round(at_x(step), 1) for step in steps],
+        "x": [round(position, 1) for position in x.tolist()],
         "values": [[_written(y, unit) for y in curve] for curve in series.values()],
     }
     cursor = f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>'
@@ -245,48 +234,42 @@ def _ticks(low: float, high: float) -> np.ndarray:
     return MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
 
 
-def _grid(y_ticks, x_ticks, at_x, at_y, x_low: float, x_high: float) -> str:
+def _grid(rows: Sequence[tuple[float, float]], columns: Sequence[tuple[float, float]]) -> str:
+    """Lines at (y, value), numbers at (x, step)."""
     lines = []
-    for tick in y_ticks:
-        y = at_y(tick)
+    for y, value in rows:
         lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        lines.append(f'<text x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{short(float(tick))}</text>')
-    for tick in x_ticks:
-        # Steps are whole, and a label at the very edge would be cut.
-        if x_low <= tick <= x_high and tick == int(tick):
-            anchor = "end" if at_x(tick) > WIDTH - RIGHT - 14 else "middle"
-            lines.append(f'<text x="{at_x(tick):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{short(tick)}</text>')
+        lines.append(f'<text x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{short(float(value))}</text>')
+    for x, step in columns:
+        anchor = "end" if x > WIDTH - RIGHT - 14 else "middle"  # at the very edge it would be cut
+        lines.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{short(float(step))}</text>')
     return "".join(lines)
 
 
-def _path(points: list[tuple[float, float] | None], place: int, extra: str = "", dots: bool = False) -> str:
-    commands, pen = [], "M"
-    for point in points:
-        if point is None:
-            pen = "M"
-            continue
-        commands.append(f"{pen}{point[0]:.1f} {point[1]:.1f}")
-        pen = "L"
-    style = f"line {_colour(place)} {extra}".strip()
-    marks = [
-        f'<circle class="{_colour(place)}" cx="{p[0]:.1f}" cy="{p[1]:.1f}" r="2.6"/>' for p in points if p and dots
-    ]
-    return f'<path class="{style}" d="{"".join(commands)}"/>{"".join(marks)}'
+def _path(x: np.ndarray, y: np.ndarray, style: str) -> str:
+    """A line through the points (n,) in turn, interrupted where y is not finite."""
+    pens = np.where(np.isfinite(np.append(np.nan, y[:-1])), "L", "M")
+    commands = [f"{pen}{a:.1f} {b:.1f}" for pen, a, b in zip(pens, x, y, strict=True) if math.isfinite(b)]
+    return f'<path class="line {style}" d="{"".join(commands)}"/>'
+
+
+def _dots(x: np.ndarray, y: np.ndarray, colour: str) -> str:
+    points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
+    return "".join(f'<circle class="{colour}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in points)
 
 
 def _caption(title: str, series: Mapping[str, np.ndarray], unit: str) -> str:
     """The title, and each curve's last value; the page's script puts the value under the pointer there."""
     numbers = []
     for curve in series.values():
-        last = _written(next((y for y in reversed(curve) if math.isfinite(y)), math.nan), unit)
-        numbers.append(f'<b class="value" data-last="{escape(last)}">{escape(last)}</b>')
-    legend = ""
-    if len(series) > 1:
-        named = zip(series, numbers, strict=True)
-        items = [f'<span><i class="{_colour(i)}"></i>{escape(n)} {b}</span>' for i, (n, b) in enumerate(named)]
-        legend = f'<div class="legend">{"".join(items)}</div>'
-    alone = "" if legend else numbers[0]
-    return f'<figcaption><b>{escape(title)}</b><span class="at"></span>{alone}</figcaption>{legend}'
+        last = escape(_written(next((y for y in reversed(curve) if math.isfinite(y)), math.nan), unit))
+        numbers.append(f'<b class="value" data-last="{last}">{last}</b>')
+    head = f'<b>{escape(title)}</b><span class="at"></span>'
+    if len(series) == 1:
+        return f"<figcaption>{head}{numbers[0]}</figcaption>"
+    named = enumerate(zip(series, numbers, strict=True))
+    items = [f'<span><i class="{_colour(i)}"></i>{escape(name)} {number}</span>' for i, (name, number) in named]
+    return f'<figcaption>{head}</figcaption><div class="legend">{"".join(items)}</div>'
 
 
 def _colour(place: int) -> str:
