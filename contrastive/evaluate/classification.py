@@ -232,27 +232,20 @@ def _counted(images: EmbeddingSet, num_classes: int) -> dict:
 
 def _by_class(images: EmbeddingSet, names: Sequence[str], confusion: torch.Tensor) -> dict:
     """What the confusion matrix says of each class, and of those that training never saw."""
-    counts, correct = confusion.sum(dim=1).tolist(), confusion.diagonal().tolist()
+    counts, correct = confusion.sum(dim=1), confusion.diagonal()
+    heldout = torch.zeros(len(names), dtype=torch.bool)
+    heldout[sorted(images.heldout_labels)] = True
+    figures = {}
+    for name, chosen in (("seen_acc1", ~heldout), ("heldout_acc1", heldout)):
+        if heldout.any() and counts[chosen].any():
+            figures[name] = 100 * correct[chosen].sum().item() / counts[chosen].sum().item()
+    recalls = zip(correct.tolist(), counts.tolist(), strict=True)
     return {
-        **_heldout_metrics(images, correct, counts),
-        "per_class_recall": [100 * c / n if n else None for c, n in zip(correct, counts, strict=True)],
-        "missing_classes": [name for name, count in zip(names, counts, strict=True) if count == 0],
+        **figures,
+        "per_class_recall": [100 * right / count if count else None for right, count in recalls],
+        "missing_classes": [name for name, count in zip(names, counts.tolist(), strict=True) if not count],
         "confusion": confusion.tolist(),
     }
-
-
-def _heldout_metrics(images, correct: list[int], counts: list[int]) -> dict[str, float]:
-    """Accuracy over the images of trained and of never trained classes, for sources that tell them apart."""
-    heldout = images.heldout_labels
-    metrics = {}
-    for name, chosen in (
-        ("seen_acc1", [label for label in range(len(counts)) if label not in heldout]),
-        ("heldout_acc1", sorted(heldout)),
-    ):
-        total = sum(counts[label] for label in chosen)
-        if heldout and total:
-            metrics[name] = 100 * sum(correct[label] for label in chosen) / total
-    return metrics
 
 
 def _percent(hits: torch.Tensor) -> float:

@@ -69,10 +69,8 @@ def compositional(
     *,
     device: str | torch.device,
     image_root: str | Path | None = None,
-    batch_size: int = 256,
-    num_workers: int = 0,
     limit: int | None = None,
-    progress: bool = False,
+    **loading,
 ) -> dict:
     """Score a model on a file of choices.
 
@@ -86,6 +84,7 @@ def compositional(
         spec_file: .json or .jsonl.
         image_root: the folder that image names start from; that of the file when None.
         limit: score a fixed random subset of that many samples.
+        loading: batch_size, num_workers, progress, as `embed_images` takes them.
 
     Returns:
         'acc1', or the three scores, in percent; 'chance' {name: percent}; 'num_samples'; 'skipped' {reason: count}:
@@ -107,9 +106,11 @@ def compositional(
     complete = [choice for choice in choices if choice.complete]
     skipped = Counter({"missing_caption": len(choices) - len(complete)})
     files = ChoiceImages(str(path), root, _distinct(image for choice in complete for image in choice.images))
-    loading = {"device": device, "batch_size": batch_size, "num_workers": num_workers, "progress": progress}
-    embedded = embed_images(bundle.model, files, bundle.preprocess, **loading)
-    kept = _readable(complete, embedded.bad, skipped)
+    embedded = embed_images(bundle.model, files, bundle.preprocess, device=device, **loading)
+    reasons = {file: reason for reason, file in embedded.bad}
+    faults = [next((reasons[image] for image in choice.images if image in reasons), None) for choice in complete]
+    skipped.update(fault for fault in faults if fault)
+    kept = [choice for choice, fault in zip(complete, faults, strict=True) if not fault]
     if not kept:
         why = ", ".join(f"{count:,} {reason}" for reason, count in sorted((+skipped).items()))
         raise UserError(
@@ -117,33 +118,24 @@ def compositional(
         )
     texts = _distinct(caption for choice in kept for caption in choice.captions)
     text_features = embed_texts(bundle.model, bundle.tokenizer, texts, device=device)
-    image_row = {files.files[index]: row for row, index in enumerate(embedded.index.tolist())}
-    text_row = {text: row for row, text in enumerate(texts)}
-
-    def near(pairs: Iterable[tuple[str, str]]) -> torch.Tensor:
-        """How near image and caption of each pair are to each other (n,)."""
-        images, captions = zip(*((image_row[image], text_row[text]) for image, text in pairs), strict=True)
-        # Row by row alike, so that equal vectors tie exactly.
-        return (embedded.features[list(images)] * text_features[list(captions)]).sum(dim=1)
-
+    near = _nearness(embedded.keys, embedded.features, texts, text_features)
     figures, chance, hits = (_scored_pairs if len(kept[0].images) == 2 else _scored_captions)(kept, near)
     return {**figures, "chance": chance, "num_samples": len(kept), "skipped": dict(+skipped), "hits": hits}
 
 
-def _readable(
-    choices: list[CaptionChoice], bad: Iterable[tuple[str, str]], skipped: Counter[str]
-) -> list[CaptionChoice]:
-    """Those without an image among `bad`, (reason, file); the others are counted in `skipped`."""
-    reasons, kept = {key: reason for reason, key in bad}, []
-    for choice in choices:
-        why = [reasons[image] for image in choice.images if image in reasons]
-        skipped.update(why[:1])
-        if not why:
-            kept.append(choice)
-    return kept
-
-
 Near = Callable[[Iterable[tuple[str, str]]], torch.Tensor]
+"""How near image and caption of each pair of names are to each other (n,)."""
+
+
+def _nearness(image_names: Sequence[str], images: torch.Tensor, text_names: Sequence[str], texts: torch.Tensor) -> Near:
+    image_row, text_row = ({name: row for row, name in enumerate(names)} for names in (image_names, text_names))
+
+    def near(pairs: Iterable[tuple[str, str]]) -> torch.Tensor:
+        left, right = zip(*((image_row[image], text_row[text]) for image, text in pairs), strict=True)
+        # Row by row alike, so that equal vectors tie exactly.
+        return (images[list(left)] * texts[list(right)]).sum(dim=1)
+
+    return near
 
 
 def _scored_captions(choices: list[CaptionChoice], near: Near) -> tuple[dict, dict, torch.Tensor]:

@@ -4,7 +4,7 @@ N test samples, M gallery (training) samples, C classes, E embed_dim.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,24 +91,16 @@ def _ranked(
     given: ProbeInput, used: Sequence[int], temperature: float, device: torch.device, progress: bool
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """By k, how many classes stand before the right one (N,), and the class predicted (N,)."""
-    size = max(1, BLOCK_ELEMENTS // max(len(given.train), max(used) * given.num_classes))
-    blocks, votes = given.test_labels.split(size), _votes(given, used, temperature, device, size)
-    shown = bar(votes, "nearest neighbours", len(blocks), shown=progress)
-    found = [[ranked(of_k.cpu(), labels) for of_k in of_block] for of_block, labels in zip(shown, blocks, strict=True)]
-    of_each_k = (zip(*parts, strict=True) for parts in zip(*found, strict=True))
-    return {k: tuple(map(torch.cat, columns)) for k, columns in zip(used, of_each_k, strict=True)}
-
-
-def _votes(
-    given: ProbeInput, used: Sequence[int], temperature: float, device: torch.device, size: int
-) -> Iterator[list[torch.Tensor]]:
-    """For each block of `size` test samples, the votes (n, C) by each k."""
     gallery, owners = F.normalize(given.train.to(device), dim=1), given.train_labels.to(device)
-    for block in given.test.split(size):
+    size = max(1, BLOCK_ELEMENTS // max(len(gallery), max(used) * given.num_classes))
+    found: dict[int, list] = {number: [] for number in used}
+    blocks = list(zip(given.test.split(size), given.test_labels.split(size), strict=True))
+    for block, labels in bar(blocks, "nearest neighbours", shown=progress):
         similarity, nearest = (F.normalize(block.to(device), dim=1) @ gallery.T).topk(max(used), dim=1)
         # Relative to the nearest one, which changes no order and cannot overflow.
         weights, classes = ((similarity - similarity[:, :1]) / temperature).exp(), owners[nearest]
-        votes = [similarity.new_zeros(len(block), given.num_classes)]
+        votes = similarity.new_zeros(len(block), given.num_classes)
         for before, number in itertools.pairwise((0, *used)):  # in rising order: each adds its further neighbours
-            votes.append(votes[-1].scatter_add(1, classes[:, before:number], weights[:, before:number]))
-        yield votes[1:]
+            votes = votes.scatter_add(1, classes[:, before:number], weights[:, before:number])
+            found[number].append(ranked(votes.cpu(), labels))
+    return {number: tuple(map(torch.cat, zip(*parts, strict=True))) for number, parts in found.items()}

@@ -48,10 +48,6 @@ class LinearProbe:
         blocks = (block.to(self.weight) @ self.weight.T + self.bias for block in features.split(rows))
         return torch.cat([block.cpu() for block in blocks])
 
-    def predict(self, features: torch.Tensor) -> torch.Tensor:
-        """The class (N,) of the highest score."""
-        return self.scores(features).argmax(dim=1)
-
 
 def fit_logistic(
     features: torch.Tensor,

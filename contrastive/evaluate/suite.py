@@ -5,6 +5,7 @@ import time
 import traceback
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,17 +91,12 @@ def embed_suite(models: Sequence[Callable[[], EvaluatedModel]], tasks: Sequence[
     What cannot be embedded is left for `run_suite` to tell.
     """
     for load in models:
-        try:
+        with suppress(UserError):
             subject = load()
-        except UserError:
-            continue
-        for need in dict.fromkeys(need for task in tasks for need in task.needs()):
-            if need.texts and subject.bundle.tokenizer is None:
-                continue
-            try:
-                subject.embed(*need)
-            except UserError:
-                continue
+            has_texts = subject.bundle.tokenizer is not None
+            for need in dict.fromkeys(need for task in tasks for need in task.needs() if has_texts or not need.texts):
+                with suppress(UserError):
+                    subject.embed(*need)
 
 
 def run_suite(

@@ -21,6 +21,7 @@ PICTURE = "confusion.png"
 MAX_NAMED_CLASSES = 64
 MAX_WRITTEN_CLASSES = 20
 NUM_WORST = 5
+NUMBERS = ("value", "recall", "images")
 
 
 def read_class_names(name_or_file: str | Path, own_names: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -64,59 +65,50 @@ def write_zero_shot(folder: Path, run: Path, data: str, result: dict) -> None:
 
 def print_result(result: dict, model: Path, data: str) -> None:
     """Print the figures, and the classes with the lowest recall when not all are right."""
-    console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("figure")
-    table.add_column("value", justify="right")
     longer = {"seen_acc1": "acc@1, classes seen in training", "heldout_acc1": "acc@1, held-out classes"}
-    for name in ZERO_SHOT_FIGURES:
-        if name in result:
-            table.add_row(longer.get(name, figure_title(name)), f"{result[name]:.2f} %")
-    table.add_row("chance level", f"{result['chance']:.2f} %")
-    table.add_section()
-    table.add_row("images", f"{result['num_images']:,}")
+    shown = [name for name in ZERO_SHOT_FIGURES if name in result]
+    figures = [(longer.get(name, figure_title(name)), f"{result[name]:.2f} %") for name in shown]
+    figures.append(("chance level", f"{result['chance']:.2f} %"))
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(result["skipped"].items()))
-    table.add_row("images skipped", skipped or "0")
-    table.add_row("classes", f"{result['num_classes']:,}")
-    missing = result["missing_classes"]
+    counts = [("images", f"{result['num_images']:,}"), ("images skipped", skipped or "0")]
+    counts.append(("classes", f"{result['num_classes']:,}"))
+    missing, templates = result["missing_classes"], result["templates"]
     if missing:
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        table.add_row("classes without images", escape(f"{len(missing):,} ({names})"))
-    templates = result["templates"]
-    table.add_row("prompt templates", escape(f"{len(templates):,} ({templates[0]!r})"))
+        counts.append(("classes without images", f"{len(missing):,} ({names})"))
+    counts.append(("prompt templates", f"{len(templates):,} ({templates[0]!r})"))
+    console = Console(highlight=False)
     # Long paths stay on one line.
     console.print(f"Zero-shot: {escape(str(model))} on {escape(data)}", soft_wrap=True)
-    console.print(table)
+    console.print(_table(("figure", "value"), figures, counts))
     if worst := _worst_classes(result):
         console.print("Classes with the lowest recall")
-        console.print(_worst_table(worst))
+        console.print(_table(("class", "recall", "images", "most often taken for"), worst))
 
 
-def _worst_classes(result: dict) -> list[tuple[str, float, int, str]]:
-    """(name, recall, images, what it is most often taken for) of the worst classes that err at all."""
-    confusion = np.array(result["confusion"])
-    names = result["class_names"]
-    erring = [i for i, recall in enumerate(result["per_class_recall"]) if recall is not None and recall < 100]
-    erring.sort(key=lambda i: result["per_class_recall"][i])
-    worst = []
-    for i in erring[:NUM_WORST]:
-        wrong = confusion[i].copy()
-        wrong[i] = 0
-        share = 100 * wrong.max() / confusion[i].sum()
-        taken_for = f"{names[wrong.argmax()]} ({share:.0f} %)"
-        worst.append((names[i], result["per_class_recall"][i], int(confusion[i].sum()), taken_for))
-    return worst
-
-
-def _worst_table(worst: Sequence[tuple[str, float, int, str]]) -> Table:
+def _table(columns: Sequence[str], *sections: Sequence[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("class")
-    table.add_column("recall", justify="right")
-    table.add_column("images", justify="right")
-    table.add_column("most often taken for")
-    for name, recall, images, taken_for in worst:
-        table.add_row(escape(name), f"{recall:.1f} %", f"{images:,}", escape(taken_for))
+    for name in columns:
+        table.add_column(name, justify="right" if name in NUMBERS else "left")
+    for rows in sections:
+        for cells in rows:
+            table.add_row(*map(escape, cells))
+        table.add_section()
     return table
+
+
+def _worst_classes(result: dict) -> list[tuple[str, str, str, str]]:
+    """Name, recall, images, and what it is most often taken for, of the worst classes that err at all."""
+    confusion = np.array(result["confusion"])
+    names, recalls = result["class_names"], result["per_class_recall"]
+    erring = [i for i, recall in enumerate(recalls) if recall is not None and recall < 100]
+    worst = []
+    for i in sorted(erring, key=lambda i: recalls[i])[:NUM_WORST]:
+        wrong, images = confusion[i].copy(), confusion[i].sum()
+        wrong[i] = 0
+        taken_for = f"{names[wrong.argmax()]} ({100 * wrong.max() / images:.0f} %)"
+        worst.append((names[i], f"{recalls[i]:.1f} %", f"{images:,}", taken_for))
+    return worst
 
 
 def save_confusion(confusion: np.ndarray, class_names: Sequence[str], file: Path | BinaryIO, *, title: str) -> None:
