@@ -5,7 +5,6 @@ Also how a template becomes text, whether a page's or another file's.
 
 import base64
 import io
-from collections.abc import Collection, Iterable
 from html import escape
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -34,22 +33,6 @@ def html_page(title: str, remark: str, body: str, *parts: str) -> str:
         + (f"<script>\n{script}</script>\n" if script else "")
         + "</body></html>\n"
     )
-
-
-def html_table(head: Iterable[str], rows: Iterable[Iterable[str]], numbers: Collection[int] = ()) -> str:
-    """Return a table as wide as its place, a line under each row.
-
-    Args:
-        head, rows: HTML of each cell, what came from outside already escaped; no head where it is empty.
-        numbers: the columns that stand to the right.
-    """
-
-    def row(cells: Iterable[str], tag: str) -> str:
-        marks = ((' class="n"' if place in numbers else "", cell) for place, cell in enumerate(cells))
-        return f"<tr>{''.join(f'<{tag}{mark}>{cell}</{tag}>' for mark, cell in marks)}</tr>"
-
-    titles = [row(head, "th")] if head else []
-    return f'<table class="list">{"".join([*titles, *(row(cells, "td") for cells in rows)])}</table>'
 
 
 def filled(template: Traversable, **fields: Any) -> str:

@@ -6,7 +6,7 @@ import pytest
 from jinja2 import UndefinedError
 from PIL import Image
 
-from contrastive.page import data_uri, filled, html_page, html_table
+from contrastive.page import data_uri, filled, html_page
 
 
 def test_titles_are_escaped_and_bodies_are_not():
@@ -29,13 +29,6 @@ def test_a_picture_comes_back_from_its_uri():
     again = Image.open(io.BytesIO(base64.b64decode(data)))
     assert again.size == (3, 2) and again.getpixel((2, 1)) == (10, 200, 30)
     assert data_uri(b"abc", "JPEG") == "data:image/jpeg;base64,YWJj"
-
-
-def test_a_table_of_cells_that_are_html_already():
-    table = html_table(("name", "count"), [("<b>a</b>", "1")], numbers=(1,))
-    head, row = '<tr><th>name</th><th class="n">count</th></tr>', '<tr><td><b>a</b></td><td class="n">1</td></tr>'
-    assert table == f'<table class="list">{head}{row}</table>'
-    assert html_table((), [("a",)]) == '<table class="list"><tr><td>a</td></tr></table>'
 
 
 def test_a_template_of_a_page_escapes_and_every_field_is_asked_for(tmp_path):

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from contrastive.evaluate.report_charts import (
     training_charts,
 )
 from contrastive.files import write_whole
-from contrastive.page import data_uri, html_page, html_table
+from contrastive.page import PARTS, data_uri, filled, html_page
 
 MAX_WRITTEN_PAIRS = 20
 THUMBNAIL = 128
@@ -57,143 +56,52 @@ def write_report(
     `collect_examples` makes similarity, pairs, retrievals and examples_from.
     """
     train, evaluations = rows_of(metrics, "train"), rows_of(metrics, "eval")
-    sections = [
-        _headlines(train, evaluations),
-        _section("Training", "", _charts(training_charts(train)), train),
-        _evaluations(evaluations),
-        _similarity(similarity, pairs, examples_from),
-        _retrievals(retrievals, examples_from),
-        _bad_samples(bad_samples or {}, bad_keys or {}, train),
-        _config(config),
-    ]
+    bad = sorted((bad_samples or {}).items(), key=lambda item: -item[1])
+    body = filled(
+        PARTS / "report.html.jinja",
+        headlines=headlines(train, evaluations),
+        train=train,
+        training_charts=training_charts(train),
+        evaluations=evaluations,
+        scores=scores_of(evaluations),
+        score_charts=score_charts(evaluations),
+        similarity=None if similarity is None or len(similarity) == 0 else _similarity(similarity, len(pairs)),
+        pairs=pairs,
+        retrievals=retrievals,
+        examples_from=examples_from,
+        bad_samples=[(reason, count, (bad_keys or {}).get(reason, ())) for reason, count in bad if bad[0][1]],
+        options=list(_flattened(config)),
+        thumbnail=_thumbnail,
+    )
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     steps = f"{train[-1]['step']:,} steps" if train else "no step logged"
-    body = "\n".join(section for section in sections if section)
     page = html_page(title, f"{steps} · {date}", body, "charts.css", "report.css", "charts.js")
     write_whole(Path(path), page)
 
 
-def _section(title: str, remark: str, body: str, content=True) -> str:
-    if not content:
-        return ""
-    text = f"<p>{remark}</p>" if remark else ""
-    return f"<section><h2>{title}</h2>{text}{body}</section>"
-
-
-def _headlines(train: list[dict], evaluations: list[dict]) -> str:
-    tiles = [
-        f'<div class="card tile"><b>{escape(figure)}</b>{escape(name)}<span>{escape(remark)}</span></div>'
-        for name, figure, remark in headlines(train, evaluations)
-    ]
-    return f'<div class="tiles">{"".join(tiles)}</div>'
-
-
-def _evaluations(rows: list[dict]) -> str:
-    lines = []
-    for score in scores_of(rows):
-        last = int(np.flatnonzero(np.isfinite(score.values))[-1])
-        told = (score.task, score.source, score.title, score.written(last), score.written(score.best))
-        lines.append([*map(escape, told), f"{rows[score.best]['step']:,}"])
-    head = ("evaluation", "data", "score", "last", "best", "best at step")
-    table = f'<div class="card scroll">{html_table(head, lines, numbers=(3, 4, 5))}</div>'
-    return _section("Evaluation", "", _charts(score_charts(rows)) + table, lines)
-
-
-def _charts(charts: list[str]) -> str:
-    return f'<div class="charts">{"".join(charts)}</div>'
-
-
-def _similarity(similarity: np.ndarray | None, pairs: Sequence[tuple[np.ndarray, str]], examples_from: str) -> str:
-    if similarity is None or len(similarity) == 0:
-        return ""
+def _similarity(similarity: np.ndarray, num_pairs: int) -> dict:
+    """What the page says of the cosines (n, n), with a picture of them where their pairs do not stand beside them."""
     scores = np.asarray(similarity, dtype=np.float64)
-    count = len(scores)
-    own = scores.diagonal()
-    # Ties and NaNs count as wrong.
-    right = int(((scores < own[:, None]).sum(axis=1) == count - 1).sum())
-    others = (scores.sum() - own.sum()) / max(1, count * (count - 1))
-    remark = (
-        f"Cosine of each image (row) with each caption (column) of {count} pairs of {escape(examples_from)}. "
-        f"An image's own caption is the nearest for {right} of {count}. Mean on the diagonal "
-        f"{own.mean():.2f}, elsewhere {others:.2f}."
-    )
-    if count > MAX_WRITTEN_PAIRS or len(pairs) != count:
-        return _section("Similarity of pairs", remark, _heatmap(scores))
-    captions = "".join(f"<li>{escape(caption)}</li>" for _, caption in pairs)
-    matrix = f'<div class="scroll">{_matrix(scores, pairs)}</div>'
-    body = f'<div class="card matrix">{matrix}<ol>{captions}</ol></div>'
-    return _section("Similarity of pairs", remark, body)
+    count, own, low, high = len(scores), scores.diagonal(), np.nanmin(scores), np.nanmax(scores)
+    shade = np.nan_to_num((scores - low) / max(high - low, 1e-9))
+    return {
+        "count": count,
+        # Ties and NaNs count as wrong.
+        "right": int(((scores < own[:, None]).sum(axis=1) == count - 1).sum()),
+        "own": own.mean(),
+        "others": (scores.sum() - own.sum()) / max(1, count * (count - 1)),
+        "scores": scores.tolist(),
+        "shade": shade.tolist(),
+        "low": low,
+        "high": high,
+        "picture": _heatmap(shade) if count > MAX_WRITTEN_PAIRS or num_pairs != count else None,
+    }
 
 
-def _matrix(scores: np.ndarray, pairs: Sequence[tuple[np.ndarray, str]]) -> str:
-    low, high = np.nanmin(scores), np.nanmax(scores)
-    shade = np.nan_to_num(100 * (scores - low) / max(high - low, 1e-9))
-    names = "".join(f'<th title="{escape(caption)}">{i}</th>' for i, (_, caption) in enumerate(pairs, start=1))
-    lines = [f"<tr><th></th>{names}</tr>"]
-    for row, (image, caption) in enumerate(pairs):
-        cells = [f'<td class="head">{_thumbnail(image, caption)}</td>']
-        for column_, score in enumerate(scores[row]):
-            classes = "strong " if shade[row, column_] > 55 else ""
-            classes += ("top " if shade[row, column_] > 75 else "") + ("own" if row == column_ else "")
-            written = f"{score:.2f}".replace("0.", ".")
-            cells.append(
-                f'<td class="{classes.strip()}" style="--v:{shade[row, column_]:.0f}" '
-                f'title="image {row + 1}, caption {column_ + 1}: {score:.3f}">{written}</td>'
-            )
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _heatmap(scores: np.ndarray) -> str:
+def _heatmap(shade: np.ndarray) -> str:
     from matplotlib import colormaps
 
-    low, high = np.nanmin(scores), np.nanmax(scores)
-    shade = np.nan_to_num((scores - low) / max(high - low, 1e-9))
-    pixels = (255 * colormaps["viridis"](shade)[..., :3]).astype(np.uint8)
-    picture = f'<img class="small heatmap" src="{data_uri(Image.fromarray(pixels))}" alt="similarity matrix">'
-    return f'<div class="card map">{picture}<p>{low:.2f} (dark) to {high:.2f} (bright)</p></div>'
-
-
-def _retrievals(retrievals: Sequence[Mapping], examples_from: str) -> str:
-    remark = (
-        f"The images of {escape(examples_from)} nearest to a caption, nearest first, with their cosine. "
-        "The right one is marked."
-    )
-    rows = "".join(_retrieval_row(**found) for found in retrievals)
-    return _section("Sample retrievals", remark, f'<div class="card">{rows}</div>', rows)
-
-
-def _retrieval_row(
-    caption: str, images: Sequence[np.ndarray], scores: Sequence[float], correct: int, rank: int, gallery: int
-) -> str:
-    shots = []
-    for place, (image, score) in enumerate(zip(images, scores, strict=True)):
-        if place == correct:
-            gap = '<div class="gap">…</div>' if rank > place + 1 else ""
-            shots.append(f'{gap}<figure class="own">{_thumbnail(image, "the right image")}✓ {score:.3f}</figure>')
-        else:
-            shots.append(f'<figure class="">{_thumbnail(image, f"image {place + 1}")}{score:.3f}</figure>')
-    told = f"{escape(caption)}<small>right image at rank {rank:,} of {gallery:,}</small>"
-    return f'<div class="row"><div class="caption">{told}</div><div class="shots">{"".join(shots)}</div></div>'
-
-
-def _bad_samples(counts: Mapping[str, int], keys: Mapping[str, Sequence[str]], train: list[dict]) -> str:
-    if not any(counts.values()):
-        return _section("Skipped samples", "Every sample could be used.", "", train)
-    rows = [
-        (escape(str(reason).replace("_", " ")), f"{count:,}", escape(", ".join(keys.get(reason, ()))))
-        for reason, count in sorted(counts.items(), key=lambda item: -item[1])
-    ]
-    table = html_table(("reason", "samples", "the first of them"), rows, numbers=(1,))
-    remark = "Replaced by other samples, so that batches stay full."
-    return _section("Skipped samples", remark, f'<div class="card">{table}</div>')
-
-
-def _config(config: Mapping) -> str:
-    options = [(f"<code>{escape(name)}</code>", f"<code>{escape(value)}</code>") for name, value in _flattened(config)]
-    table = html_table((), options)
-    body = f'<details class="card"><summary>{len(options)} options</summary>{table}</details>'
-    return _section("Configuration", "", body, options)
+    return data_uri(Image.fromarray((255 * colormaps["viridis"](shade)[..., :3]).astype(np.uint8)))
 
 
 def _flattened(value, name: str = ""):
@@ -205,13 +113,13 @@ def _flattened(value, name: str = ""):
         yield name, str(value)
 
 
-def _thumbnail(image: np.ndarray, alt: str) -> str:
-    """An <img> of (H, W, 3) uint8, at most 128 pixels a side."""
+def _thumbnail(image: np.ndarray) -> tuple[str, bool]:
+    """The address of a picture of (H, W, 3) uint8, at most 128 pixels a side; whether it keeps its pixels enlarged."""
     picture = Image.fromarray(np.ascontiguousarray(image))
-    if max(picture.size) <= SMALL:  # keeps its pixels when the page enlarges it
-        return f'<img class="small" src="{data_uri(picture)}" alt="{escape(alt)}">'
+    if max(picture.size) <= SMALL:
+        return data_uri(picture), True
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return f'<img src="{data_uri(picture, "JPEG")}" alt="{escape(alt)}">'
+    return data_uri(picture, "JPEG"), False
 
 
 def collect_examples(

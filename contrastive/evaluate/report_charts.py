@@ -66,6 +66,11 @@ class Score(NamedTuple):
         return (f"{head}{of}", tail) if tail.startswith("R@") else (f"{self.task}{of}", self.title)
 
     @property
+    def last(self) -> int:
+        """The last row that has a value."""
+        return int(np.flatnonzero(np.isfinite(self.values))[-1])
+
+    @property
     def best(self) -> int:
         """The row of the best value."""
         return int(np.nanargmin(self.values) if is_rank(self.name) else np.nanargmax(self.values))
