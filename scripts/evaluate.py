@@ -24,8 +24,7 @@ import contrastive
 from contrastive.command_line import Parser, at_least
 from contrastive.distributed.runtime import joined_ranks, launched, prepare_process
 from contrastive.errors import UserError
-from contrastive.evaluate.comparison import ModelEntry, print_comparison
-from contrastive.evaluate.comparison_output import claim_output, write_output
+from contrastive.evaluate.comparison import ModelEntry, claim_output, print_comparison, write_output
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.suite import Suite, embed_suite, read_suite, run_suite, task_from
 from contrastive.evaluate.tasks import TASKS

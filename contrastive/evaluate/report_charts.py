@@ -6,12 +6,12 @@ What metrics.jsonl holds becomes rows without repeats, evaluation scores by name
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from contrastive.page import PARTS, filled
 from contrastive.results import figure_title, figure_written, is_figure, is_rank, key_parts
 
 TRAIN_CHARTS = (
@@ -173,26 +173,32 @@ def line_chart(
     def at_y(value):
         return HEIGHT - BOTTOM - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (HEIGHT - TOP - BOTTOM)
 
-    # Steps are whole.
-    marks = [tick for tick in _ticks(first, last) if first <= tick <= last and tick == int(tick)]
-    parts = [_grid([(at_y(tick), tick) for tick in ticks], [(at_x(tick), tick) for tick in marks])]
-    smoothed, x = smooth and len(steps) >= SMOOTH_FROM, at_x(steps)
-    for place, curve in enumerate(series.values()):
-        parts.append(_path(x, at_y(curve), f"{_colour(place)} faint" if smoothed else _colour(place)))
-        if len(steps) <= DOTS_TO:
-            parts.append(_dots(x, at_y(curve), _colour(place)))
-        if smoothed:
-            parts.append(_path(x, at_y(_running_mean(curve, max(3, len(curve) // 25))), _colour(place)))
+    x, curves = at_x(steps), []
+    for place, (name, values) in enumerate(series.items()):
+        lines, dots = _drawn(x, values, at_y, smooth)
+        shown = _written(next((y for y in reversed(values) if math.isfinite(y)), math.nan), unit)
+        colour = f"c{place % 6 + 1}"  # the six that every page has
+        curves.append({"name": name, "colour": colour, "last": shown, "lines": lines, "dots": dots})
     hover = {
         "steps": [int(step) for step in steps],
         "x": [round(position, 1) for position in x.tolist()],
         "values": [[_written(y, unit) for y in curve] for curve in series.values()],
     }
-    cursor = f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>'
-    return (
-        f'<figure class="chart card" data-hover="{escape(json.dumps(hover))}">{_caption(title, series, unit)}'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over training steps">'
-        f"{''.join(parts)}{cursor}</svg></figure>"
+    # Steps are whole.
+    marks = [tick for tick in _ticks(first, last) if first <= tick <= last and tick == int(tick)]
+    return filled(
+        PARTS / "chart.html.jinja",
+        title=title,
+        hover=json.dumps(hover),
+        curves=curves,
+        rows=[(at_y(tick), short(float(tick))) for tick in ticks],
+        columns=[(at_x(tick), short(float(tick))) for tick in marks],
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=WIDTH - RIGHT,
+        top=TOP,
+        bottom=HEIGHT - BOTTOM,
     )
 
 
@@ -239,46 +245,22 @@ def _ticks(low: float, high: float) -> np.ndarray:
     return MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
 
 
-def _grid(rows: Sequence[tuple[float, float]], columns: Sequence[tuple[float, float]]) -> str:
-    """Lines at (y, value), numbers at (x, step)."""
-    lines = []
-    for y, value in rows:
-        lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        lines.append(f'<text x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{short(float(value))}</text>')
-    for x, step in columns:
-        anchor = "end" if x > WIDTH - RIGHT - 14 else "middle"  # at the very edge it would be cut
-        lines.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{short(float(step))}</text>')
-    return "".join(lines)
+def _drawn(
+    x: np.ndarray, values: np.ndarray, at_y: Callable, smooth: bool
+) -> tuple[list[tuple[str, str]], list[tuple[float, float]]]:
+    """(style, path) of a curve, with its running mean where it is to be smooth, and the points that get a dot."""
+    y = at_y(values)
+    dots = [point for point in zip(x, y, strict=True) if len(x) <= DOTS_TO and math.isfinite(point[1])]
+    if not smooth or len(x) < SMOOTH_FROM:
+        return [("", _path(x, y))], dots
+    mean = _running_mean(values, max(3, len(values) // 25))
+    return [(" faint", _path(x, y)), ("", _path(x, at_y(mean)))], dots
 
 
-def _path(x: np.ndarray, y: np.ndarray, style: str) -> str:
-    """A line through the points (n,) in turn, interrupted where y is not finite."""
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    """An SVG path through the points (n,) in turn, interrupted where y is not finite."""
     pens = np.where(np.isfinite(np.append(np.nan, y[:-1])), "L", "M")
-    commands = [f"{pen}{a:.1f} {b:.1f}" for pen, a, b in zip(pens, x, y, strict=True) if math.isfinite(b)]
-    return f'<path class="line {style}" d="{"".join(commands)}"/>'
-
-
-def _dots(x: np.ndarray, y: np.ndarray, colour: str) -> str:
-    points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
-    return "".join(f'<circle class="{colour}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in points)
-
-
-def _caption(title: str, series: Mapping[str, np.ndarray], unit: str) -> str:
-    """The title, and each curve's last value; the page's script puts the value under the pointer there."""
-    numbers = []
-    for curve in series.values():
-        last = escape(_written(next((y for y in reversed(curve) if math.isfinite(y)), math.nan), unit))
-        numbers.append(f'<b class="value" data-last="{last}">{last}</b>')
-    head = f'<b>{escape(title)}</b><span class="at"></span>'
-    if len(series) == 1:
-        return f"<figcaption>{head}{numbers[0]}</figcaption>"
-    named = enumerate(zip(series, numbers, strict=True))
-    items = [f'<span><i class="{_colour(i)}"></i>{escape(name)} {number}</span>' for i, (name, number) in named]
-    return f'<figcaption>{head}</figcaption><div class="legend">{"".join(items)}</div>'
-
-
-def _colour(place: int) -> str:
-    return f"c{place % 6 + 1}"  # the six that every page has
+    return "".join(f"{pen}{a:.1f} {b:.1f}" for pen, a, b in zip(pens, x, y, strict=True) if math.isfinite(b))
 
 
 def _written(value: float, unit: str) -> str:

@@ -10,8 +10,16 @@ from rich.console import Console
 from test_report import Page
 
 from contrastive.errors import UserError
-from contrastive.evaluate.comparison import Comparison, ModelEntry, TaskResult, markdown, print_comparison
-from contrastive.evaluate.comparison_output import claim_output, comparison_page, write_output
+from contrastive.evaluate.comparison import (
+    Comparison,
+    ModelEntry,
+    TaskResult,
+    claim_output,
+    comparison_page,
+    markdown,
+    print_comparison,
+    write_output,
+)
 from contrastive.evaluate.suite import task_from
 from contrastive.evaluate.tasks import Figure, Outcome
 
