@@ -305,7 +305,7 @@ def test_script_goes_on_after_it_was_interrupted(tmp_path):
     assert running.returncode == 130 and "Traceback" not in error
     there = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/*.tar")}
     assert 0 < len(there) < 20 and not Path(tmp_path, "out", "report.json").exists()
-    assert list(tmp_path.glob("out/.*.tmp")), "shards in progress are left at once"
+    # Mostly one in progress is left aside too, but the signal may meet both workers between two shards.
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.glob("out/.*.tmp"))
