@@ -1,15 +1,44 @@
 """The types of options: what fits one, what it is called, and tyro, which reads flags by them."""
 
 import contextlib
+import dataclasses
 import io
 import re
 import types
 import typing
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 from contrastive.errors import UserError
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What the number of an option must be: `lr: Positive[float] = 1e-3`. None, an option left out, may always be."""
+
+    words: str
+    """What an error says: 'it must be above 0'."""
+    holds: Callable[[float], bool]
+
+
+Positive = Annotated[T, Bound("it must be above 0", lambda value: value > 0)]
+NotNegative = Annotated[T, Bound("it must be at least 0", lambda value: value >= 0)]
+Share = Annotated[T, Bound("it must be from 0 to 1", lambda value: 0 <= value <= 1)]
+Probability = Annotated[T, Bound("it must be at least 0 and below 1", lambda value: 0 <= value < 1)]
+
+
+def check_bounds(options: Any, prefix: str = "") -> None:
+    """Raise UserError for a number outside its bound, in a dataclass or within it; `prefix` goes before the names."""
+    for name, annotation in typing.get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        if dataclasses.is_dataclass(value):
+            check_bounds(value, f"{prefix}{name}.")
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        for bound in getattr(annotation, "__metadata__", ()):
+            if isinstance(bound, Bound) and not all(map(bound.holds, numbers)):
+                raise UserError(f"{prefix}{name} is {' '.join(map(str, numbers))}; {bound.words}")
 
 
 def accepts(annotation: Any, value: Any) -> bool:

@@ -10,11 +10,11 @@ import yaml
 from contrastive.config import parse, to_dict
 from contrastive.data.preprocess import CLIP_MEAN, PreprocessConfig, PreprocessOptions
 from contrastive.errors import UserError
-from contrastive.models import DualEncoder, ImageClassifier, ImageTowerConfig
+from contrastive.models import DualEncoder, ImageClassifier
 from contrastive.train.classification_task import check_supervised
 from contrastive.train.classify import TrainClassifierConfig
 from contrastive.train.contrastive_task import PretrainConfig, check
-from contrastive.train.finetune import FinetuneConfig, check_wise_ft
+from contrastive.train.finetune import FinetuneConfig
 
 ALL = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 CLASSIFIERS = [path for path in ALL if path.stem.startswith("classifier")]
@@ -36,7 +36,8 @@ def test_configuration(path, loss):
 @pytest.mark.parametrize("path", CLASSIFIERS, ids=lambda path: path.stem)
 def test_classifier(path):
     config = parse(TrainClassifierConfig, [], [path], prog="train_classifier.py", description="")
-    check_supervised(config, config.model.image)
+    check_supervised(config)
+    config.model.image.check()
     with torch.device("meta"):
         ImageClassifier(replace(config.model, num_classes=10))
 
@@ -44,8 +45,7 @@ def test_classifier(path):
 @pytest.mark.parametrize("path", FINETUNINGS, ids=lambda path: path.stem)
 def test_finetuning(path):
     config = parse(FinetuneConfig, [], [path], prog="finetune.py", description="")
-    check_supervised(config, ImageTowerConfig())
-    check_wise_ft(config.wise_ft)
+    check_supervised(config)
 
 
 def test_the_recipes_are_there():

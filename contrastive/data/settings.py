@@ -8,6 +8,7 @@ from contrastive.data.preprocess import PreprocessOptions
 from contrastive.data.record import Source
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from contrastive.errors import UserError
+from contrastive.option_types import NotNegative, Positive, Share
 
 CONTEXT_LENGTH = 64
 
@@ -24,17 +25,17 @@ class ImageDataConfig:
     """Column of a table that holds the image or its path; none: found by its usual names."""
     preprocess: PreprocessOptions = field(default_factory=PreprocessOptions)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    num_workers: int | None = None
+    num_workers: NotNegative[int | None] = None
     """Loader processes per rank; none: 0 without a GPU, else the rank's share of the cores up to 8."""
-    timeout: float = 300.0
+    timeout: Positive[float] = 300.0
     """Seconds to wait for a batch from the workers, or for another rank's, before an error."""
-    max_bad_share: float = 0.01
+    max_bad_share: Share[float] = 0.01
     """Share of samples that may be unusable; with more of the last `bad_window`, the run stops."""
-    bad_window: int = 10_000
+    bad_window: Positive[int] = 10_000
     """Samples over which that share is taken."""
-    window: int | None = None
+    window: Positive[int | None] = None
     """Samples shuffled among themselves; none: all of the data up to 4 million local samples, else 16,384."""
-    lanes: int | None = None
+    lanes: Positive[int | None] = None
     """Places in the data that a batch is read from at once, where a window is less than the data; a divisor of the
     batch; none: the largest up to 64."""
     replacement: bool = False

@@ -9,6 +9,7 @@ from torch import nn
 
 from contrastive.losses.all_pairs import LN_2, LOG2_E, AllPairs, Tile, uncompiled
 from contrastive.losses.checks import Duplicates, checked_duplicates
+from contrastive.option_types import Positive
 
 
 class SigmoidLoss(nn.Module):
@@ -138,7 +139,7 @@ class SigmoidLossConfig:
 
     duplicates: Literal["auto", "negative", "ignore", "positive"] = "auto"
     """Pairs with an identical caption: negatives, left out, or positives. auto: positive for class prompts."""
-    max_logit_scale: float | None = None
+    max_logit_scale: Positive[float | None] = None
     """Clamp on the factor after each step; published SigLIP has none."""
 
     def initial_logits(self, global_batch_size: int) -> tuple[float, float | None]:

@@ -11,6 +11,7 @@ from torch import nn
 from contrastive.distributed.collectives import all_gather_even, all_reduce_max, all_reduce_sum, world_size
 from contrastive.losses.all_pairs import LN_2, LOG2_E, AllPairs, Tile, row_products, uncompiled
 from contrastive.losses.checks import Duplicates, checked_duplicates
+from contrastive.option_types import Positive
 
 
 class SoftmaxLoss(nn.Module):
@@ -185,7 +186,7 @@ class SoftmaxLossConfig:
 
     duplicates: Literal["auto", "negative", "ignore", "positive"] = "auto"
     """Pairs with an identical caption: negatives, left out, or positives. auto: positive for class prompts."""
-    max_logit_scale: float | None = 100.0
+    max_logit_scale: Positive[float | None] = 100.0
     """Clamp on the factor after each step, as in CLIP."""
 
     def initial_logits(self, global_batch_size: int) -> tuple[float, float | None]:

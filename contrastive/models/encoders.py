@@ -12,19 +12,20 @@ from contrastive.errors import UserError
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
 from contrastive.models.init import initialise_tower
 from contrastive.models.text_tower import TextTower, TextTowerConfig
+from contrastive.option_types import Positive
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Options of the dual encoder."""
 
-    embed_dim: int = 768
+    embed_dim: Positive[int] = 768
     """Channels of the shared embedding space."""
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     init: Literal["clip", "siglip"] = "siglip"
     """Initialisation of the weights: as OpenAI's CLIP or as big_vision's SigLIP."""
-    init_logit_scale: float | None = None
+    init_logit_scale: Positive[float | None] = None
     """Initial factor on the cosine similarities (10 for SigLIP, 14.3 for CLIP); none: as the loss prescribes."""
     init_logit_bias: float | None = None
     """Initial offset of the logits, for the sigmoid loss; none: as the loss prescribes."""

@@ -11,23 +11,24 @@ from torch import nn
 
 from contrastive.errors import UserError
 from contrastive.models.transformer import Activation, AttentionPooling, Transformer
+from contrastive.option_types import Positive, Probability
 
 
 @dataclass(frozen=True)
 class ImageTowerConfig:
     """Options of the ViT. The defaults are SigLIP's B/16 at 224 pixels."""
 
-    image_size: int = 224
+    image_size: Positive[int] = 224
     """Height and width of the input in pixels."""
-    patch_size: int = 16
+    patch_size: Positive[int] = 16
     """Height and width of a patch in pixels; must divide image_size."""
-    width: int = 768
+    width: Positive[int] = 768
     """Channels of every token."""
     depth: int = 12
     """Number of transformer blocks."""
-    num_heads: int = 12
+    num_heads: Positive[int] = 12
     """Attention heads; must divide width."""
-    mlp_dim: int = 3072
+    mlp_dim: Positive[int] = 3072
     """Hidden channels of the MLP."""
     pool: Literal["class", "average", "attention"] = "attention"
     """How tokens become one vector: the class token, their mean, or SigLIP's attention head (MAP)."""
@@ -45,9 +46,9 @@ class ImageTowerConfig:
     """Activation of the MLP."""
     norm_eps: float = 1e-6
     """Epsilon of every LayerNorm."""
-    dropout: float = 0.0
+    dropout: Probability[float] = 0.0
     """Dropout probability after attention and MLP, and on attention weights."""
-    patch_dropout: float = 0.0
+    patch_dropout: Probability[float] = 0.0
     """Share of patches dropped in training (FLIP); 0.5 halves the tower's work."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, about a third more time."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from contrastive.errors import UserError
 from contrastive.models.transformer import Activation, Transformer
+from contrastive.option_types import Positive, Probability
 
 
 @dataclass(frozen=True)
@@ -16,15 +17,15 @@ class TextTowerConfig:
 
     vocab_size: int | None = None
     """Number of token ids; none: as many as the run's tokenizer has."""
-    context_length: int = 64
+    context_length: Positive[int] = 64
     """Tokens per text; shorter texts are padded, longer ones cut."""
-    width: int = 768
+    width: Positive[int] = 768
     """Channels of every token."""
     depth: int = 12
     """Number of transformer blocks."""
-    num_heads: int = 12
+    num_heads: Positive[int] = 12
     """Attention heads; must divide width."""
-    mlp_dim: int = 3072
+    mlp_dim: Positive[int] = 3072
     """Hidden channels of the MLP."""
     causal: bool = False
     """Attend to earlier positions only, as in CLIP."""
@@ -42,7 +43,7 @@ class TextTowerConfig:
     """Activation of the MLP."""
     norm_eps: float = 1e-6
     """Epsilon of every LayerNorm."""
-    dropout: float = 0.0
+    dropout: Probability[float] = 0.0
     """Dropout probability after attention and MLP, and on attention weights."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, about a third more time."""

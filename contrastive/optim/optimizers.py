@@ -3,11 +3,12 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import nn
 
+from contrastive.option_types import Bound, Positive
 from contrastive.registry import Registry
 
 LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
@@ -31,7 +32,7 @@ OPTIMIZERS: Registry[type[OptimizerConfig]] = Registry("optimizer")
 class AdamWConfig:
     """AdamW (Loshchilov & Hutter 2019); weight decay on matrices only."""
 
-    lr: float = 1e-3
+    lr: Positive[float] = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
     """Decoupled decay, multiplied by the learning rate."""
@@ -41,7 +42,7 @@ class AdamWConfig:
     """Added to the denominator."""
     logit_lr_factor: float = 1.0
     """Learning rate of logit_scale and logit_bias, as a multiple of lr."""
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, Bound("it must be above 0 and at most 1", lambda decay: 0 < decay <= 1)] = 1.0
     """Learning rate of a block as a share of that of the block above it; 1: all alike. 0.65 to 0.9 to fine-tune."""
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:

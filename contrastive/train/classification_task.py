@@ -17,8 +17,9 @@ from contrastive.data.settings import LabelledDataConfig
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.interop.bundle import save_classifier
-from contrastive.models import ImageClassifier, ImageTowerConfig
-from contrastive.train.options import RunConfig, check_run, check_shares
+from contrastive.models import ImageClassifier
+from contrastive.option_types import NotNegative, Probability
+from contrastive.train.options import RunConfig, check_run
 from contrastive.train.task import TrainingTask, Weights, describe_image_tower, seed_step
 
 
@@ -34,11 +35,11 @@ class SupervisedConfig(RunConfig):
     }
 
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
-    mixup: float = 0.0
+    mixup: NotNegative[float] = 0.0
     """Alpha of mixup's Beta distribution; 0: no mixup."""
-    cutmix: float = 0.0
+    cutmix: NotNegative[float] = 0.0
     """Alpha of CutMix's; with mixup too, one of them is drawn for each batch."""
-    label_smoothing: float = 0.0
+    label_smoothing: Probability[float] = 0.0
     """Share of each label that is spread over all classes."""
 
     def short_name(self) -> str:
@@ -47,15 +48,11 @@ class SupervisedConfig(RunConfig):
         return "".join(c if c.isalnum() else "-" for c in last).strip("-") or "data"
 
 
-def check_supervised(config: SupervisedConfig, image: ImageTowerConfig) -> None:
+def check_supervised(config: SupervisedConfig) -> None:
     """Raise UserError for options that no data can make right."""
-    check_shares("", config, "label_smoothing")
-    for name, value in (("mixup", config.mixup), ("cutmix", config.cutmix)):
-        if not value >= 0:
-            raise UserError(f"{name} is {value}; it must be 0 (off) or above")
     if (config.mixup or config.cutmix) and config.train.global_batch_size < 2:
         raise UserError("mixup and cutmix mix the images of a batch: train.global_batch_size must be above 1")
-    check_run(config, image)
+    check_run(config)
 
 
 class ClassificationTask(TrainingTask):

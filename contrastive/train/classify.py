@@ -17,8 +17,9 @@ from contrastive.errors import UserError
 from contrastive.evaluate.classification import check_same_classes
 from contrastive.log import console, is_main_process
 from contrastive.models import ClassifierConfig, ImageClassifier, ImageTowerConfig, classifier_config, list_classifiers
+from contrastive.option_types import Positive
 from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
-from contrastive.train.options import check_above_zero, resolve_run
+from contrastive.train.options import resolve_run
 from contrastive.train.run import open_run, run
 
 SMALL = 64  # pixels: images up to this size are taken as they are
@@ -33,9 +34,9 @@ class TrainClassifierConfig(SupervisedConfig):
     """Everything a classifier trained from scratch can be told."""
 
     model: ClassifierConfig = preset(classifier_config, tuple(list_classifiers()), lambda: classifier_config("tiny"))
-    image_size: int | None = None
+    image_size: Positive[int | None] = None
     """Pixels a side; none: that of images of at most 64 pixels, else model.image.image_size."""
-    patch_size: int | None = None
+    patch_size: Positive[int | None] = None
     """Pixels of a patch's side; none: an eighth of such small images, else model.image.patch_size."""
 
 
@@ -48,7 +49,8 @@ def train_classifier(config: TrainClassifierConfig) -> bool:
     Raises:
         UserError: anything in the options, the data or the run folder that cannot work, before training.
     """
-    check_supervised(config, config.model.image)
+    check_supervised(config)
+    config.model.image.check()
     checkpoint = open_run(config)
     source, held_out, config = open_data(config)
     model_config = fit_image(config, source)
@@ -105,9 +107,8 @@ def fit_image(config: TrainClassifierConfig, source: Source) -> ClassifierConfig
     """Return the model with the image and patch size that were asked for, or that fit small images.
 
     Raises:
-        UserError: a size that is not above 0, or not a multiple of the patch size.
+        UserError: a size that is not a multiple of the patch size.
     """
-    check_above_zero("", config, "image_size", "patch_size")
     image = config.model.image
     sizes: dict[str, Any] = {}
     untouched = image.image_size == ImageTowerConfig.image_size

@@ -23,7 +23,7 @@ from contrastive.errors import UserError
 from contrastive.interop.bundle import save_model
 from contrastive.losses import LOSSES, LossConfig
 from contrastive.models import DualEncoder, Features, ModelConfig, list_models, model_config
-from contrastive.train.options import RunConfig, check_above_zero, check_run, check_shares, resolve_run
+from contrastive.train.options import RunConfig, check_run, resolve_run
 from contrastive.train.task import TrainingTask, Weights, describe_image_tower, millions, seed_step
 
 
@@ -56,10 +56,8 @@ class PretrainConfig(RunConfig):
 
 def check(config: PretrainConfig) -> None:
     """Raise UserError for options that no data can make right."""
-    check_above_zero("model.text.", config.model.text, "context_length", "width", "num_heads", "mlp_dim")
-    check_above_zero("model.", config.model, "embed_dim", "init_logit_scale")
-    check_above_zero("loss.", config.loss, "max_logit_scale")
-    check_shares("model.text.", config.model.text, "dropout")
+    check_run(config)
+    config.model.image.check()
     if config.model.init_logit_bias is not None and config.loss.initial_logits(2)[1] is None:
         raise UserError("model.init_logit_bias is for losses with a bias (sigmoid); leave it out")
     if config.init and config.init_image:
@@ -68,7 +66,6 @@ def check(config: PretrainConfig) -> None:
         raise UserError(
             "--lock image keeps the image tower as it is: say whose with --init_image MODEL or --init MODEL"
         )
-    check_run(config, config.model.image)
 
 
 def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> PretrainConfig:

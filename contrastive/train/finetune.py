@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
 
@@ -17,21 +17,25 @@ from contrastive.interop.bundle import Bundle, save_model, weights_key
 from contrastive.interop.loading import load
 from contrastive.log import say
 from contrastive.models import ClassifierConfig, ImageClassifier
+from contrastive.option_types import Bound, Probability
 from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
 from contrastive.train.classify import num_classes, open_data
-from contrastive.train.options import check_shares, resolve_run
+from contrastive.train.options import resolve_run
 from contrastive.train.run import open_run, run
+
+N = TypeVar("N")
+EachAShare = Annotated[N, Bound("each must be from 0 to 1", lambda value: 0 <= value <= 1)]
 
 
 @dataclass(frozen=True)
 class WiseFTConfig:
     """Interpolation of the zero-shot and the fine-tuned weights (WiSE-FT, Wortsman et al. 2022)."""
 
-    alphas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    alphas: EachAShare[tuple[float, ...]] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     """Shares of the fine-tuned weights that are scored when the run ends."""
     eval: tuple[str, ...] = ()
     """Other labelled data, scored zero-shot by the interpolated tower: what fine-tuning may have forgotten."""
-    save: float = 1.0
+    save: EachAShare[float] = 1.0
     """Share of the fine-tuned weights in the model that is saved; 0.5 is usual."""
 
 
@@ -50,16 +54,9 @@ class FinetuneConfig(SupervisedConfig):
     """Prompt templates of that head: a set's name, a file with one template a line, or auto."""
     tune: Literal["all", "head"] = "all"
     """head: the image tower stays as it is."""
-    dropout: float = 0.0
+    dropout: Probability[float] = 0.0
     """Dropout probability in the image tower."""
     wise_ft: WiseFTConfig = field(default_factory=WiseFTConfig)
-
-
-def check_wise_ft(config: WiseFTConfig) -> None:
-    """Raise UserError for a share that is not one."""
-    for name, values in (("wise_ft.alphas", config.alphas), ("wise_ft.save", (config.save,))):
-        if not all(0 <= value <= 1 for value in values):
-            raise UserError(f"{name} is {' '.join(map(str, values))}; each must be from 0 to 1")
 
 
 def finetune(config: FinetuneConfig) -> bool:
@@ -72,9 +69,7 @@ def finetune(config: FinetuneConfig) -> bool:
         raise UserError("no model to fine-tune: finetune.py MODEL --data SPEC")
     bundle = load(config.init)
     bundle.check_image_tower("there is nothing to fine-tune")
-    check_supervised(config, bundle.config.image)
-    check_shares("", config, "dropout")
-    check_wise_ft(config.wise_ft)
+    check_supervised(config)
     checkpoint = open_run(config)
     key = weights_key(bundle.model)
     if checkpoint is not None and config.init_key not in (None, key):

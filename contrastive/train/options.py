@@ -10,8 +10,8 @@ from contrastive.data.record import Source
 from contrastive.data.settings import ImageDataConfig
 from contrastive.distributed.runtime import Precision
 from contrastive.errors import UserError
-from contrastive.models import ImageTowerConfig
 from contrastive.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig
+from contrastive.option_types import Positive, Probability, check_bounds
 
 # Three ways to say how long to train; one of them is given.
 LENGTHS = ("steps", "epochs", "samples")
@@ -21,28 +21,28 @@ LENGTHS = ("steps", "epochs", "samples")
 class TrainConfig:
     """The loop."""
 
-    steps: int | None = None
+    steps: Positive[int | None] = None
     """Optimizer steps; give these, epochs or samples."""
-    epochs: float | None = None
+    epochs: Positive[float | None] = None
     """Passes over the data, instead of steps; of several sets, as many samples as all have together."""
-    samples: int | None = None
+    samples: Positive[int | None] = None
     """Samples seen, instead of steps: the unit that runs on different data and batches are compared in."""
-    global_batch_size: int = 256
+    global_batch_size: Positive[int] = 256
     """Samples in one step over all ranks; each pair is a negative for all the others."""
-    accumulate: int = 1
+    accumulate: Positive[int] = 1
     """Micro-batches a rank takes its share in: less memory, the same gradient. Of pairs that costs one more forward
     pass."""
     precision: Precision = "auto"
     """bf16 or fp32 towers; the loss is fp32. auto: bf16 on a GPU that has it."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive[float] = 1.0
     """Clip the gradient's norm to this."""
-    ema_decay: float | None = None
+    ema_decay: Probability[float | None] = None
     """Decay of an average of the weights, used for evaluation and the final model; none: no average."""
     seed: int = 0
     """Decides initial weights, data order, augmentation and dropout."""
-    log_every: int = 1
+    log_every: Positive[int] = 1
     """Steps between rows of metrics.jsonl."""
-    max_skipped: int = 5
+    max_skipped: Positive[int] = 5
     """Steps in a row with a loss or gradient that is not finite after which the run stops."""
 
 
@@ -50,11 +50,11 @@ class TrainConfig:
 class EvaluationConfig:
     """Evaluation on data.eval during training and at the end."""
 
-    every: int | None = None
+    every: Positive[int | None] = None
     """Steps between evaluations; none: four over the run."""
-    batch_size: int = 256
+    batch_size: Positive[int] = 256
     """Images embedded at once."""
-    limit: int | None = None
+    limit: Positive[int | None] = None
     """Images of each source, a fixed random subset; none: all."""
 
 
@@ -62,9 +62,9 @@ class EvaluationConfig:
 class CheckpointConfig:
     """Checkpoints, from which `--resume` continues exactly."""
 
-    every: int | None = None
+    every: Positive[int | None] = None
     """Steps between checkpoints; none: ten over the run."""
-    keep: int = 3
+    keep: Positive[int] = 3
     """How many of the newest to keep."""
 
 
@@ -93,45 +93,13 @@ class RunConfig:
         raise NotImplementedError
 
 
-def check_run(config: RunConfig, image: ImageTowerConfig) -> None:
+def check_run(config: RunConfig) -> None:
     """Raise UserError for options that no data can make right."""
-    train, data = config.train, config.data
-    check_above_zero("model.image.", image, "image_size", "patch_size", "width", "num_heads", "mlp_dim")
-    check_above_zero("train.", train, *LENGTHS, "global_batch_size", "accumulate", "log_every")
-    check_above_zero("train.", train, "max_grad_norm", "max_skipped")
-    check_above_zero("optimizer.", config.optimizer, "lr")
-    check_above_zero("evaluation.", config.evaluation, "every", "batch_size", "limit")
-    check_above_zero("checkpoint.", config.checkpoint, "every", "keep")
-    check_above_zero("data.", data, "timeout", "bad_window", "window", "lanes")
-    check_shares("model.image.", image, "dropout", "patch_dropout")
-    check_shares("train.", train, "ema_decay")
-    if not 0 <= data.max_bad_share <= 1:
-        raise UserError(f"data.max_bad_share is {data.max_bad_share}; it must be from 0 to 1")
-    if not 0 < getattr(config.optimizer, "layer_decay", 1) <= 1:
-        raise UserError(f"optimizer.layer_decay is {config.optimizer.layer_decay}; it must be above 0 and at most 1")
-    if data.num_workers is not None and data.num_workers < 0:
-        raise UserError(f"data.num_workers is {data.num_workers}; it must be at least 0")
-    given = [f"train.{name}" for name in LENGTHS if getattr(train, name) is not None]
+    check_bounds(config)
+    given = [f"train.{name}" for name in LENGTHS if getattr(config.train, name) is not None]
     if len(given) != 1:
         said = f"said more than once ({', '.join(given)})" if given else "not said"
         raise UserError(f"how long to train is {said}: give one of --{', --'.join(f'train.{n}' for n in LENGTHS)}")
-    image.check()
-
-
-def check_above_zero(section: str, options: Any, *names: str) -> None:
-    """Raise UserError for an option that is given and not above 0."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{section}{name} is {value}; it must be above 0")
-
-
-def check_shares(section: str, options: Any, *names: str) -> None:
-    """Raise UserError for an option that is given and not in 0..1, 1 left out."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not 0 <= value < 1:
-            raise UserError(f"{section}{name} is {value}; it must be at least 0 and below 1")
 
 
 def check_division(train: TrainConfig, world_size: int) -> None:
