@@ -12,15 +12,16 @@ memory is linear in the batch. B batch, W ranks, E width:
 
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from contrastive.distributed.collectives import all_gather_even, every_block, rank, world_size
-from contrastive.losses.checks import Duplicates, check_inputs
+from contrastive.losses.checks import Duplicates, check_inputs, checked_duplicates
 
 CPU_TILE = 1024
 """Rows and columns: 4 MiB of float32, near the top speed of a matrix product and small enough for its cache."""
@@ -32,25 +33,7 @@ LN_2 = math.log(2)
 
 # To compile a loss would be to retrace, for every batch size, what is matrix products already. Cached and called late,
 # since torch.compiler.disable takes a second to load.
-uncompiled = functools.cache(torch.compiler.disable)
-
-
-class Buffers:
-    """Matrices whose memory all tiles of a sweep share, so that it does not grow with the batch.
-
-    Args:
-        like: features that give device and type. rows, columns: size of the largest tile.
-    """
-
-    def __init__(self, like: torch.Tensor, rows: int, columns: int):
-        self._like, self._size = like, rows * columns
-        self._buffers: list[torch.Tensor] = []
-
-    def matrices(self, rows: int, columns: int, count: int) -> list[torch.Tensor]:
-        """Return `count` matrices (rows, columns) to overwrite; the next call gives the same memory."""
-        while len(self._buffers) < count:
-            self._buffers.append(self._like.new_empty(self._size))
-        return [buffer[: rows * columns].view(rows, columns) for buffer in self._buffers]
+_uncompiled = functools.cache(torch.compiler.disable)
 
 
 @dataclass(frozen=True)
@@ -76,13 +59,17 @@ class Tile:
     """Where G·y is added to, (r, E); None where it is not wanted."""
     y_sum: torch.Tensor | None = None
     """Where Gᵀ·x is added to, (c, E), likewise."""
-    buffers: Buffers | None = None
+    buffers: list[torch.Tensor] = field(default_factory=list)
+    """Memory that the tiles of a sweep share, lest it grow with the batch; the first tile is the largest."""
     kernels: Any = None
     """`TritonTiles` on a GPU, which compute a tile's logits and all that comes of them at once; else None."""
 
     def matrices(self, count: int) -> list[torch.Tensor]:
         """Return matrices of the size and type of the tile, which the next tile overwrites."""
-        return self.buffers.matrices(len(self.x), len(self.y), count)
+        rows, columns = len(self.x), len(self.y)
+        while len(self.buffers) < count:
+            self.buffers.append(self.x.new_empty(rows * columns))
+        return [buffer[: rows * columns].view(rows, columns) for buffer in self.buffers[:count]]
 
     def own(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return the matching entries of a matrix (r, c) as a view (n,); n may be 0."""
@@ -113,8 +100,7 @@ class Tile:
 class AllPairs:
     """The pairs of the global batch as this rank sees them, and the sums that its gradients are made of.
 
-    Args and errors are those of `SigmoidLoss.forward`; `logit_bias` and `caption_ids` may be None where the loss
-    needs none. Every rank's input is checked here before anything is exchanged.
+    Args and errors are those of `PairLoss.forward`. Every rank's input is checked here before anything is exchanged.
     """
 
     def __init__(
@@ -161,18 +147,17 @@ class AllPairs:
         sum_images, sum_texts = (gradients and wanted for wanted in self.wants)
         on_gpu = self.image.is_cuda and self.image.dtype != torch.float64
         size = GPU_TILE if on_gpu else CPU_TILE
-        largest = min(size, len(self.image)), min(size, world_size() * len(self.text))
-        buffers, kernels = Buffers(self.image, *largest), None
+        buffers, kernels = [], None
         if on_gpu:
             from contrastive.losses.triton_tiles import TritonTiles  # needs a GPU, and takes a while to import
 
-            kernels = TritonTiles(self.image, *largest)
+            kernels = TritonTiles(self.image, min(size, len(self.image)), min(size, world_size() * len(self.text)))
         self.image_sum = _zeros_like(self.image) if sum_images else None
         blocks = every_block(self.text)
         for first, block in blocks:
             block_sum = _zeros_like(block) if sum_texts else None
-            for rows in _parts(len(self.image), largest[0]):
-                for part in _parts(len(block), largest[1]):
+            for rows in _parts(len(self.image), size):
+                for part in _parts(len(block), size):
                     columns = slice(first + part.start, first + part.stop)
                     yield Tile(
                         x=self.image[rows],
@@ -199,6 +184,67 @@ class AllPairs:
             loss_sum: the loss times B/W, 0-dim. bias_sum: Σ G over all tiles, 0-dim, where there is a bias.
         """
         return _KeptGradients.apply(*self._inputs, self, loss_sum, bias_sum)
+
+
+class PairLoss(nn.Module):
+    """A loss over all pairs of the global batch, divided by its size; subclasses say what a tile contributes.
+
+    Under several ranks each takes its own images against every text and divides by its local batch; averaged
+    over ranks, as DistributedDataParallel averages gradients, that is the loss of the global batch.
+
+    Loss and gradients come from sweeps over tiles, in the forward pass, in memory linear in the batch.
+    The backward pass does not communicate; it takes the gradient of the loss to be the same on all ranks.
+
+    Args:
+        duplicates: what a pair is whose caption equals the matching one: `negative` (as published), `ignore`
+            (left out), or `positive`.
+    """
+
+    def __init__(self, duplicates: Duplicates = "negative"):
+        super().__init__()
+        self.duplicates = checked_duplicates(duplicates)
+
+    def forward(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: torch.Tensor,
+        logit_bias: torch.Tensor | None = None,
+        caption_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return this rank's share of the loss, a scalar, in float32 at least.
+
+        Args:
+            image_features: (B/W, E), unit length. text_features: likewise, row i describing image i.
+            logit_scale: scalar factor on the similarities (already exponentiated).
+            logit_bias: scalar added to the logits, where the loss has one; else None.
+            caption_ids: (B/W,) int64, equal where captions are; needed unless duplicates is `negative`.
+
+        Raises:
+            NonFiniteFeatures: NaN or infinity in features on a CPU; on a GPU, which is not waited for, the loss is NaN.
+            ValueError: shapes, types or devices disagree, on any rank; a bias or caption_ids is missing, or a bias is
+                given to a loss that has none.
+        """
+        self.check_bias(logit_bias)
+        inputs = image_features, text_features, logit_scale, logit_bias, caption_ids, self.duplicates
+        return _uncompiled(_swept)(self.sums, *inputs)
+
+    def check_bias(self, logit_bias: torch.Tensor | None) -> None:
+        """Raise ValueError for a bias that is missing, or one too many."""
+        raise NotImplementedError
+
+    def sums(self, pairs: AllPairs) -> tuple[torch.Tensor, ...]:
+        """Sweep over `pairs`, handing in gradients, without autograd; return the arguments of `differentiable`."""
+        raise NotImplementedError
+
+
+def _swept(sums: Callable[[AllPairs], tuple[torch.Tensor, ...]], *inputs) -> torch.Tensor:
+    pairs = AllPairs(*inputs)  # all ranks' input is checked before any computes
+    # The types of the products are chosen: float32 features on a CPU are not to become bfloat16 under autocast.
+    with torch.autocast(pairs.image.device.type, enabled=False):
+        with torch.no_grad():
+            found = sums(pairs)  # whose tiles' buffers are free again before gradients are converted and kept
+        return pairs.differentiable(*found)
 
 
 class _KeptGradients(torch.autograd.Function):

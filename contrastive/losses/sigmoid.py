@@ -5,81 +5,32 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
-from contrastive.losses.all_pairs import LN_2, LOG2_E, AllPairs, Tile, uncompiled
-from contrastive.losses.checks import Duplicates, checked_duplicates
+from contrastive.losses.all_pairs import LN_2, LOG2_E, AllPairs, PairLoss, Tile
 from contrastive.option_types import Positive
 
 
-class SigmoidLoss(nn.Module):
-    """−Σ log σ(±z) / B over all pairs, z = logit_scale · cos(image, text) + logit_bias (equation 1).
+class SigmoidLoss(PairLoss):
+    """−Σ log σ(±z) / B over all pairs, z = logit_scale · cos(image, text) + logit_bias (equation 1)."""
 
-    Under several ranks each takes its own images against every text and divides by its local batch; averaged
-    over ranks, as DistributedDataParallel averages gradients, that is the loss of the global batch.
-
-    Loss and gradients come from one sweep over tiles, in the forward pass, in memory linear in the batch.
-    The backward pass does not communicate; it takes the gradient of the loss to be the same on all ranks.
-
-    Args:
-        duplicates: what a pair is whose caption equals the matching one: `negative` (as published), `ignore`
-            (left out), or `positive`.
-    """
-
-    def __init__(self, duplicates: Duplicates = "negative"):
-        super().__init__()
-        self.duplicates = checked_duplicates(duplicates)
-
-    def forward(
-        self,
-        image_features: torch.Tensor,
-        text_features: torch.Tensor,
-        logit_scale: torch.Tensor,
-        logit_bias: torch.Tensor,
-        caption_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return this rank's share of the loss, a scalar, in float32 at least.
-
-        Args:
-            image_features: (B/W, E), unit length. text_features: likewise, row i describing image i.
-            logit_scale: scalar factor on the similarities (already exponentiated).
-            logit_bias: scalar added to the logits.
-            caption_ids: (B/W,) int64, equal where captions are; needed unless duplicates is `negative`.
-
-        Raises:
-            NonFiniteFeatures: NaN or infinity in features on a CPU; on a GPU, which is not waited for, the loss is NaN.
-            ValueError: shapes, types or devices disagree, on any rank, or logit_bias or caption_ids is missing.
-        """
+    def check_bias(self, logit_bias: torch.Tensor | None) -> None:
         if logit_bias is None:
             raise ValueError("SigmoidLoss needs a logit_bias: build the model with init_logit_bias")
-        inputs = image_features, text_features, logit_scale, logit_bias, caption_ids, self.duplicates
-        return uncompiled(_sigmoid_loss)(*inputs)
 
+    def sums(self, pairs: AllPairs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return Σ −log σ(±z) over this rank's rows, and Σ ∂/∂z: three matrix products a tile, in one sweep.
 
-def _sigmoid_loss(*inputs) -> torch.Tensor:
-    pairs = AllPairs(*inputs)  # all ranks' input is checked before any computes
-    # The types of the products are chosen: float32 features on a CPU are not to become bfloat16 under autocast.
-    with torch.autocast(pairs.image.device.type, enabled=False):
-        loss_sum, bias_sum = _loss_and_bias_sums(pairs)
-        return pairs.differentiable(loss_sum, bias_sum)
-
-
-# A function of its own, so that the tiles' buffers are free again before gradients are converted and kept.
-@torch.no_grad()
-def _loss_and_bias_sums(pairs: AllPairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return Σ −log σ(±z) over this rank's rows, and Σ ∂/∂z: three matrix products a tile, in one sweep.
-
-    The gradient of a logit, σ(z) minus 1 for a match, needs no normaliser, so it is known as soon as the logit is.
-    """
-    loss_sum = torch.zeros((), dtype=torch.float64, device=pairs.image.device)
-    bias_sum = torch.zeros_like(loss_sum)
-    for tile in pairs.tiles(gradients=True):
-        loss, logit_gradient_sum, logit_gradient = sigmoid_tile(tile, pairs.scale, pairs.bias, any(pairs.wants))
-        loss_sum += loss
-        if logit_gradient is not None:
-            bias_sum += logit_gradient_sum
-            tile.add_gradient(logit_gradient)
-    return loss_sum, bias_sum
+        The gradient of a logit, σ(z) minus 1 for a match, needs no normaliser, so it is known as soon as the logit is.
+        """
+        loss_sum = torch.zeros((), dtype=torch.float64, device=pairs.image.device)
+        bias_sum = torch.zeros_like(loss_sum)
+        for tile in pairs.tiles(gradients=True):
+            loss, logit_gradient_sum, logit_gradient = sigmoid_tile(tile, pairs.scale, pairs.bias, any(pairs.wants))
+            loss_sum += loss
+            if logit_gradient is not None:
+                bias_sum += logit_gradient_sum
+                tile.add_gradient(logit_gradient)
+        return loss_sum, bias_sum
 
 
 def sigmoid_tile(tile: Tile, scale: torch.Tensor, bias: torch.Tensor, gradient: bool):

@@ -6,94 +6,49 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from contrastive.distributed.collectives import all_gather_even, all_reduce_max, all_reduce_sum, world_size
-from contrastive.losses.all_pairs import LN_2, LOG2_E, AllPairs, Tile, row_products, uncompiled
-from contrastive.losses.checks import Duplicates, checked_duplicates
+from contrastive.losses.all_pairs import LN_2, LOG2_E, AllPairs, PairLoss, Tile, row_products
 from contrastive.option_types import Positive
 
 
-class SoftmaxLoss(nn.Module):
+class SoftmaxLoss(PairLoss):
     """Mean of image-to-text and text-to-image cross entropy over the global batch.
 
-    Under several ranks each takes its own images against every text and its own texts against every image;
-    averaged over ranks, as DistributedDataParallel averages gradients, that is the loss of the global batch.
-
-    One sweep over tiles finds the normalisers, a second the gradients, both in the forward pass and in memory
-    linear in the batch. The backward pass does not communicate; it takes the gradient of the loss to be the same
-    on all ranks.
-
-    Args:
-        duplicates: what a pair is whose caption equals the matching one: `negative` (as published), `ignore`
-            (left out), or `positive` (the target is uniform over all of them, as in UniCL).
+    Each rank takes its own texts against every image too. With duplicates `positive` the target is uniform over all
+    that match, as in UniCL. One sweep over tiles finds the normalisers, a second the gradients.
     """
 
-    def __init__(self, duplicates: Duplicates = "negative"):
-        super().__init__()
-        self.duplicates = checked_duplicates(duplicates)
-
-    def forward(
-        self,
-        image_features: torch.Tensor,
-        text_features: torch.Tensor,
-        logit_scale: torch.Tensor,
-        logit_bias: torch.Tensor | None = None,
-        caption_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return this rank's share of the loss, a scalar, in float32 at least.
-
-        Args:
-            image_features: (B/W, E), unit length. text_features: likewise, row i describing image i.
-            logit_scale: scalar factor on the similarities (already exponentiated).
-            logit_bias: must be None; a constant offset cancels in a softmax.
-            caption_ids: (B/W,) int64, equal where captions are; needed unless duplicates is `negative`.
-
-        Raises:
-            NonFiniteFeatures: NaN or infinity in features on a CPU; on a GPU, which is not waited for, the loss is NaN.
-            ValueError: shapes, types or devices disagree, on any rank, a bias is given, or caption_ids is missing.
-        """
+    def check_bias(self, logit_bias: torch.Tensor | None) -> None:
         if logit_bias is not None:
             raise ValueError("SoftmaxLoss takes no logit_bias: it cancels, and would never get a gradient")
-        inputs = image_features, text_features, logit_scale, logit_bias, caption_ids, self.duplicates
-        return uncompiled(_softmax_loss)(*inputs)
 
+    def sums(self, pairs: AllPairs) -> tuple[torch.Tensor]:
+        """Return Σ over this rank's pairs of the mean of both cross entropies: four matrix products a tile.
 
-def _softmax_loss(*inputs) -> torch.Tensor:
-    pairs = AllPairs(*inputs)  # all ranks' input is checked before any computes
-    # The types of the products are chosen: float32 features on a CPU are not to become bfloat16 under autocast.
-    with torch.autocast(pairs.image.device.type, enabled=False):
-        return pairs.differentiable(_loss_sum(pairs))
-
-
-# A function of its own, so that the tiles' buffers are free again before gradients are converted and kept.
-@torch.no_grad()
-def _loss_sum(pairs: AllPairs) -> torch.Tensor:
-    """Return Σ over this rank's pairs of the mean of both cross entropies: four matrix products a tile.
-
-    The first sweep finds the log-sum-exps of rows and columns, the second, if any gradient is wanted, the gradient
-    of both cross entropies together.
-    """
-    row_lse, column_lse, matched = _log_sum_exps(pairs)
-    if pairs.duplicates == "positive":
-        weight = _target_weight(pairs)
-        loss_sum = ((row_lse + column_lse[pairs.own]) / 2 - matched * weight).sum() * LN_2
-        matched = weight
-    else:
-        # The log-sum-exps lack the own logit, by which all is known of the loss and its gradient without
-        # subtracting numbers near 1: −log p = softplus(others − own), p − 1 = −σ(others − own).
-        own_logits = row_products(pairs.image, pairs.text) * (pairs.scale.double() * LOG2_E)
-        margins = torch.stack([row_lse - own_logits, column_lse[pairs.own] - own_logits]) * LN_2
-        loss_sum = F.softplus(margins, threshold=700).sum() / 2  # by default it is cut at 20
-        row_lse = torch.logaddexp2(row_lse, own_logits)
-        column_lse = torch.logaddexp2(column_lse, all_gather_even(own_logits))
-        matched = -margins.sigmoid().mean(dim=0)
-    if any(pairs.wants):
-        row_lse, column_lse, matched = (vector.to(pairs.scale.dtype) for vector in (row_lse, column_lse, matched))
-        for tile in pairs.tiles(gradients=True):
-            lse = row_lse[tile.rows], column_lse[tile.columns]
-            tile.add_gradient(gradient_tile(tile, pairs.scale, *lse, matched[tile.rows]))
-    return loss_sum
+        The first sweep finds the log-sum-exps of rows and columns, the second, if any gradient is wanted, the gradient
+        of both cross entropies together.
+        """
+        row_lse, column_lse, matched = _log_sum_exps(pairs)
+        if pairs.duplicates == "positive":
+            weight = _target_weight(pairs)
+            loss_sum = ((row_lse + column_lse[pairs.own]) / 2 - matched * weight).sum() * LN_2
+            matched = weight
+        else:
+            # The log-sum-exps lack the own logit, by which all is known of the loss and its gradient without
+            # subtracting numbers near 1: −log p = softplus(others − own), p − 1 = −σ(others − own).
+            own_logits = row_products(pairs.image, pairs.text) * (pairs.scale.double() * LOG2_E)
+            margins = torch.stack([row_lse - own_logits, column_lse[pairs.own] - own_logits]) * LN_2
+            loss_sum = F.softplus(margins, threshold=700).sum() / 2  # by default it is cut at 20
+            row_lse = torch.logaddexp2(row_lse, own_logits)
+            column_lse = torch.logaddexp2(column_lse, all_gather_even(own_logits))
+            matched = -margins.sigmoid().mean(dim=0)
+        if any(pairs.wants):
+            row_lse, column_lse, matched = (vector.to(pairs.scale.dtype) for vector in (row_lse, column_lse, matched))
+            for tile in pairs.tiles(gradients=True):
+                lse = row_lse[tile.rows], column_lse[tile.columns]
+                tile.add_gradient(gradient_tile(tile, pairs.scale, *lse, matched[tile.rows]))
+        return (loss_sum,)
 
 
 def _log_sum_exps(pairs: AllPairs):

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from contrastive.losses import triton_kernels
-from contrastive.losses.all_pairs import Buffers, Tile
+from contrastive.losses.all_pairs import Tile
 from contrastive.losses.sigmoid import sigmoid_tile
 from contrastive.losses.softmax import gradient_tile, statistics_tile
 from contrastive.losses.triton_tiles import TritonTiles
@@ -68,7 +68,7 @@ def oracle(function, tile, *arguments):
     """Return what plain torch answers in float64."""
     x, y = tile.x.double(), tile.y.double()
     arguments = [a.double() if torch.is_tensor(a) else a for a in arguments]
-    return function(replace(tile, x=x, y=y, buffers=Buffers(x, len(x), len(y))), *arguments)
+    return function(replace(tile, x=x, y=y, buffers=[]), *arguments)
 
 
 def both(function, tile, *arguments):
