@@ -4,7 +4,7 @@ tokens = encoder(pixels)               # (B, N, D): patch tokens, the class toke
 grid = encoder(pixels, fmt="NCHW")     # (B, D, h, w)
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -210,31 +210,31 @@ class ImageEncoder(ImageTrunk):
 
         Frozen means requires_grad False. There is no dropout and no batch statistic, so train() needs no undoing.
         """
-        below = range(-1, self._count(blocks)) if isinstance(blocks, int) else blocks
-        return self._set_trainable(False, below)
+        inputs = (self.patch_embed, self.class_token, self.position_embedding, self.pre_norm)
+        return self._set_trainable(False, blocks, lambda n: (*inputs, *self.blocks[:n]))
 
     def unfreeze(self, blocks: int | slice | None = None) -> Self:
         """Unfreeze all; with a number n the last n blocks and what is above them; with a slice just those blocks."""
-        depth = len(self.blocks)
-        above = range(depth - self._count(blocks), depth + 1) if isinstance(blocks, int) else blocks
-        return self._set_trainable(True, above)
+        above = (self.norm, getattr(self, "head", None))
+        return self._set_trainable(True, blocks, lambda n: (*self.blocks[len(self.blocks) - n :], *above))
 
-    def _set_trainable(self, trainable: bool, stages: range | slice | None) -> Self:
+    def _set_trainable(self, trainable: bool, blocks: int | slice | None, counted: Callable[[int], tuple]) -> Self:
+        """`counted`: a number of blocks to these, with what lies beside them; None where a part is missing."""
         depth = len(self.blocks)
-        if isinstance(stages, slice):
-            stages = range(*stages.indices(depth))
-        for name, parameter in self.named_parameters():
-            if stages is None or _stage(name, depth) in stages:
-                parameter.requires_grad_(trainable)
-        return self
-
-    def _count(self, blocks: int) -> int:
-        depth = len(self.blocks)
-        if isinstance(blocks, bool) or not 0 <= blocks <= depth:
+        if blocks is None:
+            parts = (self,)
+        elif isinstance(blocks, slice):
+            parts = self.blocks[blocks]
+        elif isinstance(blocks, bool) or not 0 <= blocks <= depth:
             raise UserError(
                 f"{blocks!r} blocks: this encoder has {depth}; give 0 to {depth}, a slice, or nothing for all"
             )
-        return blocks
+        else:
+            parts = counted(blocks)
+        for part in parts:
+            if part is not None:
+                part.requires_grad_(trainable)
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass: less memory, about a third more time; timm's name."""
@@ -313,10 +313,3 @@ class ImageEncoder(ImageTrunk):
             hidden_act=ACTIVATION_NAMES[shape.activation],
             layer_norm_eps=shape.norm_eps,
         )
-
-
-def _stage(name: str, depth: int) -> int:
-    """-1 below the first block, its index in a block, `depth` above the last."""
-    if name.startswith("transformer.blocks."):
-        return int(name.split(".")[2])
-    return depth if name.startswith(("norm.", "head.")) else -1

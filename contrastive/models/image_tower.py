@@ -10,26 +10,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.models.transformer import Activation, AttentionPooling, Transformer
+from contrastive.models.transformer import AttentionPooling, Transformer, TransformerConfig
 from contrastive.option_types import Positive, Probability
 
 
 @dataclass(frozen=True)
-class ImageTowerConfig:
+class ImageTowerConfig(TransformerConfig):
     """Options of the ViT. The defaults are SigLIP's B/16 at 224 pixels."""
+
+    SECTION = "model.image"
 
     image_size: Positive[int] = 224
     """Height and width of the input in pixels."""
     patch_size: Positive[int] = 16
     """Height and width of a patch in pixels; must divide image_size."""
-    width: Positive[int] = 768
-    """Channels of every token."""
-    depth: int = 12
-    """Number of transformer blocks."""
-    num_heads: Positive[int] = 12
-    """Attention heads; must divide width."""
-    mlp_dim: Positive[int] = 3072
-    """Hidden channels of the MLP."""
     pool: Literal["class", "average", "attention"] = "attention"
     """How tokens become one vector: the class token, their mean, or SigLIP's attention head (MAP)."""
     position: Literal["learned", "sincos"] = "learned"
@@ -42,16 +36,8 @@ class ImageTowerConfig:
     """Bias in the patch embedding; CLIP has none."""
     projection: bool = False
     """Linear projection (no bias) to embed_dim after pooling, as in CLIP; without it width must equal embed_dim."""
-    activation: Activation = "gelu_tanh"
-    """Activation of the MLP."""
-    norm_eps: float = 1e-6
-    """Epsilon of every LayerNorm."""
-    dropout: Probability[float] = 0.0
-    """Dropout probability after attention and MLP, and on attention weights."""
     patch_dropout: Probability[float] = 0.0
     """Share of patches dropped in training (FLIP); 0.5 halves the tower's work."""
-    gradient_checkpointing: bool = False
-    """Recompute blocks in the backward pass: less memory, about a third more time."""
 
     @property
     def grid_size(self) -> int:
@@ -70,10 +56,7 @@ class ImageTowerConfig:
                 f"model.image.image_size {self.image_size} is not a multiple of model.image.patch_size "
                 f"{self.patch_size}; use {below} or {below + self.patch_size}, or another patch size"
             )
-        if self.width % self.num_heads:
-            raise UserError(
-                f"model.image.width {self.width} is not a multiple of model.image.num_heads {self.num_heads}"
-            )
+        super().check()
         if self.pool == "class" and not self.class_token:
             raise UserError("model.image.pool 'class' needs model.image.class_token true")
         if self.position == "sincos" and self.width % 4:

@@ -12,10 +12,21 @@ from contrastive.models.transformer import MLP, Attention, AttentionPooling
 
 def initialise_tower(tower: ImageTower | TextTower, style: Literal["clip", "siglip"]) -> None:
     """Draw all weights of one tower in place from torch's global generator."""
-    (_init_clip if style == "clip" else _init_siglip)(tower)
+    std = tower.config.width**-0.5
+    is_clip = style == "clip"
+    (_init_clip_blocks if is_clip else _init_siglip_blocks)(tower)
+    if isinstance(tower, TextTower):
+        nn.init.normal_(tower.token_embedding.weight, std=0.02 if is_clip else std)
+        nn.init.normal_(tower.position_embedding, std=0.01 if is_clip else std)
+    else:
+        _init_image_inputs(tower, std)
+        if is_clip and tower.class_token is not None:  # in big_vision it starts at zero
+            nn.init.normal_(tower.class_token, std=std)
+    if tower.projection is not None:
+        _normal(tower.projection, std)
 
 
-def _init_clip(tower: ImageTower | TextTower) -> None:
+def _init_clip_blocks(tower: ImageTower | TextTower) -> None:
     """OpenAI CLIP's `initialize_parameters`: residual branches shrink with depth, all else with width.
 
     OpenAI draws only the text tower so; both towers follow it here, as in transformers' CLIPModel.
@@ -32,20 +43,10 @@ def _init_clip(tower: ImageTower | TextTower) -> None:
             _normal(module.fc2, residual_std)
         elif isinstance(module, AttentionPooling):
             nn.init.normal_(module.probe, std=width**-0.5)
-    if isinstance(tower, TextTower):
-        nn.init.normal_(tower.token_embedding.weight, std=0.02)
-        nn.init.normal_(tower.position_embedding, std=0.01)
-    else:
-        _init_image_inputs(tower, width**-0.5)
-        if tower.class_token is not None:
-            nn.init.normal_(tower.class_token, std=width**-0.5)
-    if tower.projection is not None:
-        _normal(tower.projection, width**-0.5)
 
 
-def _init_siglip(tower: ImageTower | TextTower) -> None:
-    """big_vision `models/vit.py`: Xavier-uniform matrices, tiny MLP biases, positions of std 1/sqrt(width)."""
-    width = tower.config.width
+def _init_siglip_blocks(tower: ImageTower | TextTower) -> None:
+    """big_vision `models/vit.py`: Xavier-uniform matrices, tiny MLP biases."""
     for module in tower.modules():
         if isinstance(module, Attention):
             for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
@@ -57,13 +58,6 @@ def _init_siglip(tower: ImageTower | TextTower) -> None:
                 nn.init.normal_(layer.bias, std=1e-6)
         elif isinstance(module, AttentionPooling):
             nn.init.xavier_uniform_(module.probe.data[0])
-    if isinstance(tower, TextTower):
-        nn.init.normal_(tower.token_embedding.weight, std=width**-0.5)
-        nn.init.normal_(tower.position_embedding, std=width**-0.5)
-    else:
-        _init_image_inputs(tower, width**-0.5)  # the class token starts at zero in big_vision
-    if tower.projection is not None:
-        _normal(tower.projection, width**-0.5)
 
 
 def _init_image_inputs(tower: ImageTower, position_std: float) -> None:

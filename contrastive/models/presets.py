@@ -27,6 +27,21 @@ CLIP_TEXT = {
     "h": (1024, 1024, 24, 16),
     "so400m": (1152, 1152, 27, 16),
 }
+# What all of OpenAI's models have, whatever their size.
+CLIP_BLOCKS = {"activation": "quick_gelu", "norm_eps": 1e-5}
+CLIP_IMAGE_TOWER = ImageTowerConfig(
+    pool="class", class_token=True, pre_norm=True, patch_bias=False, projection=True, **CLIP_BLOCKS
+)
+CLIP_TEXT_TOWER = TextTowerConfig(
+    vocab_size=49_408,
+    context_length=77,
+    causal=True,
+    pool="eos",
+    projection_bias=False,
+    eos_id=49_407,
+    pad_id=0,
+    **CLIP_BLOCKS,
+)
 
 
 def list_models() -> list[str]:
@@ -88,33 +103,14 @@ def _shape(size: str) -> dict[str, int]:
 
 
 def _clip(size: str, patch_size: int) -> ModelConfig:
-    embed_dim, text_width, text_depth, text_heads = CLIP_TEXT[size]
-    shared = {"activation": "quick_gelu", "norm_eps": 1e-5}
-    image = ImageTowerConfig(
-        patch_size=patch_size,
-        pool="class",
-        class_token=True,
-        pre_norm=True,
-        patch_bias=False,
-        projection=True,
-        **_shape(size),
-        **shared,
+    embed_dim, width, depth, num_heads = CLIP_TEXT[size]
+    mlp_dim = 4304 if size == "so400m" else 4 * width
+    return ModelConfig(
+        embed_dim=embed_dim,
+        image=replace(CLIP_IMAGE_TOWER, patch_size=patch_size, **_shape(size)),
+        text=replace(CLIP_TEXT_TOWER, width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim),
+        init="clip",
     )
-    text = TextTowerConfig(
-        vocab_size=49_408,
-        context_length=77,
-        width=text_width,
-        depth=text_depth,
-        num_heads=text_heads,
-        mlp_dim=4304 if size == "so400m" else 4 * text_width,
-        causal=True,
-        pool="eos",
-        projection_bias=False,
-        eos_id=49_407,
-        pad_id=0,
-        **shared,
-    )
-    return ModelConfig(embed_dim=embed_dim, image=image, text=text, init="clip")
 
 
 def _siglip(size: str, patch_size: int) -> ModelConfig:

@@ -7,26 +7,20 @@ import torch
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.models.transformer import Activation, Transformer
-from contrastive.option_types import Positive, Probability
+from contrastive.models.transformer import Transformer, TransformerConfig
+from contrastive.option_types import Positive
 
 
 @dataclass(frozen=True)
-class TextTowerConfig:
+class TextTowerConfig(TransformerConfig):
     """Options of the text transformer. The defaults are SigLIP's B/16."""
+
+    SECTION = "model.text"
 
     vocab_size: int | None = None
     """Number of token ids; none: as many as the run's tokenizer has."""
     context_length: Positive[int] = 64
     """Tokens per text; shorter texts are padded, longer ones cut."""
-    width: Positive[int] = 768
-    """Channels of every token."""
-    depth: int = 12
-    """Number of transformer blocks."""
-    num_heads: Positive[int] = 12
-    """Attention heads; must divide width."""
-    mlp_dim: Positive[int] = 3072
-    """Hidden channels of the MLP."""
     causal: bool = False
     """Attend to earlier positions only, as in CLIP."""
     pool: Literal["eos", "last", "average"] = "last"
@@ -39,19 +33,10 @@ class TextTowerConfig:
     """Id of the end-of-text token; none: the run's tokenizer's."""
     pad_id: int | None = None
     """Id of the padding token; none: the run's tokenizer's."""
-    activation: Activation = "gelu_tanh"
-    """Activation of the MLP."""
-    norm_eps: float = 1e-6
-    """Epsilon of every LayerNorm."""
-    dropout: Probability[float] = 0.0
-    """Dropout probability after attention and MLP, and on attention weights."""
-    gradient_checkpointing: bool = False
-    """Recompute blocks in the backward pass: less memory, about a third more time."""
 
     def check(self) -> None:
         """Raise UserError when the options contradict each other."""
-        if self.width % self.num_heads:
-            raise UserError(f"model.text.width {self.width} is not a multiple of model.text.num_heads {self.num_heads}")
+        super().check()
         if self.vocab_size is None:
             raise UserError("model.text.vocab_size is not set: give the size of the tokenizer's vocabulary")
         for name, pool in (("eos_id", "eos"), ("pad_id", "average")):

@@ -1,12 +1,16 @@
 """The pre-norm transformer that both towers share, and its parts. B batch, N tokens, D width, H heads."""
 
 from collections.abc import Collection
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from contrastive.errors import UserError
+from contrastive.option_types import Positive, Probability
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
@@ -25,17 +29,34 @@ ACTIVATIONS = {
 }
 
 
-class BlockOptions(Protocol):
-    """What the options of a tower, an ImageTowerConfig or a TextTowerConfig, say of its blocks."""
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The options of a tower's blocks. The defaults are those of SigLIP's B/16."""
 
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    activation: Activation
-    norm_eps: float
-    dropout: float
-    gradient_checkpointing: bool
+    SECTION = ""  # what their names begin with in a configuration, for messages
+
+    width: Positive[int] = 768
+    """Channels of every token."""
+    depth: int = 12
+    """Number of transformer blocks."""
+    num_heads: Positive[int] = 12
+    """Attention heads; must divide width."""
+    mlp_dim: Positive[int] = 3072
+    """Hidden channels of the MLP."""
+    activation: Activation = "gelu_tanh"
+    """Activation of the MLP."""
+    norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm."""
+    dropout: Probability[float] = 0.0
+    """Dropout probability after attention and MLP, and on attention weights."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, about a third more time."""
+
+    def check(self) -> None:
+        """Raise UserError when the options contradict each other."""
+        if self.width % self.num_heads:
+            own = self.SECTION
+            raise UserError(f"{own}.width {self.width} is not a multiple of {own}.num_heads {self.num_heads}")
 
 
 class Attention(nn.Module):
@@ -83,7 +104,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (ViT, equations 2 and 3)."""
 
-    def __init__(self, options: BlockOptions):
+    def __init__(self, options: TransformerConfig):
         super().__init__()
         width, dropout = options.width, options.dropout
         self.norm1 = nn.LayerNorm(width, eps=options.norm_eps)
@@ -103,7 +124,7 @@ class Transformer(nn.Module):
     With the option `gradient_checkpointing` each block is recomputed in backward, wherever gradients are recorded.
     """
 
-    def __init__(self, options: BlockOptions, is_causal: bool = False):
+    def __init__(self, options: TransformerConfig, is_causal: bool = False):
         super().__init__()
         self.is_causal = is_causal
         self.gradient_checkpointing = options.gradient_checkpointing
@@ -135,7 +156,7 @@ class AttentionPooling(nn.Module):
     (B, N, D) to (B, D). Source: Zhai et al. 2022, "Scaling Vision Transformers"; SigLIP's MAP head.
     """
 
-    def __init__(self, options: BlockOptions):
+    def __init__(self, options: TransformerConfig):
         super().__init__()
         self.probe = nn.Parameter(torch.zeros(1, 1, options.width))
         self.attention = Attention(options.width, options.num_heads)

@@ -325,7 +325,9 @@ def test_a_scale_that_open_clip_clamps_is_mentioned(tmp_path):
 
 
 def test_one_tower_alone_is_refused(tmp_path):
-    config = ImageModelConfig(24, ImageTowerConfig(40, 8, 24, 1, 3, 48))
+    config = ImageModelConfig(
+        24, ImageTowerConfig(image_size=40, patch_size=8, width=24, depth=1, num_heads=3, mlp_dim=48)
+    )
     bundle = Bundle(ImageModel(config), Preprocess(PreprocessConfig(40)), None, config, tmp_path)
     with pytest.raises(UserError, match="an image and a text tower; use --to timm or transformers"):
         writing.write(bundle, tmp_path, tmp_path)
