@@ -23,7 +23,7 @@ PACKAGES = ("torch", "torchvision", "accelerate", "numpy")
 
 def run_benchmark(prog: str, options: type[T], description: str, main: Callable[[T], None]) -> None:
     """Run `main` with the command line's `options`; a wrong flag or value is one line and exit status 2."""
-    run_script(prog, lambda args: main(parse(options, args, [], prog=prog, description=description)))
+    run_script(prog, lambda args: main(parse(options, args, prog=prog, description=description)))
 
 
 def append(name: str, row: dict, command: str) -> dict:

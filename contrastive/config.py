@@ -1,19 +1,20 @@
 """Configuration: frozen dataclasses filled from defaults, then a YAML file, then dotted flags.
 
-tyro parses the flags and writes the help. This front rewrites YAML files as flags put ahead of the user's,
+tyro parses the flags and writes the help. This front makes of a YAML file the configuration that flags start from,
 lets `--loss NAME` choose which options a slot has, and turns every mistake into one line.
 """
 
 import dataclasses
+import json
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.files import read_yaml
-from contrastive.option_types import accepts, run_tyro, type_name
+from contrastive.option_types import as_option, run_tyro
 from contrastive.registry import Registry
 
 T = TypeVar("T")
@@ -52,18 +53,10 @@ class Gone:
     value: Any
 
 
-@dataclass
-class _Layer:
-    """One YAML file as flat dotted keys."""
-
-    path: Path
-    values: dict[str, Any]
-
-
 def parse(
     cls: type[T],
     args: list[str],
-    files: list[Path],
+    file: Path | None = None,
     *,
     prog: str,
     description: str,
@@ -71,64 +64,72 @@ def parse(
     also: tuple[str, ...] = (),
     written: bool = False,
 ) -> T:
-    """Fill the dataclass `cls`: defaults, then each of `files` in turn, then the flags `args`.
+    """Fill the dataclass `cls`: defaults, then the YAML `file`, then the flags `args`.
 
-    Of the options in one group of `either`, the one given last is kept: a flag for one outdoes another in a file.
+    Of the options in one group of `either`, one is kept: a flag for one outdoes another in the file.
     `also` names further flags of the script, which an unknown one may have been meant to be.
 
     Options that have been renamed are told by their new names. A class says which: RENAMED, a class attribute, maps
-    an old dotted name, relative to the class, to the new one, or to `Gone`. With `written`, the files were written by
-    the program itself, perhaps by an older version of it: what they say under old names is taken as said under the
+    an old dotted name, relative to the class, to the new one, or to `Gone`. With `written`, the file was written by
+    the program itself, perhaps by an older version of it: what it says under old names is taken as said under the
     new ones, which count for more where both are there.
 
-    A section chosen by name (`loss`, `optimizer`, `model`) takes the flag's choice, else the last file's. What
-    a file says about a component that was not chosen is left aside. `--help` prints and exits with status 0.
+    A section chosen by name (`loss`, `optimizer`, `model`) takes the flag's choice, else the file's. What
+    the file says about a component that was not chosen is left aside. `--help` prints and exits with status 0.
 
     Raises:
         UserError: an unknown key or flag (with a suggestion), a value of the wrong type, an unreadable file.
     """
-    layers = [_Layer(path, _read(path)) for path in files]
-    rest, named = _take(
-        args, {name: f"a name: one of {', '.join(choice.names)}" for name, choice in _choices(cls).items()}
-    )
-    for name, choice in _choices(cls).items():
-        _settle(name, choice, layers, named)
+    values = {} if file is None else _read(file)
+    choices = _choices(cls)
+    rest, named = _take(args, {name: f"a name: one of {', '.join(c.names)}" for name, c in choices.items()})
+    for name, choice in choices.items():
+        values = _settle(name, choice, values, named, file)
     for group in either:
-        _keep_one(group, layers, rest)
+        _keep_one(group, values, rest, file)
     chosen = _with_choices(cls, named)
     known = _flat_types(chosen)
     renamed = {old: new for old, new in _renamed(chosen).items() if old not in known}
-    for layer in layers:
-        layer.values = _with_new_names(layer, renamed, written)
-    flags = [
-        flag
-        for layer in layers
-        for key, value in layer.values.items()
-        for flag in _as_flags(key, value, known, layer.path)
-    ]
+    values = _with_new_names(values, renamed, written, file)
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{file}: unknown key '{key}'.{did_you_mean(key, known)}")
+        values[key] = as_option(f"{file}: {key}", known[key], value)
     for arg in rest:
         if arg.startswith("--"):
-            _check_known(arg, known, (*_choices(cls), *also), renamed)
-    words = {"known": known, "prog": prog, "description": _describe(description, cls), "given": args}
-    if flags and {"-h", "--help"} & {*rest}:  # the defaults that it tells are then those of the files
-        return run_tyro(chosen, rest, default=run_tyro(chosen, flags, **words), **words)
-    return run_tyro(chosen, flags + rest, **words)
+            _check_known(arg, known, (*choices, *also), renamed)
+    start = _filled(chosen(), values) if values else None
+    words = {"prog": prog, "description": _describe(description, choices), "given": args}
+    return run_tyro(chosen, rest, known=known, default=start, **words)
 
 
-def _keep_one(group: tuple[str, ...], layers: list[_Layer], args: list[str]) -> None:
-    """Drop from each layer what a later one, or a flag, replaces by an alternative."""
+def _settle(
+    name: str, choice: NamedSection, values: dict[str, Any], named: dict[str, str], file: Path | None
+) -> dict[str, Any]:
+    """Decide what component section `name` holds; return the file's values without what they say about another one."""
+    whole = values.pop(name, None)  # `loss: sigmoid`
+    in_file = values.pop(f"{name}.name", whole)
+    if in_file is not None and not isinstance(in_file, str):
+        raise UserError(f"{file}: {name} is {in_file!r}, expected one of {', '.join(choice.names)}")
+    if in_file:
+        named.setdefault(name, in_file)
+    # An unnamed section of options belongs to any component of a slot, but only to its own preset.
+    if in_file == named.get(name) or (not in_file and choice.is_slot):
+        return values
+    return {key: value for key, value in values.items() if not key.startswith(f"{name}.")}
+
+
+def _keep_one(group: tuple[str, ...], values: dict[str, Any], args: list[str], file: Path | None) -> None:
+    """Drop from the file's values what a flag replaces by an alternative."""
     flags = {arg.removeprefix("--").partition("=")[0] for arg in args}
     given = [name for name in group if name in flags]
-    if len(given) > 1:
-        raise UserError(f"give --{' or --'.join(given)}, not {'both' if len(given) == 2 else 'all'}")
-    for layer in reversed(layers):
-        present = [name for name in group if layer.values.get(name) is not None]
-        if len(present) > 1:
-            much = "both" if len(present) == 2 else "all"
-            raise UserError(f"{layer.path}: give {' or '.join(present)}, not {much}")
-        if given:
-            layer.values = {name: value for name, value in layer.values.items() if name not in group}
-        given += present
+    present = [name for name in group if values.get(name) is not None]
+    for give, between, names in (("give --", " or --", given), (f"{file}: give ", " or ", present)):
+        if len(names) > 1:
+            raise UserError(f"{give}{between.join(names)}, not {'both' if len(names) == 2 else 'all'}")
+    if given:
+        for name in present:
+            del values[name]
 
 
 def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
@@ -153,7 +154,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     for name, choice in _choices(type(config)).items():
         if choice.is_slot:
             plain[name] = {"name": choice.registry.name_of(type(getattr(config, name))), **plain[name]}
-    return _without_tuples(plain)
+    return json.loads(json.dumps(plain))  # tuples as lists
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
@@ -171,12 +172,6 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
             value = from_dict(hints[key], value, where)
         arguments[key] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)
-
-
-def _without_tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_tuples(item) for key, item in value.items()}
-    return [_without_tuples(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -214,25 +209,6 @@ def _take(args: list[str], needs: dict[str, str]) -> tuple[list[str], dict[str, 
     return rest, taken
 
 
-def _settle(name: str, choice: NamedSection, layers: list[_Layer], named: dict[str, str]) -> None:
-    """Decide what component section `name` holds; drop what layers say about another one."""
-    in_files = []
-    for layer in layers:
-        whole = layer.values.pop(name, None)  # `loss: sigmoid`
-        in_files.append(layer.values.pop(f"{name}.name", whole))
-        if in_files[-1] is not None and not isinstance(in_files[-1], str):
-            raise UserError(f"{layer.path}: {name} is {in_files[-1]!r}, expected one of {', '.join(choice.names)}")
-    from_file = next((found for found in reversed(in_files) if found), None)
-    if name not in named and from_file is None:
-        return
-    named.setdefault(name, from_file)
-    for layer, in_file in zip(layers, in_files, strict=True):
-        # An unnamed section of options belongs to any component of a slot, but only to its own preset.
-        other = in_file != named[name] and (in_file or not choice.is_slot)
-        if other:
-            layer.values = {k: v for k, v in layer.values.items() if not k.startswith(f"{name}.")}
-
-
 def _with_choices(cls: type[T], named: dict[str, str]) -> type[T]:
     """Return `cls` with each chosen section's own type and defaults in place."""
     fields = []
@@ -240,48 +216,59 @@ def _with_choices(cls: type[T], named: dict[str, str]) -> type[T]:
         if "choice" in field.metadata:
             choice = field.metadata["choice"]
             default = choice.default_for(named[field.name]) if field.name in named else field.default_factory()
-            fields.append((field.name, type(default), _like(field, default)))
+            own = dataclasses.field(default=default, metadata=field.metadata)
+            fields.append((field.name, type(default), own))
     return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True)
 
 
-def _like(field: dataclasses.Field, default: Any) -> Any:
-    return dataclasses.field(default_factory=lambda: default, metadata=field.metadata)
+def _filled(options: T, values: dict[str, Any], prefix: str = "") -> T:
+    """Return the options with those replaced that `values` gives by their dotted names."""
+    changed = {}
+    for field in dataclasses.fields(options):
+        name, value = prefix + field.name, getattr(options, field.name)
+        nested = dataclasses.is_dataclass(value)
+        changed[field.name] = _filled(value, values, f"{name}.") if nested else values.get(name, value)
+    return dataclasses.replace(options, **changed)
 
 
-def _flat_types(cls: type, prefix: str = "") -> dict[str, Any]:
+def _sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type, dict[str, Any]]]:
+    """The class and all option classes within it: what dotted names begin with, the class, the types of its fields."""
+    hints = typing.get_type_hints(cls)
+    yield prefix, cls, hints
+    for name, annotation in hints.items():
+        if dataclasses.is_dataclass(annotation):
+            yield from _sections(annotation, f"{prefix}{name}.")
+
+
+def _flat_types(cls: type) -> dict[str, Any]:
     """Dotted option name to its type."""
-    flat: dict[str, Any] = {}
-    for name, annotation in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(annotation):
-            flat.update(_flat_types(annotation, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = annotation
-    return flat
+    all_types = {f"{prefix}{name}": hint for prefix, _, hints in _sections(cls) for name, hint in hints.items()}
+    return {name: hint for name, hint in all_types.items() if not dataclasses.is_dataclass(hint)}
 
 
-def _renamed(cls: type, prefix: str = "") -> dict[str, str | Gone]:
+def _renamed(cls: type) -> dict[str, str | Gone]:
     """Old dotted option names to the new ones, of the class and all within it."""
-    renamed = {}
-    for old, new in getattr(cls, "RENAMED", {}).items():
-        renamed[prefix + old] = new if isinstance(new, Gone) else prefix + new
-    for name, annotation in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(annotation):
-            renamed |= _renamed(annotation, f"{prefix}{name}.")
-    return renamed
+    return {
+        prefix + old: new if isinstance(new, Gone) else prefix + new
+        for prefix, section, _ in _sections(cls)
+        for old, new in getattr(section, "RENAMED", {}).items()
+    }
 
 
-def _with_new_names(layer: _Layer, renamed: dict[str, str | Gone], written: bool) -> dict[str, Any]:
+def _with_new_names(
+    values: dict[str, Any], renamed: dict[str, str | Gone], written: bool, file: Path | None
+) -> dict[str, Any]:
     """Return a file's values by the names of today; UserError for an old name, unless the program wrote the file."""
     moved = {}
-    for name in [name for name in layer.values if name in renamed]:
-        new, value = renamed[name], layer.values[name]
+    for name in [name for name in values if name in renamed]:
+        new, value = renamed[name], values.pop(name)
         if not written:
-            raise UserError(f"{layer.path}: {_old_name(name, new)}")
+            raise UserError(f"{file}: {_old_name(name, new)}")
         if not isinstance(new, Gone):
             moved[new] = value
         elif value != new.value:
-            raise UserError(f"{layer.path}: {name} is {value}, but is no option any more: it is always {new.value}")
-    return moved | {name: value for name, value in layer.values.items() if name not in renamed}
+            raise UserError(f"{file}: {name} is {value}, but is no option any more: it is always {new.value}")
+    return moved | values
 
 
 def _old_name(name: str, new: str | Gone, dashes: str = "") -> str:
@@ -299,19 +286,7 @@ def _check_known(flag: str, known: dict[str, Any], also: tuple[str, ...], rename
         raise UserError(f"unknown flag --{name}.{did_you_mean(name, (*known, *also))} See --help")
 
 
-def _as_flags(key: str, value: Any, known: dict[str, Any], path: Path) -> list[str]:
-    if key not in known:
-        raise UserError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
-    if not accepts(known[key], value):
-        raise UserError(f"{path}: {key} is {value!r}, expected {type_name(known[key])}")
-    if known[key] is bool:
-        section, _, option = key.rpartition(".")
-        return [f"--{key}"] if value else ["--" + f"{section}.no_{option}".lstrip(".")]
-    items = value if isinstance(value, list) else [value]
-    return [f"--{key}", *map(str, items)]
-
-
-def _describe(description: str, cls: type) -> str:
-    lines = [f"--{name} {{{','.join(c.names)}}}" for name, c in _choices(cls).items() if c.is_slot]
-    lines += [f"--{name} NAME" for name, c in _choices(cls).items() if not c.is_slot]
+def _describe(description: str, choices: dict[str, NamedSection]) -> str:
+    lines = [f"--{name} {{{','.join(c.names)}}}" for name, c in choices.items() if c.is_slot]
+    lines += [f"--{name} NAME" for name, c in choices.items() if not c.is_slot]
     return "\n\n".join([description, *(["Chosen by name: " + "  ".join(lines)] if lines else [])])

@@ -41,24 +41,36 @@ def check_bounds(options: Any, prefix: str = "") -> None:
                 raise UserError(f"{prefix}{name} is {' '.join(map(str, numbers))}; {bound.words}")
 
 
-def accepts(annotation: Any, value: Any) -> bool:
-    """Whether a YAML value has the option's type. tyro itself would take a wrongly typed default."""
+def as_option(name: str, annotation: Any, value: Any) -> Any:
+    """Return a YAML value as the option's own type: 3 and '1e-3' as floats, a list as a tuple.
+
+    Raises:
+        UserError: it is of another type; the message begins with `name`. tyro itself would take it.
+    """
+    try:
+        return _read(annotation, value)
+    except ValueError:
+        raise UserError(f"{name} is {value!r}, expected {type_name(annotation)}") from None
+
+
+def _read(annotation: Any, value: Any) -> Any:
+    """Return the value as this type; ValueError where it is of another."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return any(accepts(option, value) for option in inner)
-    if origin is typing.Literal:
-        return value in inner
-    if origin is tuple:
-        if not isinstance(value, list):
-            return False
-        wanted = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
-        return len(wanted) == len(value) and all(map(accepts, wanted, value))
-    if annotation is types.NoneType:
-        return value is None
-    if annotation is float:  # YAML reads 1e-3, without a point, as text
-        text = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
-        return bool(text) or (isinstance(value, (int, float)) and not isinstance(value, bool))
-    return type(value) is annotation
+        for option in inner:
+            with contextlib.suppress(ValueError):
+                return _read(option, value)
+    elif origin is tuple and isinstance(value, list):
+        wanted = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return tuple(_read(kind, item) for kind, item in zip(wanted, value, strict=True))
+    elif annotation is float:
+        # YAML reads 1e-3, without a point, as text.
+        exponent = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+        if exponent or type(value) in (int, float):
+            return float(value)
+    elif type(value) is annotation or (origin is typing.Literal and value in inner):
+        return value
+    raise ValueError(f"{value!r} is no {annotation}")
 
 
 def type_name(annotation: Any) -> str:
@@ -92,17 +104,20 @@ def run_tyro(
     import tyro
 
     errors = io.StringIO()
-    start = {} if default is None else {"default": default}
+    how = {"prog": prog, "description": description, "use_underscores": True, "return_unknown_args": True}
+    if default is not None:
+        how["default"] = default
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(cls, args=args, prog=prog, description=description, use_underscores=True, **start)
+            options, stray = tyro.cli(cls, args=args, **how)
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
         message = _first_message(errors.getvalue())
-    stray = message.removeprefix("Unrecognized options: ").split(", ")[0]
-    if stray in given:
-        message = _one_too_many(given, given.index(stray), known) or message
+    else:
+        if not stray:
+            return options
+        message = _one_too_many(given, given.index(stray[0]), known) or f"Unrecognized options: {', '.join(stray)}"
     flag = re.match(r"Error parsing --(\S+): .*'(.*)'", message)
     if flag and flag[1] in known:  # tyro's words are about its parser
         message = f"--{flag[1]} is '{flag[2]}', expected {type_name(known[flag[1]])}"

@@ -93,7 +93,7 @@ def describe(shards: Sequence[IndexedShard]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    options = parse(IndexConfig, arguments, [], prog="index.py", description=__doc__)
+    options = parse(IndexConfig, arguments, prog="index.py", description=__doc__)
     if options.verify:
         shards = indexed(options.spec)
         verify_shards(shards, options.workers)

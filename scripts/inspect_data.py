@@ -56,7 +56,7 @@ class InspectConfig(CaptionOptions):
 
 
 def main(args: list[str]) -> None:
-    config = parse(InspectConfig, args, [], prog="inspect_data.py", description=__doc__)
+    config = parse(InspectConfig, args, prog="inspect_data.py", description=__doc__)
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
     source = open_source(config.spec, prompts=config.prompts, **columns)
     folder = Path(config.output or Path("inspect", re.sub(r"\W+", "-", config.spec).strip("-") or "data"))

@@ -42,7 +42,7 @@ class ShardConfig:
 
 
 def main(args: list[str]) -> None:
-    config = parse(ShardConfig, args, [], prog="shard.py", description=__doc__)
+    config = parse(ShardConfig, args, prog="shard.py", description=__doc__)
     options = PackOptions(config.short_side, config.quality)
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
     write_shards(

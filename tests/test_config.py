@@ -65,8 +65,8 @@ class Family:
     other: House = field(default_factory=House)
 
 
-def run(*args, files=()):
-    return parse(Family, list(args), list(files), prog="test", description="A test.")
+def run(*args, file=None):
+    return parse(Family, list(args), file, prog="test", description="A test.")
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def file(tmp_path):
 
 def test_defaults_file_flags(file):
     path = file("name: Jones\nother: {rooms: 5, height: 1e-3}\nincome: 3\nrange: [0.5, 2]\npet: {indoor: true}")
-    config = run("--other.rooms", "6", "--mood=bad", files=[path])
+    config = run("--other.rooms", "6", "--mood=bad", file=path)
     assert (config.name, config.mood, config.income, config.range) == ("Jones", "bad", 3.0, (0.5, 2.0))
     assert (config.other, config.pet) == (House(6, 0.001), Cat(indoor=True))
     assert run().range == (0.0, 1.0)
@@ -94,13 +94,13 @@ def test_hyphens_and_underscores():
         """Size."""
 
     for flag in ("--batch_size", "--batch-size"):
-        assert parse(Options, [flag, "3"], [], prog="t", description="").batch_size == 3
+        assert parse(Options, [flag, "3"], prog="t", description="").batch_size == 3
 
 
 def test_slots_show_only_their_own_options(file):
     assert run("--pet", "dog", "--pet.tricks", "sit", "roll").pet == Dog(("sit", "roll"))
-    assert run(files=[file("pet: dog")]).pet == Dog()
-    assert run(files=[file("pet: {name: dog, indoor: false}")]).pet == Dog(indoor=False)
+    assert run(file=file("pet: dog")).pet == Dog()
+    assert run(file=file("pet: {name: dog, indoor: false}")).pet == Dog(indoor=False)
     with pytest.raises(UserError, match=r"unknown flag --pet.lives\. .*See --help"):
         run("--pet", "dog", "--pet.lives", "3")
     with pytest.raises(UserError, match="unknown pet 'dgo'. Did you mean 'dog'"):
@@ -108,17 +108,15 @@ def test_slots_show_only_their_own_options(file):
 
 
 def test_flag_for_another_component_drops_the_files_options(file):
-    assert run("--pet", "dog", files=[file("pet: {name: cat, lives: 7}")]).pet == Dog()
-    assert run("--pet", "cat", files=[file("pet: {name: cat, lives: 7}")]).pet == Cat(lives=7)
-    assert run("--pet", "dog", files=[file("pet: {indoor: false}")]).pet == Dog(indoor=False)
-    later = [file("pet: {name: cat, lives: 7}"), file("pet: {name: dog, tricks: [sit]}", "b.yaml")]
-    assert run(files=later).pet == Dog(("sit",))
+    assert run("--pet", "dog", file=file("pet: {name: cat, lives: 7}")).pet == Dog()
+    assert run("--pet", "cat", file=file("pet: {name: cat, lives: 7}")).pet == Cat(lives=7)
+    assert run("--pet", "dog", file=file("pet: {indoor: false}")).pet == Dog(indoor=False)
 
 
 def test_presets(file):
     assert run("--house", "villa", "--house.height", "4").house == House(12, 4.0)
-    assert run("--house", "villa", files=[file("house: {height: 9.0}")]).house == House(12)
-    assert run(files=[file("house: {name: villa, height: 9.0}")]).house == House(12, 9.0)
+    assert run("--house", "villa", file=file("house: {height: 9.0}")).house == House(12)
+    assert run(file=file("house: {name: villa, height: 9.0}")).house == House(12, 9.0)
     with pytest.raises(UserError, match="unknown house 'hut'"):
         run("--house", "hut")
 
@@ -126,7 +124,7 @@ def test_presets(file):
 def test_written_configuration_reads_back(file):
     config = run("--pet", "dog", "--pet.no_indoor", "--income", "2.5", "--range", "1", "2", "--house", "villa")
     path = file(yaml.safe_dump(to_dict(config)))
-    assert asdict(run(files=[path])) == asdict(config)
+    assert asdict(run(file=path)) == asdict(config)
     assert from_dict(House, {"rooms": 1}, "x") == House(1)
     with pytest.raises(UserError, match="x: unknown key 'room'. Did you mean 'rooms'"):
         from_dict(House, {"room": 1}, "x")
@@ -184,13 +182,13 @@ def test_bad_flags_are_one_line(args, message):
 )
 def test_bad_files_are_one_line(file, text, message):
     with pytest.raises(UserError, match=message) as error:
-        run(files=[file(text)])
+        run(file=file(text))
     assert "\n" not in str(error.value)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="cannot read the configuration .*nothing.yaml: No such file"):
-        run(files=[tmp_path / "nothing.yaml"])
+        run(file=tmp_path / "nothing.yaml")
 
 
 def test_help_exits_with_success(capsys):
@@ -203,7 +201,7 @@ def test_help_exits_with_success(capsys):
 
 def test_help_tells_the_defaults_of_the_files(file, capsys):
     with pytest.raises(SystemExit) as stop:
-        run("--help", files=[file("name: Jones\npet: {name: dog, tricks: [sit]}")])
+        run("--help", file=file("name: Jones\npet: {name: dog, tricks: [sit]}"))
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and "default: Jones" in shown and "default: sit" in shown
 
@@ -218,20 +216,20 @@ def test_one_of_three_options(file):
         samples: int | None = None
         """Samples."""
 
-    def one(args, files=()):
+    def one(args, file=None):
         group = ("steps", "epochs", "samples")
-        config = parse(Options, args, list(files), prog="t", description="", either=(group,))
+        config = parse(Options, args, file, prog="t", description="", either=(group,))
         return config.steps, config.epochs, config.samples
 
-    by_steps, by_epochs = file("steps: 3"), file("epochs: 2.0", "b.yaml")
-    assert one(["--samples", "9"], [by_steps, by_epochs]) == (None, None, 9)
-    assert one([], [by_steps, by_epochs]) == (None, 2.0, None)
+    by_epochs = file("epochs: 2.0")
+    assert one(["--samples", "9"], by_epochs) == (None, None, 9)
+    assert one([], by_epochs) == (None, 2.0, None)
     with pytest.raises(UserError, match="give --epochs or --samples, not both"):
         one(["--samples", "9", "--epochs", "1"])
     with pytest.raises(UserError, match="give --steps or --epochs or --samples, not all"):
         one(["--samples=9", "--epochs", "1", "--steps", "3"])
     with pytest.raises(UserError, match="c.yaml: give epochs or samples, not both"):
-        one([], [file("samples: 1\nepochs: 2.0", "c.yaml")])
+        one([], file("samples: 1\nepochs: 2.0", "c.yaml"))
 
 
 def test_either_of_two_options(file):
@@ -242,18 +240,18 @@ def test_either_of_two_options(file):
         epochs: float | None = None
         """Epochs."""
 
-    def both(args, files=()):
-        config = parse(Options, args, list(files), prog="t", description="", either=(("steps", "epochs"),))
+    def both(args, file=None):
+        config = parse(Options, args, file, prog="t", description="", either=(("steps", "epochs"),))
         return config.steps, config.epochs
 
-    by_epochs, by_steps = file("epochs: 2.0"), file("steps: 7", "b.yaml")
-    assert both(["--steps", "3"], [by_epochs]) == (3, None)
-    assert both(["--epochs", "1"], [by_epochs]) == (None, 1.0)
-    assert both([], [by_epochs, by_steps]) == (7, None)
+    by_epochs = file("epochs: 2.0")
+    assert both(["--steps", "3"], by_epochs) == (3, None)
+    assert both(["--epochs", "1"], by_epochs) == (None, 1.0)
+    assert both([], by_epochs) == (None, 2.0)
     with pytest.raises(UserError, match="not both"):
         both(["--steps", "3", "--epochs", "1"])
     with pytest.raises(UserError, match="c.yaml: give steps or epochs, not both"):
-        both([], [file("steps: 1\nepochs: 2.0", "c.yaml")])
+        both([], file("steps: 1\nepochs: 2.0", "c.yaml"))
 
 
 def test_a_pattern_that_the_shell_expanded_is_told_without_a_flag_too():
@@ -263,7 +261,7 @@ def test_a_pattern_that_the_shell_expanded_is_told_without_a_flag_too():
         """Shards."""
 
     with pytest.raises(UserError, match="this takes one value, not also '1.tar'; quote a pattern"):
-        parse(Options, ["0.tar", "1.tar", "2.tar"], [], prog="t", description="")
+        parse(Options, ["0.tar", "1.tar", "2.tar"], prog="t", description="")
 
 
 @dataclass(frozen=True)
@@ -282,8 +280,8 @@ class Estate:
     garden: Garden = field(default_factory=Garden)
 
 
-def estate(*args, files=(), written=False):
-    return parse(Estate, list(args), list(files), prog="t", description="", written=written)
+def estate(*args, file=None, written=False):
+    return parse(Estate, list(args), file, prog="t", description="", written=written)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +294,7 @@ def estate(*args, files=(), written=False):
 )
 def test_old_names_are_told_by_the_new_ones(file, text, line):
     with pytest.raises(UserError) as error:
-        estate(files=[file(text)])
+        estate(file=file(text))
     assert str(error.value) == line.format(path=file(text))
 
 
@@ -313,11 +311,11 @@ def test_old_flags_are_told_by_the_new_ones():
 
 def test_old_names_count_in_files_that_the_program_wrote(file):
     old = "beds: 5\ngarden: {fence: true}"
-    assert estate(files=[file(old)], written=True).garden == Garden(beds=5)
-    assert estate("--garden.beds", "6", files=[file(old)], written=True).garden.beds == 6
-    assert estate(files=[file("beds: 5\ngarden: {beds: 4}")], written=True).garden.beds == 4
+    assert estate(file=file(old), written=True).garden == Garden(beds=5)
+    assert estate("--garden.beds", "6", file=file(old), written=True).garden.beds == 6
+    assert estate(file=file("beds: 5\ngarden: {beds: 4}"), written=True).garden.beds == 4
     with pytest.raises(UserError, match="garden.fence is False, but is no option any more: it is always True"):
-        estate(files=[file("garden: {fence: false}")], written=True)
+        estate(file=file("garden: {fence: false}"), written=True)
 
 
 def test_take_option():

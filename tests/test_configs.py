@@ -25,7 +25,7 @@ FILES = [path for path in ALL if path not in CLASSIFIERS + FINETUNINGS]
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_configuration(path, loss):
-    config = parse(PretrainConfig, ["--loss", loss], [path], prog="pretrain.py", description="")
+    config = parse(PretrainConfig, ["--loss", loss], path, prog="pretrain.py", description="")
     check(config)
     assert config.loss_name == loss
     text = replace(config.model.text, vocab_size=config.model.text.vocab_size or 512, eos_id=2, pad_id=0)
@@ -35,7 +35,7 @@ def test_configuration(path, loss):
 
 @pytest.mark.parametrize("path", CLASSIFIERS, ids=lambda path: path.stem)
 def test_classifier(path):
-    config = parse(TrainClassifierConfig, [], [path], prog="train_classifier.py", description="")
+    config = parse(TrainClassifierConfig, [], path, prog="train_classifier.py", description="")
     check_supervised(config)
     config.model.image.check()
     with torch.device("meta"):
@@ -44,7 +44,7 @@ def test_classifier(path):
 
 @pytest.mark.parametrize("path", FINETUNINGS, ids=lambda path: path.stem)
 def test_finetuning(path):
-    config = parse(FinetuneConfig, [], [path], prog="finetune.py", description="")
+    config = parse(FinetuneConfig, [], path, prog="finetune.py", description="")
     check_supervised(config)
 
 
@@ -61,17 +61,17 @@ SEEN = {"resize": "crop", "mean": CLIP_MEAN, "interpolation": "bilinear", "short
 def test_preprocessing_of_an_older_run(cls, tmp_path):
     """Its six options stood among those of the data; the folder of a model keeps them as ever, beside the size."""
     words = {"prog": "t", "description": ""}
-    config = parse(cls, [], [], **words)
+    config = parse(cls, [], **words)
     config = replace(config, data=replace(config.data, preprocess=PreprocessOptions(**SEEN)))
     written = to_dict(config)
     old = tmp_path / "config.yaml"
     written["data"] |= written["data"].pop("preprocess")
     old.write_text(yaml.safe_dump(written))
-    assert to_dict(parse(cls, [], [old], written=True, **words)) == to_dict(config)
+    assert to_dict(parse(cls, [], old, written=True, **words)) == to_dict(config)
     with pytest.raises(UserError, match=r"config.yaml: data\.\w+ is data\.preprocess\.\w+ now$"):
-        parse(cls, [], [old], **words)
+        parse(cls, [], old, **words)
     with pytest.raises(UserError, match=r"^--data\.short_side is --data\.preprocess\.short_side now$"):
-        parse(cls, ["--data.short_side", "40"], [], **words)
+        parse(cls, ["--data.short_side", "40"], **words)
 
 
 def test_one_block_of_preprocessing_options():

@@ -18,7 +18,7 @@ from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.tasks import TASKS, EvaluationTask
 from contrastive.files import read_yaml
 from contrastive.log import console, say
-from contrastive.option_types import accepts, type_name
+from contrastive.option_types import as_option
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,7 @@ def _arguments(kind: type[EvaluationTask], values: dict) -> dict:
     for key, value in values.items():
         if key not in fields:
             raise UserError(f"unknown key '{key}'.{did_you_mean(str(key), fields)} Known: {', '.join(fields)}")
-        if not accepts(types[key], value):
-            raise UserError(f"{key} is {value!r}, expected {type_name(types[key])}")
-        value = float(value) if types[key] is float else value  # YAML reads 1e-3 as text
-        arguments[key] = tuple(value) if isinstance(value, list) else value
+        arguments[key] = as_option(key, types[key], value)
     for name, field in fields.items():
         absent = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if absent and name not in arguments:

@@ -56,13 +56,13 @@ def command(
         description += "; short for longer flags: " + ", ".join(f"--{flag}" for flag in short)
     options = {"prog": prog, "description": description, "either": (tuple(f"train.{n}" for n in LENGTHS),)}
     options["also"] = ("config", *short)
-    config = parse(cls, args, [config_file], **options)
+    config = parse(cls, args, config_file, **options)
     config = replace(config, run_folder=config.run_folder or f"runs/{config_file.stem}-{config.short_name()}")
     saved = Path(config.run_folder) / "config.yaml"
     if config.resume and saved.exists():  # the run's own options, with what the flags say now
         # A preset's name given again would undo what the first command changed of the preset.
         args, _ = take_option(args, "model")
-        config = replace(parse(cls, args, [saved], written=True, **options), run_folder=config.run_folder)
+        config = replace(parse(cls, args, saved, written=True, **options), run_folder=config.run_folder)
     if not train(config):
         sys.exit(130)  # stopped on request, after saving
 
