@@ -20,6 +20,7 @@ from contrastive.errors import UserError
 from contrastive.log import MetricsLog, say, warn
 from contrastive.losses import NonFiniteFeatures
 from contrastive.optim import ExponentialMovingAverage, set_learning_rates
+from contrastive.results import key_parts
 from contrastive.train.checkpoint import load_checkpoint, read_cursor, save_checkpoint
 from contrastive.train.options import num_workers
 from contrastive.train.progress import Advice, ProgressBar, StepTimer
@@ -42,7 +43,7 @@ class Trainer:
         self.optimizers = config.optimizer.build(self.model)
         decay = config.train.ema_decay
         self.ema = None if decay is None else ExponentialMovingAverage(self.model, decay)
-        self.bad_samples = BadSamples(config.data.max_bad_share, config.data.bad_window)
+        self.bad_samples = BadSamples(config.data.max_bad_share, config.data.bad_window, config.train.global_batch_size)
         self.step = 0  # steps done
         self.metrics: MetricsLog | None = None  # on the first rank, while it trains
         self._skipped_in_a_row = 0
@@ -70,8 +71,7 @@ class Trainer:
                 self._save()  # so that --resume works from the first step on
             elif not gather_objects(self.metrics is not None and self.metrics.has("eval", self.step))[0]:
                 self._evaluate_if_due()  # a kill came between the save and the evaluation
-            for batch in loader:
-                timer.data_arrived()
+            for batch in timer.waiting_for(loader):
                 row, stopping = self._one_step(wrapped, batch, stops)
                 timer.step_done()
                 if self.step % config.train.log_every == 0 or self.step == total:
@@ -86,7 +86,6 @@ class Trainer:
                     say(f"stopped at step {self.step} and saved; continue with --resume")
                     return False
                 self._evaluate_if_due()
-                timer.pause_over()
         return True
 
     def _one_step(self, wrapped: nn.Module, batch: dict, stops: list[int]) -> tuple[dict, bool]:
@@ -109,7 +108,7 @@ class Trainer:
         mean_loss, norm = loss_sum / runtime.world_size, norm.item()  # the GPU was waited for just now
         self._update(mean_loss, norm)
         self.step += 1
-        if self.bad_samples.too_many(config.train.global_batch_size, int(replaced)):  # on all ranks alike
+        if self.bad_samples.too_many(int(replaced)):  # on all ranks alike
             raise self.bad_samples.error(self.step, self._log_bad_samples())
         row = {"step": self.step, "loss": mean_loss, "grad_norm": norm, "lr": config.optimizer.lr * factor}
         return row | self.task.figures(), requests > 0
@@ -147,7 +146,7 @@ class Trainer:
             self._log("eval", {"step": self.step, **figures})
             by_source: dict[str, list[str]] = {}
             for key, value in figures.items():
-                source, _, name = key.partition("/")[2].rpartition("/")
+                _, source, name = key_parts(key)
                 if "median" not in name:
                     by_source.setdefault(source, []).append(f"{name} {value:.1f}")
             for source, shown in by_source.items():
@@ -225,31 +224,32 @@ class BadSamples:
 
     Args:
         max_share: how many of the last `window` samples of all ranks may be bad, as a share.
+        batch_size: samples of all ranks in a step.
     """
 
-    def __init__(self, max_share: float, window: int):
-        self.max_share, self.window = max_share, window
+    def __init__(self, max_share: float, window: int, batch_size: int):
+        self.max_share, self.window, self.batch_size = max_share, window, batch_size
         self._faults = FaultCounts()  # of this rank, since they were last taken
-        self._steps: deque[tuple[int, int]] = deque()  # samples and bad ones of all ranks, step by step
-        self._samples = self._bad = 0
+        # How many of all ranks were bad, in each of the last steps that make up a window.
+        self._bad: deque[int] = deque(maxlen=math.ceil(window / batch_size))
 
     def note(self, faults: Iterable[tuple[str, str]]) -> None:
         """Count (reason, key) of this rank's batch."""
         for reason, key in faults:
             self._faults.add(reason, key)
 
-    def too_many(self, samples: int, bad: int) -> bool:
-        """Add a step's samples and bad ones, of all ranks; return whether more than the allowed share is bad.
+    def too_many(self, bad: int) -> bool:
+        """Add a step's bad samples, of all ranks; return whether more than the allowed share is bad.
 
         At the start, when fewer than `window` have been seen, the number allowed is that of a whole window, so
         that one bad sample among the first hundred stops nothing.
         """
-        self._steps.append((samples, bad))
-        self._samples, self._bad = self._samples + samples, self._bad + bad
-        while self._samples - self._steps[0][0] >= self.window:
-            old_samples, old_bad = self._steps.popleft()
-            self._samples, self._bad = self._samples - old_samples, self._bad - old_bad
-        return self._bad > self.max_share * max(self.window, self._samples)
+        self._bad.append(bad)
+        return sum(self._bad) > self.max_share * max(self.window, self._samples)
+
+    @property
+    def _samples(self) -> int:
+        return len(self._bad) * self.batch_size
 
     def take(self) -> dict:
         """Return {'counts': by reason, 'keys': the first of each} of all ranks since the last call; all must call.
@@ -268,11 +268,10 @@ class BadSamples:
         listed = "; ".join(
             f"{count} {reason} ({', '.join(taken['keys'][reason][:3])}, ...)" for reason, count in reasons
         )
-        of = max(self.window, self._samples)
         return UserError(
-            f"stopped at step {step}: {self._bad} of the last {self._samples} samples could not be used, more than "
-            f"{self.max_share:.2%} of {of}: {listed}. Repair the data (metrics.jsonl names more of them), "
-            "or allow more with --data.max_bad_share"
+            f"stopped at step {step}: {sum(self._bad)} of the last {self._samples} samples could not be used, "
+            f"more than {self.max_share:.2%} of {max(self.window, self._samples)}: {listed}. Repair the data "
+            "(metrics.jsonl names more of them), or allow more with --data.max_bad_share"
         )
 
 

@@ -2,11 +2,14 @@
 
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from contrastive.log import console, is_main_process, say, warn
 
+T = TypeVar("T")
 WINDOW = 20  # steps that speed and waiting are averaged over
 SECONDS_BETWEEN_LINES = 15
 # Columns of a row that every kind of run has; the others are the task's own.
@@ -20,20 +23,18 @@ class StepTimer:
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
         self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW)
-        self._started = time.perf_counter()
-        self._waited = 0.0
+        self._started = self._arrived = 0.0
 
-    def data_arrived(self) -> None:
-        self._waited = time.perf_counter() - self._started
+    def waiting_for(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the batches; a step begins when its batch is asked for, and what comes after `step_done` is no part."""
+        self._started = time.perf_counter()
+        for batch in batches:
+            self._arrived = time.perf_counter()
+            yield batch
+            self._started = time.perf_counter()
 
     def step_done(self) -> None:
-        now = time.perf_counter()
-        self._steps.append((now - self._started, self._waited))
-        self._started = now
-
-    def pause_over(self) -> None:
-        """Forget the time since the last step: an evaluation or a save ran."""
-        self._started = time.perf_counter()
+        self._steps.append((time.perf_counter() - self._started, self._arrived - self._started))
 
     @property
     def samples_per_second(self) -> float:

@@ -62,22 +62,22 @@ def test_clamps_the_factor_where_the_loss_says_so(trainer):
 
 
 def test_the_share_is_of_the_window_or_of_what_a_large_batch_makes_of_it():
-    few = BadSamples(0.01, 10_000)
-    assert not any(few.too_many(100, 10) for _ in range(10)), "100 of a window of 10,000 are allowed"
-    assert few.too_many(100, 1)
-    large = BadSamples(0.01, 10_000)
-    assert not large.too_many(32_768, 110) and not large.too_many(32_768, 327) and large.too_many(32_768, 400)
+    few = BadSamples(0.01, 10_000, 100)
+    assert not any(few.too_many(10) for _ in range(10)), "100 of a window of 10,000 are allowed"
+    assert few.too_many(1)
+    large = BadSamples(0.01, 10_000, 32_768)
+    assert not large.too_many(110) and not large.too_many(327) and large.too_many(400)
 
 
 def test_old_ones_are_forgotten():
-    bad = BadSamples(0.01, 1000)
-    assert not bad.too_many(100, 10)
-    assert not any(bad.too_many(100, 0) for _ in range(9))
-    assert not bad.too_many(100, 10), "the first ten are more than 1,000 samples ago"
+    bad = BadSamples(0.01, 1000, 100)
+    assert not bad.too_many(10)
+    assert not any(bad.too_many(0) for _ in range(9))
+    assert not bad.too_many(10), "the first ten are more than 1,000 samples ago"
 
 
 def test_rows_of_old_and_new_runs_are_read_together():
-    bad = BadSamples(0.01, 1000)
+    bad = BadSamples(0.01, 1000, 100)
     bad.note([("unreadable_image", f"key{i}") for i in range(30)])
     taken = bad.take()
     assert taken["counts"] == {"unreadable_image": 30} and len(taken["keys"]["unreadable_image"]) == KEYS_KEPT

@@ -37,13 +37,16 @@ def test_a_starving_device_is_named(capsys):
 
 def test_timer_tells_waiting_from_working():
     timer = StepTimer(batch_size=10)
-    time.sleep(0.05)  # made while a save ran
-    timer.pause_over()
-    for _ in range(3):
-        time.sleep(0.03)
-        timer.data_arrived()
+
+    def loader():
+        for _ in range(3):
+            time.sleep(0.03)
+            yield
+
+    for _ in timer.waiting_for(loader()):
         time.sleep(0.01)
         timer.step_done()
+        time.sleep(0.05)  # while a save ran
     # 0.75 and 250 where sleeps are exact; a loaded machine stretches them.
     assert 0.4 < timer.data_wait < 0.95
     assert 20 < timer.samples_per_second < 260
