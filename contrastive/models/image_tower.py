@@ -14,7 +14,7 @@ from contrastive.models.transformer import AttentionPooling, Transformer, Transf
 from contrastive.option_types import Positive, Probability
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig(TransformerConfig):
     """Options of the ViT. The defaults are SigLIP's B/16 at 224 pixels."""
 

@@ -11,7 +11,7 @@ from contrastive.models.transformer import Transformer, TransformerConfig
 from contrastive.option_types import Positive
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextTowerConfig(TransformerConfig):
     """Options of the text transformer. The defaults are SigLIP's B/16."""
 

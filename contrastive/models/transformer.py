@@ -29,7 +29,7 @@ ACTIVATIONS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """The options of a tower's blocks. The defaults are those of SigLIP's B/16."""
 

@@ -242,8 +242,9 @@ def _tower_config(found: Description, tower: str) -> ImageTowerConfig | TextTowe
     ours |= {option: values[0] for option, values in FITTING["clip" if is_clip else "siglip"][tower].items()}
     ours |= {"projection": bool(found.projected)} if is_clip else {}
     if tower == "image":
-        size, patch_size = found.native_size, found.patch_size
-        return ImageTowerConfig(size - size % patch_size, patch_size, patch_bias=not is_clip, **ours)
+        whole_patches = found.native_size - found.native_size % found.patch_size
+        sizes = {"image_size": whole_patches, "patch_size": found.patch_size}
+        return ImageTowerConfig(**sizes, patch_bias=not is_clip, **ours)
     words = {ours: options[theirs] for theirs, ours in VOCABULARY.items()}
     return TextTowerConfig(**words, eos_id=_pooled_id(found), **ours)
 
