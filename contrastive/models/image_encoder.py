@@ -60,7 +60,7 @@ class ImageEncoder(ImageTrunk):
     ):
         options = tower.architecture
         layer = tuple(layer) if isinstance(layer, Iterable) and not isinstance(layer, str) else layer
-        numbers = hidden_state_numbers(layer, options.depth)
+        numbers = hidden_state_numbers(layer if isinstance(layer, tuple) else (layer,), options.depth)
         pool = check_pool(pool, options)
         if keep_prefix and (pool is not None or not options.class_token):
             reason = "pooled features have no tokens" if pool is not None else "this tower has no class token"

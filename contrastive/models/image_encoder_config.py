@@ -1,7 +1,6 @@
 """What an image encoder gives out, and the names by which VLM code reads its shape."""
 
 import operator
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,13 +44,12 @@ class ImageEncoderConfig:
         return asdict(self)
 
 
-def hidden_state_numbers(layer: int | Iterable[int], depth: int) -> tuple[int, ...]:
+def hidden_state_numbers(layers: tuple[int, ...], depth: int) -> tuple[int, ...]:
     """Count layers from the front, in the order given: of depth + 1 hidden states, -1 is the last, `depth`.
 
     Raises:
         UserError: no such layer, or none at all.
     """
-    layers = tuple(layer) if isinstance(layer, Iterable) and not isinstance(layer, str) else (layer,)
     if not layers:
         raise UserError("layer is empty: give an integer or several, such as -2 or (6, 12)")
     for one in layers:

@@ -57,7 +57,7 @@ def train_classifier(config: TrainClassifierConfig) -> bool:
     model_config = replace(model_config, num_classes=num_classes(source, config.model.num_classes))
     image = model_config.image
     config = replace(config, model=model_config, image_size=image.image_size, patch_size=image.patch_size)
-    config = replace(config, **resolve_run(config, source))
+    config = resolve_run(config, source)
     torch.manual_seed(config.train.seed)
     model = ImageClassifier(model_config)
     show_parameters(model)

@@ -74,19 +74,19 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
     Raises:
         UserError: the tokenizer does not fit the model, or there are fewer samples than one batch.
     """
-    length = resolve_run(config, source)
-    loss = config.loss
+    config = resolve_run(config, source)
+    loss, model = config.loss, config.model
     if loss.duplicates == "auto":
         named = any(part.class_names for part in source.parts)
         loss = replace(loss, duplicates="positive" if named else "negative")
     scale, bias = loss.initial_logits(num_distinct(loss, source, config.train.global_batch_size))
     model = replace(
-        config.model,
-        text=_fit_text(config.model, tokenizer),
-        init_logit_scale=scale if config.model.init_logit_scale is None else config.model.init_logit_scale,
-        init_logit_bias=bias if config.model.init_logit_bias is None else config.model.init_logit_bias,
+        model,
+        text=_fit_text(model, tokenizer),
+        init_logit_scale=scale if model.init_logit_scale is None else model.init_logit_scale,
+        init_logit_bias=bias if model.init_logit_bias is None else model.init_logit_bias,
     )
-    return replace(config, model=model, loss=loss, **length)
+    return replace(config, model=model, loss=loss)
 
 
 def num_distinct(loss: LossConfig, source: Source, global_batch_size: int) -> int | float:

@@ -80,7 +80,7 @@ def finetune(config: FinetuneConfig) -> bool:
     config = replace(config, init_key=key)
     source, held_out, config = open_data(config)
     data = replace(config.data, preprocess=bundle.preprocess.config.options)
-    config = replace(config, data=data, head=_kind_of_head(config, bundle, source), **resolve_run(config, source))
+    config = resolve_run(replace(config, data=data, head=_kind_of_head(config, bundle, source)), source)
     torch.manual_seed(config.train.seed)
     model = _classifier_from(bundle, config, source)
     if config.tune == "head":

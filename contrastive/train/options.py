@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeVar
 
 from contrastive.config import Gone, slot
 from contrastive.data.record import Source
@@ -93,6 +93,9 @@ class RunConfig:
         raise NotImplementedError
 
 
+C = TypeVar("C", bound=RunConfig)
+
+
 def check_run(config: RunConfig) -> None:
     """Raise UserError for options that no data can make right."""
     check_bounds(config)
@@ -111,8 +114,8 @@ def check_division(train: TrainConfig, world_size: int) -> None:
         )
 
 
-def resolve_run(config: RunConfig, source: Source) -> dict[str, Any]:
-    """Return the fields of the run that follow from the length of its data: how many steps of what.
+def resolve_run(config: C, source: Source) -> C:
+    """Fill in what follows from the length of the data: how many steps of what.
 
     Raises:
         UserError: there are fewer samples than one batch.
@@ -124,11 +127,12 @@ def resolve_run(config: RunConfig, source: Source) -> dict[str, Any]:
             f"use at most {len(source)}"
         )
     steps = _steps(config.train, len(source))
-    return {
-        "train": replace(config.train, steps=steps, epochs=None, samples=None),
-        "evaluation": replace(config.evaluation, every=config.evaluation.every or math.ceil(steps / 4)),
-        "checkpoint": replace(config.checkpoint, every=config.checkpoint.every or math.ceil(steps / 10)),
-    }
+    return replace(
+        config,
+        train=replace(config.train, steps=steps, epochs=None, samples=None),
+        evaluation=replace(config.evaluation, every=config.evaluation.every or math.ceil(steps / 4)),
+        checkpoint=replace(config.checkpoint, every=config.checkpoint.every or math.ceil(steps / 10)),
+    )
 
 
 def num_workers(config: ImageDataConfig, on_gpu: bool) -> int:
