@@ -117,15 +117,20 @@ def run_tyro(
     else:
         if not stray:
             return options
-        message = _one_too_many(given, given.index(stray[0]), known) or f"Unrecognized options: {', '.join(stray)}"
+        message = _about_stray(stray[0], given, known) or f"Unrecognized options: {', '.join(stray)}"
     flag = re.match(r"Error parsing --(\S+): .*'(.*)'", message)
     if flag and flag[1] in known:  # tyro's words are about its parser
         message = f"--{flag[1]} is '{flag[2]}', expected {type_name(known[flag[1]])}"
     raise UserError(f"{message}. See --help")
 
 
-def _one_too_many(args: list[str], place: int, known: dict[str, Any]) -> str | None:
-    """What to say of the value at `place`, which nothing takes, where it may stem from a pattern without quotes."""
+def _about_stray(value: str, args: list[str], known: dict[str, Any]) -> str | None:
+    """What to say of a value that nothing takes: a switch was given it, or a pattern lacked its quotes."""
+    if value not in args:  # tyro split --flag=value
+        flags = (arg.partition("=")[0] for arg in args if arg.partition("=")[2] == value)
+        switch = next((flag for flag in flags if known.get(flag.removeprefix("--")) is bool), None)
+        return switch and f"{switch} is a switch and takes no value, not '{value}'"
+    place = args.index(value)
     flag = next((arg for arg in reversed(args[:place]) if arg.startswith("--")), "").partition("=")[0]
     if place == 0 or (flag and known.get(flag.removeprefix("--")) is not str):
         return None

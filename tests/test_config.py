@@ -150,6 +150,9 @@ def test_written_configuration_reads_back(file):
         (["--name=a.tar", "b.tar", "c.tar", "--mood", "good"], "--name takes one value, not also 'b.tar'; quote a"),
         (["--other.rooms", "1", "2"], "Unrecognized options: 2. See --help"),
         (["--name", "a", "--pet", "cat", "stray"], "Unrecognized options: stray. See --help"),
+        (["--pet.indoor=no"], "--pet.indoor is a switch and takes no value, not 'no'. See --help"),
+        (["--name=no", "--pet.indoor=no", "--pet", "dog"], "--pet.indoor is a switch and takes no value"),
+        (["--pet.indoor", "no"], "Unrecognized options: no. See --help"),
     ],
 )
 def test_bad_flags_are_one_line(args, message):
