@@ -43,7 +43,8 @@ def test_our_own_folder_needs_no_other_library(model_folder):
 
 def test_public_names_are_listed():
     names = {"ImageEncoder", "create_model", "list_models", "load", "load_image_encoder", "losses", "models"}
-    assert names <= set(dir(contrastive)) and all(hasattr(contrastive, name) for name in names)
+    assert names <= set(dir(contrastive)) == set(contrastive.__all__)
+    assert all(hasattr(contrastive, name) for name in names)
 
 
 @pytest.mark.parametrize(
