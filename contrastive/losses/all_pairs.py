@@ -12,6 +12,7 @@ memory is linear in the batch. B batch, W ranks, E width:
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,7 +187,7 @@ class AllPairs:
         return _KeptGradients.apply(*self._inputs, self, loss_sum, bias_sum)
 
 
-class PairLoss(nn.Module):
+class PairLoss(nn.Module, ABC):
     """A loss over all pairs of the global batch, divided by its size; subclasses say what a tile contributes.
 
     Under several ranks each takes its own images against every text and divides by its local batch; averaged
@@ -229,13 +230,13 @@ class PairLoss(nn.Module):
         inputs = image_features, text_features, logit_scale, logit_bias, caption_ids, self.duplicates
         return _uncompiled(_swept)(self.sums, *inputs)
 
+    @abstractmethod
     def check_bias(self, logit_bias: torch.Tensor | None) -> None:
         """Raise ValueError for a bias that is missing, or one too many."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sums(self, pairs: AllPairs) -> tuple[torch.Tensor, ...]:
         """Sweep over `pairs`, handing in gradients, without autograd; return the arguments of `differentiable`."""
-        raise NotImplementedError
 
 
 def _swept(sums: Callable[[AllPairs], tuple[torch.Tensor, ...]], *inputs) -> torch.Tensor:
