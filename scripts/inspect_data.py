@@ -20,7 +20,7 @@ from contrastive.config import parse
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.inspection import QUANTITIES, chosen_indices, measure, see, summary
 from contrastive.data.settings import CaptionOptions
-from contrastive.data.sources import open_source
+from contrastive.data.sources import announce, open_source
 from contrastive.errors import UserError
 from contrastive.log import console, run_script, say, warn
 from contrastive.visualize.inspection_page import PAGE, claim, facts, spark, write_inspection
@@ -59,6 +59,7 @@ def main(args: list[str]) -> None:
     config = parse(InspectConfig, args, prog="inspect_data.py", description=__doc__)
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
     source = open_source(config.spec, prompts=config.prompts, **columns)
+    announce(source)
     folder = Path(config.output or Path("inspect", re.sub(r"\W+", "-", config.spec).strip("-") or "data"))
     claim(folder, source.name)
     indices = chosen_indices(source, config.samples, config.seed)

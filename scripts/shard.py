@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from contrastive.config import parse
 from contrastive.data.shards.shard_writing import SAMPLES_PER_SHARD, PackOptions, write_shards
-from contrastive.data.sources import open_source
+from contrastive.data.sources import announce, open_source
 from contrastive.log import run_script
 
 
@@ -45,8 +45,10 @@ def main(args: list[str]) -> None:
     config = parse(ShardConfig, args, prog="shard.py", description=__doc__)
     options = PackOptions(config.short_side, config.quality)
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
+    source = open_source(config.spec, **columns)
+    announce(source)
     write_shards(
-        open_source(config.spec, **columns),
+        source,
         Path(config.output),
         options,
         samples_per_shard=config.samples_per_shard,

@@ -12,7 +12,7 @@ from pathlib import Path
 import contrastive
 from contrastive.command_line import Parser, at_least, chosen_device
 from contrastive.data.prompts import load_templates
-from contrastive.data.sources import open_source
+from contrastive.data.sources import announce, open_source
 from contrastive.evaluate.classification import zero_shot
 from contrastive.evaluate.zero_shot_output import claim_zero_shot, print_result, read_class_names, write_zero_shot
 from contrastive.interop.hub import is_hub_name, results_folder
@@ -44,6 +44,7 @@ def evaluate(options: argparse.Namespace) -> None:
     device = chosen_device(options.device)
     templates = load_templates(options.templates) if options.templates else None
     source = open_source(options.data)
+    announce(source)
     class_names = read_class_names(options.classes, source.class_names) if options.classes else None
     bundle = contrastive.load(options.run, device=device)
     out = options.out

@@ -138,6 +138,9 @@ class Source:
         shard; None: any order is as fast. A shard may have none.
     remote: whether shards have to be fetched before they can be read.
     weights: of its `parts`, whole numbers above 0.
+    reading: what was taken for what, for the line that a run begins with: 'class folders: 3 classes', "captions: column
+        'title'". Empty where there was nothing to decide.
+    left_aside: what lies there and is none of its samples, by reason, as far as that is known without reading them all.
     """
 
     name: str
@@ -151,6 +154,8 @@ class Source:
     shard_sizes: np.ndarray | None = None
     remote: bool = False
     weights: tuple[int, ...] = (1,)
+    reading: str = ""
+    left_aside: FaultCounts = FaultCounts()
     _labels: np.ndarray | None = None  # int64 (n,), -1 for none, where they are in memory: `label` then reads them
 
     def __len__(self) -> int:

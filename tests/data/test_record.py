@@ -12,7 +12,7 @@ import pytest
 
 import contrastive
 from contrastive.data.order_choice import order_for
-from contrastive.data.record import Record, Source, Wrapped
+from contrastive.data.record import FaultCounts, Record, Source, Wrapped
 from contrastive.data.sources import SOURCES, open_source
 from contrastive.data.sources.derived import ClassPrompts, LabelledSubset, Mixture
 
@@ -53,6 +53,7 @@ class Full(Source):
     captioned, labelled, prompted, remote = False, True, False, True
     templates, heldout_labels, weights = ("the {}",), frozenset({1}), (1,)
     shard_sizes = np.array([3, 0, 5])
+    reading, left_aside = "2 class folders", FaultCounts(not_an_image={"count": 1, "keys": ["readme.md"]})
 
     def __init__(self):
         self.asked = []

@@ -5,11 +5,12 @@ import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 from refusals import refused
 from torch.utils.data import DataLoader
 
-from contrastive.data.record import BadSample
-from contrastive.data.sources import SOURCES, open_source
+from contrastive.data.record import BadSample, FaultCounts
+from contrastive.data.sources import SOURCES, announce, open_source
 from contrastive.data.sources.arrays import Digits
 
 # Digits
@@ -184,3 +185,21 @@ def test_scheme_of_another_package(monkeypatch):
     source = open_source("upper:test", prompts="plain")
     assert source.captions(0)[0].isupper()
     refused("uper:test", "Did you mean 'upper'")
+
+
+# What was read as what
+
+
+def test_a_source_says_what_it_was_taken_for(tmp_path, capsys):
+    for place in ("one/a.png", "two/b.png"):
+        (tmp_path / place).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / place)
+    announce(open_source(str(tmp_path)))
+    assert capsys.readouterr().err == f"{tmp_path}: 2 samples; 2 class folders\n"
+    table = tmp_path / "pairs.csv"
+    table.write_text("image,title\none/a.png,a dog\n")
+    source = open_source(str(table))
+    source.left_aside = FaultCounts(not_an_image={"count": 2, "keys": ["readme.md", "x.pdf"]})
+    announce(source)
+    said = "1 samples; image: column 'image', caption: column 'title'; left aside: 2 not_an_image, as 'readme.md'"
+    assert capsys.readouterr().err == f"{table}: {said}\n"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["SOURCES", "open_source"]
+__all__ = ["SOURCES", "announce", "open_source"]
 
 
 def __getattr__(name: str) -> Any:

@@ -152,6 +152,8 @@ class ColumnSource(Source):
         self._ends = np.cumsum([part.num_rows for part in parts])
         self._images = cells[columns.image]
         self._captions = [(cells[caption], weight) for caption, weight in columns.weighted]
+        named = [f"{what}: column '{held}'" for what, held in vars(columns).items() if what != "weighted" and held]
+        self.reading = ", ".join(named)
         if columns.label:
             known = class_names or (parts[0].folder and class_names_beside(parts[0].folder)) or None
             self._labels, self.class_names = _read_labels(cells[columns.label], known, name)

@@ -36,6 +36,7 @@ class ImageFiles(Source):
         self._root, self._labels = root, labels
         self._paths = PackedBytes.of(os.fsencode(path) for path in paths)
         self.fingerprint = fingerprint_of(os.fsencode("\0".join((*paths, *texts))))
+        self.reading = "captions: a .txt beside each image" if labels is None else f"{len(class_names)} class folders"
 
     def __len__(self) -> int:
         return len(self._paths)

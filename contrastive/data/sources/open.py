@@ -14,6 +14,7 @@ from contrastive.data.sources.derived import ClassPrompts, Mixture, split_mixtur
 from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote
 from contrastive.data.sources.torchvision_sets import SETS, cifar_folders, open_cifar, open_named
 from contrastive.errors import UserError, did_you_mean
+from contrastive.log import say
 from contrastive.registry import Registry
 
 # Each kind of source is imported where it is opened: a run on rendered scenes loads no reader of tables.
@@ -68,6 +69,19 @@ def open_source(
     specs, weights = split_mixture(spec)
     parts = [_as_pairs(_open(part, columns), templates) for part in specs]
     return parts[0] if len(parts) == 1 else Mixture(spec, parts, weights)
+
+
+def announce(source: Source) -> None:
+    """Say in one line for each part what a source was taken for, and what was left aside."""
+    for part in source.parts:
+        line = f"{part.name}: {len(part):,} samples"
+        if part.reading:
+            line += f"; {part.reading}"
+        for reason, found in part.left_aside.commonest_first().items():
+            line += f"; left aside: {found['count']:,} {reason}"
+            if found["keys"]:
+                line += f", as '{found['keys'][0]}'"
+        say(line)
 
 
 def _open(spec: str, columns: Columns) -> Source:
