@@ -1,6 +1,8 @@
 """Rank, device, precision and the wrapped model: the only file that touches Accelerate."""
 
+import argparse
 import datetime
+import functools
 import math
 import os
 import re
@@ -24,6 +26,14 @@ from contrastive.distributed import end_with_parent
 from contrastive.errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
+# What `accelerate launch` can be told that changes nothing here: groups of its flags, and our option for some of them.
+_NOT_OURS = ("Training Paradigm", "TPU", "DeepSpeed", "FSDP", "Megatron-LM", "FP8", "AWS", "ParallelismConfig")
+_OURS = {
+    "gradient_accumulation_steps": "use --train.accumulate",
+    "gradient_clipping": "use --train.max_grad_norm",
+    "megatron_lm_gradient_clipping": "use --train.max_grad_norm",
+    "fsdp_activation_checkpointing": "use --model.image.gradient_checkpointing",
+}
 
 
 class Runtime:
@@ -38,8 +48,8 @@ class Runtime:
         folder: where trackers that write files put them.
 
     Raises:
-        UserError: bf16 asked of a device without it, a tracker that is not installed, or a launch with FSDP,
-            DeepSpeed or fp16.
+        UserError: bf16 asked of a device without it, a tracker that is not installed, a launch with FSDP, DeepSpeed or
+            fp16, or with another precision than asked for here.
     """
 
     def __init__(self, precision: Precision = "auto", trackers: tuple[str, ...] = (), folder: Path | None = None):
@@ -47,10 +57,13 @@ class Runtime:
         has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not has_bf16:
             raise UserError("train.precision 'bf16': this GPU has no bf16; use --train.precision fp32")
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if asked not in ("no", "bf16"):
-            raise UserError(f"accelerate launch --mixed_precision {asked} is not supported; use bf16 or no")
-        wants_bf16 = precision == "bf16" or (precision == "auto" and has_bf16 and (on_gpu or asked == "bf16"))
+        asked = _asked_precision()
+        if asked and precision not in ("auto", asked):
+            raise UserError(
+                f"train.precision is {precision}, but accelerate launch (or its configuration) says --mixed_precision "
+                f"{'no' if asked == 'fp32' else asked}; leave one of them out"
+            )
+        wants_bf16 = precision == "bf16" or (precision == "auto" and has_bf16 and (asked or on_gpu) in ("bf16", True))
         absent = set(trackers) - {str(tracker) for tracker in get_available_trackers()}
         if absent:
             raise UserError(f"tracker {', '.join(sorted(absent))} is unknown or not installed: pip install it first")
@@ -58,6 +71,9 @@ class Runtime:
         if on_gpu and "LOCAL_RANK" in os.environ:
             # gloo beside NCCL: small agreements between hosts need not wait for the GPUs.
             handlers.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))
+        _check_environment()
+        if launched() and not on_gpu:
+            os.environ["ACCELERATE_USE_CPU"] = "true"  # else torchrun's processes would not meet where there is no GPU
         self._accelerator = Accelerator(
             mixed_precision="bf16" if wants_bf16 else "no",
             log_with=list(trackers) or None,
@@ -138,13 +154,19 @@ def joined_ranks(asked: str | None) -> Iterator[str | torch.device]:
         return
     if device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    runtime = Runtime("fp32")
+    runtime = Runtime()
     yield runtime.device
     runtime.close()
 
 
 def prepare_process() -> None:
-    """Mend how `accelerate launch` starts and leaves processes. Call it first thing in a script."""
+    """Mend how `accelerate launch` starts and leaves processes. Call it first thing in a script.
+
+    Raises:
+        UserError: the launcher was told what has no effect here, or started processes that cannot meet.
+    """
+    _check_flags()
+    _check_environment()
     _start_all_processes()
     _use_all_cores()
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
@@ -152,46 +174,112 @@ def prepare_process() -> None:
         end_with_parent(signal.SIGTERM)
 
 
+def _check_flags() -> None:
+    """Raise UserError for a flag of `accelerate launch` that would change nothing."""
+    flags = launch_flags()
+    if flags is None:
+        return
+    from accelerate.commands.launch import launch_command_parser
+
+    groups = launch_command_parser()._action_groups
+    unused = {a.dest for group in groups if group.title.startswith(_NOT_OURS) for a in group._group_actions} | {"tpu"}
+    if flags.dynamo_backend in (None, "no"):
+        unused |= {name for name in vars(flags) if name.startswith("dynamo_") and name != "dynamo_backend"}
+    for name in sorted(flags.nondefault & unused):
+        value = getattr(flags, name)
+        if name != "gradient_accumulation_steps" or value != 1:
+            told = "" if value is True else f" {value}"
+            how = f"{_OURS[name]}{told}" if name in _OURS else "leave it out"
+            raise UserError(f"accelerate launch --{name}{told} has no effect here; {how}")
+
+
+def _check_environment() -> None:
+    """Raise UserError for what a launcher's environment asks in vain, and for processes that cannot meet."""
+    given = os.environ.get
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if given(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            flag = f"--use_{name.lower()}"
+            raise UserError(f"{flag} of accelerate launch (or its configuration) is not supported; leave it out")
+    steps = given("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        raise UserError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS has no effect here; use --train.accumulate {steps}")
+    if launched():
+        absent = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not given(name)]
+        if absent:
+            raise UserError(
+                f"WORLD_SIZE is {given('WORLD_SIZE')}, but there is no {', '.join(absent)}: start all processes with "
+                "accelerate launch or torchrun, or unset WORLD_SIZE for a run of one"
+            )
+    elif given("ACCELERATE_USE_CPU", "").lower() != "true":  # else Accelerate itself reads what MPI set
+        for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+            if int(given(name) or 1) > 1:
+                raise UserError(
+                    f"{name} is {given(name)}, but these processes would not meet: start torchrun once a machine, "
+                    f"with --nnodes and --rdzv_endpoint, or unset {name} for runs of their own"
+                )
+
+
+def _asked_precision() -> Literal["fp32", "bf16"] | None:
+    """What `accelerate launch` was told of precision, if anything; by default it says 'no' of itself."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16"):
+        raise UserError(f"accelerate launch --mixed_precision {asked} is not supported; use bf16 or no")
+    flags = launch_flags()
+    said_no = flags is not None and flags.mixed_precision == "no"
+    return "bf16" if asked == "bf16" else "fp32" if said_no else None
+
+
 def _use_all_cores() -> None:
     """Without --cpu accelerate 1.15 gives its one process a single thread, even where there is no GPU.
 
     A number of threads that the user chose, in the launcher's own environment or by flag, is left alone.
     """
-    if torch.cuda.is_available() or os.environ.get("OMP_NUM_THREADS") != "1" or "RANK" in os.environ:
+    flags = launch_flags()
+    if torch.cuda.is_available() or os.environ.get("OMP_NUM_THREADS") != "1" or "RANK" in os.environ or flags is None:
         return
-    launcher = _launcher()
-    if launcher is None or "OMP_NUM_THREADS" in launcher.environ():
-        return
-    if not any("threads" in word for word in launcher.cmdline()):
+    if flags.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in psutil.Process().parent().environ():
         torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def _start_all_processes() -> None:
-    """Become as many processes as `accelerate launch --cpu --num_processes N` was asked for.
+    """Become as many processes as `accelerate launch --num_processes N` was asked for where there is no GPU.
 
     Without MPI accelerate 1.15 starts only one of them, and says nothing. It shows: an address to meet at is
     set, but no rank. torchrun then replaces this process, with N read from accelerate's own command line.
     """
     ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if not on_cpu or "MASTER_PORT" not in os.environ or any(name in os.environ for name in ranks):
+    by_accelerate = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
+    if not by_accelerate or any(name in os.environ for name in ranks):
         return
-    from accelerate.commands.launch import launch_command_parser
-
-    launcher = _launcher()
-    words = launcher.cmdline() if launcher is not None else ["launch"]
-    options, _ = launch_command_parser().parse_known_args([*words[words.index("launch") + 1 :], "no script"])
-    if options.num_processes is None or (options.num_machines or 1) > 1:
+    flags = launch_flags()
+    if flags is None or flags.num_processes is None or (flags.num_machines or 1) > 1:
         raise UserError("cannot tell how many processes to start; use torchrun --nproc_per_node N instead")
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(options.num_processes)]
+    if os.environ["ACCELERATE_USE_CPU"].lower() != "true" and torch.cuda.is_available():
+        raise UserError(
+            f"accelerate launch --num_processes {flags.num_processes} starts one process where there is one GPU; give "
+            "--num_processes 1, or --multi_gpu"
+        )
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(flags.num_processes)]
     torchrun += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
 
 
-def _launcher() -> psutil.Process | None:
-    """The `accelerate launch` that started this process, if one did and its command line can be read."""
+@functools.cache
+def launch_flags() -> argparse.Namespace | None:
+    """The flags of the `accelerate launch` that started this process, if one did and its command line can be read.
+
+    Its `nondefault` are the names of those that were given.
+    """
     parent = psutil.Process().parent()
     try:
-        return parent if parent is not None and "launch" in parent.cmdline() else None
+        words = parent.cmdline() if parent is not None and "ACCELERATE_MIXED_PRECISION" in os.environ else []
     except psutil.Error:
         return None
+    names = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
+    start = next((place + 1 for place, word in enumerate(words) if word.rpartition("/")[2] in names), None)
+    if start is None:
+        return None
+    from accelerate.commands.launch import launch_command_parser
+
+    return launch_command_parser().parse_known_args([*words[start:], "no script"])[0]
