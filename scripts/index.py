@@ -14,7 +14,6 @@ default ~/.cache/contrastive). An index folder may be copied, and named in place
 """
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -22,9 +21,11 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from contrastive.config import parse
+from contrastive.data.record import FaultCounts
 from contrastive.data.shards.indexing import index_shards, verify_shards
 from contrastive.data.shards.shard_index import IndexedShard
 from contrastive.data.shards.shard_manifest import find_shards, is_index, read_index, total
+from contrastive.data.shards.shard_source import Shards
 from contrastive.data.sources.paths import expand_paths, expand_urls, is_remote
 from contrastive.errors import UserError
 from contrastive.log import run_script
@@ -76,20 +77,31 @@ def indexed(spec: str) -> list[IndexedShard]:
     return shards
 
 
-def describe(shards: Sequence[IndexedShard]) -> str:
-    refused = sum((Counter(shard.summary.refused) for shard in shards), Counter())
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(refused.items()))
+def describe(spec: str, shards: Sequence[IndexedShard]) -> str:
+    source = Shards(spec, shards)
+    refused, left_aside = FaultCounts(), FaultCounts(source.left_aside)
+    for shard in shards:
+        refused.include(shard.summary.refused)
+    for reason in refused:
+        del left_aside[reason]
     folders = sorted({os.path.dirname(shard.index_path) for shard in shards})
     return "\n".join(
         (
             f"shards    {len(shards):,} ({total(shards, 'size') / 1e9:.2f} GB)",
-            f"samples   {total(shards, 'samples'):,}",
+            f"samples   {len(source):,}",
             f"captioned {total(shards, 'captions'):,}",
             f"labelled  {total(shards, 'labels') + total(shards, 'label_names'):,}",
-            f"refused   {refused.total():,}" + (f" ({reasons})" if reasons else ""),
+            f"read as   {source.reading or 'no captions'}",
+            f"refused   {_counted(refused)}",
+            f"left      {_counted(left_aside)}",
             f"index     {', '.join(folders)}",
         )
     )
+
+
+def _counted(counts: FaultCounts) -> str:
+    reasons = ", ".join(f"{found['count']:,} {reason}" for reason, found in counts.commonest_first().items())
+    return f"{sum(found['count'] for found in counts.values()):,}" + (f" ({reasons})" if reasons else "")
 
 
 def main(arguments: list[str]) -> None:
@@ -99,7 +111,7 @@ def main(arguments: list[str]) -> None:
         verify_shards(shards, options.workers)
     else:
         shards = index_shards(shards_of(options.spec), digest=True, workers=options.workers, force=options.force)
-    print(describe(shards))
+    print(describe(options.spec, shards))
     if options.verify:
         print("verified  every shard is as it was when it was indexed")
 

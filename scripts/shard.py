@@ -38,7 +38,7 @@ class ShardConfig:
     image_column: str | None = None
     """Column of a table that holds the image or its path; none: found by its usual names."""
     caption_column: str | None = None
-    """Column (or field of KEY.json) of the captions; none: found by its usual names."""
+    """Column (field of KEY.json, suffix as txt) of the captions; none: found by its usual names."""
 
 
 def main(args: list[str]) -> None:

@@ -50,7 +50,7 @@ class CaptionOptions:
     """Where captions are found and how they become tokens."""
 
     caption_column: str | None = None
-    """Column (or field of KEY.json) of the captions, or several with weights: alt=1,synthetic=3; none: usual names."""
+    """Column, field of KEY.json or suffix (txt) of captions; several with weights: alt=1,txt=3; none: usual names."""
     caption_templates: tuple[str, ...] = ("{}",)
     """Texts of which one is drawn for each caption, which takes the place of {}: "{}" "a photo of {}"."""
     clean: Cleaning = "none"

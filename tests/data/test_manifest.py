@@ -162,7 +162,10 @@ def test_counts_are_of_what_the_shards_hold(tmp_path):
     summary = entry.summary
     assert (summary.samples, summary.captions, summary.labels, summary.label_names) == (6, 1, 2, 1)
     assert summary.fields == ("caption", "captions", "label", "width")
-    assert summary.refused == {"bad_json": 1, "missing_image": 1, "duplicate_member": 1}
+    assert summary.refused == {
+        reason: {"count": 1, "keys": [key]}
+        for reason, key in (("bad_json", "d"), ("missing_image", "e"), ("duplicate_member", "f"))
+    }
 
 
 def test_a_shard_that_is_still_being_written_is_refused(tmp_path, monkeypatch):

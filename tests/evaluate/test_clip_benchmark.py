@@ -112,10 +112,11 @@ def test_workers_need_not_be_forked(shards):
     assert len(list(pickle.loads(pickle.dumps(dataset)))) == 150
 
 
-def test_retrieval_agrees(benchmark, shards, tmp_path):
+@pytest.mark.parametrize("column", [None, "txt"])  # a list in KEY.json, lines in KEY.txt
+def test_retrieval_agrees(benchmark, shards, tmp_path, column):
     given = ("--dataset", "wds/colours", "--task", "zeroshot_retrieval", "--recall_k", 1, 5, 10)
     [result] = benchmark(*given, "--dataset_root", captioned(shards, tmp_path / "data"))
-    source = open_source(str(shards / "test" / "0.tar"))
+    source = open_source(str(shards / "test" / "0.tar"), caption_column=column)
     own = retrieval(colour_bundle(), source, device="cpu", captions="all")
     assert 10 < own["image_to_text_r1"] < 90 and 10 < own["text_to_image_r1"] < 90
     ways = {"text_retrieval": "image_to_text", "image_retrieval": "text_to_image"}

@@ -36,7 +36,8 @@ def remote_shards(spec: str, urls: Sequence[str]) -> list[IndexedShard]:
     if missing:
         raise UserError(
             f"{spec}: {missing} of its {len(urls)} shards have no index yet; "
-            f"run `python scripts/index.py '{spec}'` once, which downloads every shard"
+            f"run `python scripts/index.py '{spec}'` once, which downloads every shard "
+            "(one of an earlier version has to be made anew)"
         )
     return shards
 

@@ -2,32 +2,26 @@
 
 import json
 import os
-import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from itertools import chain
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from contrastive.data.shards.tar_members import BLOCK, Member, iter_members
-from contrastive.data.sources.paths import IMAGE_SUFFIXES
+from contrastive.data.record import FaultCounts
+from contrastive.data.shards.grouping import IMAGES, ROLES, Group, group_members, shown
+from contrastive.data.shards.tar_members import BLOCK
+from contrastive.data.sources.beside import CAPTION_FIELDS, MAX_TEXT_BYTES, caption_lines, json_fields, same_texts
 from contrastive.errors import UserError
 from contrastive.files import sha256, write_whole
 
-ROLES = ("image", "txt", "json", "cls")
 # Why a sample is refused; the place in the tuple is what the index stores.
 REFUSALS = ("", "duplicate_member", "not_a_file", "unsafe_name")
-CAPTION_FIELDS = ("captions", "caption")
-MAX_TEXT_BYTES = 2**20
-# Of each of ROLES, the best first.
-_SUFFIXES = tuple(tuple(map(str.encode, suffixes)) for suffixes in (IMAGE_SUFFIXES, *((name,) for name in ROLES[1:])))
-_KNOWN = frozenset(chain(*_SUFFIXES))
-_META = re.compile(rb"__[^/]*__($|/)")  # not samples, by WebDataset's convention
+_MOST_OTHERS = 16
 # Offsets are kept in blocks of 512 bytes as int32, which is half the memory and reaches 1 TB. A member of this size
 # or above is refused anyway, so that its size may be cut to it.
 _LARGEST = 2**31 - 1
@@ -68,22 +62,25 @@ class PackedBytes:
 class ShardIndex:
     """The samples of one shard, in its order (n samples).
 
-    spans: int32 (n, 4, 2), of each of ROLES the first block of 512 bytes and the size in bytes; size -1 where
-        the sample has none.
+    spans: int32 (n, 4 + m, 2), of each of ROLES and of `others` the first block of 512 bytes and the size in bytes;
+        size -1 where the sample has none.
     refusals: uint8 (n,), an index into REFUSALS; 0 for a sample that may be used.
-    keys: the names up to the first dot of the base name, folder included.
+    keys: the names up to the suffix, which begins at the first dot of the base name as a rule, folder included.
+    others: the m commonest suffixes of members that are read where `caption_column` names them.
     """
 
     spans: np.ndarray
     refusals: np.ndarray
     keys: PackedBytes
+    others: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.refusals)
 
     def span(self, row: int, role: str) -> tuple[int, int]:
         """Return the offset and size in bytes of a member, size -1 where the sample has none."""
-        block, size = self.spans[row, ROLES.index(role)].tolist()
+        roles = ROLES + self.others
+        block, size = self.spans[row, roles.index(role)].tolist() if role in roles else (0, -1)
         return block * BLOCK, size
 
 
@@ -93,7 +90,10 @@ class ShardSummary:
 
     size, mtime_ns: its state when it was indexed; mtime_ns is 0 for a remote one. sha256: None when nobody asked.
     samples: all of them. captions, labels: how many have a caption under the usual names, a label by number.
-    label_names: how many have a label by name. fields: of the JSON. refused: how many for which reason.
+    label_names: how many have a label by name. of_json: how many have a caption in KEY.json. lines: how many have
+    several lines in KEY.txt. unlike: in how many KEY.json and KEY.txt say different things. fields: of the JSON.
+    texts: suffixes that may hold captions. refused: the samples that cannot be used, by reason; left_aside: members
+    that are read as nothing, by suffix or reason. Both as FaultCounts, with one key of each reason.
     """
 
     size: int
@@ -103,8 +103,13 @@ class ShardSummary:
     captions: int
     labels: int
     label_names: int
+    of_json: int
+    lines: int
+    unlike: int
     fields: tuple[str, ...]
-    refused: dict[str, int] = field(hash=False)
+    texts: tuple[str, ...]
+    refused: dict[str, dict] = field(hash=False)
+    left_aside: dict[str, dict] = field(hash=False)
 
 
 class IndexedShard(NamedTuple):
@@ -118,32 +123,43 @@ class IndexedShard(NamedTuple):
 def index_shard(path: str, digest: bool = False) -> tuple[ShardIndex, ShardSummary]:
     """Index one shard; `digest` asks for its sha256, for which all of it is read.
 
-    Members that follow each other with one key make a sample, as in WebDataset. Only members with a suffix
-    we use count. A sample that repeats a member or a key of the same shard, has a link in place of a file, or
-    '..' in its name is kept but refused on access, so that it is counted and never paired wrongly.
+    Members that follow each other with one key make a sample, as in WebDataset (see `group_members`). A sample that
+    repeats a member or a key of the same shard, has a link in place of a file, or '..' in its name is kept but refused
+    on access, so that it is counted and never paired wrongly.
 
     Raises:
         UserError: a torn or altered shard, by name and offset; one without samples, or still being written.
     """
     before = _state(path)
-    groups = _group(path)
+    groups, left_aside = group_members(path)
     if not groups:
-        raise UserError(f"{path} holds no sample: no KEY.jpg, KEY.png, ... with a KEY.txt or KEY.json")
-    spans = np.full((len(groups), len(ROLES), 2), (0, -1), dtype=np.int32)
-    for number, group in enumerate(groups):
-        for role, suffixes in enumerate(_SUFFIXES):
-            found = next(filter(None, map(group.members.get, suffixes)), None)
-            if found:
-                spans[number, role] = found.offset // BLOCK, min(found.size, _LARGEST)
-    index = ShardIndex(
-        spans=spans,
-        refusals=np.array([REFUSALS.index(group.refusal) for group in groups], dtype=np.uint8),
-        keys=PackedBytes.of(group.key for group in groups),
+        found = "".join(f"; it holds {found['count']:,} {reason}" for reason, found in left_aside.items())
+        raise UserError(f"{path} holds no sample: no KEY.jpg, KEY.png, ... with a KEY.txt or KEY.json{found}")
+    index = _index_of(groups)
+    summary = ShardSummary(
+        *before,
+        sha256(path) if digest else None,
+        len(index),
+        **_count(path, index),
+        left_aside=_one_key(left_aside),
     )
-    summary = ShardSummary(*before, sha256(path) if digest else None, len(index), **_count(path, index))
     if _state(path) != before:
         raise UserError(f"{path} changed while it was read; index it when it is complete")
     return index, summary
+
+
+def _index_of(groups: Sequence[Group]) -> ShardIndex:
+    commonest = Counter(suffix for group in groups for suffix in group.others).most_common(_MOST_OTHERS)
+    others = [suffix for suffix, _ in commonest if suffix.rpartition(b".")[2] not in IMAGES]
+    members = (member for group in groups for member in (*group.roles, *map(group.others.get, others)))
+    # One flat list: a small list for each member costs more than all the rest.
+    spans = [n for m in members for n in ((m.offset // BLOCK, min(m.size, _LARGEST)) if m else (0, -1))]
+    return ShardIndex(
+        spans=np.array(spans, dtype=np.int32).reshape(len(groups), -1, 2),
+        refusals=np.array([REFUSALS.index(group.refusal) for group in groups], dtype=np.uint8),
+        keys=PackedBytes.of(group.key for group in groups),
+        others=tuple(map(shown, others)),
+    )
 
 
 def _state(path: str) -> tuple[int, int]:
@@ -156,88 +172,57 @@ def _state(path: str) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
-@dataclass
-class _Group:
-    """The members of one sample."""
-
-    key: bytes
-    members: dict[bytes, Member]
-    refusal: str = ""
-
-
-def _group(path: str) -> list[_Group]:
-    groups, by_key = [], {}
-    for member in iter_members(path):
-        parts = split_key(member.name)
-        if parts is None or parts[1] not in _KNOWN or _META.match(member.name):
-            continue
-        key, suffix = parts
-        if not groups or groups[-1].key != key:
-            groups.append(_Group(key, {}))
-            # The same key again further on: nobody can tell which members belong together.
-            if key in by_key:
-                by_key[key].refusal = groups[-1].refusal = "duplicate_member"
-            by_key[key] = groups[-1]
-        group = groups[-1]
-        if suffix in group.members:
-            group.refusal = "duplicate_member"
-        elif not member.is_file:
-            group.refusal = "not_a_file"
-        elif b".." in key.split(b"/"):
-            group.refusal = "unsafe_name"
-        group.members[suffix] = member
-    return groups
-
-
-def split_key(name: bytes) -> tuple[bytes, bytes] | None:
-    """Split a member's name at the first dot of its base name; None for a name without key or suffix."""
-    folder, slash, base = name.rpartition(b"/")
-    stem, dot, suffix = base.partition(b".")
-    return (folder + slash + stem, suffix.lower()) if stem and dot else None
-
-
 def _count(path: str, index: ShardIndex) -> dict:
-    """Return the counts of a ShardSummary, for which every JSON of the shard is read."""
-    refused, fields = Counter(), {}
-    captions = labels = label_names = 0
+    """Return the counts of a ShardSummary, for which every text and JSON of the shard is read."""
+    refused, fields = FaultCounts(), {}
+    captions = labels = label_names = of_json = lines = unlike = 0
+    # Lists of numbers, column by column: a row of an array takes ten times as long to read.
+    (_, images), texts, jsons, (_, classes) = (index.spans[:, place].T.tolist() for place in range(len(ROLES)))
     with open(path, "rb") as file:
-        for row in range(len(index)):
-            if index.refusals[row]:
-                refused[REFUSALS[index.refusals[row]]] += 1
+        read = partial(os.pread, file.fileno())
+        for row, refusal in enumerate(index.refusals.tolist()):
+            reason = REFUSALS[refusal] or ("missing_image" if images[row] < 0 else "")
+            content = {}
+            if not reason and 0 <= jsons[1][row] <= MAX_TEXT_BYTES:
+                try:
+                    content = json_fields(read(jsons[1][row], jsons[0][row] * BLOCK))
+                except ValueError:
+                    reason = "bad_json"
+            if reason:
+                refused.add(reason, shown(index.keys[row]))
                 continue
-            if index.span(row, "image")[1] < 0:
-                refused["missing_image"] += 1
-                continue
-            offset, size = index.span(row, "json")
-            try:
-                readable = 0 <= size <= MAX_TEXT_BYTES
-                content = json_fields(os.pread(file.fileno(), size, offset)) if readable else {}
-            except ValueError:
-                refused["bad_json"] += 1
-                continue
-            fields |= dict.fromkeys(content)
-            label = content.get("label")
-            captions += index.span(row, "txt")[1] >= 0 or any(content.get(field) for field in CAPTION_FIELDS)
-            labels += index.span(row, "cls")[1] >= 0 or type(label) is int
+            label = stated = None
+            if content:
+                fields |= dict.fromkeys(content)
+                label, stated = content.get("label"), next(filter(None, map(content.get, CAPTION_FIELDS)), None)
+            size = texts[1][row]
+            captions += size >= 0 or bool(stated)
+            of_json += bool(stated)
+            labels += classes[row] >= 0 or type(label) is int
             label_names += type(label) is str
+            if 0 <= size <= MAX_TEXT_BYTES:
+                data = read(size, texts[0][row] * BLOCK).strip()
+                if stated or b"\n" in data or b"\r" in data:
+                    found = caption_lines(data.decode("utf-8-sig", "replace"))
+                    lines += len(found) > 1
+                    unlike += bool(stated) and not same_texts(found, stated)
+    known = [role for place, role in enumerate(ROLES[1:], start=1) if (index.spans[:, place, 1] >= 0).any()]
     return {
         "captions": captions,
         "labels": labels,
         "label_names": label_names,
+        "of_json": of_json,
+        "lines": lines,
+        "unlike": unlike,
         "fields": tuple(sorted(fields)[:_MAX_FIELDS]),
-        "refused": dict(refused),
+        "texts": (*known, *index.others),
+        "refused": _one_key(refused),
     }
 
 
-def json_fields(data: bytes) -> dict:
-    """Return the fields of a KEY.json. ValueError: no JSON object; UnicodeDecodeError, which is one: no UTF-8."""
-    try:
-        content = json.loads(data.decode("utf-8-sig"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError("not an object")
-    return content
+def _one_key(counts: FaultCounts) -> FaultCounts:
+    """The counts with one key of each reason: there may be 40,000 shards."""
+    return FaultCounts({reason: {**found, "keys": found["keys"][:1]} for reason, found in counts.items()})
 
 
 # The index as a file
@@ -254,6 +239,7 @@ def save_index(path: str, index: ShardIndex, summary: ShardSummary) -> None:
         "refusals": index.refusals,
         "key_ends": index.keys.ends,
         "key_blob": index.keys.blob,
+        "others": np.array(index.others, dtype=str),
         "summary": np.frombuffer(json.dumps(asdict(summary)).encode(), dtype=np.uint8),
     }
     write_whole(Path(path), lambda file: np.savez_compressed(file, **arrays))
@@ -263,7 +249,7 @@ def _load(path: str) -> tuple[ShardIndex, ShardSummary]:
     with np.load(path) as stored:
         keys = PackedBytes(stored["key_ends"], stored["key_blob"])
         summary = summary_from(json.loads(stored["summary"].tobytes()))
-        return ShardIndex(stored["spans"], stored["refusals"], keys), summary
+        return ShardIndex(stored["spans"], stored["refusals"], keys, tuple(stored["others"].tolist())), summary
 
 
 def load_summary(path: str) -> ShardSummary | None:
@@ -297,8 +283,8 @@ def load_index(shard: IndexedShard) -> ShardIndex:
 
 def summary_from(values: dict) -> ShardSummary:
     """Build a summary from `dataclasses.asdict`'s values, as JSON keeps them."""
-    return ShardSummary(**{**values, "fields": _shared(tuple(values["fields"]))})
+    return ShardSummary(**{**values, **{name: _shared(tuple(values[name])) for name in ("fields", "texts")}})
 
 
-# One tuple for the same fields of 40,000 shards.
+# One tuple for the same names in 40,000 shards.
 _shared = lru_cache(maxsize=1024)(tuple)

@@ -18,7 +18,7 @@ from contrastive.errors import UserError
 from contrastive.files import cache_folder, write_whole
 
 INDEX_FOLDER, MANIFEST = ".contrastive-index", "manifest.json"
-_FORMAT, _VERSION = "contrastive shard index", 1
+_FORMAT, _VERSION = "contrastive shard index", 2
 # What a manifest beside its shards says of their place: the folder may be moved as a whole.
 _BESIDE = ".."
 

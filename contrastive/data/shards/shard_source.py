@@ -1,67 +1,64 @@
 """WebDataset shards as a map-style source: samples read from the tar files by offset, nothing extracted."""
 
-import math
 import os
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from contrastive.data.class_sets import class_names_beside
-from contrastive.data.record import BadSample, Record, Source, check_index, fingerprint_of, part_and_row
+from contrastive.data.record import BadSample, FaultCounts, Record, Source, check_index, fingerprint_of, part_and_row
 from contrastive.data.shards.remote import Wanted, open_copy
-from contrastive.data.shards.shard_index import (
-    CAPTION_FIELDS,
-    MAX_TEXT_BYTES,
-    REFUSALS,
-    IndexedShard,
-    json_fields,
-    load_index,
-)
+from contrastive.data.shards.shard_index import REFUSALS, IndexedShard, ShardSummary, load_index
 from contrastive.data.shards.shard_manifest import total
-from contrastive.data.sources.columns import weighted_names
+from contrastive.data.sources.beside import CAPTION_FIELDS, Beside, Captions, caption_names, count_aside, spoken
 from contrastive.data.sources.paths import MAX_IMAGE_BYTES, is_remote, short_names
 from contrastive.errors import UserError
 
-Captions = tuple[tuple[str, ...], tuple[float, ...] | None]
+USUAL = (".json", ".txt")
+_LINES = ", one a line"
 
 
 class Shards(Source):
     """The samples of a list of indexed shards, in their order. Nothing of a shard is read before it is touched.
 
-    Captions come from KEY.json ({"captions": [...], "weights": [...]} or {"caption": ...}), else from KEY.txt;
-    labels from KEY.cls or the "label" of the JSON, an index or a class name. Class names are read from
+    Captions come from KEY.json ({"captions": [...], "weights": [...]} or {"caption": ...}), else from KEY.txt, one a
+    line; labels from KEY.cls or the "label" of the JSON, an index or a class name. Class names are read from
     classes.json or classnames.txt beside the shards, or in the index folder of remote ones. A key is unique in
     its shard only; messages name both.
 
     Args:
         name: the specification, for messages.
         shards: see `index_shards`, `remote_shards` and `read_index`.
-        caption_field: the field of the JSON that holds the caption or the list of them, or several with weights,
-            'alt=1,synthetic=3'.
+        caption_column: where the captions are instead, a field of KEY.json or the suffix of a text ('txt'), or several
+            of them with weights, 'alt=1,txt=3'. A sample without it has no caption.
 
     Raises:
-        UserError: no sample with the caption field.
+        UserError: no sample with the field or the text.
     """
 
-    def __init__(self, name: str, shards: Sequence[IndexedShard], caption_field: str | None = None):
+    def __init__(self, name: str, shards: Sequence[IndexedShard], caption_column: str | None = None):
         self.name = name
         self._shards = tuple(shards)
         locations = [shard.location for shard in shards]
         self._shard_names = short_names(locations)
-        self.shard_sizes = np.array([shard.summary.samples for shard in shards], dtype=np.int64)
+        rows = [shard.summary for shard in shards]
+        self.shard_sizes = np.array([row.samples for row in rows], dtype=np.int64)
         self._ends = np.cumsum(self.shard_sizes)
         self.remote = any(map(is_remote, locations))
         beside = shards[0].index_path if is_remote(locations[0]) else locations[0]
         class_names = class_names_beside(Path(beside).parent)
         self.labelled = bool(total(shards, "labels") or (class_names and total(shards, "label_names")))
         self.class_names = class_names if self.labelled else None
-        self._caption_fields = self._find_fields(caption_field) if caption_field else ()
-        self.captioned = bool(caption_field or total(shards, "captions"))
-        named = zip(self._shard_names, shards, strict=True)
-        identity = "\n".join(f"{short} {shard.summary.size} {shard.summary.samples}" for short, shard in named)
-        self.fingerprint = fingerprint_of(identity)
+        fields, suffixes = (sorted({held for row in rows for held in getattr(row, of)}) for of in ("fields", "texts"))
+        self._asked = caption_names(caption_column, fields, suffixes, name) if caption_column else ()
+        self.captioned = bool(caption_column or total(shards, "captions"))
+        self.reading, self.left_aside = self._read_as(rows)
+        named = zip(self._shard_names, rows, strict=True)
+        identity = "\n".join(f"{short} {row.size} {row.samples}" for short, row in named)
+        # A run begun when such a text was one caption is not to go on with several.
+        self.fingerprint = fingerprint_of(identity + (_LINES if _LINES in self.reading else ""))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -84,21 +81,35 @@ class Shards(Source):
         remote = (self._shards[number] for number in shards if is_remote(self._shards[number].location))
         return [(shard.location, shard.summary.size, shard.summary.sha256) for shard in remote]
 
+    def _read_as(self, rows: Sequence[ShardSummary]) -> tuple[str, FaultCounts]:
+        """Return the phrase of what is read as captions, and what is left aside, of the summaries of the shards."""
+        names, note, asked = [name for name, _ in self._asked], "", bool(self._asked)
+        captions, of_json, lines, unlike = (
+            sum(getattr(row, of) for row in rows) for of in ("captions", "of_json", "lines", "unlike")
+        )
+        if not asked:
+            held = {field for row in rows for field in row.fields}
+            names = [field for field in CAPTION_FIELDS if of_json and field in held]
+            names += [".txt"] if captions > of_json else []
+            if unlike:
+                note = f" (KEY.txt says other in {unlike:,} samples; caption_column txt takes it)"
+        said = (", " if asked else ", else ").join(map(spoken, names)) + (_LINES if lines and ".txt" in names else "")
+        left_aside = FaultCounts()
+        for short, row in zip(self._shard_names, rows, strict=True):
+            for reason, found in (row.refused | row.left_aside).items():
+                if reason not in names:
+                    keys = [f"{short}/{key}" for key in found["keys"]]
+                    count_aside(left_aside, reason, *keys, count=found["count"])
+        return f"captions: {said}{note}" if names else "", left_aside
+
     def _sample(self, index: int) -> "ShardSample":
         number, row = part_and_row(self._ends, check_index(self, index))
         return ShardSample(self._shards[number], row, self._shard_names[number])
 
     def _captions(self, sample: "ShardSample") -> Captions:
-        if len(self._caption_fields) > 1:
-            return _of_several(self._caption_fields, sample.fields, sample.key)
-        for name in (name for name, _ in self._caption_fields) if self._caption_fields else CAPTION_FIELDS:
-            texts = _texts(sample.fields.get(name), sample.key)
-            if texts and any(map(str.strip, texts)):
-                weights = sample.fields.get("weights") if name == "captions" else None
-                return texts, _weights(weights, len(texts), sample.key)
-        text = sample.text("txt")
-        # The end of the line belongs to the file, not to the caption.
-        return () if text is None else (text.rstrip("\r\n"),), None
+        if len(self._asked) > 1:
+            return sample.weighted_captions(self._asked)
+        return sample.captions([name for name, _ in self._asked] or USUAL)
 
     def _label(self, sample: "ShardSample") -> int | None:
         if not self.labelled:
@@ -116,46 +127,8 @@ class Shards(Source):
             raise BadSample("bad_label", sample.key)
         return value
 
-    def _find_fields(self, asked: str) -> tuple[tuple[str, float], ...]:
-        present = sorted({name for shard in self._shards for name in shard.summary.fields})
-        weighted = ((asked, 1.0),) if asked in present else weighted_names(asked)
-        for field, _ in weighted:
-            if field not in present:
-                there = f"the fields there are: {', '.join(present)}" if present else "the samples have no JSON"
-                raise UserError(f"{self.name}: no caption field '{field}' in the JSON of the samples; {there}")
-        return weighted
 
-
-def _texts(value: object, key: str) -> tuple[str, ...] | None:
-    """Return the captions of a JSON field, None where it holds none. BadSample 'bad_caption'."""
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list):
-        return None
-    if not all(isinstance(text, str) for text in value):
-        raise BadSample("bad_caption", key)
-    return tuple(value)
-
-
-def _of_several(fields: Sequence[tuple[str, float]], content: dict, key: str) -> Captions:
-    """The captions of all fields; those of one share its weight evenly."""
-    found = [(_texts(content.get(name), key) or (), weight) for name, weight in fields]
-    weights = tuple(weight / len(texts) for texts, weight in found for _ in texts)
-    return tuple(text for texts, _ in found for text in texts), weights
-
-
-def _weights(value: object, count: int, key: str) -> tuple[float, ...] | None:
-    """Return the weights beside `count` captions, None where there are none. BadSample 'bad_weights'."""
-    if value is None:
-        return None
-    numbers = value if isinstance(value, list) else []
-    good = len(numbers) == count and all(type(number) in (int, float) and number >= 0 for number in numbers)
-    if not good or not 0 < sum(numbers) < math.inf:
-        raise BadSample("bad_weights", key)
-    return tuple(map(float, numbers))
-
-
-class ShardSample:
+class ShardSample(Beside):
     """Row `row` of a shard, read by offset; `key` names it in messages. BadSample where the index refuses it."""
 
     def __init__(self, shard: IndexedShard, row: int, shard_name: str):
@@ -164,9 +137,9 @@ class ShardSample:
         if self.index.refusals[row]:
             raise BadSample(REFUSALS[self.index.refusals[row]], self.key)
 
-    def read(self, role: str, limit: int) -> bytes | None:
-        """Return the member's bytes, None where the sample has none. BadSample 'too_large' above `limit`."""
-        offset, size = self.index.span(self.row, role)
+    def read(self, suffix: str, limit: int) -> bytes | None:
+        """As `Beside` has it; 'image' is the suffix of whichever image the sample has."""
+        offset, size = self.index.span(self.row, suffix)
         if size < 0:
             return None
         if size > limit:
@@ -176,22 +149,6 @@ class ShardSample:
         if len(data) != size:
             raise UserError(f"{self.shard.location} became shorter while in use, at byte {offset}; start again")
         return data
-
-    def text(self, role: str) -> str | None:
-        data = self.read(role, MAX_TEXT_BYTES)
-        try:
-            return None if data is None else data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise BadSample("bad_utf8", self.key) from None
-
-    @cached_property
-    def fields(self) -> dict:
-        """The fields of KEY.json, an empty dict where there is none. BadSample 'bad_utf8', 'bad_json'."""
-        data = self.read("json", MAX_TEXT_BYTES)
-        try:
-            return {} if data is None else json_fields(data)
-        except ValueError as error:
-            raise BadSample("bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json", self.key) from None
 
 
 class _OpenFile:

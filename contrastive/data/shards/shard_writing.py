@@ -22,6 +22,7 @@ from contrastive.data.preprocess import resize
 from contrastive.data.record import BadSample, FaultCounts, Record, Source
 from contrastive.data.shards.parallel import in_parallel
 from contrastive.data.sources import open_source
+from contrastive.data.sources.beside import caption_lines
 from contrastive.errors import UserError
 from contrastive.files import claim_folder, locked, write_json
 from contrastive.log import say
@@ -281,8 +282,8 @@ def _members(
     members = {suffix: image}
     if captions:
         members["txt"] = captions[0].encode()
-        # A text loses a byte-order mark and the end of its line when it is read back.
-        plain = captions[0].rstrip("\r\n") == captions[0] and not captions[0].startswith("\ufeff")
+        # A text loses a byte-order mark when it is read back, and is a caption a line.
+        plain = caption_lines(captions[0]) == captions[:1] and not captions[0].startswith("\ufeff")
         if len(captions) > 1 or weights or not plain:
             fields = {"captions": captions} | ({"weights": weights} if weights else {})
             members["json"] = json.dumps(fields, ensure_ascii=False).encode()

@@ -50,7 +50,8 @@ def open_source(
             (':SPLIT' after it where it has splits); a folder of images in class folders or with captions; several of
             these with weights, 'A=2,B=1' (see Mixture).
         image_column, caption_column: of tables and data sets; None looks for the usual names. For shards,
-            `caption_column` is the field of KEY.json. Sources without columns pass over both.
+            `caption_column` is a field of KEY.json, or the suffix of a text, as 'txt'. Sources without columns pass
+            over both.
         prompts: how class names become captions: a set of templates or a file (see `load_templates`). 'auto'
             keeps the captions a source has and takes the templates that fit for one without.
 
@@ -74,14 +75,17 @@ def open_source(
 def announce(source: Source) -> None:
     """Say in one line for each part what a source was taken for, and what was left aside."""
     for part in source.parts:
-        line = f"{part.name}: {len(part):,} samples"
-        if part.reading:
-            line += f"; {part.reading}"
-        for reason, found in part.left_aside.commonest_first().items():
-            line += f"; left aside: {found['count']:,} {reason}"
-            if found["keys"]:
-                line += f", as '{found['keys'][0]}'"
-        say(line)
+        said = f"; {part.reading}" if part.reading else ""
+        say(f"{part.name}: {len(part):,} samples{said}{_left_aside(part)}")
+
+
+def _left_aside(source: Source) -> str:
+    said = ""
+    for reason, found in source.left_aside.commonest_first().items():
+        said += f"; left aside: {found['count']:,} {reason}"
+        if found["keys"]:
+            said += f", as '{found['keys'][0]}'"
+    return said
 
 
 def _open(spec: str, columns: Columns) -> Source:
@@ -169,7 +173,7 @@ def _as_pairs(source: Source, templates: tuple[str, ...] | None) -> Source:
     if not captioned and not labelled:
         raise UserError(
             f"{source.name} has neither captions nor labels; name the column of the captions with caption_column, "
-            "or put KEY.txt, KEY.json or KEY.cls beside each image"
+            f"or put KEY.txt, KEY.json or KEY.cls beside each image{_left_aside(source)}"
         )
     if not labelled or not source.class_names or (captioned and templates is None):
         return source

@@ -1,0 +1,168 @@
+"""What lies beside an image under its key, in a shard or a folder: KEY.txt, a caption a line, KEY.json, other texts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Sequence
+from functools import cached_property
+
+from contrastive.data.record import BadSample, FaultCounts
+from contrastive.data.sources.columns import weighted_names
+from contrastive.errors import UserError, did_you_mean
+
+CAPTION_FIELDS = ("captions", "caption")
+MAX_TEXT_BYTES = 2**20
+MOST_REASONS = 16
+
+Captions = tuple[tuple[str, ...], tuple[float, ...] | None]
+
+
+class Beside:
+    """The files of one key. `key` names the sample in messages.
+
+    A name of captions is a field of KEY.json, or '.' and the suffix of a file: '.txt' for KEY.txt, '.json' for the
+    `CAPTION_FIELDS` of KEY.json.
+    """
+
+    key: str
+
+    def read(self, suffix: str, limit: int) -> bytes | None:
+        """Return the bytes of KEY.suffix, None where there is none. BadSample 'too_large' above `limit`."""
+        raise NotImplementedError
+
+    def text(self, suffix: str) -> str | None:
+        data = self.read(suffix, MAX_TEXT_BYTES)
+        try:
+            return None if data is None else data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise BadSample("bad_utf8", self.key) from None
+
+    @cached_property
+    def fields(self) -> dict:
+        """The fields of KEY.json, an empty dict where there is none. BadSample 'bad_utf8', 'bad_json'."""
+        return self._fields_of("json")
+
+    def captions(self, names: Sequence[str]) -> Captions:
+        """Return the captions, and their weights or None, of the first name that has any, else blank ones or none."""
+        found: tuple[str, ...] = ()
+        for name in names:
+            texts, weights = self._named(name)
+            if any(map(str.strip, texts)):
+                return texts, _weights(weights, len(texts), self.key)
+            found = found or texts
+        return found, None
+
+    def weighted_captions(self, weighted: Sequence[tuple[str, float]]) -> Captions:
+        """Return the captions of all names; those of one share its weight evenly."""
+        found = [(self._named(name)[0], weight) for name, weight in weighted]
+        weights = tuple(weight / len(texts) for texts, weight in found for _ in texts)
+        return tuple(text for texts, _ in found for text in texts), weights
+
+    def _named(self, name: str) -> tuple[tuple[str, ...], object]:
+        """Return the captions of one name, and whatever stands for their weights."""
+        if name[0] == "." and not name.endswith("json"):
+            text = self.text(name[1:])
+            return () if text is None else caption_lines(text), None
+        fields = self._fields_of(name[1:]) if name[0] == "." and name != ".json" else self.fields
+        for field in CAPTION_FIELDS if name[0] == "." else (name,):
+            texts = _texts(fields.get(field), self.key) or ()
+            if any(map(str.strip, texts)):
+                return texts, fields.get("weights") if field == "captions" else None
+        return texts, None
+
+    def _fields_of(self, suffix: str) -> dict:
+        data = self.read(suffix, MAX_TEXT_BYTES)
+        try:
+            return {} if data is None else json_fields(data)
+        except ValueError as error:
+            raise BadSample("bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json", self.key) from None
+
+
+def caption_lines(text: str) -> tuple[str, ...]:
+    """Return the captions of a KEY.txt: one a line, blank lines left out; of blank ones alone, that as one.
+
+    Lines end as files have it, in '\\n', '\\r\\n' or '\\r', and in no other character that Unicode has for it.
+    """
+    # The end of the line belongs to the file, not to the caption.
+    text = text.rstrip("\r\n")
+    if "\n" not in text and "\r" not in text:
+        return (text,)
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return tuple(line for line in lines if line.strip()) or (text,)
+
+
+def json_fields(data: bytes) -> dict:
+    """Return the fields of a KEY.json. ValueError: no JSON object; UnicodeDecodeError, which is one: no UTF-8."""
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("not an object")
+    return content
+
+
+def caption_names(
+    asked: str, fields: Collection[str], suffixes: Collection[str], where: str
+) -> tuple[tuple[str, float], ...]:
+    """Return the names of captions that `asked` means, as `Beside` takes them, each with its weight.
+
+    asked: fields of KEY.json or suffixes of files, with weights as `weighted_names` takes them. A field goes before a
+    suffix of that name, which '.txt' names too.
+
+    Raises:
+        UserError: one that is not there.
+    """
+    found = []
+    for name, weight in ((asked, 1.0),) if asked in fields else weighted_names(asked):
+        suffix = name.removeprefix(".").lower()
+        if name not in fields and suffix not in suffixes:
+            there = f"the fields there are: {', '.join(fields)}" if fields else "the samples have no JSON"
+            files = ", ".join(f".{known}" for known in suffixes)
+            hint = did_you_mean(name, (*fields, *suffixes))
+            raise UserError(
+                f"{where}: no caption field '{name}' in the JSON of the samples; {there}; "
+                f"the texts beside the images are: {files or 'none'}.{hint}"
+            )
+        found.append((name if name in fields else f".{suffix}", weight))
+    return tuple(found)
+
+
+def spoken(name: str) -> str:
+    """Return a name of captions as a source's `reading` has it: "KEY.txt", "KEY.json 'alt'"."""
+    return f"KEY{name}" if name.startswith(".") else f"KEY.json '{name}'"
+
+
+def same_texts(lines: Sequence[str], value: object) -> bool:
+    """Whether one of them, lines of KEY.txt and a field of KEY.json, says nothing that the other does not say."""
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    first, second = ({" ".join(str(text).split()) for text in given} for given in (lines, texts))
+    return first <= second or second <= first
+
+
+def count_aside(counts: FaultCounts, reason: str, *keys: str, count: int = 1) -> None:
+    """Count what is not read by reason, as 'other' where there are many reasons: suffixes may be anything."""
+    counts.add(reason if reason in counts or len(counts) < MOST_REASONS else "other", *keys, count=count)
+
+
+def _texts(value: object, key: str) -> tuple[str, ...] | None:
+    """Return the captions of a JSON field, None where it holds none. BadSample 'bad_caption'."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list):
+        return None
+    if not all(isinstance(text, str) for text in value):
+        raise BadSample("bad_caption", key)
+    return tuple(value)
+
+
+def _weights(value: object, count: int, key: str) -> tuple[float, ...] | None:
+    """Return the weights beside `count` captions, None where there are none. BadSample 'bad_weights'."""
+    if value is None:
+        return None
+    numbers = value if isinstance(value, list) else []
+    good = len(numbers) == count and all(type(number) in (int, float) and number >= 0 for number in numbers)
+    if not good or not 0 < sum(numbers) < math.inf:
+        raise BadSample("bad_weights", key)
+    return tuple(map(float, numbers))
