@@ -18,12 +18,13 @@ from tyro.conf import Positional, arg
 
 from contrastive.config import parse
 from contrastive.data.augment import AugmentConfig
-from contrastive.data.inspection import QUANTITIES, chosen_indices, measure, see, summary
+from contrastive.data.doubts import doubts
+from contrastive.data.inspection import QUANTITIES, chosen_indices, facts, measure, see, summary
 from contrastive.data.settings import CaptionOptions
 from contrastive.data.sources import announce, open_source
 from contrastive.errors import UserError
 from contrastive.log import console, run_script, say, warn
-from contrastive.visualize.inspection_page import PAGE, claim, facts, spark, write_inspection
+from contrastive.visualize.inspection_page import PAGE, claim, spark, write_inspection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def main(args: list[str]) -> None:
     indices = chosen_indices(source, config.samples, config.seed)
     tokenizer = config.make_tokenizer(source, config.context_length)
     found = measure(source, indices, tokenizer)
-    figures = summary(source, found, tokenizer, len(indices))
+    figures = summary(source, found, tokenizer)
     seen = []
     try:
         seen, figures["images_per_second"] = see(
@@ -82,6 +83,8 @@ def main(args: list[str]) -> None:
         warn(f"{error}: there are no samples to show")
     write_inspection(folder, figures, seen, tokenizer)
     _print(figures)
+    for line in doubts(source, found, tokenizer, config.image_size):
+        warn(line)
     say(f"look at {folder / PAGE}")
 
 

@@ -1,12 +1,11 @@
 """What a data source holds, measured on some of its samples, and what the model will see of it."""
 
-import copy
 import hashlib
 import io
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch
 from PIL import Image
 
 from contrastive.data.augment import AugmentConfig
-from contrastive.data.captions import MAX_CAPTION_CHARS, caption_fault
+from contrastive.data.captions import caption_fault
 from contrastive.data.decode import FORMATS, decode
 from contrastive.data.loader import train_loader
 from contrastive.data.order_choice import order_for
 from contrastive.data.record import BadSample, FaultCounts, Record, Source
-from contrastive.data.samples import PairDataset
+from contrastive.data.samples import PairDataset, SampleDataset
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.log import bar
 
@@ -36,6 +35,7 @@ QUANTITIES = {
 }
 BINS = 24
 DUPLICATES_SHOWN = 20
+ONE_COLOUR = 2  # of 255: how far apart the pixels of a picture of nothing may be, after JPEG
 REMOTE_BLOCKS = 4  # of consecutive samples, so that few shards are fetched
 
 
@@ -43,12 +43,23 @@ REMOTE_BLOCKS = 4  # of consecutive samples, so that few shards are fetched
 class Measured:
     """What the inspected samples and their captions are; see `summary`."""
 
+    inspected: int = 0
+    readable: int = 0  # whose image was read, and decoded as far as asked
     lengths: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # by the names of QUANTITIES
     formats: Counter = field(default_factory=Counter)
     labels: Counter = field(default_factory=Counter)
     faults: FaultCounts = field(default_factory=FaultCounts)
     caption_keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # text to keys
     image_keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # hash to keys
+    one_colour: list[str] = field(default_factory=list)  # keys of images that show nothing
+    drawn: Counter = field(default_factory=Counter)  # text, or group of texts, to how often it is drawn in an epoch
+    drawn_twice: float = 0.0  # of these squares' sum, what a sample has with itself
+
+    @property
+    def matching(self) -> float:
+        """The probability that two of the samples come with one text, or with two of one `caption_group`."""
+        pairs = sum(self.drawn.values()) * (sum(self.drawn.values()) - 1)
+        return max(0.0, (sum(n * n for n in self.drawn.values()) - self.drawn_twice) / pairs) if pairs > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -56,9 +67,10 @@ class Seen:
     """One sample as the model gets it: image uint8 (3, S, S), tokens int64 (L,); and what the source has for it."""
 
     image: torch.Tensor
-    tokens: torch.Tensor
+    tokens: torch.Tensor | None  # None for a classifier
     key: str
     captions: tuple[str, ...]
+    label: int | None
 
 
 def chosen_indices(source: Source, samples: int | None, seed: int) -> np.ndarray:
@@ -74,81 +86,95 @@ def chosen_indices(source: Source, samples: int | None, seed: int) -> np.ndarray
     return np.sort(rng.choice(size, samples, replace=False))
 
 
-def measure(source: Source, indices: Sequence[int], tokenizer: Tokenizer) -> Measured:
-    """Read and decode the samples at `indices` in full and return what they are."""
-    # A length that no caption reaches tells how long each is before it is cut.
-    uncut = copy.copy(tokenizer)
-    uncut.context_length = MAX_CAPTION_CHARS * 4
+def measure(
+    source: Source, indices: Iterable[int], tokenizer: Tokenizer | None, decoded: int | None = None
+) -> Measured:
+    """Read the samples at `indices` and return what they are.
+
+    Args:
+        tokenizer: None leaves captions aside.
+        decoded: how many images to decode, of which alone the sizes are known; None: all. The others are compared.
+    """
     found = Measured()
     for index in bar(indices, "reading samples"):
+        found.inspected += 1
         key = ""
         try:
             record = source[int(index)]
             key = record.key
-            _measure_image(record, found)
+            _measure_image(record, found, whole=decoded is None or found.readable < decoded)
         except BadSample as fault:
             found.faults.add(fault.reason, fault.key or key)
-        else:
-            _measure_captions(record, uncut, found)
+            continue
+        if record.label is not None:
+            found.labels[record.label] += 1
+        if tokenizer is not None:
+            _measure_captions(record, tokenizer, found)
     return found
 
 
-def _measure_image(record: Record, found: Measured) -> None:
-    pixels = decode(record.image)
-    _, height, width = pixels.shape
-    for name, length in (("height", height), ("width", width), ("short_side", min(height, width))):
-        found.lengths[name].append(length)
-    if isinstance(record.image, bytes):
-        with Image.open(io.BytesIO(record.image), formats=FORMATS) as opened:
-            found.formats[f"{opened.format} {opened.mode}"] += 1
-        found.lengths["file_bytes"].append(len(record.image))
-        content = record.image
-    else:
-        found.formats["pixels"] += 1
-        content = pixels.contiguous().numpy().tobytes()
-    found.image_keys[hashlib.blake2b(content, digest_size=16).hexdigest()].append(record.key)
+def image_hash(image: Any) -> str:
+    """Return a hash of an image as it is stored: of its bytes, or of its pixels where there is no file."""
+    content = image if isinstance(image, bytes) else decode(image).contiguous().numpy().tobytes()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _measure_captions(record: Record, uncut: Tokenizer, found: Measured) -> None:
-    if record.label is not None:
-        found.labels[record.label] += 1
+def _measure_image(record: Record, found: Measured, whole: bool) -> None:
+    if whole:
+        pixels = decode(record.image)
+        _, height, width = pixels.shape
+        for name, length in (("height", height), ("width", width), ("short_side", min(height, width))):
+            found.lengths[name].append(length)
+        if int((pixels.amax((1, 2)).int() - pixels.amin((1, 2)).int()).max()) <= ONE_COLOUR:
+            found.one_colour.append(record.key)
+        if isinstance(record.image, bytes):
+            with Image.open(io.BytesIO(record.image), formats=FORMATS) as opened:
+                found.formats[f"{opened.format} {opened.mode}"] += 1
+            found.lengths["file_bytes"].append(len(record.image))
+        else:
+            found.formats["pixels"] += 1
+    found.image_keys[image_hash(record.image)].append(record.key)
+    found.readable += 1
+
+
+def _measure_captions(record: Record, tokenizer: Tokenizer, found: Measured) -> None:
     found.lengths["captions_per_sample"].append(len(record.captions))
     if not record.captions:
         found.faults.add("missing_caption", record.key)
-    for caption in record.captions:
+    shares = Counter()
+    for caption, weight in zip(record.captions, record.caption_weights or (1,) * len(record.captions), strict=False):
         fault = caption_fault(caption)
         if fault:
             found.faults.add(fault, record.key)
             continue
         found.caption_keys[caption].append(record.key)
         found.lengths["caption_characters"].append(len(caption))
-        found.lengths["caption_tokens"].append(_num_tokens(uncut(caption)[0], uncut))
+        found.lengths["caption_tokens"].append(tokenizer.num_tokens(caption))
+        shares[record.caption_group or tokenizer.cleaned(caption)] += weight if 0 <= weight < math.inf else 0
+    for text, share in shares.items():
+        share /= shares.total() or 1
+        found.drawn[text] += share
+        found.drawn_twice += share**2
 
 
-def _num_tokens(row: torch.Tensor, tokenizer: Tokenizer) -> int:
-    """Return how many ids a text has, special ones included."""
-    places = (row == tokenizer.eos_id).nonzero()
-    # The text itself may hold the end's token; where padding is that token too, the first one ends the text.
-    return int(places[0 if tokenizer.pad_id == tokenizer.eos_id else -1]) + 1
-
-
-def summary(source: Source, found: Measured, tokenizer: Tokenizer, inspected: int) -> dict[str, Any]:
+def summary(source: Source, found: Measured, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return the figures as plain values for JSON. Sizes are in pixels, upright; of text in characters and tokens."""
-    lengths = found.lengths["caption_tokens"]
-    long_texts = sum(length > tokenizer.context_length for length in lengths)
+    lengths, context = found.lengths["caption_tokens"], tokenizer and tokenizer.context_length
+    long_texts = sum(length > context for length in lengths)
     result = {
         "source": source.name,
         "samples": len(source),
-        "inspected": inspected,
-        "readable": len(found.lengths["height"]),
+        "inspected": found.inspected,
+        "readable": found.readable,
         "unusable": found.faults.commonest_first(),
         "formats": dict(found.formats.most_common()),
         **{name: distribution(found.lengths[name]) for name in QUANTITIES},
-        "context_length": tokenizer.context_length,
+        "context_length": context,
         "truncated_captions": {"count": long_texts, "share": long_texts / max(1, len(lengths))},
         # Captions made from class names repeat by design.
-        "duplicate_captions": None if source.prompted else _duplicates(found.caption_keys),
+        "duplicate_captions": None if source.prompted or not tokenizer else _duplicates(found.caption_keys),
         "duplicate_images": _duplicates(found.image_keys),
+        "images_of_one_colour": len(found.one_colour),
     }
     if source.class_names or found.labels:
         names = source.class_names or ()
@@ -159,6 +185,31 @@ def summary(source: Source, found: Measured, tokenizer: Tokenizer, inspected: in
             ]
         }
     return result
+
+
+def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the figures that are not distributions as (name, value) in words."""
+    rows = [
+        ("samples", f"{figures['samples']:,}"),
+        ("inspected", f"{figures['inspected']:,}, {figures['readable']:,} of them readable"),
+        ("formats", ", ".join(f"{count:,} {name}" for name, count in figures["formats"].items()) or "none"),
+    ]
+    for reason, found in figures["unusable"].items():
+        more = ", ..." if found["count"] > 5 else ""
+        rows.append((f"unusable: {reason}", f"{found['count']:,}: {', '.join(found['keys'][:5])}{more}"))
+    if "classes" in figures:
+        commonest = ", ".join(f"{name} ({count:,})" for name, count in figures["classes"]["commonest"][:5])
+        rows.append(("classes", f"{figures['classes']['seen']:,} seen, the commonest: {commonest}"))
+    if figures["context_length"]:
+        cut, context = figures["truncated_captions"], f"the context of {figures['context_length']} tokens"
+        rows.append(("cut captions", f"{cut['count']:,} ({cut['share']:.1%}) are longer than {context}"))
+    for what in ("captions", "images"):
+        found = figures[f"duplicate_{what}"]
+        if found is not None:
+            rows.append((f"duplicate {what}", f"{found['count']:,} of {found['of']:,}"))
+    if figures.get("images_per_second"):
+        rows.append(("loader", f"{figures['images_per_second']:,.0f} images/s in one process, augmented"))
+    return rows
 
 
 def distribution(values: Sequence[int]) -> dict[str, Any] | None:
@@ -210,11 +261,21 @@ def see(
     dataset = PairDataset(source, order, tokenizer, image_size, augment, caption_templates)
     steps = 1 + math.ceil(samples / shown)
     batches = iter(train_loader(dataset, num_steps=steps))
-    first, started = next(batches), time.perf_counter()
+    next(batches)
+    started = time.perf_counter()
     loaded = sum(len(batch["index"]) for batch in batches)
     rate = loaded / (time.perf_counter() - started)
-    records = [source[int(index)] for index in first["index"]]
-    return [
-        Seen(image, tokens, record.key, record.captions)
-        for image, tokens, record in zip(first["image"], first["tokens"], records, strict=True)
-    ], rate
+    return first_samples(dataset, shown), rate
+
+
+def first_samples(dataset: SampleDataset, count: int) -> list[Seen]:
+    """Return the samples that training sees first.
+
+    Raises:
+        UserError: as from training, where no sample can be used.
+    """
+    shown = []
+    for sample in map(dataset.__getitem__, range(count)):
+        record = dataset.source[sample["index"]]
+        shown.append(Seen(sample["image"], sample.get("tokens"), record.key, record.captions, record.label))
+    return shown

@@ -5,6 +5,7 @@ ids: a SigLIP text tower pools its last position, so a shorter row would mean so
 is too long is cut so that eos still ends it, which is the position a CLIP text tower pools.
 """
 
+import copy
 import functools
 import gzip
 import importlib.util
@@ -21,7 +22,7 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from contrastive.data.captions import Cleaning, caption_fault, clean_text
+from contrastive.data.captions import MAX_CAPTION_CHARS, Cleaning, caption_fault, clean_text
 from contrastive.errors import UserError, did_you_mean
 from contrastive.files import read_json, write_json
 
@@ -75,6 +76,12 @@ class Tokenizer(ABC):
         for target, row in zip(padded, rows, strict=True):
             target[: len(row)] = row
         return torch.from_numpy(padded)
+
+    def num_tokens(self, text: str) -> int:
+        """Return how many ids a text has before it is cut, special ones included."""
+        uncut = copy.copy(self)
+        uncut.context_length = MAX_CAPTION_CHARS * 4  # which no caption reaches
+        return len(uncut._encode([self.cleaned(text)])[0])
 
     def decode(self, ids: torch.Tensor | Sequence[int]) -> str:
         """Return the text of one row of ids, as the vocabulary keeps it (lower-cased for BPE), up to eos."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from contrastive.data.record import BadSample, Source, some_have
-from contrastive.data.sources import open_source
+from contrastive.data.sources import announce, open_source
 from contrastive.distributed.collectives import rank, together, world_size
 from contrastive.errors import UserError
 from contrastive.evaluate.embedding_store import (
@@ -88,6 +88,7 @@ class EvaluatedModel:
         """Return the opened data."""
         if data not in self._sources:
             self._sources[data] = open_source(data)
+            announce(self._sources[data])
         return self._sources[data]
 
     def embeddings(self, data: str, space: Space = "projected", texts: bool = False) -> EmbeddingSet:

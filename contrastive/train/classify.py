@@ -10,7 +10,7 @@ from rich.table import Table
 from contrastive.config import preset
 from contrastive.data.decode import decode
 from contrastive.data.record import BadSample, Source, some_have
-from contrastive.data.sources import open_source
+from contrastive.data.sources import announce, open_source
 from contrastive.data.sources.derived import labelled_share
 from contrastive.data.sources.open import held_out_spec
 from contrastive.errors import UserError
@@ -71,12 +71,14 @@ def open_data(config: C) -> tuple[Source, list[Source], C]:
     found = held_out_spec(data.train) if not data.eval else None
     config = replace(config, data=replace(data, eval=data.eval or ((found,) if found else ())))
     held_out = [open_source(spec, image_column=data.image_column) for spec in config.data.eval]
+    if data.share != 1:
+        source = labelled_share(source, data.share)
+    announce(source, "data.train")
     for other in held_out:
+        announce(other, "data.eval")
         check_same_classes(source.class_names, source.name, other)
         if not some_have(other, lambda index, other=other: other.label(index) is not None):
             raise UserError(f"data.eval {other.name} has no class labels; classifiers are scored on labelled images")
-    if data.share != 1:
-        source = labelled_share(source, data.share)
     return source, held_out, config
 
 

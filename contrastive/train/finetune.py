@@ -8,7 +8,7 @@ import torch
 
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import Source
-from contrastive.data.sources import open_source
+from contrastive.data.sources import announce, open_source
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import classification, zero_shot, zero_shot_classifier
@@ -88,6 +88,7 @@ def finetune(config: FinetuneConfig) -> bool:
     if config.head == "zero_shot":
         others = [open_source(spec) for spec in config.wise_ft.eval]
         for other in others:
+            announce(other, "wise_ft.eval")
             _check_named(other, "wise_ft.eval")
         task = WiseFT(config, model, source, held_out, bundle, others)
     else:

@@ -79,6 +79,8 @@ class RunConfig:
     """Run folder; one that fits by default."""
     resume: bool = False
     """Continue the run from its newest whole checkpoint, with the options it was started with."""
+    dry_run: bool = False
+    """Show what the run would learn from, and stop there; nothing is written."""
     optimizer: OptimizerConfig = slot(OPTIMIZERS, "adamw")
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

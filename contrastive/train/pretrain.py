@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from contrastive.data.record import Source
-from contrastive.data.sources import open_source
+from contrastive.data.sources import announce, open_source
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer
 from contrastive.interop.bundle import Bundle
 from contrastive.log import say
@@ -39,7 +39,10 @@ def pretrain(config: PretrainConfig) -> bool:
     data = config.data
     columns = {"image_column": data.image_column, "caption_column": data.caption_column, "prompts": data.prompts}
     source = open_source(data.train, **columns)
+    announce(source, "data.train")
     held_out = [open_source(spec, **columns) for spec in data.eval]
+    for other in held_out:
+        announce(other, "data.eval")
     tokenizer = _tokenizer(config, source, checkpoint, start)
     config = resolve(config, source, tokenizer)
     task = ContrastiveTask(config, source, tokenizer, held_out)

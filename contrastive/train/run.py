@@ -13,9 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 import yaml
-from rich.table import Table
 
 from contrastive.config import flatten, parse, rename_flags, take_option, to_dict
 from contrastive.data.order_choice import order_for
@@ -23,8 +21,8 @@ from contrastive.distributed.collectives import gather_objects
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.files import locked, write_folder, write_whole
-from contrastive.log import console, is_main_process, read_metrics, say, warn
-from contrastive.train.checkpoint import find_checkpoint
+from contrastive.log import is_main_process, read_metrics, say, warn
+from contrastive.train.checkpoint import find_checkpoint, read_cursor
 from contrastive.train.loop import Trainer, merged
 from contrastive.train.options import LENGTHS, RunConfig, check_division
 from contrastive.train.task import TrainingTask
@@ -108,6 +106,14 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
     order = order_for(task.source, train.global_batch_size, train.seed, **options)
     runtime = Runtime(train.precision, config.trackers, folder)
     check_division(train, runtime.world_size)
+    if runtime.is_main:
+        from contrastive.train.first_look import first_look  # later than the options, which may be wrong
+
+        first_look(task, order, runtime, resumed_at=read_cursor(checkpoint)["step"] if checkpoint else 0)
+    if config.dry_run:
+        say("a dry run: nothing was trained, nothing was written")
+        runtime.close()
+        return True
     busy = f"another process is training in {folder}; wait for it or use another --run_folder"
     with locked(folder / LOCK, busy) if runtime.is_main else nullcontext():
         if runtime.is_main:
@@ -119,9 +125,8 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
             raise UserError(f"ranks see different checkpoints in {folder}/checkpoints: {', '.join(map(str, seen))}")
         trainer = Trainer(task, order, runtime, folder, checkpoint)
         if runtime.is_main:
-            own = yaml.safe_dump(to_dict(replace(config, resume=False)), sort_keys=False, width=110)
+            own = yaml.safe_dump(to_dict(replace(config, resume=False, dry_run=False)), sort_keys=False, width=110)
             write_whole(folder / "config.yaml", own)
-            _show(task, runtime)
         runtime.start_trackers(folder.name, flatten(to_dict(config)))
         finished = trainer.fit()
         if finished:
@@ -129,20 +134,6 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
         runtime.barrier()  # the others wait for the first rank's files
         runtime.close()
     return finished
-
-
-def _show(task: TrainingTask, runtime: Runtime) -> None:
-    """Print what is about to be trained, on what, where."""
-    config = task.config
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("run", config.run_folder)
-    table.add_row("data", f"{task.source.name}: {len(task.source):,} samples")
-    for name, text in task.describe():
-        table.add_row(name, text)
-    table.add_row("training", f"{config.train.steps:,} steps of {config.train.global_batch_size:,} samples")
-    threads = f", {torch.get_num_threads()} threads each" if runtime.device.type == "cpu" else ""
-    table.add_row("on", f"{runtime.world_size} x {runtime.device.type}, {runtime.precision}{threads}")
-    console.print(table)
 
 
 def _finish(trainer: Trainer) -> None:

@@ -12,6 +12,7 @@ from contrastive.data.order import SampleOrder
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
 from contrastive.data.samples import SampleDataset
+from contrastive.data.tokenizer import Tokenizer
 from contrastive.distributed.runtime import Runtime
 from contrastive.models import ImageTowerConfig
 from contrastive.train.options import RunConfig
@@ -32,6 +33,8 @@ class TrainingTask(ABC):
     """The weights, not wrapped for several ranks."""
     preprocess: Preprocess
     """How its images are made."""
+    tokenizer: Tokenizer | None = None
+    """How its texts are made, where it has any."""
     chance_loss: float
     """The loss of a model that tells nothing apart."""
     advice: str

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from contrastive.data.inspection import QUANTITIES, Seen
+from contrastive.data.inspection import QUANTITIES, Seen, facts
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.files import claim_folder, write_json, write_whole
@@ -55,30 +55,6 @@ def spark(distribution: dict[str, Any]) -> str:
     """Return a histogram as one line of characters."""
     counts = distribution["histogram"]["counts"]
     return "".join(_BARS[math.ceil(count / max(counts) * (len(_BARS) - 1))] for count in counts)
-
-
-def facts(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the figures that are not distributions as (name, value) in words."""
-    rows = [
-        ("samples", f"{figures['samples']:,}"),
-        ("inspected", f"{figures['inspected']:,}, {figures['readable']:,} of them readable"),
-        ("formats", ", ".join(f"{count:,} {name}" for name, count in figures["formats"].items()) or "none"),
-    ]
-    for reason, found in figures["unusable"].items():
-        more = ", ..." if found["count"] > 5 else ""
-        rows.append((f"unusable: {reason}", f"{found['count']:,}: {', '.join(found['keys'][:5])}{more}"))
-    if "classes" in figures:
-        commonest = ", ".join(f"{name} ({count:,})" for name, count in figures["classes"]["commonest"][:5])
-        rows.append(("classes", f"{figures['classes']['seen']:,} seen, the commonest: {commonest}"))
-    cut, context = figures["truncated_captions"], f"the context of {figures['context_length']} tokens"
-    rows.append(("cut captions", f"{cut['count']:,} ({cut['share']:.1%}) are longer than {context}"))
-    for what in ("captions", "images"):
-        found = figures[f"duplicate_{what}"]
-        if found is not None:
-            rows.append((f"duplicate {what}", f"{found['count']:,} of {found['of']:,}"))
-    if figures.get("images_per_second"):
-        rows.append(("loader", f"{figures['images_per_second']:,.0f} images/s in one process, augmented"))
-    return rows
 
 
 def _page(figures: dict[str, Any], seen: Sequence[Seen], tokenizer: Tokenizer) -> str:

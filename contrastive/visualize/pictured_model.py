@@ -13,7 +13,7 @@ from contrastive.data.captions import caption_fault
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.prompts import default_templates, fill
 from contrastive.data.record import BadSample, Record, Source
-from contrastive.data.sources import open_source
+from contrastive.data.sources import announce, open_source
 from contrastive.data.sources.paths import IMAGE_SUFFIXES, read_image_file
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
@@ -204,7 +204,9 @@ def _read_place(place: str, preprocess: Preprocess, limit: int) -> tuple[list[_I
     elif path.is_file() and path.suffix.lower() not in (".tar", ".csv", ".tsv", ".jsonl", ".parquet"):
         kinds = ", ".join(f".{suffix}" for suffix in IMAGE_SUFFIXES)
         raise UserError(f"{path} is not an image file ({kinds}), nor data that is read")
-    return _read_source(open_source(place), preprocess, limit)
+    source = open_source(place)
+    announce(source)
+    return _read_source(source, preprocess, limit)
 
 
 def _loose_images(folder: Path) -> list[Path]:

@@ -51,7 +51,7 @@ def inspect_data(monkeypatch, *args):
 
 def figures_of(table, context_length=77):
     source, tokenizer = open_source(str(table)), clip_tokenizer(context_length)
-    return summary(source, measure(source, range(6), tokenizer), tokenizer, 6)
+    return summary(source, measure(source, range(6), tokenizer), tokenizer)
 
 
 def test_figures_are_counted_by_hand(table):

@@ -23,7 +23,7 @@ def test_train_then_finetune(tmp_path):
     vit, tuned = tmp_path / "vit", tmp_path / "tuned"
     short = ("--data", "digits", "--batch-size", "64", "--epochs=0.5", "--lr", "0.01", "--model", "tiny")
     said = run("train_classifier.py", *short, *model, "--run_folder", vit, launcher=ACCELERATE)
-    assert "parameters" in said and "data         digits:train: 1,442 samples" in said
+    assert "parameters" in said and "data.train digits:train: 1,442 samples" in said
     assert len(rows(vit)) == 11 and "classification/digits:test/acc1" in rows(vit, "eval")[-1]
     assert rows(vit)[-1]["lr"] < 0.01 == max(row["lr"] for row in rows(vit))
     more = ("--data", "digits", "--data.share", "0.1", "--train.steps", "2", "--batch_size", "64")

@@ -62,7 +62,8 @@ def check_folder(folder, expected):
 
 def test_data_with_captions(visualize, dual, tmp_path):
     done = visualize(dual, "scenes:test", "--limit", 3, "--out", tmp_path / "out")
-    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 0 and done.stderr.count("\n") == 2, done.stderr
+    assert done.stderr.startswith("scenes:test: ")  # what was read, before where to look
     page = check_folder(tmp_path / "out", WITHOUT_TEXT | WITH_TEXT)
     assert "Of 3 images," in page and "sigmoid" in page
     assert not {path.name for path in (tmp_path / "out").iterdir()} - {

@@ -72,11 +72,14 @@ def open_source(
     return parts[0] if len(parts) == 1 else Mixture(spec, parts, weights)
 
 
-def announce(source: Source) -> None:
-    """Say in one line for each part what a source was taken for, and what was left aside."""
+def announce(source: Source, role: str = "") -> None:
+    """Say in one line for each part what a source was taken for, and what was left aside.
+
+    role: the option that named it, where there are several.
+    """
     for part in source.parts:
         said = f"; {part.reading}" if part.reading else ""
-        say(f"{part.name}: {len(part):,} samples{said}{_left_aside(part)}")
+        say(f"{role} {part.name}: {len(part):,} samples{said}{_left_aside(part)}".lstrip())
 
 
 def _left_aside(source: Source) -> str:
