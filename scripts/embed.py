@@ -53,7 +53,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def embed(options: argparse.Namespace) -> None:
     layout = {name: getattr(options, name) for name in StoreOptions.__dataclass_fields__}
     source = open_source(options.data, image_column=options.image_column, caption_column=options.caption_column)
-    announce(source)
     with joined_ranks(options.device) as device:
         bundle = contrastive.load(options.run, device=device)
         if options.only:
@@ -66,6 +65,7 @@ def embed(options: argparse.Namespace) -> None:
             check_texts(bundle, source)
         store = claim_store(options.out, store_config(model_identity(bundle), source, StoreOptions(**layout)))
         loading = {"batch_size": options.batch_size, "num_workers": options.workers, "progress": True}
+        announce(source)
         fill_store(store, bundle, source, parts, device=device, **loading)
     if is_main_process():
         report(store, parts)
