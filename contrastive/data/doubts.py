@@ -2,12 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import numpy as np
 
 from contrastive.data.inspection import Measured
-from contrastive.data.prompts import default_templates, fill
 from contrastive.data.record import Source
 from contrastive.data.tokenizer import Tokenizer
 
@@ -22,8 +21,7 @@ NO_CAPTIONS = {
     "missing values": r"(?:none|null|nan|n/a|undefined|<na>|true|false)",
     "identifiers": r"(?=\S*\d)(?:[\w-]*\d{5,}[\w-]*|[0-9a-f]{12,}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})",
 }
-_NUMBERED = r"(?:class|label|cls|cat|category|id|c|l)?[\s_-]*\d+"  # of classes
-FEW, MOST = 0.1, 0.9  # shares: of captions that are none, of class names that are none
+FEW, MOST = 0.1, 0.9  # shares: of captions or images that are odd, of images that are small
 ENLARGED = 3  # times, from which more pixels are made up than it is worth
 TEXTS = 512  # tokenized to be compared
 
@@ -36,20 +34,8 @@ def kind_of_text(text: str) -> str | None:
 
 def doubts(source: Source, found: Measured, tokenizer: Tokenizer | None, image_size: int) -> list[str]:
     """Return what is odd about measured samples of a source, for a model of this size and tokenizer."""
-    said = _about_names(source, source.class_names) if source.prompted and tokenizer else []
-    if tokenizer and not source.prompted:
-        said += _about_captions(found.caption_keys, tokenizer)
-    return said + _about_images(found, image_size)
-
-
-def _about_names(source: Source, names: Sequence[str]) -> list[str]:
-    odd = [name for name in names if kind_of_text(name) or re.fullmatch(_NUMBERED, name, re.IGNORECASE)]
-    if len(odd) < MOST * len(names):
-        return []
-    return [
-        f"the class names of {source.name} look like ids, as '{odd[0]}': the model reads "
-        f"'{fill(default_templates(source), odd[0])[0]}'; put a classnames.txt with their words beside the data"
-    ]
+    of_captions = tokenizer is not None and not source.prompted
+    return (_about_captions(found.caption_keys, tokenizer) if of_captions else []) + _about_images(found, image_size)
 
 
 def _about_captions(captions: Collection[str], tokenizer: Tokenizer) -> list[str]:
