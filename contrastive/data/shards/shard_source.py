@@ -12,7 +12,7 @@ from contrastive.data.record import BadSample, FaultCounts, Record, Source, chec
 from contrastive.data.shards.remote import Wanted, open_copy
 from contrastive.data.shards.shard_index import REFUSALS, IndexedShard, ShardSummary, load_index
 from contrastive.data.shards.shard_manifest import total
-from contrastive.data.sources.beside import CAPTION_FIELDS, Beside, Captions, caption_names, count_aside, spoken
+from contrastive.data.sources.beside import CAPTION_FIELDS, Beside, caption_names, count_aside, spoken
 from contrastive.data.sources.paths import MAX_IMAGE_BYTES, is_remote, short_names
 from contrastive.errors import UserError
 
@@ -52,8 +52,9 @@ class Shards(Source):
         self.labelled = bool(total(shards, "labels") or (class_names and total(shards, "label_names")))
         self.class_names = class_names if self.labelled else None
         fields, suffixes = (sorted({held for row in rows for held in getattr(row, of)}) for of in ("fields", "texts"))
-        self._asked = caption_names(caption_column, fields, suffixes, name) if caption_column else ()
-        self.captioned = bool(caption_column or total(shards, "captions"))
+        asked = caption_names(caption_column, fields, suffixes, name) if caption_column else None
+        self._names, self._weights = asked or (USUAL, None)
+        self.captioned = bool(asked or total(shards, "captions"))
         self.reading, self.left_aside = self._read_as(rows)
         named = zip(self._shard_names, rows, strict=True)
         identity = "\n".join(f"{short} {row.size} {row.samples}" for short, row in named)
@@ -68,11 +69,11 @@ class Shards(Source):
         image = sample.read("image", MAX_IMAGE_BYTES)
         if image is None:
             raise BadSample("missing_image", sample.key)
-        captions, weights = self._captions(sample)
+        captions, weights = sample.captions(self._names, self._weights)
         return Record(sample.key, image, captions, self._label(sample), weights)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._captions(self._sample(index))[0]
+        return self._sample(index).captions(self._names, self._weights)[0]
 
     def label(self, index: int) -> int | None:
         return self._label(self._sample(index)) if self.labelled else super().label(index)
@@ -83,17 +84,17 @@ class Shards(Source):
 
     def _read_as(self, rows: Sequence[ShardSummary]) -> tuple[str, FaultCounts]:
         """Return the phrase of what is read as captions, and what is left aside, of the summaries of the shards."""
-        names, note, asked = [name for name, _ in self._asked], "", bool(self._asked)
+        names, note, usual = self._names, "", self._names == USUAL
         captions, of_json, lines, unlike = (
             sum(getattr(row, of) for row in rows) for of in ("captions", "of_json", "lines", "unlike")
         )
-        if not asked:
+        if usual:
             held = {field for row in rows for field in row.fields}
             names = [field for field in CAPTION_FIELDS if of_json and field in held]
             names += [".txt"] if captions > of_json else []
             if unlike:
                 note = f" (KEY.txt says other in {unlike:,} samples; caption_column txt takes it)"
-        said = (", " if asked else ", else ").join(map(spoken, names)) + (_LINES if lines and ".txt" in names else "")
+        said = (", else " if usual else ", ").join(map(spoken, names)) + (_LINES if lines and ".txt" in names else "")
         left_aside = FaultCounts()
         for short, row in zip(self._shard_names, rows, strict=True):
             for reason, found in (row.refused | row.left_aside).items():
@@ -105,11 +106,6 @@ class Shards(Source):
     def _sample(self, index: int) -> "ShardSample":
         number, row = part_and_row(self._ends, check_index(self, index))
         return ShardSample(self._shards[number], row, self._shard_names[number])
-
-    def _captions(self, sample: "ShardSample") -> Captions:
-        if len(self._asked) > 1:
-            return sample.weighted_captions(self._asked)
-        return sample.captions([name for name, _ in self._asked] or USUAL)
 
     def _label(self, sample: "ShardSample") -> int | None:
         if not self.labelled:

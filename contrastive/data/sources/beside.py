@@ -43,21 +43,23 @@ class Beside:
         """The fields of KEY.json, an empty dict where there is none. BadSample 'bad_utf8', 'bad_json'."""
         return self._fields_of("json")
 
-    def captions(self, names: Sequence[str]) -> Captions:
-        """Return the captions, and their weights or None, of the first name that has any, else blank ones or none."""
+    def captions(self, names: Sequence[str], weights: Sequence[float] | None = None) -> Captions:
+        """Return the captions and their weights, or None.
+
+        Without `weights`, one for each name, those of the first name that has any, else blank ones or none. With them
+        those of all names; those of one share its weight evenly.
+        """
+        if weights:
+            of_each = [(self._named(name)[0], weight) for name, weight in zip(names, weights, strict=True)]
+            shares = tuple(weight / len(texts) for texts, weight in of_each for _ in texts)
+            return tuple(text for texts, _ in of_each for text in texts), shares
         found: tuple[str, ...] = ()
         for name in names:
-            texts, weights = self._named(name)
+            texts, given = self._named(name)
             if any(map(str.strip, texts)):
-                return texts, _weights(weights, len(texts), self.key)
+                return texts, _weights(given, len(texts), self.key)
             found = found or texts
         return found, None
-
-    def weighted_captions(self, weighted: Sequence[tuple[str, float]]) -> Captions:
-        """Return the captions of all names; those of one share its weight evenly."""
-        found = [(self._named(name)[0], weight) for name, weight in weighted]
-        weights = tuple(weight / len(texts) for texts, weight in found for _ in texts)
-        return tuple(text for texts, _ in found for text in texts), weights
 
     def _named(self, name: str) -> tuple[tuple[str, ...], object]:
         """Return the captions of one name, and whatever stands for their weights."""
@@ -105,8 +107,8 @@ def json_fields(data: bytes) -> dict:
 
 def caption_names(
     asked: str, fields: Collection[str], suffixes: Collection[str], where: str
-) -> tuple[tuple[str, float], ...]:
-    """Return the names of captions that `asked` means, as `Beside` takes them, each with its weight.
+) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+    """Return the names of captions that `asked` means and their weights, None of a single one, as `Beside` takes them.
 
     asked: fields of KEY.json or suffixes of files, with weights as `weighted_names` takes them. A field goes before a
     suffix of that name, which '.txt' names too.
@@ -114,7 +116,7 @@ def caption_names(
     Raises:
         UserError: one that is not there.
     """
-    found = []
+    names, weights = [], []
     for name, weight in ((asked, 1.0),) if asked in fields else weighted_names(asked):
         suffix = name.removeprefix(".").lower()
         if name not in fields and suffix not in suffixes:
@@ -125,8 +127,9 @@ def caption_names(
                 f"{where}: no caption field '{name}' in the JSON of the samples; {there}; "
                 f"the texts beside the images are: {files or 'none'}.{hint}"
             )
-        found.append((name if name in fields else f".{suffix}", weight))
-    return tuple(found)
+        names.append(name if name in fields else f".{suffix}")
+        weights.append(weight)
+    return tuple(names), tuple(weights) if len(names) > 1 else None
 
 
 def spoken(name: str) -> str:

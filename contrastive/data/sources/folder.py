@@ -1,26 +1,39 @@
 """A folder of image files, with class folders or with captions beside the images."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from contrastive.data.record import BadSample, Record, Source, check_index, fingerprint_of
+from contrastive.data.record import FaultCounts, Record, Source, check_index, fingerprint_of
 from contrastive.data.shards.shard_index import PackedBytes
+from contrastive.data.sources.beside import Captions
+from contrastive.data.sources.columns import Columns
+from contrastive.data.sources.folder_captions import (
+    FORMS,
+    FileBeside,
+    FolderCaptions,
+    FolderFiles,
+    captions_table,
+    find_captions,
+    is_hidden,
+    open_metadata,
+    sort_files,
+)
 from contrastive.data.sources.paths import IMAGE_SUFFIXES, read_image_file
 from contrastive.errors import UserError
 
-MAX_TEXT_BYTES = 2**20
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "dev"}
 
 
 class ImageFiles(Source):
-    """Files of images, with labels or with captions in .txt files beside them. The fingerprint covers the paths.
+    """Files of images, with labels or with captions in files beside them. The fingerprint covers the paths.
 
     Args:
         root: the folder that `paths` are relative to.
-        labels: int64, one an image. None: captions are looked for.
-        texts: the paths of the captions.
+        labels: int64, one an image.
+        captions: where they are, where there are no labels.
     """
 
     def __init__(
@@ -30,36 +43,30 @@ class ImageFiles(Source):
         paths: Sequence[str],
         labels: np.ndarray | None = None,
         class_names: tuple[str, ...] | None = None,
-        texts: Sequence[str] = (),
+        captions: FolderCaptions | None = None,
     ):
         self.name, self.class_names = name, class_names
-        self._root, self._labels = root, labels
+        self._root, self._labels, self._captions = root, labels, captions
         self._paths = PackedBytes.of(os.fsencode(path) for path in paths)
-        self.fingerprint = fingerprint_of(os.fsencode("\0".join((*paths, *texts))))
-        self.reading = "captions: a .txt beside each image" if labels is None else f"{len(class_names)} class folders"
+        self.fingerprint = fingerprint_of(os.fsencode("\0".join((*paths, *(captions.identity if captions else ())))))
+        self.reading = captions.reading if captions else f"{len(class_names)} class folders"
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Record:
         path, key = self._locate(index)
-        return Record(key, read_image_file(path, key), self.captions(index), self.label(index))
+        image, (captions, weights) = read_image_file(path, key), self._read_captions(path, key)
+        return Record(key, image, captions, self.label(index), weights)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        path, key = self._locate(index)
-        if self._labels is not None:
-            return ()
-        try:
-            with open(_text_path(path), "rb") as file:
-                data = file.read(MAX_TEXT_BYTES + 1)
-        except OSError:
-            return ()
-        if len(data) > MAX_TEXT_BYTES:
-            raise BadSample("too_large", key)
-        try:
-            return (data.decode("utf-8-sig").rstrip("\r\n"),)
-        except UnicodeDecodeError:
-            raise BadSample("bad_utf8", key) from None
+        return self._read_captions(*self._locate(index))[0]
+
+    def _read_captions(self, path: str, key: str) -> Captions:
+        if self._captions is None:
+            return (), None
+        sample = FileBeside(os.path.splitext(path)[0], key)
+        return sample.captions(self._captions.names, self._captions.weights)
 
     def _locate(self, index: int) -> tuple[str, str]:
         relative = self._paths[check_index(self, index)]
@@ -67,23 +74,35 @@ class ImageFiles(Source):
         return path, relative.decode("utf-8", "backslashreplace")
 
 
-def open_folder(name: str, root: str) -> ImageFiles:
-    """Open either ROOT/class_name/*.jpg (at any depth below the class folder), or images each with a .txt beside.
+def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
+    """Open images with captions beside them, a folder with metadata.csv, or ROOT/class_name/*.jpg (at any depth below).
 
-    One .txt beside an image is enough to make it a captioned folder; images without one have no caption.
-    Class names are the sorted names of the first-level folders. Hidden files and folders are left out.
+    One .txt beside an image, or one .json with a caption, is enough to make it a captioned folder; images without one
+    have no caption. Class names are the sorted names of the first-level folders. Hidden files and folders are left out.
 
     Raises:
         UserError: no images; neither captions nor class folders; splits or a single folder for classes.
     """
-    files = sorted(_walk(root))
-    images = [path for path in files if path.rpartition(".")[2].lower() in IMAGE_SUFFIXES]
-    texts = [path for path in files if path.rpartition(".")[2].lower() == "txt"]
+    columns, found = columns or Columns(), sorted(_walk(root))
+    images = [path for path in found if path.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not is_hidden(path)]
+    chosen = set(images)
+    files = sort_files(root, images, [path for path in found if path not in chosen])
     if not images:
-        raise UserError(f"{name}: {_nothing_found(root)}")
-    if not set(texts).isdisjoint(map(_text_path, images)):
-        return ImageFiles(name, root, images, texts=texts)
-    class_names = _class_names(name, root, images)
+        raise UserError(f"{name}: {_nothing_found(root)}; {files.there()}; {FORMS}")
+    if table := open_metadata(name, files, columns):
+        return table
+    captions = find_captions(name, files, columns.caption)
+    source = ImageFiles(name, root, images, captions=captions) if captions else _in_classes(name, files)
+    source.left_aside = FaultCounts(source.left_aside)
+    source.left_aside.include(files.left_aside)
+    for suffix in captions.names if captions else ():
+        source.left_aside.pop(suffix, None)
+    return source
+
+
+def _in_classes(name: str, files: FolderFiles) -> ImageFiles:
+    root, images = files.root, files.images
+    class_names = _class_names(name, files)
     number = {folder: label for label, folder in enumerate(class_names)}
     labels = np.array([number[path.split(os.sep, 1)[0]] for path in images], dtype=np.int64)
     return ImageFiles(name, root, images, labels, class_names)
@@ -100,30 +119,54 @@ def _walk(root: str) -> Iterator[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = os.path.relpath(folder, root)
         for name in names:
-            if not name.startswith("."):
-                yield name if relative == os.curdir else os.path.join(relative, name)
+            yield name if relative == os.curdir else os.path.join(relative, name)
 
 
-def _text_path(image_path: str) -> str:
-    return os.path.splitext(image_path)[0] + ".txt"
-
-
-def _class_names(name: str, root: str, images: list[str]) -> tuple[str, ...]:
+def _class_names(name: str, files: FolderFiles) -> tuple[str, ...]:
+    root, images, table = files.root, files.images, captions_table(files)
+    if table:
+        raise UserError(
+            f"{name}: no captions beside the images, but '{table}'; give '{os.path.join(root, table)}' if it "
+            "is a .csv, .tsv, .jsonl or .parquet, else write its paths and captions as one, in the folder in which the "
+            f"paths begin; {FORMS}"
+        )
     loose = [path for path in images if os.sep not in path]
     if loose:
         raise UserError(
             f"{name}: the images have neither captions (a .txt of the same name beside each) nor class folders: "
-            f"{len(loose)} of {len(images)} lie in no sub-folder, as '{loose[0]}'"
+            f"{len(loose)} of {len(images)} lie in no sub-folder, as '{loose[0]}'; {files.there()}; {FORMS}"
         )
     folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if _SPLIT_NAMES.issuperset(folder.lower() for folder in folders):
+    if _SPLIT_NAMES.issuperset(folder.lower().rstrip("0123456789") for folder in folders):
         raise UserError(f"{name}: its folders are splits ({', '.join(folders)}); give one, as '{name}/{folders[0]}'")
     if len(folders) == 1:
         raise UserError(
             f"{name}: one class folder only ('{folders[0]}'); give images a caption each (a .txt of the same name "
-            "beside each), or one folder a class"
+            f"beside each), or one folder a class; {files.there()}; {FORMS}"
         )
+    _check_levels(name, files, folders)
     return tuple(folders)
+
+
+def _check_levels(name: str, files: FolderFiles, folders: list[str]) -> None:
+    """Raise UserError where first-level folders are no classes: shards of img2dataset; domains of the same classes."""
+    told = ("json" in files.beside) or any(path.endswith("_stats.json") for path in files.others)
+    if told and all(re.fullmatch(r"\d{5,}", folder) for folder in folders):
+        raise UserError(
+            f"{name}: folders of img2dataset ('{folders[0]}', ...), but no KEY.txt nor a caption in KEY.json beside "
+            f"the images; {files.there()}"
+        )
+    below: dict[str, set[str]] = {folder: set() for folder in folders}
+    for path in files.images:
+        first, second, *more = path.split(os.sep, 2)
+        below[first].add(second if more else "")
+    shared = {each for each in set.intersection(*below.values()) if not each.isdecimal()} - _SPLIT_NAMES
+    if len(shared) > 1 and not any("" in each for each in below.values()):
+        one, other = sorted(shared)[:2]
+        raise UserError(
+            f"{name}: the same folders ('{one}', '{other}', ...) lie in '{folders[0]}', '{folders[1]}', ...; class "
+            f"folders have to be the first level: give one, as '{name}/{folders[0]}'"
+        )
 
 
 def _nothing_found(root: str) -> str:

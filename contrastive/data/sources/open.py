@@ -146,7 +146,7 @@ def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) ->
         return open_cifar(spec, folder, split or "train")
     if split is not None:
         raise UserError(f"{spec}: only a folder saved by datasets, or of MNIST or CIFAR, has splits; give '{folder}'")
-    return open_folder(spec, folder)
+    return open_folder(spec, folder, columns)
 
 
 def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:

@@ -1,0 +1,214 @@
+"""Captions of a folder of images: texts beside them, as img2dataset has it, or metadata.csv, as `datasets` has it."""
+
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from contrastive.data.class_sets import CLASS_FILES
+from contrastive.data.record import SAMPLES_ASKED, BadSample, FaultCounts, Source
+from contrastive.data.sources.beside import (
+    CAPTION_FIELDS,
+    Beside,
+    caption_lines,
+    caption_names,
+    count_aside,
+    same_texts,
+    spoken,
+)
+from contrastive.data.sources.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns
+from contrastive.errors import UserError
+
+FORMS = (
+    "read are: KEY.txt or KEY.json ('caption') beside each image (others named by caption_column), "
+    "metadata.csv|jsonl|parquet with file_name, class folders, a table by its own path"
+)
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_COMPANIONS = ("txt", "json", "cls")
+
+
+class FileBeside(Beside):
+    """The files whose path is `stem` with a suffix."""
+
+    def __init__(self, stem: str, key: str):
+        self.stem, self.key = stem, key
+
+    def read(self, suffix: str, limit: int) -> bytes | None:
+        for ending in (suffix, suffix.upper()):
+            try:
+                with open(f"{self.stem}.{ending}", "rb") as file:
+                    data = file.read(limit + 1)
+            except OSError:
+                continue
+            if len(data) > limit:
+                raise BadSample("too_large", self.key)
+            return data
+        return None
+
+
+@dataclass(frozen=True)
+class FolderCaptions:
+    """Where the captions of a folder's images are.
+
+    names, weights: as `Beside` takes them. identity: for the fingerprint.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...] | None
+    identity: tuple[str, ...]
+    reading: str
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """The files of a folder, by paths relative to it, sorted. beside: the stems of images by suffix of other files."""
+
+    root: str
+    images: list[str]
+    others: list[str]
+    beside: dict[str, set[str]]
+    left_aside: FaultCounts
+
+    def there(self) -> str:
+        """Say what there is, the commonest suffix first: 'there are 3 .json, 1 .csv'."""
+        found = Counter(os.path.splitext(path)[1].lower() or "without suffix" for path in (*self.images, *self.others))
+        return f"there are {', '.join(f'{count:,} {suffix}' for suffix, count in found.most_common(8)) or 'no files'}"
+
+
+def sort_files(root: str, images: list[str], others: list[str]) -> FolderFiles:
+    stems, beside, left_aside = {os.path.splitext(path)[0] for path in images}, {}, FaultCounts()
+    for path in others:
+        stem = os.path.splitext(path)[0]
+        while stem not in stems and (shorter := os.path.splitext(stem)[0]) != stem:
+            stem = shorter
+        suffix = path[len(stem) + 1 :].lower()
+        if stem in stems:
+            beside.setdefault(suffix, set()).add(stem)
+            reason = "" if suffix in _COMPANIONS else f".{suffix}"
+        else:
+            suffix = os.path.splitext(path)[1].lower()
+            reason = "hidden" if is_hidden(path) else f"{suffix} without image" if suffix[1:] in _COMPANIONS else suffix
+            reason = reason or "without suffix"
+        if reason and path not in CLASS_FILES:
+            count_aside(left_aside, reason, path)
+    return FolderFiles(root, images, others, beside, left_aside)
+
+
+def find_captions(name: str, files: FolderFiles, asked: str | None) -> FolderCaptions | None:
+    """Return where the captions of the images are, None where nothing says any.
+
+    KEY.txt goes before KEY.json, which counts where one of 100 has a caption. UserError: none of what is asked for.
+    """
+    beside, looked = files.beside, _look(files)
+    if asked and (beside.keys() & {*_COMPANIONS, asked.lower().lstrip(".")} or looked.fields):
+        names, weights = caption_names(asked, sorted(looked.fields), sorted(beside), name)
+        told, note = ", ".join(map(spoken, names)), ""
+    else:
+        in_json = [field for field in CAPTION_FIELDS if field in looked.fields]
+        usual = {".txt": "KEY.txt"} if "txt" in beside else {}
+        if in_json and not beside["json"] <= beside.get("txt", set()):
+            usual[".json"] = spoken(in_json[0])
+        names, weights, told = tuple(usual), None, ", else ".join(usual.values())
+        note = f" (KEY.json says other in {looked.unlike}, as far as was looked; caption_column json takes it)"
+        note = note if looked.unlike else ""
+    if not names:
+        return None
+    suffixes = {each[1:] if each[0] == "." else "json" for each in names}
+    lines = ", one a line" if looked.lines and "txt" in suffixes else ""
+    captioned = set().union(*(beside.get(suffix, ()) for suffix in suffixes))
+    count = sum(os.path.splitext(path)[0] in captioned for path in files.images)
+    share = f"; {len(files.images) - count:,} images have none" if count < len(files.images) else ""
+    texts = [path for path in files.others if path.rpartition(".")[2].lower() in suffixes | {"txt"}]
+    return FolderCaptions(
+        names=names,
+        weights=weights,
+        identity=(*(path for path in texts if not is_hidden(path)), *filter(None, (asked, lines))),
+        reading=f"captions: {told}{lines}{note}{share}",
+    )
+
+
+@dataclass
+class _Looked:
+    """What some texts hold: the fields of KEY.json, whether a KEY.txt has several lines, how many say other things."""
+
+    fields: set[str] = field(default_factory=set)
+    lines: bool = False
+    unlike: int = 0
+
+
+def _look(files: FolderFiles) -> _Looked:
+    found, stems = _Looked(), []
+    # All kinds: few of the first JSON may lie beside the images that have a text.
+    for suffix in ("txt", "json"):
+        held = sorted(files.beside.get(suffix, ()))
+        stems += held[:: max(1, len(held) // SAMPLES_ASKED)]
+    for stem in dict.fromkeys(stems):
+        sample = FileBeside(os.path.join(files.root, stem), stem)
+        try:
+            fields, text = sample.fields, sample.text("txt")
+        except BadSample:
+            continue
+        found.fields |= {name for name, value in fields.items() if value or name not in CAPTION_FIELDS}
+        stated, lines = next(filter(None, map(fields.get, CAPTION_FIELDS)), None), caption_lines(text or "")
+        found.lines |= len(lines) > 1
+        found.unlike += bool(text and stated) and not same_texts(lines, stated)
+    return found
+
+
+def open_metadata(name: str, files: FolderFiles, columns: Columns) -> Source | None:
+    """Open a folder of `datasets`: metadata.csv with the column file_name.
+
+    None where there is no such file, or KEY.txt beside the images as well.
+
+    Raises:
+        UserError: several of them, or one that lies further down.
+    """
+    found = [path for path in files.others if os.path.basename(path) in _METADATA]
+    found = [path for path in found if "file_name" in columns_of(files.root, path)]
+    if not found or "txt" in files.beside:
+        return None
+    if len(found) > 1 or os.sep in found[0]:
+        folders = "/*" * found[-1].count(os.sep)
+        raise UserError(
+            f"{name}: {len(found)} tables of captions, {', '.join(found[:3])}; give one, or those alike as "
+            f"'{files.root}{folders}/{os.path.basename(found[-1])}'"
+        )
+    from contrastive.data.sources.tables import open_table
+
+    table = os.path.join(files.root, found[0])
+    source = open_table(name, [table], columns if columns.image else replace(columns, image="file_name"))
+    source.reading = f"{found[0]}: {source.reading}"
+    return source
+
+
+def is_hidden(path: str) -> bool:
+    return os.path.basename(path).startswith(".")
+
+
+def captions_table(files: FolderFiles) -> str | None:
+    """Return a file at the top of the folder that has captions of images, as its columns or its name say."""
+    for path in files.others:
+        if re.fullmatch(r"(annotations/)?captions[^/]*\.json|dataset(_coco|_flickr\w*)?\.json", path.lower()):
+            return path
+        known = set() if os.sep in path else {column.strip().lower() for column in columns_of(files.root, path)}
+        if known & {*IMAGE_COLUMNS, "image_name"} and known & {*CAPTION_COLUMNS, "comment"}:
+            return path
+    return None
+
+
+def columns_of(root: str, path: str) -> list[str]:
+    """Return the names of the columns of a table, none where it cannot be read as one."""
+    path, suffix = os.path.join(root, path), os.path.splitext(path)[1].lower()
+    try:
+        if suffix == ".parquet":
+            from pyarrow.parquet import read_schema
+
+            return read_schema(path).names
+        if suffix not in (".csv", ".tsv", ".txt", ".jsonl"):
+            return []
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            first = file.readline(2**20)
+        return list(json.loads(first)) if suffix == ".jsonl" else re.split(r"[,\t|]", first.replace('"', "").strip())
+    except (OSError, ValueError, TypeError):  # Arrow's own errors are among them
+        return []
