@@ -1,6 +1,7 @@
 """Folders of open_clip with something wrong: one line that names the file or key and what to do."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -210,3 +211,48 @@ def test_a_tower_of_timm_that_is_named_elsewhere(tmp_path, capsys):
     contrastive.load(tmp_path / "here")
     told = capsys.readouterr().err
     assert f"{tmp_path / 'there' / 'config.json'}, another one" in told and "here/config.json is used" in told
+
+
+NEWER_TEXT = {"text_arch": "clip", "variable_text": False, "tokenizer_type": "", "bos_id": 49_406, "norm_type": None}
+NEWER_TEXT |= {
+    "attention_bias": None,
+    "reg_tokens": 0,
+    "norm_placement": "pre",
+    "hf_model_config": {},
+    "use_pad_mask": False,
+}
+NEWER_TEXT |= {"attention_mode": "causal", "norm_eps": 1e-6, "rope_temperature": 10_000.0, "eos_id": None}
+
+
+def test_options_of_open_clip_4_that_change_nothing(tmp_path):
+    config = clip_config()
+    theirs = open_clip_folder(tmp_path, config)
+    config["vision_cfg"] = config["vision_cfg"] | {"image_seq_len": None, "timm_model_kwargs": {}}
+    write_config(tmp_path, config | {"text_cfg": config["text_cfg"] | NEWER_TEXT, "audio_cfg": None})
+    assert largest_difference(contrastive.load(tmp_path).model, theirs) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("text_cfg", "text_arch", "modern"),
+        ("text_cfg", "variable_text", True),
+        ("text_cfg", "tokenizer_type", "tiktoken"),
+        ("text_cfg", "use_pad_mask", True),
+        ("text_cfg", "act_layer", "relu"),
+        ("text_cfg", "reg_tokens", 4),
+        ("text_cfg", "mlp_bias", False),
+        ("text_cfg", "pos_embed_type", "sinusoidal"),
+        ("vision_cfg", "image_seq_len", 49),
+        ("vision_cfg", "timm_model_kwargs", {"use_naflex": True}),
+    ],
+)
+def test_options_of_open_clip_4_that_change_something(section, name, value, tmp_path):
+    config = clip_config()
+    write_config(tmp_path, config | {section: config[section] | {name: value}})
+    refused(tmp_path, f"our towers have no {section}.{name} {re.escape(repr(value))}; open_clip itself can load it")
+
+
+def test_a_typo_is_no_option_of_open_clip_4(tmp_path):
+    write_config(tmp_path, clip_config() | {"text_cfg": TEXT | {"contextlength": None}})
+    refused(tmp_path, "unknown option text_cfg.contextlength. Did you mean 'context_length'")

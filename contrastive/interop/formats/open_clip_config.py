@@ -30,6 +30,21 @@ ALSO_TAKEN = {
     "timm_pool": str | None,
     "timm_proj": str | None,
     "attentional_pool": bool | str,
+    "eos_id": int | None,
+    "pad_id": int | None,
+}
+# What open_clip 4 adds, with the values that change nothing. None: no value does, for what reads it is refused.
+_OFF = (False, None)
+_UNREAD = ("bos_id", "tiktoken_name", "attention_mode", "mlp_type", "norm_eps", "pos_embed", "rope_temperature")
+NEUTRAL = {
+    "model_cfg": dict.fromkeys(("audio_cfg", "genlip_cfg", "genlap_cfg"), (None,)),
+    "vision_cfg": {"image_seq_len": (None,), "timm_model_kwargs": (None, {})},
+    "text_cfg": {"text_arch": ("clip", "", None), "tokenizer_type": ("", None), "norm_placement": ("pre", None)}
+    | {"pos_embed_type": ("learnable", None), "act_layer": ("", None), "hf_model_config": (None, {})}
+    | dict.fromkeys(("attention_bias", "mlp_bias", "gate_bias", "norm_type"), (None,))
+    | dict.fromkeys(("variable_text", "use_pad_mask", "scale_sqrt_depth", "attn_gated", "pre_norm"), _OFF)
+    | dict.fromkeys(("value_residual", "zero_init_residual", "reg_tokens", "correct_cls_mask"), _OFF)
+    | dict.fromkeys(_UNREAD),
 }
 POSITIVE = ("embed_dim", "layers", "width", "head_width", "patch_size", "image_size", "mlp_ratio")
 POSITIVE += ("context_length", "vocab_size", "heads")
@@ -77,6 +92,11 @@ def _completed(section: str, given: Any, config_class: type, where: Path) -> dic
     defaults = {field.name: field.default for field in fields(config_class)}
     types = get_type_hints(config_class) | ALSO_TAKEN
     for name, value in given.items():
+        if name in NEUTRAL[section]:
+            harmless = NEUTRAL[section][name]
+            if harmless is not None and value not in harmless:
+                raise UserError(f"{where}: our towers have no {section}.{name} {value!r}; open_clip itself can load it")
+            continue
         if name not in defaults:
             raise UserError(f"{where}: unknown option {section}.{name}.{did_you_mean(name, defaults)}")
         default = defaults[name]
