@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from contrastive.distributed.collectives import all_gather_even, every_block, rank, world_size
-from contrastive.losses.checks import Duplicates, check_inputs, checked_duplicates
+from contrastive.losses.checks import Duplicates, as_scalar, check_inputs, checked_duplicates
 
 CPU_TILE = 1024
 """Rows and columns: 4 MiB of float32, near the top speed of a matrix product and small enough for its cache."""
@@ -114,6 +114,7 @@ class AllPairs:
         duplicates: Duplicates,
     ):
         features = {"image_features": image_features, "text_features": text_features}
+        logit_scale, logit_bias = (as_scalar(number, image_features) for number in (logit_scale, logit_bias))
         scalars = {"logit_scale": logit_scale} | ({} if logit_bias is None else {"logit_bias": logit_bias})
         inputs = image_features, text_features, logit_scale, logit_bias
         self.needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
@@ -217,8 +218,8 @@ class PairLoss(nn.Module, ABC):
 
         Args:
             image_features: (B/W, E), unit length. text_features: likewise, row i describing image i.
-            logit_scale: scalar factor on the similarities (already exponentiated).
-            logit_bias: scalar added to the logits, where the loss has one; else None.
+            logit_scale: factor on the similarities (already exponentiated), a scalar tensor or a number.
+            logit_bias: likewise, added to the logits where the loss has one; else None.
             caption_ids: (B/W,) int64, equal where captions are; needed unless duplicates is `negative`.
 
         Raises:

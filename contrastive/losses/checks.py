@@ -27,6 +27,17 @@ def checked_duplicates(value: str) -> Duplicates:
     return value
 
 
+def as_scalar(value: torch.Tensor | float | None, features: torch.Tensor) -> torch.Tensor | None:
+    """Return a plain number as a tensor without gradient where the features are; tensors and None as they are."""
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    try:
+        exact = torch.promote_types(features.dtype, torch.float32)
+        return torch.tensor(float(value), dtype=exact, device=features.device)
+    except (TypeError, ValueError):  # said by check_inputs, on all ranks
+        return torch.empty(0, device=features.device)
+
+
 def check_inputs(
     features: dict[str, torch.Tensor],
     scalars: dict[str, torch.Tensor],
