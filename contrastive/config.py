@@ -26,24 +26,29 @@ class NamedSection:
 
     default_for: Callable[[str], Any]
     """Name to the section's options; UserError for an unknown name."""
-    names: tuple[str, ...]
     registry: Registry | None = None
     """Of a slot, whose components have options of their own; presets share one type and differ in values."""
+    table: Callable[[], str] | None = None
+    """Of presets, what `--model list` prints."""
 
     @property
     def is_slot(self) -> bool:
         return self.registry is not None
 
+    def told(self, section: str) -> str:
+        """Which names there are, or how to see them."""
+        return f"one of {', '.join(self.registry.names())}" if self.is_slot else f"one that --{section} list shows"
+
 
 def slot(registry: Registry, default: str) -> Any:
     """A field filled by one of the option classes of `registry`; only the chosen one's options exist."""
-    choice = NamedSection(lambda name: registry.get(name)(), registry.names(), registry)
+    choice = NamedSection(lambda name: registry.get(name)(), registry)
     return dataclasses.field(default_factory=registry.get(default), metadata={"choice": choice})
 
 
-def preset(default_for: Callable[[str], Any], names: tuple[str, ...], default: Callable[[], Any]) -> Any:
-    """A field of one type whose defaults a named preset replaces."""
-    return dataclasses.field(default_factory=default, metadata={"choice": NamedSection(default_for, names)})
+def preset(default_for: Callable[[str], Any], default: Callable[[], Any], table: Callable[[], str]) -> Any:
+    """A field of one type whose defaults a named preset replaces; `table` has the names."""
+    return dataclasses.field(default_factory=default, metadata={"choice": NamedSection(default_for, table=table)})
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,11 @@ def parse(
     """
     values = {} if file is None else _read(file)
     choices = _choices(cls)
-    rest, named = _take(args, {name: f"a name: one of {', '.join(c.names)}" for name, c in choices.items()})
+    rest, named = _take(args, {name: f"a name: {c.told(name)}" for name, c in choices.items()})
     for name, choice in choices.items():
+        if choice.table and named.get(name) in ("list", "help"):
+            print(choice.table())
+            raise SystemExit(0)
         values = _settle(name, choice, values, named, file)
     for group in either:
         _keep_one(group, values, rest, file)
@@ -110,7 +118,7 @@ def _settle(
     whole = values.pop(name, None)  # `loss: sigmoid`
     in_file = values.pop(f"{name}.name", whole)
     if in_file is not None and not isinstance(in_file, str):
-        raise UserError(f"{file}: {name} is {in_file!r}, expected one of {', '.join(choice.names)}")
+        raise UserError(f"{file}: {name} is {in_file!r}, expected {choice.told(name)}")
     if in_file:
         named.setdefault(name, in_file)
     # An unnamed section of options belongs to any component of a slot, but only to its own preset.
@@ -287,6 +295,6 @@ def _check_known(flag: str, known: dict[str, Any], also: tuple[str, ...], rename
 
 
 def _describe(description: str, choices: dict[str, NamedSection]) -> str:
-    lines = [f"--{name} {{{','.join(c.names)}}}" for name, c in choices.items() if c.is_slot]
-    lines += [f"--{name} NAME" for name, c in choices.items() if not c.is_slot]
+    lines = [f"--{name} {{{','.join(c.registry.names())}}}" for name, c in choices.items() if c.is_slot]
+    lines += [f"--{name} NAME ({c.told(name)})" for name, c in choices.items() if not c.is_slot]
     return "\n\n".join([description, *(["Chosen by name: " + "  ".join(lines)] if lines else [])])

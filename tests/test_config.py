@@ -61,7 +61,7 @@ class Family:
     range: tuple[float, float] = (0.0, 1.0)
     """Of something."""
     pet: Cat = slot(PETS, "cat")
-    house: House = preset(house, ("villa",), House)
+    house: House = preset(house, House, lambda: "villa  9 rooms")
     other: House = field(default_factory=House)
 
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"data", "losses", "models", "optim"},
     {"distributed"},
     {"command_line", "config", "files", "log", "option_types", "page", "registry", "results"},
-    {"errors"},
+    {"errors", "words"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

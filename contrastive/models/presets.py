@@ -1,11 +1,13 @@
 """Named architectures: `clip_vit_b_16`, `siglip_vit_so400m_14`, ...; and classifiers: `tiny`, `base`, ..."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.models.encoders import ClassifierConfig, DualEncoder, ModelConfig
 from contrastive.models.image_tower import ImageTowerConfig
+from contrastive.models.known_names import EXAMPLES, OWN_NAMES, Architecture, architecture, plain_vit
 from contrastive.models.text_tower import TextTowerConfig
+from contrastive.words import called_here
 
 # width, depth, num_heads, mlp_dim of the image tower: ViT table 1; tiny and small: DeiT; so400m: Alabdulmohsin 2023
 SIZES = {
@@ -16,8 +18,16 @@ SIZES = {
     "h": (1280, 32, 16, 5120),
     "so400m": (1152, 27, 16, 4304),
 }
+# Those of open_clip's names alone: plus, g, bigG, e; gopt: SigLIP 2's largest.
+OTHER_SIZES = {
+    "m": (512, 12, 8, 2048),
+    "plus": (896, 12, 14, 3584),
+    "g": (1408, 40, 16, 6144),
+    "bigg": (1664, 48, 16, 8192),
+    "e": (1792, 56, 16, 15360),
+    "gopt": (1536, 40, 16, 6144),
+}
 SIZE_NAMES = {"tiny": "ti", "small": "s", "base": "b", "large": "l", "huge": "h"}
-PATCH_SIZES = (4, 8, 14, 16, 32)
 # embed_dim, then width, depth, num_heads of CLIP's text tower: OpenAI for b and l, open_clip for s and h
 CLIP_TEXT = {
     "ti": (256, 256, 12, 4),
@@ -26,11 +36,16 @@ CLIP_TEXT = {
     "l": (768, 768, 12, 12),
     "h": (1024, 1024, 24, 16),
     "so400m": (1152, 1152, 27, 16),
+    "m": (512, 512, 12, 8),
+    "plus": (640, 640, 12, 10),
+    "g": (1024, 1024, 24, 16),
+    "bigg": (1280, 1280, 32, 20),
+    "e": (1280, 1280, 36, 20),
 }
-# What all of OpenAI's models have, whatever their size.
-CLIP_BLOCKS = {"activation": "quick_gelu", "norm_eps": 1e-5}
+SIGLIP_VOCABULARY, SIGLIP_I18N_VOCABULARY, SIGLIP2_VOCABULARY = 32_000, 250_000, 256_000
+# What all CLIPs have, whatever their size.
 CLIP_IMAGE_TOWER = ImageTowerConfig(
-    pool="class", class_token=True, pre_norm=True, patch_bias=False, projection=True, **CLIP_BLOCKS
+    pool="class", class_token=True, pre_norm=True, patch_bias=False, projection=True, norm_eps=1e-5
 )
 CLIP_TEXT_TOWER = TextTowerConfig(
     vocab_size=49_408,
@@ -40,44 +55,81 @@ CLIP_TEXT_TOWER = TextTowerConfig(
     projection_bias=False,
     eos_id=49_407,
     pad_id=0,
-    **CLIP_BLOCKS,
+    norm_eps=1e-5,
 )
 
 
 def list_models() -> list[str]:
-    """Return the names that `create_model` and `--model` take."""
-    return [f"{family}_vit_{size}_{patch}" for family in ("clip", "siglip") for size in SIZES for patch in PATCH_SIZES]
+    """Return our names of architectures; `create_model` and `--model` take other libraries' names of them too."""
+    return list(OWN_NAMES)
 
 
 def model_config(name: str) -> ModelConfig:
-    """Return the options of a named architecture. Sizes may be spelled out: `clip_vit_base_16`.
+    """Return the options of a named architecture: ours, or one of open_clip, transformers or timm by its name there.
 
-    Raises UserError for an unknown name.
+    Shapes are those of that library's model of the name; of timm's, an image tower, the text tower of the model that it
+    comes from is taken too. SigLIP's activation is always the tanh form of GELU, as in big_vision and transformers.
+
+    Raises UserError for a name that is none, and says which one may be meant.
     """
-    parts = name.lower().replace("-", "_").split("_")
-    if len(parts) == 4:
-        parts[2] = SIZE_NAMES.get(parts[2], parts[2])
-    canonical = "_".join(parts)
-    if canonical not in list_models():
-        raise UserError(
-            f"unknown model '{name}'.{did_you_mean(canonical, list_models())} "
-            f"Names are (clip|siglip)_vit_({'|'.join(SIZES)})_({'|'.join(map(str, PATCH_SIZES))})"
-        )
-    family, _, size, patch = parts
-    return (_clip if family == "clip" else _siglip)(size, int(patch))
+    said = architecture(name)
+    config = _clip(said) if said.family == "clip" else _siglip(said)
+    return replace(config, image=replace(config.image, image_size=said.image_size))
 
 
 def create_model(name: str, **overrides) -> DualEncoder:
-    """Build a named architecture with random weights.
+    """Build a named architecture with random weights; `contrastive.load` reads models with theirs.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`, or a name of open_clip, transformers or timm: 'ViT-B-16',
+            'google/siglip-base-patch16-224', 'vit_base_patch16_siglip_224'.
         overrides: fields of ModelConfig to replace, e.g. `embed_dim=256`.
+
+    Raises:
+        UserError: an unknown name or field, options that contradict each other.
     """
-    config = replace(model_config(name), **overrides)
-    if config.init_logit_scale is None and name.lower().startswith("siglip"):
+    if not overrides.get("pretrained", True):  # open_clip's and timm's word for what is always so here
+        del overrides["pretrained"]
+    config = model_config(name)
+    known = [field.name for field in fields(ModelConfig)]
+    for word in overrides:
+        if word not in known:
+            hint = called_here("create_model", word) or f".{did_you_mean(word, known)} It has {', '.join(known)}"
+            raise UserError(f"create_model has no option '{word}'{hint}")
+    if config.init == "siglip":
         config = replace(config, init_logit_scale=10.0, init_logit_bias=-10.0)
-    return DualEncoder(config)
+    return DualEncoder(replace(config, **overrides))
+
+
+def model_table() -> str:
+    """Return the names, ours and some of the others', with their sizes, a line each: what `--model list` prints."""
+    rows = [("name", "parameters", "pixels", "tokens", "text length", "vocabulary")]
+    for name in (*OWN_NAMES, *EXAMPLES):
+        config = model_config(name)
+        image, text = config.image, config.text
+        count = f"{num_parameters(config) / 1e6:,.1f} M"
+        tokens = image.num_patches + image.class_token
+        rows.append((name, count, image.image_size, tokens, text.context_length, f"{text.vocab_size:,}"))
+    return "\n".join(f"{name:34} {''.join(f'{cell:>13}' for cell in cells)}" for name, *cells in rows)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Return how many numbers the model learns, without building it."""
+    text, scalars = config.text, 1 + (config.init_logit_bias is not None)
+    total = text.width * (text.vocab_size + text.context_length + 2) + text.depth * _block(text)
+    total += text.projection * config.embed_dim * (text.width + text.projection_bias)
+    return total + _image_parameters(config.image, config.embed_dim) + scalars
+
+
+def _image_parameters(image: ImageTowerConfig, embed_dim: int) -> int:
+    tokens = (image.num_patches + image.class_token) * (image.position == "learned")
+    rows = 3 * image.patch_size**2 + image.patch_bias + image.class_token + tokens + 2 * image.pre_norm + 2
+    head = (image.pool == "attention") * (_block(image) - image.width)  # a query more than a block, a LayerNorm less
+    return image.width * (rows + image.projection * embed_dim) + head + image.depth * _block(image)
+
+
+def _block(tower: ImageTowerConfig | TextTowerConfig) -> int:
+    return tower.width * (4 * tower.width + 2 * tower.mlp_dim + 9) + tower.mlp_dim
 
 
 def list_classifiers() -> list[str]:
@@ -86,38 +138,64 @@ def list_classifiers() -> list[str]:
 
 
 def classifier_config(name: str) -> ClassifierConfig:
-    """Return the options of 'tiny', 'small', 'base', 'large' or 'huge'; UserError for another name.
+    """Return the options of 'tiny', 'small', 'base', 'large' or 'huge', or of timm's name of a plain ViT.
 
     Class token, learned positions, exact GELU. Patches of 16 pixels, of 14 for huge, as in the paper's tables.
+
+    Raises UserError for another name.
     """
-    if name not in SIZE_NAMES:
+    said = plain_vit(name)
+    size, patch_size, image_size = said or (SIZE_NAMES.get(name), 14 if name == "huge" else 16, 224)
+    if size not in SIZE_NAMES.values():
         raise UserError(f"unknown model '{name}'.{did_you_mean(name, SIZE_NAMES)} Known: {', '.join(SIZE_NAMES)}")
-    shape = _shape(SIZE_NAMES[name])
-    patch_size = 14 if name == "huge" else 16
-    image = ImageTowerConfig(patch_size=patch_size, pool="class", class_token=True, activation="gelu", **shape)
-    return ClassifierConfig(image=image)
+    sizes = {"image_size": image_size, "patch_size": patch_size} | _shape(size)
+    return ClassifierConfig(image=ImageTowerConfig(pool="class", class_token=True, activation="gelu", **sizes))
+
+
+def classifier_table() -> str:
+    """Return the names that `classifier_config` takes with their sizes, a line each: what `--model list` prints."""
+    rows = [f"{'name':20} {'parameters':>12} {'pixels':>8} {'patches':>8}"]
+    for name in (*SIZE_NAMES, "vit_base_patch32_384"):
+        image = classifier_config(name).image
+        count = f"{_image_parameters(image, 0) / 1e6:,.1f} M"
+        rows.append(f"{name:20} {count:>12} {image.image_size:8} {image.patch_size:8}")
+    return "\n".join(rows)
 
 
 def _shape(size: str) -> dict[str, int]:
-    return dict(zip(("width", "depth", "num_heads", "mlp_dim"), SIZES[size], strict=True))
+    return dict(zip(("width", "depth", "num_heads", "mlp_dim"), (SIZES | OTHER_SIZES)[size], strict=True))
 
 
-def _clip(size: str, patch_size: int) -> ModelConfig:
-    embed_dim, width, depth, num_heads = CLIP_TEXT[size]
-    mlp_dim = 4304 if size == "so400m" else 4 * width
+def _clip(said: Architecture) -> ModelConfig:
+    if said.size not in CLIP_TEXT:
+        raise UserError(f"no CLIP has a text tower for an image tower of size '{said.size}'; SigLIP 2 has it")
+    embed_dim, width, depth, num_heads = CLIP_TEXT[said.size]
+    mlp_dim = 4304 if said.size == "so400m" else 4 * width
+    activation = "quick_gelu" if said.quick_gelu else "gelu"
+    image, text = (replace(tower, activation=activation) for tower in (CLIP_IMAGE_TOWER, CLIP_TEXT_TOWER))
     return ModelConfig(
         embed_dim=embed_dim,
-        image=replace(CLIP_IMAGE_TOWER, patch_size=patch_size, **_shape(size)),
-        text=replace(CLIP_TEXT_TOWER, width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim),
+        image=replace(image, patch_size=said.patch_size, **_shape(said.size)),
+        text=replace(text, width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim),
         init="clip",
     )
 
 
-def _siglip(size: str, patch_size: int) -> ModelConfig:
-    shape = _shape(size)
+def _siglip(said: Architecture) -> ModelConfig:
+    image, text = _shape(said.size), _shape("so400m" if said.size == "gopt" else said.size)
+    vocab_size = SIGLIP2_VOCABULARY if said.family == "siglip2" else SIGLIP_VOCABULARY
+    if said.i18n:
+        vocab_size = SIGLIP_I18N_VOCABULARY
+    # What Google's own checkpoints of this size have, and no other.
+    so400m = said.size == "so400m" and said.family == "siglip" and said.named_elsewhere
     return ModelConfig(
-        embed_dim=shape["width"],
-        image=ImageTowerConfig(patch_size=patch_size, **shape),
-        text=TextTowerConfig(vocab_size=32_000, **shape),
+        embed_dim=image["width"],
+        image=ImageTowerConfig(patch_size=said.patch_size, **image),
+        text=TextTowerConfig(
+            vocab_size=vocab_size,
+            context_length=16 if so400m and (said.patch_size, said.image_size) == (14, 224) else 64,
+            projection=not (so400m and said.i18n),
+            **text,
+        ),
         init="siglip",
     )

@@ -16,7 +16,7 @@ from contrastive.data.sources.open import held_out_spec
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import check_same_classes
 from contrastive.log import console, is_main_process
-from contrastive.models import ClassifierConfig, ImageClassifier, ImageTowerConfig, classifier_config, list_classifiers
+from contrastive.models import ClassifierConfig, ImageClassifier, ImageTowerConfig, classifier_config, classifier_table
 from contrastive.option_types import Positive
 from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
 from contrastive.train.options import resolve_run
@@ -33,7 +33,7 @@ C = TypeVar("C", bound=SupervisedConfig)
 class TrainClassifierConfig(SupervisedConfig):
     """Everything a classifier trained from scratch can be told."""
 
-    model: ClassifierConfig = preset(classifier_config, tuple(list_classifiers()), lambda: classifier_config("tiny"))
+    model: ClassifierConfig = preset(classifier_config, lambda: classifier_config("tiny"), classifier_table)
     image_size: Positive[int | None] = None
     """Pixels a side; none: that of images of at most 64 pixels, else model.image.image_size."""
     patch_size: Positive[int | None] = None

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from contrastive import models
 from contrastive.config import preset, slot
 from contrastive.data.order import SampleOrder
 from contrastive.data.preprocess import Preprocess
@@ -22,7 +23,7 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.interop.bundle import save_model
 from contrastive.losses import LOSSES, LossConfig
-from contrastive.models import DualEncoder, Features, ModelConfig, list_models, model_config
+from contrastive.models import DualEncoder, Features, ModelConfig
 from contrastive.train.options import RunConfig, check_run, resolve_run
 from contrastive.train.task import TrainingTask, Weights, describe_image_tower, millions, seed_step
 
@@ -37,7 +38,7 @@ class PretrainConfig(RunConfig):
     }
 
     loss: LossConfig = slot(LOSSES, "sigmoid")
-    model: ModelConfig = preset(model_config, tuple(list_models()), ModelConfig)
+    model: ModelConfig = preset(lambda name: models.model_config(name), ModelConfig, lambda: models.model_table())
     data: DataConfig = field(default_factory=DataConfig)
     init: str | None = None
     """Start from this model's weights, with its architecture, tokenizer and preprocessing: a run or model folder."""
