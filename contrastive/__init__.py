@@ -1,12 +1,27 @@
 """Pretrain CLIP and SigLIP models from scratch; evaluate them; use them as image encoders.
 
-model = contrastive.create_model("siglip_vit_b_16")
-bundle = contrastive.load("runs/quickstart-sigmoid")
-encoder = contrastive.load_image_encoder("runs/quickstart-sigmoid", layer=-2)   # patch tokens for VLMs
+    model = contrastive.create_model("siglip_vit_b_16")           # random weights; "ViT-B-16" and others' names will do
+    bundle = contrastive.load("runs/quickstart-sigmoid")          # .model, .preprocess, .tokenizer, .config
+    encoder = contrastive.load_image_encoder("runs/quickstart-sigmoid", layer=-2)   # patch tokens for VLMs
+    loss = contrastive.losses.SigmoidLoss()                       # of any features: loss(image, text, scale, bias)
+
+A path is a run, a checkpoint, a model folder of ours, transformers, open_clip or timm, or hf-hub:ORGANISATION/NAME.
+Training and evaluation are scripts: `python scripts/pretrain.py --help`.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors, which do not run __getattr__
+    from contrastive import losses as losses
+    from contrastive import models as models
+    from contrastive.interop.encoder import load_image_encoder as load_image_encoder
+    from contrastive.interop.loading import load as load
+    from contrastive.models import create_model as create_model
+    from contrastive.models import list_models as list_models
+    from contrastive.models.image_encoder import ImageEncoder as ImageEncoder
+
+__version__ = "0.1.0"  # pyproject.toml takes it from here
 
 # Loaded when first asked for: `import contrastive` alone takes no time.
 _HOMES = {
@@ -24,11 +39,16 @@ __all__ = [*_HOMES]
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'contrastive' has no attribute '{name}'")
+        from contrastive.words import called_here
+
+        ours = called_here("contrastive", name)
+        raise AttributeError(
+            f"module 'contrastive' has no attribute '{name}'" + (f": here it is {ours}" if ours else "")
+        )
     if _HOMES[name] is None:
         return importlib.import_module(f"contrastive.{name}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]

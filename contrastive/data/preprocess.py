@@ -1,7 +1,9 @@
 """What an image goes through before the image tower, in evaluation and for users: fixed size, normalised."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from contrastive.data.decode import decode
+from contrastive.data.record import BadSample
 from contrastive.errors import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -87,19 +90,59 @@ class PreprocessConfig(PreprocessOptions):
         return PreprocessOptions(**{field.name: getattr(self, field.name) for field in fields(PreprocessOptions)})
 
 
+ImageLike = Image.Image | np.ndarray | bytes | str | Path
+
+
+class PixelBatch(dict):
+    """What `return_tensors="pt"` gives: {'pixel_values': (B, 3, H, W)}, by attribute too, as transformers' batches."""
+
+    @property
+    def pixel_values(self) -> torch.Tensor:
+        """(B, 3, H, W) float32."""
+        return self["pixel_values"]
+
+    def to(self, *args, **kwargs) -> "PixelBatch":
+        """The same on another device or in another dtype, as `Tensor.to` takes them."""
+        return PixelBatch(pixel_values=self.pixel_values.to(*args, **kwargs))
+
+
 class Preprocess:
     """Turn images into the pixels a model was trained on.
 
-    `preprocess(image)` gives float32 (3, S, S), normalised: what a user wants for one image. Loaders keep the
-    two halves apart, so that images travel as uint8 and are normalised on the device.
+    `preprocess(image)` gives float32 (3, S, S), normalised: what a user wants for one image; a list of them gives
+    (B, 3, S, S). Loaders keep the two halves apart, so that images travel as uint8 and are normalised on the device.
     """
 
     def __init__(self, config: PreprocessConfig):
         self.config = config
 
-    def __call__(self, image: bytes | Image.Image | np.ndarray) -> torch.Tensor:
-        """Return float32 (3, S, S), normalised. An image that cannot be read raises BadSample."""
-        return self.normalize(self.pixels(image))
+    def __call__(
+        self, images: ImageLike | Sequence[ImageLike], return_tensors: str | None = None
+    ) -> "torch.Tensor | PixelBatch":
+        """Preprocess one image, (3, S, S) float32, or several, (B, 3, S, S).
+
+        Args:
+            images: a PIL image, a file's path or its bytes, an array (H, W, 3) uint8; or a list or tuple of these.
+            return_tensors: 'pt' as transformers' processors take it: then {'pixel_values': (B, 3, S, S)}.
+
+        Raises:
+            UserError: no such file, or what is no image. BadSample: an image that cannot be read.
+        """
+        if return_tensors not in (None, "pt"):
+            raise UserError(f"return_tensors is {return_tensors!r}; 'pt' is what there is")
+        several = isinstance(images, (list, tuple))
+        if not several and return_tensors is None:
+            return self._one(images)
+        if several and not images:
+            raise UserError("no images: the list is empty")
+        pixels = torch.stack([self._one(image) for image in (images if several else [images])])
+        return pixels if return_tensors is None else PixelBatch(pixel_values=pixels)
+
+    def _one(self, image: ImageLike) -> torch.Tensor:
+        try:
+            return self.normalize(self.pixels(_readable(image)))
+        except BadSample as error:
+            raise BadSample(error.reason, str(image) if isinstance(image, (str, Path)) else "") from error
 
     def pixels(self, image: bytes | Image.Image | np.ndarray) -> torch.Tensor:
         """Return uint8 RGB (3, S, S), without augmentation."""
@@ -117,6 +160,20 @@ class Preprocess:
         mean, std = (_per_channel(values, pixels.device) for values in (self.config.mean, self.config.std))
         # The same operations in the same order as torchvision, so the bits are the same too.
         return (pixels.to(torch.float32) / 255).sub_(mean).div_(std)
+
+
+def _readable(image: ImageLike) -> bytes | Image.Image | np.ndarray:
+    """Return what `decode` takes: a path as the bytes of its file."""
+    if isinstance(image, (str, Path)):
+        try:
+            return Path(image).expanduser().read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot read the image '{image}': {reason}") from None
+    if not isinstance(image, (Image.Image, np.ndarray, bytes)):
+        kind = type(image).__name__
+        raise UserError(f"a {kind} is not an image: give a PIL image, a path, a file's bytes or an array (H, W, 3)")
+    return image
 
 
 @functools.lru_cache(maxsize=32)

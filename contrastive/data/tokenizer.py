@@ -25,6 +25,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from contrastive.data.captions import MAX_CAPTION_CHARS, Cleaning, caption_fault, clean_text
 from contrastive.errors import UserError, did_you_mean
 from contrastive.files import read_json, write_json
+from contrastive.words import no_attribute
 
 # The library's threads do not survive the fork of a loader worker, and one caption needs none.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -60,10 +61,36 @@ class Tokenizer(ABC):
             raise UserError(f"context length {context_length} leaves no room for text; set it to 3 or more")
         self.core, self.kind, self.context_length = core, kind, context_length
 
-    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
-        """Return int64 (B, context_length); one string is a batch of one."""
-        texts = [texts] if isinstance(texts, str) else texts
-        return self.tokenize_clean([self.cleaned(text) for text in texts])
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None, **others: Any) -> torch.Tensor:
+        """Return int64 (B, context_length); one string is a batch of one. None: the model's own length.
+
+        Raises UserError for what is no text, and for the options of transformers' tokenizers, of which this has none.
+        """
+        if others:
+            raise UserError(
+                f"a tokenizer has no option {', '.join(others)}: it always cuts, pads to {self.context_length} ids and "
+                "returns one int64 tensor (B, context_length); tokenizer(texts, context_length=32) gives another length"
+            )
+        texts = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(f"texts to tokenize are strings, and a list of them; not {type(text).__name__}")
+        return self.with_length(context_length).tokenize_clean([self.cleaned(text) for text in texts])
+
+    def with_length(self, context_length: int | None) -> "Tokenizer":
+        """Return this tokenizer for texts of another number of ids; itself for None."""
+        if context_length in (None, self.context_length):
+            return self
+        other = copy.copy(self)
+        Tokenizer.__init__(other, self.core, self.kind, context_length)
+        return other
+
+    def __len__(self) -> int:
+        """The size of the vocabulary, as in transformers."""
+        return self.vocab_size
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute("tokenizer", self, name)
 
     def cleaned(self, text: str) -> str:
         """Return the text as it is tokenized."""

@@ -33,6 +33,7 @@ from contrastive.models import (
     TextModel,
     TextModelConfig,
 )
+from contrastive.words import no_attribute
 
 FORMAT = "contrastive-1"
 CLASSIFIER_FORMAT = "contrastive-classifier-1"
@@ -72,6 +73,9 @@ class Bundle:
     path: Path
     class_names: tuple[str, ...] | None = None
     """Of a classifier, in the order of its scores, where its data named them."""
+
+    def __getattr__(self, name: str):
+        raise no_attribute("bundle", self, name)
 
     def check_text_tower(self, purpose: str) -> None:
         """Raise UserError where there is no text tower; `purpose` says in the message what needs one."""

@@ -1,21 +1,17 @@
 """`contrastive.load_image_encoder`: the image tower of any model that we can read, pixels as VLM code asks for them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
 import torch
-from PIL import Image
 
-from contrastive.data.preprocess import Preprocess, PreprocessConfig
+from contrastive.data.preprocess import ImageLike, PixelBatch, Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent
-from contrastive.interop.loading import read
+from contrastive.interop.loading import read, usable
 from contrastive.models.image_encoder import ImageEncoder
-
-ImageLike = Image.Image | np.ndarray | bytes | str | Path
 
 
 def load_image_encoder(
@@ -47,6 +43,7 @@ def load_image_encoder(
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError("dtype has to be torch.float32, torch.bfloat16 or torch.float16, or its name")
+    device = usable(device)
     # A tokenizer can take seconds to import and to read, and no image encoder needs one.
     bundle = read(path, with_tokenizer=False)
     bundle.check_image_tower("there is nothing to encode images with")
@@ -64,19 +61,6 @@ def load_image_encoder(
     return encoder.eval().to(device, dtype)
 
 
-class PixelBatch(dict):
-    """What `return_tensors="pt"` gives: {'pixel_values': (B, 3, H, W)}, by attribute too, as transformers' batches."""
-
-    @property
-    def pixel_values(self) -> torch.Tensor:
-        """(B, 3, H, W) float32."""
-        return self["pixel_values"]
-
-    def to(self, *args, **kwargs) -> "PixelBatch":
-        """The same on another device or in another dtype, as `Tensor.to` takes them."""
-        return PixelBatch(pixel_values=self.pixel_values.to(*args, **kwargs))
-
-
 class ImageProcessor:
     """Exactly the pixels of `contrastive.load(PATH).preprocess`, under several names.
 
@@ -84,8 +68,8 @@ class ImageProcessor:
     processor(images, return_tensors="pt")["pixel_values"]               # (B, 3, H, W), as LLaVA calls it
     processor.preprocess(image, return_tensors="pt")["pixel_values"][0]  # (3, H, W)
 
-    An image is a PIL image, a file's path or its bytes, or an array (H, W, 3) uint8. `size` and `crop_size` cannot be
-    written to, for that would change nothing: `encoder.set_input_size` changes both tower and pixels.
+    `size` and `crop_size` cannot be written to, for that would change nothing: `encoder.set_input_size`
+    changes both tower and pixels.
     """
 
     def __init__(self, preprocess: Preprocess | Absent, original: Preprocess | Absent | None = None):
@@ -93,28 +77,12 @@ class ImageProcessor:
         self._original = preprocess if original is None else original  # sizes are made from it, not one from another
 
     def __call__(
-        self, images: ImageLike | list[ImageLike], return_tensors: str | None = None
+        self, images: ImageLike | Sequence[ImageLike], return_tensors: str | None = None
     ) -> torch.Tensor | PixelBatch:
-        """Preprocess one image or several; see the class. An image that cannot be read raises BadSample."""
-        if return_tensors not in (None, "pt"):
-            raise UserError(f"return_tensors is {return_tensors!r}; 'pt' is what there is")
-        several = isinstance(images, (list, tuple))
-        if not several and return_tensors is None:
-            return self._pixels(images)
-        if several and not images:
-            raise UserError("no images: the list is empty")
-        pixels = torch.stack([self._pixels(image) for image in (images if several else [images])])
-        return pixels if return_tensors is None else PixelBatch(pixel_values=pixels)
+        """As `Preprocess.__call__`."""
+        return self._preprocess(images, return_tensors)
 
     preprocess = __call__
-
-    def _pixels(self, image: ImageLike) -> torch.Tensor:
-        if isinstance(image, (str, Path)):
-            image = Path(image).read_bytes()
-        if not isinstance(image, (Image.Image, np.ndarray, bytes)):
-            kind = type(image).__name__
-            raise UserError(f"a {kind} is not an image: give a PIL image, a path, a file's bytes or an array (H, W, 3)")
-        return self._preprocess(image)
 
     def with_size(self, size: tuple[int, int]) -> "ImageProcessor":
         """The same for another (height, width) in pixels. Where it cannot be made, use says so."""

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from contrastive.errors import UserError, did_you_mean
 from contrastive.interop.bundle import Bundle, load_native, native_folder
 from contrastive.interop.hub import fetch, is_hub_name
-from contrastive.models import list_models
+from contrastive.models import model_config
 
 # Each has a module formats/NAME_folder.py: `recognises(folder) -> bool`, `load(folder, with_tokenizer) -> Bundle`. They
 # are asked in this order: a folder can hold the files of several libraries, and then the first says the most about the
@@ -31,11 +32,23 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
         loads, and any use of the part says what is missing.
 
     Raises:
-        UserError: no model there, an architecture that is not ours, a damaged file, or weights that do not fit.
+        UserError: no model there, an architecture that is not ours, a damaged file, weights that do not fit, or no such
+            device.
     """
+    device = usable(device)
     bundle = read(path)
     bundle.model.eval().to(device)
     return bundle
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """Return the device; UserError, with those that are here, where torch cannot use it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, NotImplementedError, RuntimeError):
+        kind = torch.accelerator.current_accelerator()
+        here = [f"{kind.type}:{n}" for n in range(torch.accelerator.device_count())] if kind else []
+        raise UserError(f"device '{device}' is not here; there is {', '.join(['cpu', *here])}") from None
 
 
 def read(path: str | Path, with_tokenizer: bool = True) -> Bundle:
@@ -54,12 +67,15 @@ def read(path: str | Path, with_tokenizer: bool = True) -> Bundle:
 
 def _what_is_meant(path: str | Path, folder: Path) -> str:
     """A hint at what a path that is not there was meant to be; empty without an idea."""
-    if str(path) in list_models():
-        return f". That is an architecture: contrastive.create_model('{path}') makes it, with random weights"
+    on_hub = f". For the hub: hf-hub:{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
+    with suppress(UserError):
+        model_config(str(path))
+        made = f"contrastive.create_model('{path}') makes it, with random weights"
+        return on_hub or f". That is an architecture: {made}; with weights: hf-hub:ORGANISATION/NAME"
     if folder.parent.is_dir():
         hint = did_you_mean(folder.name, (other.name for other in folder.parent.iterdir()))
         return f".{hint}" if hint else ""
-    return f". For the hub: hf-hub:{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
+    return on_hub
 
 
 def read_folder(folder: Path, with_tokenizer: bool = True) -> Bundle:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from contrastive.models.image_tower import ImageTower, ImageTowerConfig
 from contrastive.models.init import initialise_tower
 from contrastive.models.text_tower import TextTower, TextTowerConfig
 from contrastive.option_types import Positive
+from contrastive.words import no_attribute
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,17 @@ class Features(NamedTuple):
     """Scalar, or None for losses without a bias."""
 
 
-class _WithImageTower(nn.Module):
+class _Model(nn.Module):
+    """An attribute that other libraries' models have, and ours not, says what it is called here."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise no_attribute("model", self, name) from None
+
+
+class _WithImageTower(_Model):
     """What models with an `image_tower` share."""
 
     def encode_image(self, pixels: torch.Tensor, normalize: bool = True, project: bool = True) -> torch.Tensor:
@@ -88,7 +99,7 @@ class _WithImageTower(nn.Module):
         return unit_length(features) if normalize else features
 
 
-class _WithTextTower(nn.Module):
+class _WithTextTower(_Model):
     """What models with a `text_tower` share."""
 
     def encode_text(self, tokens: torch.Tensor, normalize: bool = True) -> torch.Tensor:

@@ -20,6 +20,7 @@ from contrastive.models.image_encoder_config import (
 )
 from contrastive.models.image_tower import ImageTower, ImageTrunk
 from contrastive.models.transformer import AttentionPooling
+from contrastive.words import no_attribute
 
 Tokens = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -76,6 +77,12 @@ class ImageEncoder(ImageTrunk):
         self.pool, self.keep_prefix, self.tower_depth = pool, keep_prefix, options.depth
         self.preprocess = preprocess
         self.train(tower.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise no_attribute("encoder", self, name) from None
 
     def _take(self, tower: ImageTower) -> None:
         self.patch_embed.grid_size = tower.grid
