@@ -1,5 +1,6 @@
 """The text tower: a transformer over token ids, causal as in CLIP or bidirectional as in SigLIP."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,11 @@ from torch import nn
 from contrastive.errors import UserError
 from contrastive.models.transformer import Transformer, TransformerConfig
 from contrastive.option_types import Positive
+
+UNPADDED = (
+    "{} tokens a text, where this text tower reads the last of {} positions: pad each text to that length, as the "
+    "model's tokenizer does, or its embedding is another one"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,8 @@ class TextTower(nn.Module):
         if self.config.pool == "eos":
             x = pool_eos(x, tokens, self.config.eos_id)
         elif self.config.pool == "last":
+            if tokens.shape[1] < self.config.context_length:
+                warnings.warn(UNPADDED.format(tokens.shape[1], self.config.context_length), stacklevel=2)
             x = x[:, -1]
         else:
             x = pool_average(x, tokens, self.config.pad_id)

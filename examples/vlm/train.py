@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 import contrastive
 from contrastive.command_line import Parser, at_least
 from contrastive.data.record import BadSample, Source
-from contrastive.data.sources import open_source
+from contrastive.data.sources import announce, open_source
 from contrastive.errors import UserError
 from contrastive.files import write_json
 from contrastive.log import run_script, say
@@ -61,6 +61,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--eval-images", type=at_least(1), default=640, **number, help="to caption (default 640)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/vlm"), metavar="DIR", help="default runs/vlm")
+    parser.add_argument("--dry-run", action="store_true", help="show the data and the first captions, and stop there")
     return parser.parse_args(arguments)
 
 
@@ -127,10 +128,17 @@ def main(arguments: list[str]) -> None:
     set_seed(options.seed)
     accelerator = Accelerator()
     source = open_source(options.data)
+    announce(source, "--data")
+    for other in held_out:
+        announce(other, "--eval")
     model = build(options, source)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     say(f"{trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen; {model.encoder.num_patches} patches")
+    if options.dry_run:
+        for caption in itertools.islice(sampled_captions(source), 3):
+            say(f"{caption!r} is read as {model.tokenizer.decode(model.tokenizer(caption)['input_ids'])!r}")
+        return
     model = train(model, source, options, accelerator)
     if accelerator.is_main_process:
         model.save(options.out, str(options.encoder), options.layer)

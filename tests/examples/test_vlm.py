@@ -1,5 +1,6 @@
 """examples/vlm: it trains, comes back from its folder, takes a real language model, and counts captions honestly."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -58,6 +59,17 @@ def test_trains_and_captions_from_the_command_line(tmp_path):
     wrong = call("caption.py", out, out / "results.json")
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith("caption.py: error: ") and "is not an image" in wrong.stderr
+
+
+def test_a_dry_run_shows_captions_and_writes_nothing(tmp_path, examples, encoder, capsys):
+    spec = importlib.util.spec_from_file_location("vlm_train", VLM / "train.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    options = ("--layer", "-1", "--data", "digits", "--eval", "scenes:test", "--out", str(tmp_path / "vlm"))
+    script.main([str(tmp_path / "model"), *options, "--dry-run"])
+    told = capsys.readouterr().err
+    assert "--data digits:train: 1,442 samples" in told and "--eval scenes:test" in told
+    assert told.count(" is read as ") == 3 and not (tmp_path / "vlm").exists()
 
 
 def test_the_loss_is_that_of_the_caption_alone(examples, encoder):

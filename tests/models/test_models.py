@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,18 @@ def test_causal_text_ignores_what_follows_the_end():
     assert torch.allclose(tower(short), tower(other), atol=1e-6)
     bidirectional = TextTower(replace(TEXT, pool="eos"), 16).eval()
     assert not torch.allclose(bidirectional(short), bidirectional(other), atol=1e-3)
+
+
+def test_a_tower_that_reads_the_last_position_says_when_texts_are_not_padded_to_it():
+    tower = TextTower(replace(TEXT, pool="last"), 16)
+    tokens = torch.randint(3, 50, (2, 10))
+    with pytest.warns(UserWarning, match="7 tokens a text, where this text tower reads the last of 10 positions"):
+        tower(tokens[:, :7])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tower(tokens)
+        for pool in ("eos", "average"):
+            TextTower(replace(TEXT, pool=pool), 16)(tokens[:, :7])
 
 
 def test_average_pool_ignores_padding():
