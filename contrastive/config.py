@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.files import read_yaml
-from contrastive.option_types import as_option, run_tyro
+from contrastive.option_types import as_option, fixed, run_tyro
 from contrastive.registry import Registry
 
 T = TypeVar("T")
@@ -67,17 +67,19 @@ def parse(
     description: str,
     either: tuple[tuple[str, ...], ...] = (),
     also: tuple[str, ...] = (),
-    written: bool = False,
+    base: Path | None = None,
 ) -> T:
-    """Fill the dataclass `cls`: defaults, then the YAML `file`, then the flags `args`.
+    """Fill the dataclass `cls`: defaults, then the YAML files `base` and `file`, then the flags `args`.
 
     Of the options in one group of `either`, one is kept: a flag for one outdoes another in the file.
     `also` names further flags of the script, which an unknown one may have been meant to be.
 
     Options that have been renamed are told by their new names. A class says which: RENAMED, a class attribute, maps
-    an old dotted name, relative to the class, to the new one, or to `Gone`. With `written`, the file was written by
-    the program itself, perhaps by an older version of it: what it says under old names is taken as said under the
-    new ones, which count for more where both are there.
+    an old dotted name, relative to the class, to the new one, or to `Gone`. `base` was written by the program itself,
+    perhaps by an older version of it: what it says under old names is taken as said under the new ones, which count
+    for more where both are there.
+
+    A class with a field `given` is told there which options the file and the flags gave: see `hidden`.
 
     A section chosen by name (`loss`, `optimizer`, `model`) takes the flag's choice, else the file's. What
     the file says about a component that was not chosen is left aside. `--help` prints and exits with status 0.
@@ -85,30 +87,58 @@ def parse(
     Raises:
         UserError: an unknown key or flag (with a suggestion), a value of the wrong type, an unreadable file.
     """
-    values = {} if file is None else _read(file)
     choices = _choices(cls)
     rest, named = _take(args, {name: f"a name: {c.told(name)}" for name, c in choices.items()})
+    given = dict.fromkeys(named, True)
+    contents = {path: _read(path) for path in (file, base) if path is not None}
     for name, choice in choices.items():
         if choice.table and named.get(name) in ("list", "help"):
             print(choice.table())
             raise SystemExit(0)
-        values = _settle(name, choice, values, named, file)
+        for path in contents:
+            if choice.is_slot or path != base:  # what the program wrote of a preset is all that was made of it
+                contents[path] = _settle(name, choice, contents[path], named, path)
     for group in either:
-        _keep_one(group, values, rest, file)
+        _keep_one(group, contents, rest)
     chosen = _with_choices(cls, named)
     known = _flat_types(chosen)
     renamed = {old: new for old, new in _renamed(chosen).items() if old not in known}
-    values = _with_new_names(values, renamed, written, file)
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{file}: unknown key '{key}'.{did_you_mean(key, known)}")
-        values[key] = as_option(f"{file}: {key}", known[key], value)
-    for arg in rest:
-        if arg.startswith("--"):
-            _check_known(arg, known, (*choices, *also), renamed)
+    values = {}
+    for path in reversed(contents):
+        contents[path] = _with_new_names(contents[path], renamed, path == base, path)
+        for key, value in contents[path].items():
+            if key not in known:
+                raise UserError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
+            values[key] = as_option(f"{path}: {key}", known[key], value)
+    flags = [_option_of(arg, known, (*choices, *also), renamed) for arg in rest if arg.startswith("--")]
     start = _filled(chosen(), values) if values else None
     words = {"prog": prog, "description": _describe(description, choices), "given": args}
-    return run_tyro(chosen, rest, known=known, default=start, **words)
+    config = run_tyro(chosen, rest, known=known, default=start, **words)
+    if not hasattr(config, "given"):
+        return config
+    given = dict.fromkeys([*named, *contents.get(file, ())], False) | given | dict.fromkeys(flags, True)
+    return dataclasses.replace(config, given=given)
+
+
+def hidden(default: Any = None) -> Any:
+    """A field that is no option: it has neither flag nor key, and no place in what is written.
+
+    `parse` fills one called `given` with the dotted names of the options that were given: True by a flag, False by a
+    file.
+    """
+    return dataclasses.field(default=default, repr=False, compare=False, metadata={"hidden": True})
+
+
+def given_options(config: Any) -> dict[str, bool]:
+    """The config's `given`; of one that was made in Python, all that is not as it is by default."""
+    if config.given is not None:
+        return config.given
+    usual = type(config)()
+    for name in _choices(type(config)):
+        if type(getattr(usual, name)) is not type(getattr(config, name)):
+            usual = dataclasses.replace(usual, **{name: type(getattr(config, name))()})
+    before = flatten(to_dict(usual))
+    return {name: True for name, value in flatten(to_dict(config)).items() if value != before.get(name)}
 
 
 def _settle(
@@ -127,17 +157,19 @@ def _settle(
     return {key: value for key, value in values.items() if not key.startswith(f"{name}.")}
 
 
-def _keep_one(group: tuple[str, ...], values: dict[str, Any], args: list[str], file: Path | None) -> None:
-    """Drop from the file's values what a flag replaces by an alternative."""
+def _keep_one(group: tuple[str, ...], contents: dict[Path, dict[str, Any]], args: list[str]) -> None:
+    """Drop from each file's values what a flag, or a file before it, replaces by an alternative."""
     flags = {arg.removeprefix("--").partition("=")[0] for arg in args}
-    given = [name for name in group if name in flags]
-    present = [name for name in group if values.get(name) is not None]
-    for give, between, names in (("give --", " or --", given), (f"{file}: give ", " or ", present)):
+    said = [("give --", " or --", [name for name in group if name in flags])]
+    said += [(f"{path}: give ", " or ", [n for n in group if v.get(n) is not None]) for path, v in contents.items()]
+    for give, between, names in said:
         if len(names) > 1:
             raise UserError(f"{give}{between.join(names)}, not {'both' if len(names) == 2 else 'all'}")
-    if given:
-        for name in present:
+    outdone = bool(said[0][2])
+    for values, (*_, names) in zip(contents.values(), said[1:], strict=True):
+        for name in names if outdone else ():
             del values[name]
+        outdone = outdone or bool(names)
 
 
 def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
@@ -159,10 +191,17 @@ def rename_flags(args: list[str], short: Mapping[str, str]) -> list[str]:
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain values for YAML, the chosen components by name."""
     plain = dataclasses.asdict(config)
+    for field in _hidden(type(config)):
+        del plain[field.name]
     for name, choice in _choices(type(config)).items():
         if choice.is_slot:
             plain[name] = {"name": choice.registry.name_of(type(getattr(config, name))), **plain[name]}
     return json.loads(json.dumps(plain))  # tuples as lists
+
+
+def written_options(cls: type, path: Path) -> dict[str, Any]:
+    """What a file that the program wrote says, by the dotted names of today."""
+    return _with_new_names(_read(path), _renamed(cls), True, path)
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
@@ -219,7 +258,7 @@ def _take(args: list[str], needs: dict[str, str]) -> tuple[list[str], dict[str, 
 
 def _with_choices(cls: type[T], named: dict[str, str]) -> type[T]:
     """Return `cls` with each chosen section's own type and defaults in place."""
-    fields = []
+    fields = [(field.name, fixed(field.type), field) for field in _hidden(cls)]
     for field in dataclasses.fields(cls):
         if "choice" in field.metadata:
             choice = field.metadata["choice"]
@@ -227,6 +266,10 @@ def _with_choices(cls: type[T], named: dict[str, str]) -> type[T]:
             own = dataclasses.field(default=default, metadata=field.metadata)
             fields.append((field.name, type(default), own))
     return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True)
+
+
+def _hidden(cls: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(cls) if "hidden" in field.metadata]
 
 
 def _filled(options: T, values: dict[str, Any], prefix: str = "") -> T:
@@ -242,6 +285,8 @@ def _filled(options: T, values: dict[str, Any], prefix: str = "") -> T:
 def _sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type, dict[str, Any]]]:
     """The class and all option classes within it: what dotted names begin with, the class, the types of its fields."""
     hints = typing.get_type_hints(cls)
+    for field in _hidden(cls):
+        del hints[field.name]
     yield prefix, cls, hints
     for name, annotation in hints.items():
         if dataclasses.is_dataclass(annotation):
@@ -284,14 +329,18 @@ def _old_name(name: str, new: str | Gone, dashes: str = "") -> str:
     return f"{dashes}{name} is {now}"
 
 
-def _check_known(flag: str, known: dict[str, Any], also: tuple[str, ...], renamed: dict[str, str | Gone]) -> None:
+def _option_of(flag: str, known: dict[str, Any], also: tuple[str, ...], renamed: dict[str, str | Gone]) -> str:
+    """Return the name of the option that a flag is of; UserError for an old or unknown one."""
     name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
     if name in renamed:
         raise UserError(_old_name(name, renamed[name], "--"))
     section, _, option = name.rpartition(".")
     positive = f"{section}.{option.removeprefix('no_')}".lstrip(".")  # --evaluate.no_progress
-    if name not in known and known.get(positive) is not bool and name != "help":
+    if name in known or name == "help":
+        return name
+    if known.get(positive) is not bool:
         raise UserError(f"unknown flag --{name}.{did_you_mean(name, (*known, *also))} See --help")
+    return positive
 
 
 def _describe(description: str, choices: dict[str, NamedSection]) -> str:

@@ -85,6 +85,13 @@ def type_name(annotation: Any) -> str:
     return "none" if annotation is types.NoneType else annotation.__name__
 
 
+def fixed(annotation: Any) -> Any:
+    """The type of a field that tyro is to leave as it is, and unmentioned."""
+    import tyro
+
+    return tyro.conf.Suppress[tyro.conf.Fixed[annotation]]
+
+
 def run_tyro(
     cls: type[T],
     args: list[str],

@@ -283,8 +283,8 @@ class Estate:
     garden: Garden = field(default_factory=Garden)
 
 
-def estate(*args, file=None, written=False):
-    return parse(Estate, list(args), file, prog="t", description="", written=written)
+def estate(*args, file=None, base=None):
+    return parse(Estate, list(args), file, prog="t", description="", base=base)
 
 
 @pytest.mark.parametrize(
@@ -314,11 +314,11 @@ def test_old_flags_are_told_by_the_new_ones():
 
 def test_old_names_count_in_files_that_the_program_wrote(file):
     old = "beds: 5\ngarden: {fence: true}"
-    assert estate(file=file(old), written=True).garden == Garden(beds=5)
-    assert estate("--garden.beds", "6", file=file(old), written=True).garden.beds == 6
-    assert estate(file=file("beds: 5\ngarden: {beds: 4}"), written=True).garden.beds == 4
+    assert estate(base=file(old)).garden == Garden(beds=5)
+    assert estate("--garden.beds", "6", base=file(old)).garden.beds == 6
+    assert estate(base=file("beds: 5\ngarden: {beds: 4}")).garden.beds == 4
     with pytest.raises(UserError, match="garden.fence is False, but is no option any more: it is always True"):
-        estate(file=file("garden: {fence: false}"), written=True)
+        estate(base=file("garden: {fence: false}"))
 
 
 def test_take_option():

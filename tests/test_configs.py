@@ -67,7 +67,7 @@ def test_preprocessing_of_an_older_run(cls, tmp_path):
     old = tmp_path / "config.yaml"
     written["data"] |= written["data"].pop("preprocess")
     old.write_text(yaml.safe_dump(written))
-    assert to_dict(parse(cls, [], old, written=True, **words)) == to_dict(config)
+    assert to_dict(parse(cls, [], base=old, **words)) == to_dict(config)
     with pytest.raises(UserError, match=r"config.yaml: data\.\w+ is data\.preprocess\.\w+ now$"):
         parse(cls, [], old, **words)
     with pytest.raises(UserError, match=r"^--data\.short_side is --data\.preprocess\.short_side now$"):

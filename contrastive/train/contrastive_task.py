@@ -58,7 +58,8 @@ class PretrainConfig(RunConfig):
 def check(config: PretrainConfig) -> None:
     """Raise UserError for options that no data can make right."""
     check_run(config)
-    config.model.image.check()
+    if not (config.init or config.init_image):  # which bring their own
+        config.model.image.check()
     if config.model.init_logit_bias is not None and config.loss.initial_logits(2)[1] is None:
         raise UserError("model.init_logit_bias is for losses with a bias (sigmoid); leave it out")
     if config.init and config.init_image:

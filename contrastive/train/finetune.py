@@ -20,7 +20,7 @@ from contrastive.models import ClassifierConfig, ImageClassifier
 from contrastive.option_types import Bound, Probability
 from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
 from contrastive.train.classify import num_classes, open_data
-from contrastive.train.options import resolve_run
+from contrastive.train.options import check_brought, resolve_run
 from contrastive.train.run import open_run, run
 
 N = TypeVar("N")
@@ -80,6 +80,7 @@ def finetune(config: FinetuneConfig) -> bool:
     config = replace(config, init_key=key)
     source, held_out, config = open_data(config)
     data = replace(config.data, preprocess=bundle.preprocess.config.options)
+    check_brought(config, replace(config, data=data), "init")
     config = resolve_run(replace(config, data=data, head=_kind_of_head(config, bundle, source)), source)
     torch.manual_seed(config.train.seed)
     model = _classifier_from(bundle, config, source)

@@ -13,6 +13,7 @@ from contrastive.interop.bundle import Bundle
 from contrastive.log import say
 from contrastive.models import DualEncoder
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig, check, resolve
+from contrastive.train.options import check_brought
 from contrastive.train.run import open_run, run
 
 CLIP_VOCABULARY = 49_408
@@ -27,15 +28,23 @@ def pretrain(config: PretrainConfig) -> bool:
     Raises:
         UserError: anything in the options, the data or the run folder that cannot work, before training.
     """
-    check(config)
     checkpoint = open_run(config)
+    check(config)
     start = None
     if config.init or config.init_image:
         from contrastive.interop.loading import load
 
         # A resumed run has these parts itself; the flags of its first command do not change them when given again.
         start = load(checkpoint or config.init or config.init_image)
-        config = _with_parts_of(start, config)
+        size = config.model.image.image_size
+        if config.gave("model.image.image_size", "init", "init_image") and size != start.config.image.image_size:
+            start.check_image_tower("a run starts from an image tower, or from both")
+            start.model.image_tower.set_input_size(size)
+            say(f"the positions of {start.path} are resampled for images of {size} pixels")
+            start = replace(start, config=replace(start.config, image=start.model.image_tower.config))
+        whole = _with_parts_of(start, config)
+        check_brought(config, whole, "init" if config.init else "init_image")
+        config = whole
     data = config.data
     columns = {"image_column": data.image_column, "caption_column": data.caption_column, "prompts": data.prompts}
     source = open_source(data.train, **columns)
@@ -70,6 +79,9 @@ def _with_parts_of(start: Bundle, config: PretrainConfig) -> PretrainConfig:
         model = replace(config.model, image=image, embed_dim=start.model.config.embed_dim)
     else:
         start.check_text_tower("--init starts both towers; use --init_image")
+        ours = start.tokenizer
+        kind = "clip" if ours.kind == "clip" else "auto"
+        data = replace(data, tokenizer=kind, vocab_size=ours.vocab_size, clean=ours.clean)
         has_bias = config.loss.initial_logits(2)[1] is not None
         model = replace(
             start.config,

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import yaml
 
-from contrastive.config import flatten, parse, rename_flags, take_option, to_dict
+from contrastive.config import flatten, parse, rename_flags, take_option, to_dict, written_options
 from contrastive.data.order_choice import order_for
 from contrastive.distributed.collectives import gather_objects
 from contrastive.distributed.runtime import Runtime
@@ -24,7 +24,7 @@ from contrastive.files import locked, write_folder, write_whole
 from contrastive.log import is_main_process, read_metrics, say, warn
 from contrastive.train.checkpoint import find_checkpoint, read_cursor
 from contrastive.train.loop import Trainer, merged
-from contrastive.train.options import LENGTHS, RunConfig, check_division
+from contrastive.train.options import LENGTHS, RunConfig, changes_on_resume, check_division
 from contrastive.train.task import TrainingTask
 
 C = TypeVar("C", bound=RunConfig)
@@ -57,10 +57,19 @@ def command(
     config = parse(cls, args, config_file, **options)
     config = replace(config, run_folder=config.run_folder or f"runs/{config_file.stem}-{config.short_name()}")
     saved = Path(config.run_folder) / "config.yaml"
-    if config.resume and saved.exists():  # the run's own options, with what the flags say now
-        # A preset's name given again would undo what the first command changed of the preset.
-        args, _ = take_option(args, "model")
-        config = replace(parse(cls, args, saved, written=True, **options), run_folder=config.run_folder)
+    if config.resume and saved.exists():  # the run's own options, with what --config and the flags say now
+        again = parse(cls, args, config_file if chosen else None, base=saved, **options)
+        if "model" in again.given:
+            asked, own = (flatten(to_dict(one)["model"]) for one in (config, again))
+            for name in asked:
+                if name.endswith(("width", "depth")) and asked[name] != own[name]:
+                    raise UserError(
+                        f"a resumed run keeps its model: model.{name} is {own[name]}, not {asked[name]}; leave --model "
+                        "out"
+                    )
+        config = replace(again, run_folder=config.run_folder)
+    elif not chosen:  # what the default file says nobody has asked for
+        config = replace(config, given={name: True for name, by_flag in config.given.items() if by_flag})
     if not train(config):
         sys.exit(130)  # stopped on request, after saving
 
@@ -74,6 +83,9 @@ def open_run(config: RunConfig) -> Path | None:
     folder = Path(config.run_folder)
     if is_main_process():
         check_folder(folder, config.resume)
+    if config.resume:  # first of all those by which other options come and go
+        before = written_options(type(config), folder / "config.yaml")
+        changes_on_resume(config, {name: value for name, value in before.items() if name.endswith(".name")})
     return find_checkpoint(folder / "checkpoints") if config.resume else None
 
 
@@ -102,6 +114,8 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
     """
     config = task.config
     train, data, folder = config.train, config.data, Path(config.run_folder)
+    if checkpoint is not None:
+        changes = changes_on_resume(config, written_options(type(config), folder / "config.yaml"))
     options = {"window": data.window, "lanes": data.lanes, "replacement": data.replacement}
     order = order_for(task.source, train.global_batch_size, train.seed, **options)
     runtime = Runtime(train.precision, config.trackers, folder)
@@ -124,6 +138,10 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
         if len(set(seen)) > 1:
             raise UserError(f"ranks see different checkpoints in {folder}/checkpoints: {', '.join(map(str, seen))}")
         trainer = Trainer(task, order, runtime, folder, checkpoint)
+        if trainer.step > train.steps:
+            raise UserError(f"train.steps is {train.steps}, but the run has done {trainer.step} already; give more")
+        if checkpoint is not None and changes:
+            say(changes)
         if runtime.is_main:
             own = yaml.safe_dump(to_dict(replace(config, resume=False, dry_run=False)), sort_keys=False, width=110)
             write_whole(folder / "config.yaml", own)

@@ -1,6 +1,7 @@
 """Training that starts from a folder of transformers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,8 +35,10 @@ def vision_tower(tmp_path):
 
 
 def run(folder, **options):
-    data = DataConfig(train="digits:train", eval=("digits:test",), vocab_size=300)
-    return pretrain(PretrainConfig(run_folder=str(folder), model=ModelConfig(text=TEXT), data=data, **SHORT, **options))
+    data = DataConfig(train="digits:train", eval=("digits:test",))
+    if "init_image" in options:  # else the text tower and its tokenizer are the model's too
+        options |= {"model": ModelConfig(text=TEXT), "data": replace(data, vocab_size=300)}
+    return pretrain(PretrainConfig(**{"run_folder": str(folder), "data": data, **SHORT, **options}))
 
 
 def same_tower(first, second):

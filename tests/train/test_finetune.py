@@ -10,7 +10,6 @@ import yaml
 from safetensors.torch import load_file
 
 import contrastive
-from contrastive.data.preprocess import PreprocessOptions
 from contrastive.data.settings import DataConfig, LabelledDataConfig
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
@@ -154,8 +153,9 @@ def test_going_on_from_a_model_that_was_started_from(pretrained, tmp_path):
     first = yaml.safe_load((tmp_path / "more" / "config.yaml").read_text())
     assert first["model"]["init_logit_bias"] is None and first["model"]["text"]["dropout"] == 0.1
     again = replace(ours, image=replace(IMAGE, norm_eps=1e-3), embed_dim=32)
-    data = DataConfig(train="digits", vocab_size=300, preprocess=PreprocessOptions(resize="crop"))
-    longer = {**options, "train": TrainConfig(steps=2, global_batch_size=32), "model": again, "data": data}
+    longer = {**options, "train": TrainConfig(steps=2, global_batch_size=32)}
+    with pytest.raises(UserError, match=r"model.embed_dim 32 .*24\); model.image.norm_eps 0.001"):
+        pretrain(pretraining(tmp_path / "more", resume=True, **{**longer, "model": again}))
     assert pretrain(pretraining(tmp_path / "more", resume=True, **longer))
     second = yaml.safe_load((tmp_path / "more" / "config.yaml").read_text())
     assert second["model"] == first["model"] and second["data"] == first["data"]
