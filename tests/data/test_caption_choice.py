@@ -158,13 +158,14 @@ def test_tokenizer_keeps_its_cleaning(tmp_path):
 
 
 def write_table(folder, kind):
-    (folder / "picture.jpg").write_bytes(jpeg())
     rows = [("one", "two"), ("three", None), (None, None), ("", "four")]
+    for number in range(len(rows)):
+        (folder / f"{number}.jpg").write_bytes(jpeg())
     if kind == "csv":
-        text = "".join(f"picture.jpg,{alt or ''},{synthetic or ''}\n" for alt, synthetic in rows)
+        text = "".join(f"{n}.jpg,{alt or ''},{synthetic or ''}\n" for n, (alt, synthetic) in enumerate(rows))
         (folder / "pairs.csv").write_text("image,alt,synthetic\n" + text)
     else:
-        lines = [json.dumps({"image": "picture.jpg", "alt": alt, "synthetic": synthetic}) for alt, synthetic in rows]
+        lines = [json.dumps({"image": f"{n}.jpg", "alt": a, "synthetic": s}) for n, (a, s) in enumerate(rows)]
         (folder / "pairs.jsonl").write_text("\n".join(lines))
     return str(folder / f"pairs.{kind}")
 
@@ -191,6 +192,7 @@ def test_a_list_in_one_column_shares_its_weight(tmp_path):
 
 
 def test_a_column_name_with_commas_is_taken_as_it_is(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(jpeg())
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "x.jpg", "a=1,b": "odd"}))
     assert open_source(str(tmp_path / "pairs.jsonl"), caption_column="a=1,b").captions(0) == ("odd",)
 

@@ -31,10 +31,11 @@ def shard(folder):
 
 
 def table(folder):
-    (folder / "picture.jpg").write_bytes(PICTURE)
-    lines = [UNUSABLE.get(index, (f"number {index}".encode(),))[0] for index in range(16)]
-    rows = b"".join(b'picture.jpg,"' + line + b'"\n' for line in lines)
-    (folder / "pairs.csv").write_bytes(b"image,caption\n" + rows)
+    rows = [b"image,caption"]
+    for index in range(16):
+        (folder / f"{index}.jpg").write_bytes(PICTURE)
+        rows.append(b'%d.jpg,"%s"' % (index, UNUSABLE.get(index, (f"number {index}".encode(),))[0]))
+    (folder / "pairs.csv").write_bytes(b"\n".join(rows))
     return str(folder / "pairs.csv")
 
 

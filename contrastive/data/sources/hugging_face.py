@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contrastive.data.record import fingerprint_of
-from contrastive.data.sources.columns import Columns, ColumnSource, TablePart, find_columns
+from contrastive.data.sources.column_source import ColumnSource, is_text
+from contrastive.data.sources.columns import Columns, find_columns
+from contrastive.data.sources.row_images import TablePart
 from contrastive.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 
@@ -92,23 +95,33 @@ def _from_dataset(name: str, dataset: Dataset, folder: str, asked: Columns) -> C
     if not len(dataset):
         raise UserError(f"{name} has no rows")
     dataset = dataset.with_format(None)
-    columns = find_columns(dataset.column_names, asked, name)
+    types = {held.name: held.type for held in dataset.features.arrow_schema}
+    columns = find_columns([(held, str(kind)) for held, kind in types.items()], asked, name)
     fingerprint, features = _fingerprint(dataset), dataset.features
     if isinstance(features[columns.image], datasets.Image):
         # Undecoded: our own decoder sees the bytes, and no picture goes through Pillow twice.
         dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
     cells = {held: DatasetColumn(dataset, held) for held in (columns.image, *dict(columns.weighted))}
     if columns.label:
-        cells[columns.label] = dataset.select_columns([columns.label]).with_format("arrow")[:].column(0)
+        cells[columns.label] = _in_memory(dataset, columns.label)
+    images = _in_memory(dataset, columns.image)
+    if is_text(types[columns.image]):
+        cells[columns.image] = images
     return ColumnSource(
         name=name,
         parts=[TablePart(name, folder, len(dataset))],
         columns=columns,
-        types={held.name: held.type for held in dataset.features.arrow_schema},
+        types=types,
         cells=cells,
         class_names=tuple(getattr(features.get(columns.label), "names", None) or ()),
         fingerprint=fingerprint,
+        embedded=images.chunks,
     )
+
+
+def _in_memory(dataset: Dataset, column: str) -> pa.ChunkedArray:
+    """The column as Arrow maps it into memory: only what is touched is read."""
+    return dataset.select_columns([column]).with_format("arrow")[:].column(0)
 
 
 def _fingerprint(dataset: Dataset) -> str:

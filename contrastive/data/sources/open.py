@@ -11,7 +11,7 @@ from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import Source, some_have
 from contrastive.data.sources.columns import Columns
 from contrastive.data.sources.derived import ClassPrompts, Mixture, split_mixture
-from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote
+from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote, table_suffix
 from contrastive.data.sources.torchvision_sets import SETS, cifar_folders, open_cifar, open_named
 from contrastive.errors import UserError, did_you_mean
 from contrastive.log import say
@@ -28,7 +28,7 @@ FORMS = (
     "PAIRS.csv|tsv|jsonl|parquet, a folder of images, of MNIST's or CIFAR's files, or saved by datasets, "
     "hf:NAME[:SPLIT]"
 )
-_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".ndjson", ".json", ".txt")
 
 HELD_OUT = ("test", "val", "valid", "validation", "dev")
 """Names of held-out splits, the preferred one first."""
@@ -150,7 +150,7 @@ def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) ->
 
 
 def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
-    suffixes = sorted({os.path.splitext(path)[1].lower() for path in paths})
+    suffixes = sorted({table_suffix(path) for path in paths})
     if len(suffixes) > 1:
         raise UserError(f"{spec} matches files of several kinds ({', '.join(suffixes)}); name one kind")
     if suffixes[0] == ".tar":

@@ -75,6 +75,11 @@ def short_names(paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(os.path.relpath(path, folder) for path in paths)
 
 
+def table_suffix(path: str) -> str:
+    """Return what kind of table a path names, '.csv' of 'PAIRS.csv.gz' too; in lower case."""
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
 def read_image_file(path: str, key: str) -> bytes:
     """Return the bytes of the file. Raises BadSample: 'missing_image', 'unreadable_image', 'too_large'."""
     try:

@@ -1,4 +1,4 @@
-"""Tables of image-text pairs or labelled images: CSV, TSV, JSON lines, Parquet.
+"""Tables of image-text pairs or labelled images: CSV, TSV, JSON lines, Parquet; all but the last also as .gz.
 
 The small columns (paths, captions, labels) are read at once. Images that a Parquet file holds stay where they are.
 """
@@ -9,29 +9,25 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from contrastive.data.record import fingerprint_of, part_and_row
-from contrastive.data.sources.columns import (
-    Columns,
-    ColumnSource,
-    TablePart,
-    find_columns,
-    is_text,
-)
-from contrastive.data.sources.paths import short_names
+from contrastive.data.record import FaultCounts, fingerprint_of, part_and_row
+from contrastive.data.sources.column_source import ColumnSource, is_text
+from contrastive.data.sources.columns import Columns, find_columns
+from contrastive.data.sources.delimited import BLOCK_BYTES, read_delimited
+from contrastive.data.sources.paths import short_names, table_suffix
+from contrastive.data.sources.row_images import TablePart
 from contrastive.errors import UserError
 from contrastive.files import sha256
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_BLOCK_BYTES = 32 * 2**20  # no row may be longer: captions of megabytes do occur
 # Decoded row groups that one process keeps. Rows are compressed by the group, so a set that fits is read
 # once, and of a larger one each visit to another group costs its decoding.
 CACHE_BYTES = 512 * 2**20
@@ -42,7 +38,8 @@ class TableFile:
     """One table.
 
     columns: which were read. rows: those columns, without embedded images. image_type: of the image column,
-    text where it holds paths. class_names: from the file itself. digest: changes with the content.
+    text where it holds paths. class_names: from the file itself. digest: changes with the content. notes: what there
+    was to decide.
     """
 
     path: str
@@ -51,6 +48,8 @@ class TableFile:
     image_type: pa.DataType
     class_names: tuple[str, ...] | None
     digest: str
+    notes: tuple[str, ...] = ()
+    left_aside: FaultCounts = field(default_factory=FaultCounts)
 
 
 def open_table(name: str, paths: Sequence[str], asked: Columns) -> ColumnSource:
@@ -65,23 +64,27 @@ def open_table(name: str, paths: Sequence[str], asked: Columns) -> ColumnSource:
     files = [_read_table(path, asked) for path in paths]
     rows, columns, image = _joined(files), files[0].columns, files[0].columns.image
     cells = {held: rows.column(held) for held in rows.column_names}
-    if not is_text(files[0].image_type):
-        cells[image] = ParquetImages(paths, image)
-    elif _is_web_address(cells[image][0].as_buffer()):
-        raise UserError(
-            f"{name}: column '{image}' holds web addresses; download the images first, "
-            "as img2dataset does into .tar shards"
-        )
+    types = {held.name: held.type for held in rows.schema} | {image: files[0].image_type}
     named = list(zip(short_names(paths), files, strict=True))
-    return ColumnSource(
+    parts = [TablePart(short, os.path.dirname(file.path) or os.curdir, file.rows.num_rows) for short, file in named]
+    apart = image not in cells  # bytes in Parquet
+    if apart:
+        cells[image] = ParquetImages(paths, image)
+    source = ColumnSource(
         name=name,
-        parts=[TablePart(short, os.path.dirname(file.path) or os.curdir, file.rows.num_rows) for short, file in named],
+        parts=parts,
         columns=columns,
-        types={held.name: held.type for held in rows.schema} | {image: files[0].image_type},
+        types=types,
         cells=cells,
         class_names=files[0].class_names,
-        fingerprint=fingerprint_of("\n".join(f"{short} {columns} {file.digest}" for short, file in named)),
+        fingerprint=fingerprint_of("\n".join(f"{short} {columns!r} {file.digest}" for short, file in named)),
+        embedded=cells[image].groups() if apart else (),
+        notes=tuple(dict.fromkeys(note for file in files for note in file.notes)),
     )
+    source.left_aside = FaultCounts()
+    for file in files:
+        source.left_aside.include(file.left_aside)
+    return source
 
 
 def _joined(files: Sequence[TableFile]) -> pa.Table:
@@ -99,52 +102,54 @@ def _joined(files: Sequence[TableFile]) -> pa.Table:
         raise UserError(f"{first.path} and the tables after it have different columns ({reason})") from None
 
 
-def _is_web_address(cell: pa.Buffer | None) -> bool:
-    return cell is not None and cell.to_pybytes().startswith((b"http://", b"https://"))
-
-
 def _read_table(path: str, asked: Columns) -> TableFile:
     import pyarrow as pa
 
-    suffix = os.path.splitext(path)[1].lower()
+    suffix = table_suffix(path)
     try:
         if not os.path.getsize(path):
             raise UserError(f"{path} is empty")
+        if suffix != ".parquet":
+            _check_text(path)
         file = _READERS[suffix](path, asked)
     except (OSError, csv.Error, pa.ArrowException) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path}: cannot be read as {suffix[1:]} ({reason})") from None
+        hint = "; one record a line is read: jq -c '.[]' OLD > NEW.jsonl" if suffix == ".json" else ""
+        raise UserError(f"{path}: cannot be read as {suffix[1:]} ({reason}){hint}") from None
     if not file.rows.num_rows:
         raise UserError(f"{path} has no rows")
     return file
 
 
-def _read_csv(path: str, asked: Columns, delimiter: str = ",") -> TableFile:
+def _check_text(path: str) -> None:
+    """Raise UserError where a file is no UTF-8 text by its first bytes."""
     import pyarrow as pa
-    import pyarrow.compute as pc
-    from pyarrow import csv as arrow_csv
 
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        columns = find_columns(next(csv.reader(file, delimiter=delimiter), []), asked, path)
-    # As bytes, then unchecked: a row of bad UTF-8 costs one sample when it is read, not the table now.
-    raw = {name: pa.binary() for name in (columns.image, *dict(columns.weighted))}
-    rows = arrow_csv.read_csv(
-        path,
-        read_options=arrow_csv.ReadOptions(block_size=_BLOCK_BYTES),
-        parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=arrow_csv.ConvertOptions(include_columns=columns.names(), column_types=raw),
-    )
-    unchecked = pc.CastOptions(target_type=pa.string(), allow_invalid_utf8=True)
-    for name in raw:
-        rows = rows.set_column(rows.column_names.index(name), name, rows.column(name).cast(options=unchecked))
-    return TableFile(path, columns, rows, pa.string(), None, sha256(path))
+    with pa.input_stream(path) as file:
+        head = file.read(1000)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.count(0) > len(head) / 4:
+        raise UserError(f"{path} is UTF-16 text; write it as UTF-8: iconv -f UTF-16 -t UTF-8 OLD > NEW")
+    for magic, kind in (
+        (b"\x1f\x8b", "gzip: name it .gz"),
+        (b"PK", "a workbook or .zip"),
+        (b"PAR1", "a .parquet file"),
+    ):
+        if head.startswith(magic):
+            raise UserError(f"{path} is no text, but {kind}")
+
+
+def _read_csv(path: str, asked: Columns, separator: str = ",") -> TableFile:
+    import pyarrow as pa
+
+    columns, rows, notes, left_aside = read_delimited(path, separator, asked)
+    return TableFile(path, columns, rows, pa.string(), None, sha256(path), notes, left_aside)
 
 
 def _read_jsonl(path: str, asked: Columns) -> TableFile:
     from pyarrow import json as arrow_json
 
-    rows = arrow_json.read_json(path, read_options=arrow_json.ReadOptions(block_size=_BLOCK_BYTES))
-    columns = find_columns(rows.column_names, asked, path)
+    rows = arrow_json.read_json(path, read_options=arrow_json.ReadOptions(block_size=BLOCK_BYTES))
+    columns = find_columns([(held.name, str(held.type)) for held in rows.schema], asked, path)
     rows = rows.select(columns.names())
     return TableFile(path, columns, rows, rows.column(columns.image).type, None, sha256(path))
 
@@ -155,7 +160,7 @@ def _read_parquet(path: str, asked: Columns) -> TableFile:
 
     with pq.ParquetFile(path, memory_map=True) as file:
         schema = file.schema_arrow
-        columns = find_columns(schema.names, asked, path)
+        columns = find_columns([(held.name, str(_plain(held.type))) for held in schema], asked, path)
         image_type = _plain(schema.field(columns.image).type)
         wanted = [name for name in columns.names() if name != columns.image or is_text(image_type)]
         rows = file.read(columns=wanted)
@@ -165,8 +170,11 @@ def _read_parquet(path: str, asked: Columns) -> TableFile:
 
 _READERS = {
     ".csv": _read_csv,
-    ".tsv": partial(_read_csv, delimiter="\t"),
+    ".txt": _read_csv,
+    ".tsv": partial(_read_csv, separator="\t"),
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_jsonl,
     ".parquet": _read_parquet,
 }
 
@@ -220,6 +228,11 @@ class ParquetImages:
     def __getitem__(self, row: int) -> pa.Scalar:
         number, row = part_and_row(self._ends, row)
         return self._group(number)[row]
+
+    def groups(self) -> Iterator[pa.Array]:
+        """All cells, one row group after the other; none is kept."""
+        for number in range(len(self._groups)):
+            yield from self._read(number).chunks
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_decoded": {}}
