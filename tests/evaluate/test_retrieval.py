@@ -1,11 +1,15 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from colour_model import ColourSource, bundle
+from colour_model import COLOURS, ColourSource, bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 from contrastive.evaluate import retrieval as module
 from contrastive.evaluate.retrieval import chance_recall, retrieval, retrieval_metrics, retrieval_ranks
@@ -114,6 +118,22 @@ def test_a_source_end_to_end(captions, num_texts):
     assert result["num_images"] == 3 and result["num_texts"] == num_texts
     assert result["skipped"] == {"unreadable_image": 1, "missing_caption": 1}
     assert result["chance"]["text_to_image_r1"] == pytest.approx(100 / 3)
+
+
+def test_a_row_for_each_caption_scores_as_a_list_does(tmp_path):
+    captions = {name: [f"a {name} thing", f"{name} again"] for name in ("red", "green", "blue")}
+    for name in captions:
+        Image.new("RGB", (8, 8), COLOURS[name]).save(tmp_path / f"{name}.png")
+    rows = [f"{name}.png,{captions[name][turn]}\n" for turn in (0, 1) for name in captions]
+    (tmp_path / "rows.csv").write_text("image,caption\n" + "".join(rows))
+    lists = [json.dumps({"image": f"{name}.png", "caption": captions[name]}) + "\n" for name in captions]
+    (tmp_path / "lists.jsonl").write_text("".join(lists))
+    by_rows, by_lists = (
+        retrieval(bundle(), open_source(str(tmp_path / name)), device="cpu", captions="all")
+        for name in ("rows.csv", "lists.jsonl")
+    )
+    assert by_rows == by_lists and by_rows["num_images"] == 3 and by_rows["num_texts"] == 6
+    assert by_rows["text_to_image_r1"] == by_rows["image_to_text_r1"] == 100
 
 
 def test_equal_captions_are_told():
