@@ -227,3 +227,18 @@ def test_a_shard_of_which_nothing_can_be_used_says_why(tmp_path):
     path = shard(tmp_path, *((name, "x") for name in ("a.jpg", "b.jpg", "a.txt", "b.txt")))
     with pytest.raises(UserError, match="neither captions nor labels; .*; left aside: 4 duplicate_member, as"):
         open_source(path)
+
+
+def test_a_shard_without_captions_says_what_there_is(tmp_path):
+    members = [("a.jpg", "x"), ("a.json", '{"TEXT": "t", "url": "u"}'), ("a.caption", "t")]
+    path = shard(tmp_path, *members)
+    with pytest.raises(UserError, match=r"\(KEY.json holds TEXT, url\); name .* caption_column, .* 1 .caption, as"):
+        open_source(path)
+    assert open_source(path, caption_column="TEXT").captions(0) == ("t",)
+    assert open_source(path, caption_column="caption").captions(0) == ("t",)
+
+
+def test_several_members_are_several_captions(tmp_path):
+    path = shard(tmp_path, ("a.jpg", "x"), *((f"a.{number}.txt", f"{number}") for number in range(3)))
+    source = open_source(path, caption_column="0.txt,1.txt,2.txt")
+    assert source[0].captions == ("0", "1", "2") and source[0].caption_weights == (1.0, 1.0, 1.0)

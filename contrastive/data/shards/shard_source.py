@@ -88,8 +88,8 @@ class Shards(Source):
         captions, of_json, lines, unlike = (
             sum(getattr(row, of) for row in rows) for of in ("captions", "of_json", "lines", "unlike")
         )
+        held = {field for row in rows for field in row.fields}
         if usual:
-            held = {field for row in rows for field in row.fields}
             names = [field for field in CAPTION_FIELDS if of_json and field in held]
             names += [".txt"] if captions > of_json else []
             if unlike:
@@ -101,7 +101,9 @@ class Shards(Source):
                 if reason not in names:
                     keys = [f"{short}/{key}" for key in found["keys"]]
                     count_aside(left_aside, reason, *keys, count=found["count"])
-        return f"captions: {said}{note}" if names else "", left_aside
+        if not names:
+            return f"KEY.json holds {', '.join(sorted(held)[:20])}" if held else "", left_aside
+        return f"captions: {said}{note}", left_aside
 
     def _sample(self, index: int) -> "ShardSample":
         number, row = part_and_row(self._ends, check_index(self, index))

@@ -41,7 +41,11 @@ class Beside:
     @cached_property
     def fields(self) -> dict:
         """The fields of KEY.json, an empty dict where there is none. BadSample 'bad_utf8', 'bad_json'."""
-        return self._fields_of("json")
+        data = self.read("json", MAX_TEXT_BYTES)
+        try:
+            return {} if data is None else json_fields(data)
+        except ValueError as error:
+            raise BadSample("bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json", self.key) from None
 
     def captions(self, names: Sequence[str], weights: Sequence[float] | None = None) -> Captions:
         """Return the captions and their weights, or None.
@@ -63,22 +67,14 @@ class Beside:
 
     def _named(self, name: str) -> tuple[tuple[str, ...], object]:
         """Return the captions of one name, and whatever stands for their weights."""
-        if name[0] == "." and not name.endswith("json"):
+        if name.startswith(".") and name != ".json":
             text = self.text(name[1:])
             return () if text is None else caption_lines(text), None
-        fields = self._fields_of(name[1:]) if name[0] == "." and name != ".json" else self.fields
-        for field in CAPTION_FIELDS if name[0] == "." else (name,):
-            texts = _texts(fields.get(field), self.key) or ()
+        for field in CAPTION_FIELDS if name == ".json" else (name,):
+            texts = _texts(self.fields.get(field), self.key)
             if any(map(str.strip, texts)):
-                return texts, fields.get("weights") if field == "captions" else None
+                return texts, self.fields.get("weights") if field == "captions" else None
         return texts, None
-
-    def _fields_of(self, suffix: str) -> dict:
-        data = self.read(suffix, MAX_TEXT_BYTES)
-        try:
-            return {} if data is None else json_fields(data)
-        except ValueError as error:
-            raise BadSample("bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json", self.key) from None
 
 
 def caption_lines(text: str) -> tuple[str, ...]:
@@ -149,12 +145,12 @@ def count_aside(counts: FaultCounts, reason: str, *keys: str, count: int = 1) ->
     counts.add(reason if reason in counts or len(counts) < MOST_REASONS else "other", *keys, count=count)
 
 
-def _texts(value: object, key: str) -> tuple[str, ...] | None:
-    """Return the captions of a JSON field, None where it holds none. BadSample 'bad_caption'."""
+def _texts(value: object, key: str) -> tuple[str, ...]:
+    """Return the captions of a JSON field. BadSample 'bad_caption'."""
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list):
-        return None
+        return ()
     if not all(isinstance(text, str) for text in value):
         raise BadSample("bad_caption", key)
     return tuple(value)

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from contrastive.data.class_sets import CLASS_FILES
 from contrastive.data.record import SAMPLES_ASKED, BadSample, FaultCounts, Source
@@ -100,22 +100,22 @@ def find_captions(name: str, files: FolderFiles, asked: str | None) -> FolderCap
 
     KEY.txt goes before KEY.json, which counts where one of 100 has a caption. UserError: none of what is asked for.
     """
-    beside, looked = files.beside, _look(files)
-    if asked and (beside.keys() & {*_COMPANIONS, asked.lower().lstrip(".")} or looked.fields):
-        names, weights = caption_names(asked, sorted(looked.fields), sorted(beside), name)
+    beside, (fields, several, unlike) = files.beside, _look(files)
+    if asked and (beside.keys() & {*_COMPANIONS, asked.lower().lstrip(".")} or fields):
+        names, weights = caption_names(asked, sorted(fields), sorted(beside), name)
         told, note = ", ".join(map(spoken, names)), ""
     else:
-        in_json = [field for field in CAPTION_FIELDS if field in looked.fields]
         usual = {".txt": "KEY.txt"} if "txt" in beside else {}
+        in_json = [field for field in CAPTION_FIELDS if field in fields]
         if in_json and not beside["json"] <= beside.get("txt", set()):
             usual[".json"] = spoken(in_json[0])
         names, weights, told = tuple(usual), None, ", else ".join(usual.values())
-        note = f" (KEY.json says other in {looked.unlike}, as far as was looked; caption_column json takes it)"
-        note = note if looked.unlike else ""
+        differ = f" (KEY.json says other in {unlike}, as far as was looked; caption_column json takes it)"
+        note = differ if unlike else ""
     if not names:
         return None
     suffixes = {each[1:] if each[0] == "." else "json" for each in names}
-    lines = ", one a line" if looked.lines and "txt" in suffixes else ""
+    lines = ", one a line" if several and "txt" in suffixes else ""
     captioned = set().union(*(beside.get(suffix, ()) for suffix in suffixes))
     count = sum(os.path.splitext(path)[0] in captioned for path in files.images)
     share = f"; {len(files.images) - count:,} images have none" if count < len(files.images) else ""
@@ -128,32 +128,26 @@ def find_captions(name: str, files: FolderFiles, asked: str | None) -> FolderCap
     )
 
 
-@dataclass
-class _Looked:
-    """What some texts hold: the fields of KEY.json, whether a KEY.txt has several lines, how many say other things."""
-
-    fields: set[str] = field(default_factory=set)
-    lines: bool = False
-    unlike: int = 0
-
-
-def _look(files: FolderFiles) -> _Looked:
-    found, stems = _Looked(), []
-    # All kinds: few of the first JSON may lie beside the images that have a text.
-    for suffix in ("txt", "json"):
-        held = sorted(files.beside.get(suffix, ()))
-        stems += held[:: max(1, len(held) // SAMPLES_ASKED)]
+def _look(files: FolderFiles) -> tuple[set[str], bool, int]:
+    """Look at 100 texts of each kind: fields of KEY.json, whether a KEY.txt has several lines, how many say other."""
+    held, several, unlike, stems = set(), False, 0, []
+    for suffix in (
+        "txt",
+        "json",
+    ):  # some JSON may lie beside a text, others beside none
+        beside = sorted(files.beside.get(suffix, ()))
+        stems += beside[:: max(1, len(beside) // SAMPLES_ASKED)]
     for stem in dict.fromkeys(stems):
         sample = FileBeside(os.path.join(files.root, stem), stem)
         try:
             fields, text = sample.fields, sample.text("txt")
         except BadSample:
             continue
-        found.fields |= {name for name, value in fields.items() if value or name not in CAPTION_FIELDS}
+        held |= {name for name, value in fields.items() if value or name not in CAPTION_FIELDS}
         stated, lines = next(filter(None, map(fields.get, CAPTION_FIELDS)), None), caption_lines(text or "")
-        found.lines |= len(lines) > 1
-        found.unlike += bool(text and stated) and not same_texts(lines, stated)
-    return found
+        several |= len(lines) > 1
+        unlike += bool(text and stated) and not same_texts(lines, stated)
+    return held, several, unlike
 
 
 def open_metadata(name: str, files: FolderFiles, columns: Columns) -> Source | None:
@@ -183,7 +177,7 @@ def open_metadata(name: str, files: FolderFiles, columns: Columns) -> Source | N
 
 
 def is_hidden(path: str) -> bool:
-    return os.path.basename(path).startswith(".")
+    return path.startswith(".") or f"{os.sep}." in path  # no hidden folder is looked into
 
 
 def captions_table(files: FolderFiles) -> str | None:

@@ -174,8 +174,9 @@ def _as_pairs(source: Source, templates: tuple[str, ...] | None) -> Source:
     if labelled is None:
         labelled = some_have(source, lambda index: source.label(index) is not None)
     if not captioned and not labelled:
+        held = f" ({source.reading})" if source.reading else ""
         raise UserError(
-            f"{source.name} has neither captions nor labels; name the column of the captions with caption_column, "
+            f"{source.name} has neither captions nor labels{held}; name the column of captions with caption_column, "
             f"or put KEY.txt, KEY.json or KEY.cls beside each image{_left_aside(source)}"
         )
     if not labelled or not source.class_names or (captioned and templates is None):
