@@ -41,10 +41,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         from contrastive.words import called_here
 
-        ours = called_here("contrastive", name)
-        raise AttributeError(
-            f"module 'contrastive' has no attribute '{name}'" + (f": here it is {ours}" if ours else "")
-        )
+        raise AttributeError(f"module 'contrastive' has no attribute '{name}'{called_here('contrastive', name)}")
     if _HOMES[name] is None:
         return importlib.import_module(f"contrastive.{name}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -66,7 +66,10 @@ def ours(tmp_path_factory):
 
 # What is typed, and a pattern of the line that answers; or what is true of what comes of it, as `it`.
 PYTHON = [
-    ("contrastive.create_model_and_transforms('ViT-B-16', pretrained='openai')", "here it is contrastive.load"),
+    (
+        "contrastive.create_model_and_transforms('ViT-B-16', pretrained='openai')",
+        "transforms': here it is contrastive.load",
+    ),
     ("contrastive.create_model_from_pretrained('hf-hub:timm/ViT-B-16-SigLIP')", "here it is contrastive.load"),
     ("contrastive.get_tokenizer('ViT-B-16')", "here it is contrastive.load.PATH..tokenizer"),
     ("contrastive.tokenize(['a dog'])", "here it is contrastive.load.PATH..tokenizer"),
@@ -77,7 +80,12 @@ PYTHON = [
     ("contrastive.AutoProcessor", "preprocess"),
     ("contrastive.push_to_hub", "export.py"),
     ("contrastive.ClipLoss()", "losses.SoftmaxLoss"),
-    ("contrastive.SigLipLoss()", "losses.SigmoidLoss"),
+    ("contrastive.losses.SigLipLoss()", "losses.SigmoidLoss"),
+    (
+        "contrastive.create_model('ViT-B-16', 'laion2b_s34b_b88k')",
+        "no option 'pretrained': here it is con",
+    ),
+    ("contrastive.create_model('siglip_vit_ti_32', pretrained=False).config.embed_dim", "it == 192"),
     ("contrastive.build_zero_shot_classifier(model)", "zero_shot.py"),
     ("contrastive.nonsense", "has no attribute 'nonsense'$"),
     (
@@ -109,9 +117,12 @@ PYTHON = [
     ("model.nonsense", "'DualEncoder' object has no attribute 'nonsense'$"),
     ("model.config.embed_dim", "it == 16"),
     ("model.encode_image(torch.zeros(1, 3, 16, 16))", "it.shape == (1, 16)"),
+    ("model.encode_text(['a dog'])", "a list is no tensor of ids .B, N.: bundle.tokenizer.texts"),
+    ("model.encode_image(path + '/x.jpg')", "a str is no tensor of pixels .*bundle.preprocess"),
     ("classifier.visual", "'ImageClassifier' object has no attribute 'visual': here it is model.image_tower"),
     ("classifier.reset_classifier(10)", "model.head"),
     ("bundle.encode_image", "here it is bundle.model.encode_image"),
+    ("bundle.visual", "here it is bundle.model.image_tower"),
     ("bundle.eval()", "bundle.model.eval"),
     ("bundle.processor(0)", "bundle.preprocess"),
     ("bundle.save_pretrained('x')", "export.py"),

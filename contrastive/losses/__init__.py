@@ -8,6 +8,7 @@ from contrastive.losses.checks import NonFiniteFeatures
 from contrastive.losses.sigmoid import SigmoidLoss, SigmoidLossConfig
 from contrastive.losses.softmax import SoftmaxLoss, SoftmaxLossConfig
 from contrastive.registry import Registry
+from contrastive.words import called_here
 
 __all__ = [
     "LOSSES",
@@ -36,6 +37,10 @@ class LossConfig(Protocol):
 
     def build(self) -> nn.Module:
         """Return the loss, called as loss(image, text, logit_scale, logit_bias, caption_ids=...)."""
+
+
+def __getattr__(name: str):
+    raise AttributeError(f"module 'contrastive.losses' has no attribute '{name}'{called_here('contrastive', name)}")
 
 
 LOSSES: Registry[type[LossConfig]] = Registry("loss")

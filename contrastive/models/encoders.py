@@ -95,6 +95,7 @@ class _WithImageTower(_Model):
         With project=False the features are those before the projection, (B, D); towers without one have the
         same either way.
         """
+        _check_tensor(pixels, "pixels (B, 3, H, W): bundle.preprocess(images) makes them")
         features = self.image_tower(pixels, project)
         return unit_length(features) if normalize else features
 
@@ -104,6 +105,7 @@ class _WithTextTower(_Model):
 
     def encode_text(self, tokens: torch.Tensor, normalize: bool = True) -> torch.Tensor:
         """Embed texts: (B, context_length) int64 ids to (B, E); unit length unless normalize=False."""
+        _check_tensor(tokens, "ids (B, N): bundle.tokenizer(texts) makes them")
         features = self.text_tower(tokens)
         return unit_length(features) if normalize else features
 
@@ -189,6 +191,11 @@ class ImageClassifier(_WithImageTower):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """As `scores`; what a run wraps for its precision and its processes."""
         return self.scores(pixels)
+
+
+def _check_tensor(given: torch.Tensor, wanted: str) -> None:
+    if not isinstance(given, torch.Tensor):
+        raise UserError(f"a {type(given).__name__} is no tensor of {wanted}")
 
 
 def unit_length(features: torch.Tensor) -> torch.Tensor:

@@ -77,20 +77,21 @@ def model_config(name: str) -> ModelConfig:
     return replace(config, image=replace(config.image, image_size=said.image_size))
 
 
-def create_model(name: str, **overrides) -> DualEncoder:
+def create_model(name: str, pretrained: None = None, **overrides) -> DualEncoder:
     """Build a named architecture with random weights; `contrastive.load` reads models with theirs.
 
     Args:
         name: one of `list_models()`, or a name of open_clip, transformers or timm: 'ViT-B-16',
             'google/siglip-base-patch16-224', 'vit_base_patch16_siglip_224'.
+        pretrained: open_clip's and timm's option; weights are never read here, so that anything but None is an error.
         overrides: fields of ModelConfig to replace, e.g. `embed_dim=256`.
 
     Raises:
         UserError: an unknown name or field, options that contradict each other.
     """
-    if not overrides.get("pretrained", True):  # open_clip's and timm's word for what is always so here
-        del overrides["pretrained"]
     config = model_config(name)
+    if pretrained:
+        overrides = {"pretrained": pretrained}
     known = [field.name for field in fields(ModelConfig)]
     for word in overrides:
         if word not in known:

@@ -169,9 +169,7 @@ def test_a_table_whose_images_are_nowhere_is_refused_with_where_they_are(tmp_pat
     if there:
         (tmp_path / "here" / there).parent.mkdir(exist_ok=True)
         (tmp_path / "here" / there).write_bytes(b"x")
-    message = (
-        rf"no image is there, of 1 .*: column 'image' has '{re.escape(path)}' \(x.csv:0\), looked"
-    )
+    message = rf"no image is there, of 1 .*: column 'image' has '{re.escape(path)}' \(x.csv:0\), looked"
     end = f"table's folder; there is '{(tmp_path / 'here' / there).resolve()}'$" if there else "table's folder$"
     refused(written(tmp_path / "here", "x.csv", f"image,caption\n{path},one\n"), f"{message}.*{end}")
 
