@@ -81,6 +81,9 @@ def test_quotes_of_a_tsv(images, content, expected):
 def test_lines_of_a_csv_that_belong_together(images):
     content = 'image,caption\na.jpg,"one\ntwo, three"\nb.jpg,four\n'
     assert captions(open_source(written(images, "x.csv", content))) == [("one\ntwo, three",), ("four",)]
+    loose = 'image,caption\na.jpg,"one" said she\nb.jpg,"one, two"\n'  # a line that is a row to every reader
+    assert captions(open_source(written(images, "x.csv", loose))) == [("one said she",), ("one, two",)]
+    refused(written(images, "x.csv", loose + 'c.jpg,"one" said "she, so"\n'), "1 of 3 rows have another number")
     broken = 'image,caption\na.jpg,"one, two"\nb.jpg,"three\nc.jpg,"four"\n'
     refused(
         written(images, "x.csv", broken), "x.csv, line 4 .*: cannot be read as csv: a value that begins with a quote"
@@ -95,7 +98,7 @@ def test_rows_of_another_width_are_counted_with_their_lines_or_refused(images):
     assert reason == "rows of another number of columns" and found["count"] == 2
     assert found["keys"] == ["line 301: 3, not 2", "line 302: 1, not 2"]
     message = (
-        r"1 of 2 rows have another number of columns than the header's 2, first line 3 with 3 \(separated by tabs\)"
+        r"1 of 2 rows have another number of columns than the header's 2, first line 3: 3, not 2 \(separated by tabs\)"
     )
     refused(written(images, "x.tsv", "image\tcaption\na.jpg\tx\nb.jpg\ty\tz\n"), message)
 

@@ -33,11 +33,15 @@ class Dialect(NamedTuple):
 
 
 class _Scan(NamedTuple):
-    """Rows below the header, and (line, columns) of those that have another number of columns than it."""
+    """Rows below the header, and (line, columns) of those that have another number of columns than it.
+
+    fault: the first place where quotes are none of CSV's. swallows: whether one of them takes in other lines.
+    """
 
     num_rows: int
     irregular: list[tuple[int, int]]
-    fault: str = ""  # the first place where the quotes are none of CSV's
+    fault: str
+    swallows: bool
 
 
 def read_delimited(path: str, usual: str, asked: Columns) -> tuple[Columns, pa.Table, tuple[str, ...], FaultCounts]:
@@ -55,17 +59,18 @@ def read_delimited(path: str, usual: str, asked: Columns) -> tuple[Columns, pa.T
 
     dialect, columns = _read_head(path, usual, asked)
     dialect, scan = _told_quotes(path, dialect)
-    left_aside = FaultCounts()
-    for line, held in scan.irregular:
-        left_aside.add("rows of another number of columns", f"line {line}: {held}, not {len(dialect.names)}")
-    if len(scan.irregular) > _MOST_IRREGULAR * scan.num_rows:
-        line, held = scan.irregular[0]
-        raise UserError(
-            f"{path}: cannot be read as {'tsv' if dialect.separator == chr(9) else 'csv'}: {len(scan.irregular):,} of "
-            f"{scan.num_rows:,} rows have another number of columns than the header's {len(dialect.names)}, first line "
-            f"{line} with {held} (separated by {_SEPARATORS[dialect.separator]}); quote values that hold the separator"
-        )
     rows = _read(path, dialect, columns.names())
+    lost, left_aside = scan.num_rows - rows.num_rows, FaultCounts()
+    where = [f"line {line}: {held}, not {len(dialect.names)}" for line, held in scan.irregular] or [scan.fault]
+    if lost > _MOST_IRREGULAR * scan.num_rows:
+        kind = "tsv" if dialect.separator == "\t" else "csv"
+        raise UserError(
+            f"{path}: cannot be read as {kind}: {lost:,} of {scan.num_rows:,} rows have another number of columns than the "
+            f"header's {len(dialect.names)}, first {where[0]} (separated by {_SEPARATORS[dialect.separator]}); quote "
+            "values that hold the separator"
+        )
+    if lost:
+        left_aside.add("rows of another number of columns", *where, count=lost)
     # Unchecked: a row of bad UTF-8 costs one sample when it is read, not the table now.
     unchecked = pc.CastOptions(target_type=pa.string(), allow_invalid_utf8=True)
     rows = pa.table({name: rows.column(name).cast(options=unchecked) for name in rows.column_names})
@@ -104,11 +109,12 @@ def _read_head(path: str, usual: str, asked: Columns) -> tuple[Dialect, Columns]
 def _told_quotes(path: str, dialect: Dialect) -> tuple[Dialect, _Scan]:
     """Return the dialect with its quotes told, and its rows.
 
-    CSV is read by its rules wherever the file keeps them. In TSV quotes are mostly part of the texts: the rules hold
-    where they are kept and do not make one row of lines that are rows as they stand.
+    CSV is read by its rules, as every reader does, unless they make one value of several lines where they are not kept.
+    In TSV quotes are mostly part of the texts: the rules hold where all keep them and where they do not make one row of
+    lines that are rows as they stand.
     """
     by_rules, literal = _scan(path, dialect), dialect._replace(quoted=False)
-    if not by_rules.fault and dialect.separator != "\t":
+    if dialect.separator != "\t" and not by_rules.swallows:
         return dialect, by_rules
     as_is = _scan(path, literal)
     if dialect.separator == "\t":
@@ -127,18 +133,21 @@ def _told_quotes(path: str, dialect: Dialect) -> tuple[Dialect, _Scan]:
 def _scan(path: str, dialect: Dialect) -> _Scan:
     """Go through the file with Python's csv, which tells where a row ends and where quotes are none of CSV's."""
     csv.field_size_limit(max(csv.field_size_limit(), BLOCK_BYTES))
-    count, irregular, width = 0, [], len(dialect.names)
+    count, irregular, fault, swallows, begun = -1, [], "", False, 0
     with _opened(path) as file:
         quoting = csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE
         lines = csv.reader(file, delimiter=dialect.separator, strict=dialect.quoted, quoting=quoting)
-        try:
-            for row in lines:
-                if len(row) != width and row:
-                    irregular.append((lines.line_num, len(row)))
-                count += row != []
-        except csv.Error as error:
-            return _Scan(count, irregular, f"line {lines.line_num} ({error})")
-    return _Scan(count - 1, irregular)
+        while not swallows:
+            try:
+                for row in lines:
+                    if len(row) != len(dialect.names) and row:
+                        irregular.append((lines.line_num, len(row)))
+                    count, begun = count + (row != []), lines.line_num
+                break
+            except csv.Error as error:  # of one line every reader makes a row, without its quotes
+                fault, swallows = fault or f"line {lines.line_num} ({error})", lines.line_num - begun > 1
+                count, begun = count + 1, lines.line_num
+    return _Scan(count, irregular, fault, swallows)
 
 
 def _read(path: str, dialect: Dialect, wanted: list[str]) -> pa.Table:

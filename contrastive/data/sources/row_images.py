@@ -59,10 +59,11 @@ def find_images(
     if any(os.path.isfile(os.path.join(folder, value.replace("\\", "/"))) for folder, value, _ in tried):
         return pc.replace_substring(paths, "\\", "/"), ["backslashes taken for '/'"]
     folder, value, key = tried[0]
+    slashes = " and with '/' for '\\'" if "\\" in value else ""
     raise UserError(
         f"{name}: no image is there, of {len(tried)} that were looked for: column '{column}' has '{value}' ({key}), "
-        f"looked for as '{os.path.abspath(os.path.join(folder, value))}'; relative paths start at the table's folder"
-        f"{_elsewhere(folder, value)}"
+        f"looked for as '{os.path.abspath(os.path.join(folder, value))}'{slashes}; relative paths start at "
+        f"the table's folder{_elsewhere(folder, value)}"
     )
 
 
