@@ -65,8 +65,8 @@ def read_delimited(path: str, usual: str, asked: Columns) -> tuple[Columns, pa.T
     if lost > _MOST_IRREGULAR * scan.num_rows:
         kind = "tsv" if dialect.separator == "\t" else "csv"
         raise UserError(
-            f"{path}: cannot be read as {kind}: {lost:,} of {scan.num_rows:,} rows have another number of columns than the "
-            f"header's {len(dialect.names)}, first {where[0]} (separated by {_SEPARATORS[dialect.separator]}); quote "
+            f"{path}: cannot be read as {kind}: {lost:,} of {scan.num_rows:,} rows have another number of columns than "
+            f"the header's {len(dialect.names)}, first {where[0]} (separated by {_SEPARATORS[dialect.separator]}); quote "
             "values that hold the separator"
         )
     if lost:
