@@ -225,7 +225,7 @@ def test_a_text_that_says_no_more_than_the_json_is_no_difference(tmp_path, value
 
 def test_a_shard_of_which_nothing_can_be_used_says_why(tmp_path):
     path = shard(tmp_path, *((name, "x") for name in ("a.jpg", "b.jpg", "a.txt", "b.txt")))
-    with pytest.raises(UserError, match="neither captions nor labels; .*; left aside: 4 duplicate_member, as"):
+    with pytest.raises(UserError, match="x.tar: the members of no key, as 'a', follow .* `tar --sort=name`"):
         open_source(path)
 
 

@@ -150,7 +150,8 @@ def test_metadata_in_parquet_with_a_column_asked_for(tmp_path):
 
     root = fill(tmp_path, "x/1.jpg y/1.jpg")
     pq.write_table(pa.table({"file_name": ["y/1.jpg"], "text": ["t"], "alt": ["a"]}), tmp_path / "metadata.parquet")
-    assert captions(open_source(root, caption_column="alt")) == [("a",)]
+    source = open_source(root, caption_column="alt")
+    assert captions(source) == [("a",)] and counts(source) == {"images in no row": (1, "x/1.jpg")}
 
 
 def test_other_metadata_is_no_table_of_images(tmp_path):
@@ -161,7 +162,7 @@ def test_other_metadata_is_no_table_of_images(tmp_path):
 def test_several_tables_are_refused_with_what_to_give(tmp_path):
     table = "file_name,text\n1.jpg,t\n"
     fill(tmp_path, "a/1.jpg b/1.jpg", **{"a/metadata.csv": table, "b/metadata.csv": table})
-    refused(tmp_path, r"2 tables of captions, a/metadata.csv, b/metadata.csv; give one, .* '.*/\*/metadata.csv'")
+    refused(tmp_path, r"the captions lie in a/metadata.csv, b/metadata.csv; give one, .* '.*/\*/metadata.csv'")
     assert len(open_source(f"{tmp_path}/*/metadata.csv")) == 2
 
 

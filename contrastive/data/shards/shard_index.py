@@ -135,6 +135,11 @@ def index_shard(path: str, digest: bool = False) -> tuple[ShardIndex, ShardSumma
     if not groups:
         found = "".join(f"; it holds {found['count']:,} {reason}" for reason, found in left_aside.items())
         raise UserError(f"{path} holds no sample: no KEY.jpg, KEY.png, ... with a KEY.txt or KEY.json{found}")
+    if all(group.refusal == "duplicate_member" for group in groups):
+        raise UserError(
+            f"{path}: the members of no key, as '{shown(groups[0].key)}', follow each other, or they are there twice; "
+            "write it again in the order of names, as `tar --sort=name` does"
+        )
     index = _index_of(groups)
     summary = ShardSummary(
         *before,

@@ -108,6 +108,10 @@ class ColumnSource(Source):
         captions, weights = self._weighted_captions(rows)
         return Record(key, image, captions, self.label(index), weights if len(self._captions) > 1 else None)
 
+    def image_paths(self) -> set[str]:
+        """Return the paths of the image column, which holds paths, in one spelling."""
+        return {os.path.normpath(os.fsdecode(path)) for path in self._images.cast("binary").to_pylist() if path}
+
     def captions(self, index: int) -> tuple[str, ...]:
         return self._weighted_captions(self._rows_of(index))[0]
 

@@ -165,7 +165,7 @@ def open_metadata(name: str, files: FolderFiles, columns: Columns) -> Source | N
     if len(found) > 1 or os.sep in found[0]:
         folders = "/*" * found[-1].count(os.sep)
         raise UserError(
-            f"{name}: {len(found)} tables of captions, {', '.join(found[:3])}; give one, or those alike as "
+            f"{name}: the captions lie in {', '.join(found[:3])}; give one, or those alike as "
             f"'{files.root}{folders}/{os.path.basename(found[-1])}'"
         )
     from contrastive.data.sources.tables import open_table
@@ -173,6 +173,9 @@ def open_metadata(name: str, files: FolderFiles, columns: Columns) -> Source | N
     table = os.path.join(files.root, found[0])
     source = open_table(name, [table], columns if columns.image else replace(columns, image="file_name"))
     source.reading = f"{found[0]}: {source.reading}"
+    listed = source.image_paths()
+    for path in (path for path in files.images if path not in listed):
+        source.left_aside.add("images in no row", path)
     return source
 
 
