@@ -1,7 +1,7 @@
 """What scripts with argparse share: one line for each mistake, numbers with a minimum, the device."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from contrastive.errors import UserError, did_you_mean
 
@@ -18,6 +18,21 @@ class Parser(argparse.ArgumentParser):
             flag = message.split()[2].split("=")[0]
             message += "." + did_you_mean(flag, self._option_string_actions)
         raise UserError(message)
+
+    def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        """As argparse's, with '_' for '-' in flags too; one of another library is told what it is called here."""
+        known, words = self._option_string_actions, []
+        for arg, after in zip(args, [*args[1:], ""], strict=False):
+            name, equals, value = arg.partition("=")
+            dashed = name.replace("_", "-")
+            if name.startswith("--") and dashed not in known:
+                from contrastive.words import flag_here  # only where there is one to tell
+
+                meant = flag_here(arg, after, [name.removeprefix("--") for name in known])
+                if meant:
+                    raise UserError(meant)
+            words.append(dashed + equals + value if dashed in known else arg)
+        return super().parse_args(words, namespace)
 
     def add_loading(self) -> None:
         """The flags of how images are read and where they are embedded."""

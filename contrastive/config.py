@@ -110,7 +110,8 @@ def parse(
             if key not in known:
                 raise UserError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
             values[key] = as_option(f"{path}: {key}", known[key], value)
-    flags = [_option_of(arg, known, (*choices, *also), renamed) for arg in rest if arg.startswith("--")]
+    pairs = zip(rest, [*rest[1:], ""], strict=False)
+    flags = [_option_of(arg, after, known, (*choices, *also), renamed) for arg, after in pairs if arg.startswith("--")]
     start = _filled(chosen(), values) if values else None
     words = {"prog": prog, "description": _describe(description, choices), "given": args}
     config = run_tyro(chosen, rest, known=known, default=start, **words)
@@ -127,18 +128,6 @@ def hidden(default: Any = None) -> Any:
     file.
     """
     return dataclasses.field(default=default, repr=False, compare=False, metadata={"hidden": True})
-
-
-def given_options(config: Any) -> dict[str, bool]:
-    """The config's `given`; of one that was made in Python, all that is not as it is by default."""
-    if config.given is not None:
-        return config.given
-    usual = type(config)()
-    for name in _choices(type(config)):
-        if type(getattr(usual, name)) is not type(getattr(config, name)):
-            usual = dataclasses.replace(usual, **{name: type(getattr(config, name))()})
-    before = flatten(to_dict(usual))
-    return {name: True for name, value in flatten(to_dict(config)).items() if value != before.get(name)}
 
 
 def _settle(
@@ -329,8 +318,10 @@ def _old_name(name: str, new: str | Gone, dashes: str = "") -> str:
     return f"{dashes}{name} is {now}"
 
 
-def _option_of(flag: str, known: dict[str, Any], also: tuple[str, ...], renamed: dict[str, str | Gone]) -> str:
-    """Return the name of the option that a flag is of; UserError for an old or unknown one."""
+def _option_of(
+    flag: str, after: str, known: dict[str, Any], also: tuple[str, ...], renamed: dict[str, str | Gone]
+) -> str:
+    """Return the name of the option that a flag is of; UserError for an old or unknown one, before the word `after`."""
     name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
     if name in renamed:
         raise UserError(_old_name(name, renamed[name], "--"))
@@ -339,7 +330,11 @@ def _option_of(flag: str, known: dict[str, Any], also: tuple[str, ...], renamed:
     if name in known or name == "help":
         return name
     if known.get(positive) is not bool:
-        raise UserError(f"unknown flag --{name}.{did_you_mean(name, (*known, *also))} See --help")
+        from contrastive.words import flag_here  # only where there is one to tell
+
+        flags = (*known, *also)
+        meant = flag_here(flag, after, flags) or f"unknown flag --{name}.{did_you_mean(name, flags)}"
+        raise UserError(f"{meant} See --help")
     return positive
 
 

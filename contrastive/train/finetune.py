@@ -20,7 +20,8 @@ from contrastive.models import ClassifierConfig, ImageClassifier
 from contrastive.option_types import Bound, Probability
 from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
 from contrastive.train.classify import num_classes, open_data
-from contrastive.train.options import check_brought, resolve_run
+from contrastive.train.given import check_brought
+from contrastive.train.options import resolve_run
 from contrastive.train.run import open_run, run
 
 N = TypeVar("N")

@@ -2,30 +2,19 @@
 
 import math
 import os
-import re
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from contrastive.config import Gone, flatten, given_options, hidden, slot, to_dict
+from contrastive.config import Gone, hidden, slot
 from contrastive.data.record import Source
 from contrastive.data.settings import ImageDataConfig
 from contrastive.distributed.runtime import Precision
 from contrastive.errors import UserError
-from contrastive.log import say
 from contrastive.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig
 from contrastive.option_types import Positive, Probability, check_bounds
 
 # Three ways to say how long to train; one of them is given.
 LENGTHS = ("steps", "epochs", "samples")
-# What may differ when a run is resumed: nothing that decides which samples come, in what form, for what loss. The data
-# may have moved: they are compared by their fingerprint, and so is their order, by `check_cursor`.
-MAY_CHANGE = re.compile(
-    r"trackers|init_key|(schedule|evaluation|checkpoint|wise_ft)\..*|"
-    r"optimizer\.(lr|muon_lr|weight_decay|logit_lr_factor|layer_decay|beta2|eps)|"
-    r"train\.(steps|accumulate|precision|max_grad_norm|log_every|max_skipped)|"
-    r"data\.(train|eval|num_workers|timeout|max_bad_share|bad_window)|"
-    r"train\.(seed|global_batch_size)|data\.(window|lanes|replacement)|model\.(image|text)\.gradient_checkpointing"
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,18 @@ class RunConfig:
     """What every kind of run can be told; each kind adds its `model`, and has `data` of its own."""
 
     RENAMED = {"optimizer.beta1": Gone(0.9), "optimizer.momentum": Gone(0.95)}
-    SHORT_FLAGS = {}  # flags that stand for longer ones: 'lr' for 'optimizer.lr'
+    SHORT_FLAGS = {  # flags that stand for longer ones
+        "data": "data.train",
+        "train_data": "data.train",
+        "val_data": "data.eval",
+        "epochs": "train.epochs",
+        "batch_size": "train.global_batch_size",
+        "lr": "optimizer.lr",
+        "wd": "optimizer.weight_decay",
+        "seed": "train.seed",
+        "workers": "data.num_workers",
+        "output_dir": "run_folder",
+    }
 
     run_folder: str = ""
     """Run folder; one that fits by default."""
@@ -101,14 +101,6 @@ class RunConfig:
     """Also log to these: tensorboard, wandb, trackio, or another that Accelerate knows."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     given: dict[str, bool] | None = hidden()
-
-    def gave(self, name: str, *causes: str) -> bool:
-        """Whether an option was given that is to count against `causes`, options which leave it without effect.
-
-        One of a configuration file does not where a flag gave a cause: a file serves several choices.
-        """
-        given = given_options(self)
-        return given.get(name, False) or (name in given and not any(given.get(cause) for cause in causes))
 
     def short_name(self) -> str:
         """What the run is called, after its configuration file, when no folder is named."""
@@ -134,51 +126,6 @@ def check_division(train: TrainConfig, world_size: int) -> None:
             f"train.global_batch_size {train.global_batch_size} does not divide into {world_size} ranks "
             f"with {train.accumulate} micro-batches each; use a multiple of {world_size * train.accumulate}"
         )
-
-
-def changes_on_resume(config: RunConfig, before: dict[str, Any]) -> str:
-    """Return which options a resumed run goes on with that are not those it had, in a line; '' where there are none.
-
-    Args:
-        config: resolved. before: what config.yaml says, by dotted names.
-
-    Raises:
-        UserError: an option that a run keeps from its start to its end.
-    """
-    now, given = flatten(to_dict(config)), given_options(config)
-    asked = {name for name in now if name in given or (name.endswith(".name") and name[:-5] in given)}
-    asked |= {"train.steps"} if any(f"train.{name}" in given for name in LENGTHS) else set()
-    changed = [name for name in before if name in asked - {"resume", "run_folder"} and before[name] != now[name]]
-    said = {name: f"{name} {before[name]} → {now[name]}" for name in changed}
-    kept = [name for name in said if not MAY_CHANGE.fullmatch(name)]
-    if kept:
-        raise UserError(
-            f"a resumed run keeps its {kept[0]} (asked for: {'; '.join(said[name] for name in kept)}): leave it as it "
-            "was, or start another run with a --run_folder of its own; pretraining starts from these weights with "
-            f"--init {config.run_folder}"
-        )
-    schedule = "; from here on the learning rate is that of a run of this length" if "train.steps" in said else ""
-    return f"resuming with {'; '.join(said.values())}{schedule}" if said else ""
-
-
-def check_brought(asked: C, config: C, flag: str) -> None:
-    """Raise UserError for a given option that is another one in the model which `--flag` names; see `RunConfig.gave`.
-
-    Args:
-        asked: before, config: after the options were replaced by the model's.
-    """
-    before, now = flatten(to_dict(asked)), flatten(to_dict(config))
-    other = [name for name in now if name in before and before[name] not in (None, now[name])]
-    other = [name for name in other if name.startswith(("model.", "data."))]
-    refused = [name for name in other if asked.gave(name, flag) or ("model." in name and asked.gave("model", flag))]
-    if refused:
-        said = "; ".join(f"{name} {before[name]} (the model's: {now[name]})" for name in refused)
-        raise UserError(
-            f"--{flag} {getattr(asked, flag)} brings its own {refused[0]}: {said}. Leave it out, or leave out --{flag}"
-        )
-    left = [name for name in other if name in given_options(asked)]
-    if left:
-        say(f"--{flag} brings its own; the configuration file's are left aside: {', '.join(left)}")
 
 
 def resolve_run(config: C, source: Source) -> C:

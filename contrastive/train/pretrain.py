@@ -13,7 +13,6 @@ from contrastive.interop.bundle import Bundle
 from contrastive.log import say
 from contrastive.models import DualEncoder
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig, check, resolve
-from contrastive.train.options import check_brought
 from contrastive.train.run import open_run, run
 
 CLIP_VOCABULARY = 49_408
@@ -33,17 +32,19 @@ def pretrain(config: PretrainConfig) -> bool:
     start = None
     if config.init or config.init_image:
         from contrastive.interop.loading import load
+        from contrastive.train.given import check_brought, counts
 
         # A resumed run has these parts itself; the flags of its first command do not change them when given again.
         start = load(checkpoint or config.init or config.init_image)
         size = config.model.image.image_size
-        if config.gave("model.image.image_size", "init", "init_image") and size != start.config.image.image_size:
+        flag = "init" if config.init else "init_image"
+        if counts(config, "model.image.image_size", flag) and size != start.config.image.image_size:
             start.check_image_tower("a run starts from an image tower, or from both")
             start.model.image_tower.set_input_size(size)
             say(f"the positions of {start.path} are resampled for images of {size} pixels")
             start = replace(start, config=replace(start.config, image=start.model.image_tower.config))
         whole = _with_parts_of(start, config)
-        check_brought(config, whole, "init" if config.init else "init_image")
+        check_brought(config, whole, flag)
         config = whole
     data = config.data
     columns = {"image_column": data.image_column, "caption_column": data.caption_column, "prompts": data.prompts}

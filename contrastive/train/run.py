@@ -5,6 +5,7 @@ The run folder is the interface between a run and everything that reads it:
     config.yaml  metrics.jsonl  checkpoints/step-NNNNNNNN/  final/  report.html
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,13 +19,13 @@ import yaml
 from contrastive.config import flatten, parse, rename_flags, take_option, to_dict, written_options
 from contrastive.data.order_choice import order_for
 from contrastive.distributed.collectives import gather_objects
-from contrastive.distributed.runtime import Runtime
+from contrastive.distributed.runtime import Runtime, launched
 from contrastive.errors import UserError
 from contrastive.files import locked, write_folder, write_whole
 from contrastive.log import is_main_process, read_metrics, say, warn
 from contrastive.train.checkpoint import find_checkpoint, read_cursor
 from contrastive.train.loop import Trainer, merged
-from contrastive.train.options import LENGTHS, RunConfig, changes_on_resume, check_division
+from contrastive.train.options import LENGTHS, RunConfig, check_division
 from contrastive.train.task import TrainingTask
 
 C = TypeVar("C", bound=RunConfig)
@@ -47,6 +48,12 @@ def command(
         default_file: the configuration where --config names none.
     """
     short = cls.SHORT_FLAGS
+    short_batch = {"--batch_size", "--batch-size"} & {arg.partition("=")[0] for arg in args}
+    for arg, after in zip(args, [*args[1:], "--"], strict=False):
+        if arg == "--resume" and not after.startswith("--"):
+            raise UserError(
+                f"--resume is a switch: it goes on from the newest checkpoint of --run_folder; leave out '{after}'"
+            )
     args, chosen = take_option(rename_flags(args, short), "config")
     config_file = Path(chosen) if chosen else default_file
     description = f"{description} --config FILE.yaml (default {default_file.name})"
@@ -70,6 +77,9 @@ def command(
         config = replace(again, run_folder=config.run_folder)
     elif not chosen:  # what the default file says nobody has asked for
         config = replace(config, given={name: True for name, by_flag in config.given.items() if by_flag})
+    if short_batch and launched():
+        batch, ranks = config.train.global_batch_size, int(os.environ["WORLD_SIZE"])
+        say(f"--batch_size is the global batch here: {batch} over {ranks} ranks, {batch // ranks} each")
     if not train(config):
         sys.exit(130)  # stopped on request, after saving
 
@@ -84,6 +94,8 @@ def open_run(config: RunConfig) -> Path | None:
     if is_main_process():
         check_folder(folder, config.resume)
     if config.resume:  # first of all those by which other options come and go
+        from contrastive.train.given import changes_on_resume
+
         before = written_options(type(config), folder / "config.yaml")
         changes_on_resume(config, {name: value for name, value in before.items() if name.endswith(".name")})
     return find_checkpoint(folder / "checkpoints") if config.resume else None
@@ -115,6 +127,8 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
     config = task.config
     train, data, folder = config.train, config.data, Path(config.run_folder)
     if checkpoint is not None:
+        from contrastive.train.given import changes_on_resume
+
         changes = changes_on_resume(config, written_options(type(config), folder / "config.yaml"))
     options = {"window": data.window, "lanes": data.lanes, "replacement": data.replacement}
     order = order_for(task.source, train.global_batch_size, train.seed, **options)

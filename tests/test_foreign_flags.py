@@ -1,0 +1,144 @@
+"""Flags of open_clip, transformers, timm and clip_benchmark: short for ours, or one line with our name and value."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from contrastive.config import flatten, parse, rename_flags, to_dict
+from contrastive.errors import UserError
+from contrastive.train.classify import TrainClassifierConfig
+from contrastive.train.finetune import FinetuneConfig
+from contrastive.train.pretrain import PretrainConfig
+from contrastive.train.run import command
+from contrastive.words import table
+from scripts import embed, evaluate, export, zero_shot
+
+KINDS = (PretrainConfig, FinetuneConfig, TrainClassifierConfig)
+
+
+def parsed(cls, *args):
+    short = cls.SHORT_FLAGS
+    return parse(cls, rename_flags(list(args), short), prog="t", description="", also=("config", *short))
+
+
+@pytest.mark.parametrize("cls", KINDS)
+def test_the_common_ones_are_short(cls):
+    for dash in ("-", "_"):
+        words = "--epochs 3 --batch_size 64 --lr 1e-4 --wd 0.3 --seed 5 --workers 2"
+        flags = f"{words} --train_data digits --val_data digits:test --output_dir runs/x".replace("_", dash).split()
+        config = parsed(cls, *flags)
+        assert (config.train.epochs, config.train.global_batch_size, config.train.seed) == (3, 64, 5)
+        assert (config.optimizer.lr, config.optimizer.weight_decay, config.data.num_workers) == (1e-4, 0.3, 2)
+        assert (config.data.train, config.data.eval, config.run_folder) == ("digits", ("digits:test",), "runs/x")
+    assert parsed(cls, "--data=digits").data.train == "digits"
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--accum-freq 4", "--accum-freq 4 is --train.accumulate 4 here."),
+        ("--accum_freq=4", "--accum_freq 4 is --train.accumulate 4 here."),
+        ("--gradient_accumulation_steps 8", "is --train.accumulate 8 here."),
+        ("--warmup 2000", "--warmup 2000 is --schedule.warmup_steps 2000 here."),
+        ("--precision amp_bf16", "--precision amp_bf16 is --train.precision bf16 here."),
+        ("--precision amp", "is --train.precision bf16 here."),
+        ("--precision fp32", "is --train.precision fp32 here."),
+        ("--fp16", "--fp16 is --train.precision bf16 (float16 is not offered) here."),
+        ("--bf16 --do_train", "--bf16 is --train.precision bf16 here."),
+        ("--num_train_epochs 3", "is --train.epochs 3 here."),
+        ("--max_steps 30", "is --train.steps 30 here."),
+        ("--learning_rate 5e-5", "is --optimizer.lr 5e-5 here."),
+        ("--weight_decay 0.1", "is --optimizer.weight_decay 0.1 here."),
+        ("--per_device_train_batch_size 32", "--train.global_batch_size, of all ranks together: 32 times their number"),
+        ("--report-to wandb", "is --trackers wandb here."),
+        ("--siglip", "--siglip is --loss sigmoid here."),
+        ("--local-loss", "--local-loss: not needed, the loss is always shared out"),
+        ("--gather-with-grad", "not needed"),
+        ("--lock-image", "--lock-image is --lock image"),
+        ("--freeze_vision_model", "is --lock image"),
+        ("--lock-text", "not offered"),
+        ("--pretrained laion2b", "is --init laion2b here."),
+        ("--model_name_or_path m", "is --init m here."),
+        ("--grad-checkpointing", "--model.image.gradient_checkpointing"),
+        ("--dataset-type webdataset", "not needed"),
+        ("--csv-img-key path", "is --data.image_column path here."),
+        ("--csv-caption-key title", "is --data.caption_column title here."),
+        ("--imagenet-val /data", "is --data.eval /data here."),
+        ("--zeroshot-frequency 2", "--evaluation.every N, in steps"),
+        ("--save-frequency 1", "--checkpoint.every N, in steps"),
+        ("--save_steps 500", "is --checkpoint.every 500 here."),
+        ("--logging_steps 10", "is --train.log_every 10 here."),
+        ("--force-patch-dropout 0.5", "is --model.image.patch_dropout 0.5 here."),
+        ("--torchcompile", "--dynamo_backend inductor"),
+        ("--name exp1 --logs l", "--name exp1 is --run_folder exp1 here."),
+        ("--dataset_name nlphuji/flickr30k", "is --data.train hf:nlphuji/flickr30k here."),
+        ("--push_to_hub", "scripts/export.py"),
+        ("--overwrite_output_dir", "not offered"),
+    ],
+)
+def test_the_rest_is_told_with_our_name_and_value(flags, line):
+    with pytest.raises(UserError) as error:
+        parsed(PretrainConfig, *flags.split())
+    assert line in str(error.value) and "\n" not in str(error.value) and "Did you mean" not in str(error.value)
+
+
+def test_a_hint_names_only_flags_that_there_are():
+    with pytest.raises(UserError, match="--lock-image is --tune head here"):
+        parsed(FinetuneConfig, "--lock-image")
+    with pytest.raises(UserError, match="unknown flag --siglip"):
+        parsed(TrainClassifierConfig, "--siglip")
+
+
+def test_resume_takes_no_value():
+    words = {"prog": "t", "description": "", "default_file": Path("a.yaml")}
+    with pytest.raises(UserError, match="--resume is a switch: it goes on from the newest .*; leave out 'latest'"):
+        command(PretrainConfig, lambda config: True, ["--resume", "latest"], **words)
+
+
+def test_the_global_batch_is_said_where_there_are_ranks(tiny_file, monkeypatch, capsys):
+    words = {"prog": "t", "description": "", "default_file": tiny_file}
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    command(PretrainConfig, lambda config: True, ["--batch-size", "256"], **words)
+    assert "--batch_size is the global batch here: 256 over 8 ranks, 32 each" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {steps: 3}")
+    return tmp_path / "a.yaml"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "line"),
+    [
+        (zero_shot, "RUN --dataset cifar10", "--dataset cifar10 is --data cifar10 here."),
+        (zero_shot, "RUN --data d --pretrained openai", "--pretrained: the model is the first word"),
+        (zero_shot, "RUN --data d --model ViT-B-32", "--model: the model is the first word"),
+        (zero_shot, "RUN --data d --split test", "--split: part of the data's name, as cifar10:test"),
+        (evaluate, "RUN --dataset_root /data", "--dataset_root /data is --data PATH here."),
+        (evaluate, "RUN --output out.json", "--output out.json is --out DIR here."),
+        (evaluate, "RUN --model_type open_clip", "the model is the first word"),
+        (embed, "RUN d OUT --dataset cifar10", "--dataset: the data are the second word"),
+        (embed, "RUN d OUT --amp", "--amp is --precision bf16 here."),
+        (embed, "RUN d OUT --num_workers 3", "--num_workers 3 is --workers 3 here."),
+        (export, "RUN --to onnx OUT --output x", "--output: the last word, OUT"),
+    ],
+)
+def test_flags_of_the_other_scripts(script, flags, line):
+    with pytest.raises(UserError) as error:
+        script.parse(flags.split())
+    assert line in str(error.value)
+
+
+def test_underscores_are_dashes_in_the_other_scripts_too():
+    options = embed.parse(["RUN", "d", "OUT", "--batch_size", "3", "--samples_per_shard=7", "--image_column", "a_b"])
+    assert (options.batch_size, options.samples_per_shard, options.image_column) == (3, 7, "a_b")
+
+
+@pytest.mark.parametrize("row", [row for row in table() if row[0] == "flag"], ids=lambda row: row[1][0])
+def test_each_row_names_a_flag_that_there_is(row):
+    ours = re.match(r"--([\w.-]+)", row[2])
+    options = {name for cls in KINDS for name in flatten(to_dict(cls()))} | {"loss", "optimizer"}
+    others = ["workers", "data", "limit", "out", "precision", "templates", "classes"]
+    assert ours is None or ours[1] in options or ours[1] in others
