@@ -128,6 +128,11 @@ def test_files_left_aside_are_counted(tmp_path):
     }
 
 
+def test_splits_with_captions_are_told_to_be_taken_together(tmp_path):
+    source = open_source(fill(tmp_path, "train/1.jpg val/1.jpg", **{"train/1.txt": "x", "val/1.txt": "y"}))
+    assert source.reading == "captions: KEY.txt; train, val are taken together"
+
+
 # A table of file names
 
 
@@ -179,6 +184,8 @@ def test_several_tables_are_refused_with_what_to_give(tmp_path):
         ("train2014/1.jpg val2014/1.jpg", {}, "its folders are splits"),
         ("a/1.jpg b/2.jpg", {"dataset_flickr8k.json": "{}"}, "but 'dataset_flickr8k.json'"),
         ("00000/1.jpg 00001/1.jpg", {"00000_stats.json": "{}"}, "folders of img2dataset .*; there are 2 .jpg, 1 .json"),
+        ("00000/000000001.jpg 00001/000010001.jpg", {}, "folders of img2dataset .*; there are 2 .jpg$"),
+        ("", {"test/0.tar": "x", "dataset_type.txt": "retrieval"}, r"but .tar files; give '.*/test/\*.tar'"),
         ("00000/1.jpg 00001/1.jpg", {"00000/1.json": {"caption": None, "url": "u"}}, "folders of img2dataset"),
         ("art/bed/1.jpg art/fork/1.jpg clip/bed/1.jpg clip/fork/1.jpg", {}, "give one, as '.*/art'"),
         ("1.jpg a/2.jpg", {}, "1 of 2 lie in no sub-folder, as '1.jpg'; there are 2 .jpg; read are: KEY.txt or"),

@@ -88,7 +88,7 @@ def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
     chosen = set(images)
     files = sort_files(root, images, [path for path in found if path not in chosen])
     if not images:
-        raise UserError(f"{name}: {_nothing_found(root)}; {files.there()}; {FORMS}")
+        raise UserError(f"{name}: {_nothing_found(files)}; {files.there()}; {FORMS}")
     if table := open_metadata(name, files, columns):
         return table
     captions = find_captions(name, files, columns.caption)
@@ -97,6 +97,9 @@ def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
     source.left_aside.include(files.left_aside)
     for suffix in captions.names if captions else ():
         source.left_aside.pop(suffix, None)
+    tops = sorted({path.split(os.sep, 1)[0] for path in images}) if captions else []
+    if len(tops) > 1 and _are_splits(tops):
+        source.reading += f"; {', '.join(tops)} are taken together"
     return source
 
 
@@ -137,7 +140,7 @@ def _class_names(name: str, files: FolderFiles) -> tuple[str, ...]:
             f"{len(loose)} of {len(images)} lie in no sub-folder, as '{loose[0]}'; {files.there()}; {FORMS}"
         )
     folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if _SPLIT_NAMES.issuperset(folder.lower().rstrip("0123456789") for folder in folders):
+    if _are_splits(folders):
         raise UserError(f"{name}: its folders are splits ({', '.join(folders)}); give one, as '{name}/{folders[0]}'")
     if len(folders) == 1:
         raise UserError(
@@ -148,10 +151,15 @@ def _class_names(name: str, files: FolderFiles) -> tuple[str, ...]:
     return tuple(folders)
 
 
+def _are_splits(folders: list[str]) -> bool:
+    return _SPLIT_NAMES.issuperset(folder.lower().rstrip("0123456789") for folder in folders)
+
+
 def _check_levels(name: str, files: FolderFiles, folders: list[str]) -> None:
     """Raise UserError where first-level folders are no classes: shards of img2dataset; domains of the same classes."""
-    told = ("json" in files.beside) or any(path.endswith("_stats.json") for path in files.others)
-    if told and all(re.fullmatch(r"\d{5,}", folder) for folder in folders):
+    told = "json" in files.beside or any(path.endswith("_stats.json") for path in files.others)
+    numbered = all(re.fullmatch(r"(\d{5,})/\1\d{4}\.\w+", path) for path in files.images[:100])
+    if (told or numbered) and all(re.fullmatch(r"\d{5,}", folder) for folder in folders):
         raise UserError(
             f"{name}: folders of img2dataset ('{folders[0]}', ...), but no KEY.txt nor a caption in KEY.json beside "
             f"the images; {files.there()}"
@@ -169,8 +177,10 @@ def _check_levels(name: str, files: FolderFiles, folders: list[str]) -> None:
         )
 
 
-def _nothing_found(root: str) -> str:
+def _nothing_found(files: FolderFiles) -> str:
     for suffix in ("tar", "parquet", "csv", "tsv", "jsonl"):
-        if any(entry.name.endswith(f".{suffix}") for entry in os.scandir(root)):
-            return f"no images in this folder, but .{suffix} files; give '{os.path.join(root, f'*.{suffix}')}'"
+        for path in sorted(files.others, key=lambda path: path.count(os.sep)):
+            if path.endswith(f".{suffix}"):
+                those = os.path.join(files.root, os.path.dirname(path), f"*.{suffix}")
+                return f"no images in this folder, but .{suffix} files; give '{those}'"
     return f"no images in this folder ({', '.join(IMAGE_SUFFIXES)})"
