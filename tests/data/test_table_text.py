@@ -173,7 +173,11 @@ def test_a_table_whose_images_are_nowhere_is_refused_with_where_they_are(tmp_pat
         (tmp_path / "here" / there).parent.mkdir(exist_ok=True)
         (tmp_path / "here" / there).write_bytes(b"x")
     message = rf"no image is there, of 1 .*: column 'image' has '{re.escape(path)}' \(x.csv:0\), looked"
-    end = f"table's folder; there is '{(tmp_path / 'here' / there).resolve()}'$" if there else "table's folder$"
+    end = (
+        f"table's folder; there is '{(tmp_path / 'here' / there).resolve()}': put the table where"
+        if there
+        else "table's folder$"
+    )
     refused(written(tmp_path / "here", "x.csv", f"image,caption\n{path},one\n"), f"{message}.*{end}")
 
 
@@ -218,7 +222,7 @@ def test_a_text_in_brackets_is_a_text(images):
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ({"en": "x", "de": "y"}, "column 'caption' holds struct<en: string, de: string>; of a dict raw or caption"),
+        ({"en": "x", "de": "y"}, "column 'caption' holds struct<en: string, de: string>; captions must be .*; of a dict raw or"),
         ([{"question": "x", "answer": "y"}], "column 'caption' holds list<item: struct<question: string"),
         (7, "column 'caption' holds int64; captions must be texts"),
         ("['one' 'two']", "a list of texts neither as JSON nor as Python"),
@@ -304,4 +308,4 @@ def test_features_of_datasets(tmp_path):
 def test_translations_in_parquet_are_refused_by_name(tmp_path):
     cells = {"image": [b"x"], "caption": [{"en": "dog", "de": "Hund"}]}
     pq.write_table(pa.table(cells), tmp_path / "x.parquet")
-    refused(tmp_path / "x.parquet", "holds struct<en: string, de: string>; of a dict raw or caption")
+    refused(tmp_path / "x.parquet", "holds struct<en: string, de: string>; captions must be .*; of a dict raw or")

@@ -174,12 +174,6 @@ def is_text(column_type: pa.DataType) -> bool:
     return types.is_string(column_type) or types.is_large_string(column_type) or types.is_string_view(column_type)
 
 
-def _is_list(column_type: pa.DataType) -> bool:
-    from pyarrow import types
-
-    return types.is_list(column_type) or types.is_large_list(column_type) or types.is_fixed_size_list(column_type)
-
-
 def _check_types(columns: Columns, types: Mapping[str, pa.DataType], where: str) -> None:
     """Raise UserError where the image column holds no images, or a caption column no texts."""
     from pyarrow import types as kinds
@@ -193,18 +187,14 @@ def _check_types(columns: Columns, types: Mapping[str, pa.DataType], where: str)
         )
     for caption, _ in columns.weighted:
         inner = held = types[caption]
-        while _is_list(inner) or kinds.is_struct(inner):
-            fields = {field.name: field.type for field in inner} if kinds.is_struct(inner) else {}
-            inner = (
-                next((fields[name] for name in _CAPTION_FIELDS if name in fields), None) if fields else inner.value_type
+        while inner is not None and kinds.is_nested(inner):
+            known = [name for name in _CAPTION_FIELDS if kinds.is_struct(inner) and inner.get_field_index(name) >= 0]
+            inner = inner.field(known[0]).type if known else getattr(inner, "value_type", None)
+        if inner is None or not (is_text(inner) or kinds.is_null(inner)):
+            raise UserError(
+                f"{where}: column '{caption}' holds {held}; captions must be texts or lists of texts; of a dict "
+                f"{' or '.join(_CAPTION_FIELDS)} is read; name another column with caption_column"
             )
-            if inner is None:
-                raise UserError(
-                    f"{where}: column '{caption}' holds {held}; of a dict {' or '.join(_CAPTION_FIELDS)} is read: give "
-                    "the texts a column of their own, and name it with caption_column"
-                )
-        if not (is_text(inner) or kinds.is_null(inner)):
-            raise UserError(f"{where}: column '{caption}' holds {held}; captions must be texts or lists of texts")
 
 
 def _texts(value: Any) -> list[Any]:

@@ -14,7 +14,7 @@ IMAGE_COLUMNS = (
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "fine_label", "category")
 _URL_COLUMNS = ("url", "image_url", "img_url")
-_NUMBERS = ("int", "uint", "float", "half", "double", "decimal", "bool", "numbers")
+_NUMBERS = ("int", "uint", "float", "half", "double", "decimal", "bool", "numbers", "null")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Columns:
 def find_columns(held: Sequence[tuple[str, str]], asked: Columns, where: str) -> Columns:
     """Return the columns to read: those asked for, else the first of the usual names there is.
 
-    Usual names are compared without regard to case; images and captions are not looked for in numbers where another
-    column of a usual name holds none.
+    Usual names are compared without regard to case; images and captions are not looked for in numbers or nulls where
+    another column of a usual name holds something else.
 
     Args:
         held: name and type of every column, a type as Arrow prints it, or 'text' and 'numbers' where it has none.

@@ -66,8 +66,8 @@ def read_delimited(path: str, usual: str, asked: Columns) -> tuple[Columns, pa.T
         kind = "tsv" if dialect.separator == "\t" else "csv"
         raise UserError(
             f"{path}: cannot be read as {kind}: {lost:,} of {scan.num_rows:,} rows have another number of columns than "
-            f"the header's {len(dialect.names)}, first {where[0]} (separated by {_SEPARATORS[dialect.separator]}); quote "
-            "values that hold the separator"
+            f"the header's {len(dialect.names)}, first {where[0]} (separated by {_SEPARATORS[dialect.separator]}); "
+            "quote values that hold the separator"
         )
     if lost:
         left_aside.add("rows of another number of columns", *where, count=lost)
@@ -95,7 +95,7 @@ def _read_head(path: str, usual: str, asked: Columns) -> tuple[Dialect, Columns]
             dialect = Dialect(separator, names, lines.line_num)
             few = csv.reader(islice(file, 100), delimiter=separator, quoting=csv.QUOTE_NONE)
             rows = [row for row in few if len(row) == len(names)]
-        numbers = [all(cell.replace(".", "", 1).isdecimal() for cell in cells) for cells in zip(*rows, strict=True)]
+        numbers = [not any(cell.strip(".0123456789") for cell in cells) for cells in zip(*rows, strict=True)]
         held = [(name, "numbers" if of else "text") for name, of in zip_longest(names, numbers)]
         try:
             return dialect, find_columns(held, asked, path)

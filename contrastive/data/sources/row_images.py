@@ -76,7 +76,8 @@ def _elsewhere(folder: str, value: str) -> str:
         for end in ("", *(f".{suffix}" for suffix in IMAGE_SUFFIXES)):
             for start in starts:
                 if os.path.isfile(os.path.join(start, path + end)):
-                    return f"; there is '{os.path.abspath(os.path.join(start, path + end))}'"
+                    found = os.path.abspath(os.path.join(start, path + end))
+                    return f"; there is '{found}': put the table where its paths start"
     return ""
 
 
