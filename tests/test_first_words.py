@@ -64,7 +64,8 @@ def ours(tmp_path_factory):
     return names | {"SigmoidLoss": SigmoidLoss, "SoftmaxLoss": SoftmaxLoss, "i": features, "t": features.flip(0)}
 
 
-# What is typed, and a pattern of the line that answers; or what is true of what comes of it, as `it`.
+# One table for each place where words are typed, a row each: what is typed, and a pattern of the line that answers; or
+# what is true of what comes of it, as `it`.
 PYTHON = [
     (
         "contrastive.create_model_and_transforms('ViT-B-16', pretrained='openai')",

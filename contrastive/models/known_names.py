@@ -1,7 +1,7 @@
 """The names of architectures, ours and those of open_clip, transformers and timm: what each of them says."""
 
+import os
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 from contrastive.errors import UserError, did_you_mean
@@ -74,12 +74,14 @@ def architecture(name: str) -> Architecture:
         raise UserError(_unknown(name))
     said = found.groupdict()
     family, tag = (said.get("own") or said.get("family") or "clip").lower(), said.get("tag") or ""
-    patch_size = int(said["patch"])
+    patch_size, image_size = int(said["patch"]), int(said.get("image") or 224)
+    if image_size % patch_size and (image_size, patch_size) != (384, 14):
+        raise UserError(f"unknown model '{name}': {image_size} pixels are no whole number of patches of {patch_size}")
     return Architecture(
         family="siglip2" if tag.startswith("v2") else family,
         size="plus" if said.get("plus") else _size(said["size"]),
         patch_size=patch_size,
-        image_size=int(said.get("image") or 224) // patch_size * patch_size,
+        image_size=image_size // patch_size * patch_size,
         quick_gelu=any(said.get(mark) for mark in ("own", "openai", "quick")),
         i18n=bool(said.get("i18n")) or tag.endswith("i18n"),
         named_elsewhere=not said.get("own"),
@@ -105,12 +107,12 @@ def _unknown(name: str) -> str:
         return f"'{name}' can be two models: {meant} has GELU (open_clip's), {meant}-quickgelu OpenAI's activation"
     if name.startswith("ViT-G-"):
         return f"'{name}' is ViT-bigG{name[5:]} here, as in open_clip; ViT-g{name[5:]} is a smaller one"
+    is_place = ":" in name or os.path.exists(name)
     for pattern, reason in NOT_OURS.items():
-        if re.search(pattern, name, re.IGNORECASE):
+        if re.search(pattern, name, re.IGNORECASE) and not is_place:
             return f"'{name}' is not among our models, which are plain ViTs with a text tower, as ViT-B-16: {reason}"
     hint = did_you_mean(name, (*OWN_NAMES, *EXAMPLES))
-    if "/" in name or ":" in name:
-        on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(name).exists()
-        place = f"hf-hub:{name}" if on_hub else name
+    if is_place or "/" in name:
+        place = f"hf-hub:{name}" if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not is_place else name
         return f"'{name}' is no architecture.{hint} Models with weights: contrastive.load('{place}'), --init {place}"
     return f"unknown model '{name}'.{hint} contrastive.list_models() and --model list show the names"

@@ -124,6 +124,8 @@ def run_bad_rank(rank, world_size, folder):
         ask(rank, loss, x, x, logit_scale=torch.tensor(torch.inf if rank == 2 else 1.0)),
         ask(rank, SigmoidLoss("ignore"), x, x, caption_ids=None if rank == 0 else torch.arange(3)),
         ask(rank, loss, x, x),
+        ask(rank, loss, x, x, logit_scale="ten" if rank == 1 else 1.0),
+        ask(rank, loss, x, x, logit_scale=1, logit_bias=0.0),
     ]
     torch.save(answers, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
@@ -133,7 +135,7 @@ def test_what_one_rank_is_given_wrongly_all_ranks_refuse(tmp_path):
     """Fault row 30: none waits in a collective for one that has raised, and the next call works."""
     run_on_ranks(3, run_bad_rank, 3, str(tmp_path))
     answers = [torch.load(tmp_path / f"rank{r}.pt") for r in range(3)]
-    uneven, broken, integers, double, gradients, scale, ids, good = zip(*answers, strict=True)
+    uneven, broken, integers, double, gradients, scale, ids, good, words, numbers = zip(*answers, strict=True)
     assert len(set(uneven)) == 1
     assert "rank 2 differ" in uneven[0] and "rank 0 (3, 3)" in uneven[0] and "rank 2 (2, 3)" in uneven[0]
     assert all(answer.startswith("NonFiniteFeatures") and "rank 1" in answer for answer in broken)
@@ -143,4 +145,7 @@ def test_what_one_rank_is_given_wrongly_all_ranks_refuse(tmp_path):
     assert all("need of gradients" in answer for answer in gradients)
     assert all("logit_scale on rank 2" in answer for answer in scale)
     assert "needs caption_ids" in ids[0] and "rank 0 refused" in ids[1]
-    assert all(answer.startswith("fine") for answer in good)
+    assert all(answer.startswith("fine") for answer in good) and numbers == good
+    assert (
+        "logit_scale must be one number" in words[1] and "rank 1 refused" in words[0] and "rank 1 refused" in words[2]
+    )

@@ -140,6 +140,7 @@ def test_one_model_under_two_names(name, same_as):
         ),
         ("./runs/mine", "no architecture. .*contrastive.load.'./runs/mine'"),
         ("google/siglip2-base-patch16-naflex", "takes images of any shape"),
+        ("ViT-B-16-SigLIP-250", "250 pixels are no whole number of patches of 16"),
         ("clip_vit_gopt_16", "no CLIP has a text tower"),
         ("", "unknown model ''"),
     ],
@@ -148,6 +149,13 @@ def test_names_that_say_no_architecture(name, line):
     with pytest.raises(UserError, match=line) as caught:
         model_config(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_architecture_whatever_it_is_called(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "my-roberta").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="contrastive.load.'runs/my-roberta'., --init runs/my-roberta"):
+        model_config("runs/my-roberta")
 
 
 def test_the_table_has_every_listed_name():
