@@ -9,9 +9,8 @@ from importlib.resources import files
 @functools.cache
 def table() -> tuple[tuple[str, tuple[str, ...], str], ...]:
     """Return the rows of words.md: where the words are looked for, the words, what there is instead."""
-    rows = re.findall(
-        r"^\| (?!in |---)(.+?) \| (`.+?`) \| (.+) \|$", files("contrastive").joinpath("words.md").read_text(), re.M
-    )
+    text = (files("contrastive") / "words.md").read_text("utf-8")
+    rows = re.findall(r"^\| (.+?) \| (`.+?`) \| (.+) \|$", text, re.MULTILINE)
     return tuple((place, tuple(words.replace("`", "").split()), ours) for place, words, ours in rows)
 
 
