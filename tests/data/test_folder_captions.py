@@ -164,6 +164,14 @@ def test_other_metadata_is_no_table_of_images(tmp_path):
     assert source.class_names == ("x", "y") and counts(source) == {".csv": (1, "metadata.csv")}
 
 
+@pytest.mark.parametrize("images", ["i/1.jpg i/2.jpg", "i/1.jpg j/2.jpg", "i/1.jpg 2.jpg"])
+def test_a_table_of_captions_beside_the_folders_is_read(tmp_path, images):
+    first = images.split()[0]
+    source = open_source(fill(tmp_path, images, **{"captions.csv": f"image,caption\n{first},a dog\n{first},a cat\n"}))
+    assert captions(source) == [("a dog", "a cat")] and source.reading.startswith("captions.csv: ")
+    assert counts(source) == {"images in no row": (1, images.split()[1])}
+
+
 def test_several_tables_are_refused_with_what_to_give(tmp_path):
     table = "file_name,text\n1.jpg,t\n"
     fill(tmp_path, "a/1.jpg b/1.jpg", **{"a/metadata.csv": table, "b/metadata.csv": table})
@@ -177,9 +185,16 @@ def test_several_tables_are_refused_with_what_to_give(tmp_path):
 @pytest.mark.parametrize(
     ("images", "others", "message"),
     [
-        ("Images/1.jpg", {"captions.txt": "image,caption\n1.jpg,a dog\n"}, "no captions beside .*, but 'captions.txt'"),
-        ("i/1.jpg", {"results.csv": "image_name| comment_number| comment\n1.jpg| 0| a dog\n"}, "but 'results.csv'"),
-        ("a/1.jpg b/1.jpg", {"pairs.csv": "image,caption\na/1.jpg,x\n"}, "'pairs.csv'; give '.*/pairs.csv' if it is"),
+        (
+            "Images/1.jpg",
+            {"captions.txt": "image,caption\n1.jpg,x\n"},
+            "there is '.*/Images/1.jpg': put the",
+        ),
+        (
+            "i/1.jpg",
+            {"results.csv": "image,caption\n1.jpg,a dog\n"},
+            "has '1.jpg' .*relative paths start",
+        ),
         ("train2014/1.jpg val2014/1.jpg", {"annotations/captions_train2014.json": "{}"}, "captions_train2014.json'"),
         ("train2014/1.jpg val2014/1.jpg", {}, "its folders are splits"),
         ("a/1.jpg b/2.jpg", {"dataset_flickr8k.json": "{}"}, "but 'dataset_flickr8k.json'"),

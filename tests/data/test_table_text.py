@@ -222,7 +222,10 @@ def test_a_text_in_brackets_is_a_text(images):
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ({"en": "x", "de": "y"}, "column 'caption' holds struct<en: string, de: string>; captions must be .*; of a dict raw or"),
+        (
+            {"en": "x", "de": "y"},
+            "column 'caption' holds struct<en: string, de: string>; captions must be .*; of a dict raw or",
+        ),
         ([{"question": "x", "answer": "y"}], "column 'caption' holds list<item: struct<question: string"),
         (7, "column 'caption' holds int64; captions must be texts"),
         ("['one' 'two']", "a list of texts neither as JSON nor as Python"),

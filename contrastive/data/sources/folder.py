@@ -18,6 +18,7 @@ from contrastive.data.sources.folder_captions import (
     captions_table,
     find_captions,
     is_hidden,
+    open_inside,
     open_metadata,
     sort_files,
 )
@@ -92,6 +93,14 @@ def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
     if table := open_metadata(name, files, columns):
         return table
     captions = find_captions(name, files, columns.caption)
+    table = None if captions else captions_table(files)
+    if table and not table.lower().endswith(".json"):
+        return open_inside(name, files, table, columns)
+    if table:
+        raise UserError(
+            f"{name}: no captions beside the images, but '{table}', which is not read; write the paths and captions in "
+            f"it as a .csv or .jsonl, in the folder in which the paths begin; {FORMS}"
+        )
     source = ImageFiles(name, root, images, captions=captions) if captions else _in_classes(name, files)
     source.left_aside = FaultCounts(source.left_aside)
     source.left_aside.include(files.left_aside)
@@ -126,13 +135,7 @@ def _walk(root: str) -> Iterator[str]:
 
 
 def _class_names(name: str, files: FolderFiles) -> tuple[str, ...]:
-    root, images, table = files.root, files.images, captions_table(files)
-    if table:
-        raise UserError(
-            f"{name}: no captions beside the images, but '{table}'; give '{os.path.join(root, table)}' if it "
-            "is a .csv, .tsv, .jsonl or .parquet, else write its paths and captions as one, in the folder in which the "
-            f"paths begin; {FORMS}"
-        )
+    root, images = files.root, files.images
     loose = [path for path in images if os.sep not in path]
     if loose:
         raise UserError(

@@ -168,11 +168,15 @@ def open_metadata(name: str, files: FolderFiles, columns: Columns) -> Source | N
             f"{name}: the captions lie in {', '.join(found[:3])}; give one, or those alike as "
             f"'{files.root}{folders}/{os.path.basename(found[-1])}'"
         )
+    return open_inside(name, files, found[0], columns if columns.image else replace(columns, image="file_name"))
+
+
+def open_inside(name: str, files: FolderFiles, table: str, columns: Columns) -> Source:
+    """Open a table that lies in the folder, and count the images that it does not list."""
     from contrastive.data.sources.tables import open_table
 
-    table = os.path.join(files.root, found[0])
-    source = open_table(name, [table], columns if columns.image else replace(columns, image="file_name"))
-    source.reading = f"{found[0]}: {source.reading}"
+    source = open_table(name, [os.path.join(files.root, table)], columns)
+    source.reading = f"{table}: {source.reading}"
     listed = source.image_paths()
     for path in (path for path in files.images if path not in listed):
         source.left_aside.add("images in no row", path)
