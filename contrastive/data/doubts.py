@@ -15,6 +15,7 @@ NO_CAPTIONS = {
     "URLs": r"(?:\w+://|www\.)\S+",
     "file names": r"\S(?:.*\S)?\.(?:jpe?g|png|webp|gif|bmp|tiff?|txt|json|npy)",
     "numbers or boxes": r"(?=\D*\d)[\d.,;:xe\s()\[\]{}+-]+",
+    "rows of a table": r".*\t.*",
     "lists, dicts or JSON": r"(?:\[.*\]|\{.*\}|\(\s*['\"\d].*\))",
     "Python's bytes": r"b(['\"]).*\1",
     "markup": r"<\w[^<>]*>.*",

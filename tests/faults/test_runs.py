@@ -125,7 +125,7 @@ def test_row_31_a_rank_that_sleeps_is_named(tiny, tmp_path, free_port):
 def test_row_32_a_loader_worker_that_hangs_or_dies(fault, words, tiny, tmp_path):
     flags = ("--config", tiny, "--run_folder", tmp_path / "run", "--data.train", "faulty:train")
     workers = ("--data.num_workers", "1", "--data.timeout", "4")
-    status, message, seconds = run_faulty(f"{fault},0,30,1000000", 1, None, *flags, *workers)
+    status, message, seconds = run_faulty(f"{fault},0,200,1000000", 1, None, *flags, *workers)
     assert status == 2 and message.strip().splitlines()[-1].startswith(f"faulty.py: error: a loader worker {words}")
     assert "Traceback" not in message and seconds < 60  # start-up included
 

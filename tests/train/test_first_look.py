@@ -171,6 +171,7 @@ def test_a_dry_run_on_two_ranks_ends_well_and_writes_nothing(tiny, tmp_path):
         ("b'a dog'", "Python's bytes"),
         ("<p>a dog</p>", "markup"),
         ("nan", "missing values"),
+        ("a dog\t1.jpg\na cat\t2", "rows of a table"),
         ("COCO_train2014_000000000009", "identifiers"),
         ("n01440764", "identifiers"),
         ("3f2504e0-4f89-11d3-9a0c-0305e82c3301", "identifiers"),
