@@ -207,10 +207,10 @@ def _count(path: str, index: ShardIndex) -> dict:
             label_names += type(label) is str
             if 0 <= size <= MAX_TEXT_BYTES:
                 data = read(size, texts[0][row] * BLOCK).strip()
-                if stated or b"\n" in data or b"\r" in data:
+                if b"\n" in data or b"\r" in data or (stated and data.decode("utf-8", "replace") != stated):
                     found = caption_lines(data.decode("utf-8-sig", "replace"))
                     lines += len(found) > 1
-                    unlike += bool(stated) and not same_texts(found, stated)
+                    unlike += bool(data and stated) and not same_texts(found, stated)
     known = [role for place, role in enumerate(ROLES[1:], start=1) if (index.spans[:, place, 1] >= 0).any()]
     return {
         "captions": captions,

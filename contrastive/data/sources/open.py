@@ -49,9 +49,9 @@ def open_source(
             index folder of shards; a folder saved by `datasets`, or of MNIST's idx files, or of CIFAR's batches
             (':SPLIT' after it where it has splits); a folder of images in class folders or with captions; several of
             these with weights, 'A=2,B=1' (see Mixture).
-        image_column, caption_column: of tables and data sets; None looks for the usual names. For shards,
-            `caption_column` is a field of KEY.json, or the suffix of a text, as 'txt'. Sources without columns pass
-            over both.
+        image_column, caption_column: of tables and data sets; None looks for the usual names. Of shards
+            and of captions beside images, `caption_column` is a field of KEY.json or the suffix of a text, as 'txt'.
+            Sources without columns pass over both.
         prompts: how class names become captions: a set of templates or a file (see `load_templates`). 'auto'
             keeps the captions a source has and takes the templates that fit for one without.
 
