@@ -72,6 +72,13 @@ def test_one_path_written_in_several_ways(images):
     assert read(open_source(str(images / "x.csv"))) == [("one", "two", "three", "four"), ("five", "six")]
 
 
+def test_structs_with_nothing_but_paths(images):
+    rows = [{"image": {"bytes": None, "path": f"{name}.jpg"}, "caption": text} for name, text in ("a1", "b2", "a3")]
+    (images / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(str(images / "x.jsonl"))
+    assert read(source) == [("1", "3"), ("2",)] and source[1].image == b"b"
+
+
 def test_rows_without_an_image_stay_apart(images):
     (images / "x.csv").write_text("image,caption\na.jpg,one\n,two\n,three\na.jpg,four\n")
     source = open_source(str(images / "x.csv"))

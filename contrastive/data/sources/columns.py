@@ -61,7 +61,7 @@ def find_columns(held: Sequence[tuple[str, str]], asked: Columns, where: str) ->
             that is there twice.
     """
     names, there = [name for name, _ in held], ", ".join(f"{name} ({kind})" for name, kind in held)
-    twice = [name for index, name in enumerate(names) if name in names[:index]]
+    twice = [name for index, name in enumerate(names) if name and name in names[:index]]
     if twice:
         raise UserError(f"{where}: column '{twice[0]}' is there twice; the columns are: {', '.join(names)}")
     images, captions = _usual(held, IMAGE_COLUMNS), _usual(held, CAPTION_COLUMNS)

@@ -117,7 +117,7 @@ def byte_keys(groups: Iterable[pa.Array]) -> pa.ChunkedArray | None:
         fields = [held.name for held in group.type] if pa.types.is_struct(group.type) else []
         texts = pc.struct_field(group, "path").to_pylist() if "path" in fields else [None] * len(group)
         for value, text in zip(pc.struct_field(group, "bytes") if fields else group, texts, strict=True):
-            buffer, path = value.as_buffer(), os.fsencode(text or "")
+            buffer, path = value.as_buffer() if value.is_valid else None, os.fsencode(text or "")
             keys.append(path or None if buffer is None else hashlib.blake2b(buffer, digest_size=16).digest() + path)
             read += len(buffer or b"")
         paired = paired or len(set(keys)) < len(keys)

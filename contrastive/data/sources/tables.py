@@ -78,7 +78,7 @@ def open_table(name: str, paths: Sequence[str], asked: Columns) -> ColumnSource:
         cells=cells,
         class_names=files[0].class_names,
         fingerprint=fingerprint_of("\n".join(f"{short} {columns!r} {file.digest}" for short, file in named)),
-        embedded=cells[image].groups() if apart else (),
+        embedded=cells[image].groups() if apart else cells[image].chunks,
         notes=tuple(dict.fromkeys(note for file in files for note in file.notes)),
     )
     source.left_aside = FaultCounts()
