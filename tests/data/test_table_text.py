@@ -46,6 +46,7 @@ def captions(source):
         ("x.tsv.gz", "image\tcaption\na.jpg\tone, two\nb.jpg\tthree\n", "column 'caption'"),
         ("x.jsonl.gz", '{"image":"a.jpg","caption":"one, two"}\n{"image":"b.jpg","caption":"three"}\n', "caption"),
         ("x.ndjson", '{"image":"a.jpg","caption":"one, two"}\n{"image":"b.jpg","caption":"three"}\n', "caption"),
+        ("x.json", ' [{"id":1,"image":"a.jpg","caption":"one, two"},\n{"image":"b.jpg","caption":"three"}]', "caption"),
         ("x.json", '{"image":"a.jpg","caption":"one, two"}\n{"image":"b.jpg","caption":"three"}\n', "caption"),
     ],
 )
@@ -112,7 +113,21 @@ def test_rows_of_another_width_are_counted_with_their_lines_or_refused(images):
         ("x.jsonl", '{"image": "a.jpg", "caption": "x"}\n'.encode("utf-16"), "is UTF-16 text"),
         ("x.csv", gzip.compress(b"image,caption\na.jpg,one\n"), "is no text, but gzip: name it .gz"),
         ("x.csv", b"PK\x03\x04 and so on", "is no text, but a workbook or .zip"),
-        ("x.json", b'[{"image": "a.jpg", "caption": "x"}]', "cannot be read as json .*; one record a line is read: jq"),
+        (
+            "x.json",
+            b'["a.jpg", "b.jpg"]',
+            "cannot be read as json .*; JSON is read as a list of records, or as",
+        ),
+        (
+            "x.json",
+            b'[{"image": "a.jpg", "caption": "x"}',
+            "cannot be read as json .*; JSON is read as a list of records",
+        ),
+        (
+            "x.json",
+            b'{"images": [{"id": 1}], "annotations": []}',
+            "no image column among the columns images, annotations",
+        ),
         ("x.txt", b"a.jpg#0\tone\na.jpg#1\ttwo\n", "among the columns a.jpg#0, one; the first line has to name"),
         ("x.csv", b"photo:alt\na.jpg:x\n", "tried as separators: commas, tabs, semicolons, bars"),
         (

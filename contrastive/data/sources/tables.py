@@ -112,9 +112,9 @@ def _read_table(path: str, asked: Columns) -> TableFile:
         if suffix != ".parquet":
             _check_text(path)
         file = _READERS[suffix](path, asked)
-    except (OSError, csv.Error, pa.ArrowException) as error:
+    except (OSError, csv.Error, pa.ArrowException, ValueError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        hint = "; one record a line is read: jq -c '.[]' OLD > NEW.jsonl" if suffix == ".json" else ""
+        hint = "; JSON is read as a list of records, or as one a line" if "json" in suffix else ""
         raise UserError(f"{path}: cannot be read as {suffix[1:]} ({reason}){hint}") from None
     if not file.rows.num_rows:
         raise UserError(f"{path} has no rows")
@@ -146,9 +146,15 @@ def _read_csv(path: str, asked: Columns, separator: str = ",") -> TableFile:
 
 
 def _read_jsonl(path: str, asked: Columns) -> TableFile:
+    import pyarrow as pa
     from pyarrow import json as arrow_json
 
-    rows = arrow_json.read_json(path, read_options=arrow_json.ReadOptions(block_size=BLOCK_BYTES))
+    with pa.input_stream(path) as file:
+        if file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # one list of all records
+            file.seek(0)
+            rows = pa.Table.from_struct_array(pa.array(json.loads(file.read())))
+        else:
+            rows = arrow_json.read_json(path, read_options=arrow_json.ReadOptions(block_size=BLOCK_BYTES))
     columns = find_columns([(held.name, str(held.type)) for held in rows.schema], asked, path)
     rows = rows.select(columns.names())
     return TableFile(path, columns, rows, rows.column(columns.image).type, None, sha256(path))
