@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection
 
 import numpy as np
 
@@ -39,13 +38,16 @@ def doubts(source: Source, found: Measured, tokenizer: Tokenizer | None, image_s
     return (_about_captions(found.caption_keys, tokenizer) if of_captions else []) + _about_images(found, image_size)
 
 
-def _about_captions(captions: Collection[str], tokenizer: Tokenizer) -> list[str]:
-    said, kinds = [], Counter(map(kind_of_text, captions))
+def _about_captions(captions: dict[str, list[str]], tokenizer: Tokenizer) -> list[str]:
+    said, kinds, examples, total = [], Counter(), {}, sum(map(len, captions.values()))
+    for caption, keys in captions.items():
+        kind = kind_of_text(caption)
+        kinds[kind] += len(keys)
+        examples.setdefault(kind, caption)
     for kind, count in kinds.most_common():
-        if kind and count >= max(2, FEW * len(captions)):
-            example = next(caption for caption in captions if kind_of_text(caption) == kind)
+        if kind and count >= max(2, FEW * total):
             said.append(
-                f"{count / len(captions):.0%} of the captions look like {kind}, as '{short(example)}': name the column "
+                f"{count / total:.0%} of the captions look like {kind}, as '{short(examples[kind])}': name the column "
                 "or field of the captions with --data.caption_column, or clean them"
             )
     if len(captions) == 1 and not said:

@@ -202,6 +202,12 @@ def test_captions_that_the_model_cannot_tell_apart(look, tmp_path):
     assert len(told) == 1 and "are the same tokens" in told[0] and "--model.text.context_length" in told[0]
 
 
+def test_captions_that_are_none_count_as_often_as_they_come(look, tmp_path):
+    told = look(*pairs(tmp_path, [*CAPTIONS[:30], *["nan"] * 10]), "--loss.duplicates", "ignore")[1]
+    assert len(told) == 1 and "25% of the captions look like missing values, as 'nan'" in told[0]
+    assert look(*pairs(tmp_path, [*CAPTIONS[:60], "nan"]))[1] == []  # one of 61 is no reason to doubt them all
+
+
 def test_one_caption_for_all(look, tmp_path):
     told = look(*pairs(tmp_path, ["a photo"] * 20))[1]
     assert "all captions are 'a photo'" in told[0] and "meets 15 identical ones in a batch of 16" in told[1]
