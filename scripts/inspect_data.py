@@ -18,6 +18,7 @@ from tyro.conf import Positional, arg
 
 from contrastive.config import parse
 from contrastive.data.augment import AugmentConfig
+from contrastive.data.class_joining import check_classes
 from contrastive.data.doubts import doubts
 from contrastive.data.inspection import QUANTITIES, chosen_indices, facts, measure, see, summary
 from contrastive.data.settings import CaptionOptions
@@ -43,6 +44,8 @@ class InspectConfig(CaptionOptions):
     """Side of the square that the model sees, in pixels."""
     image_column: str | None = None
     """Column of a table that holds the image or its path; none: found by its usual names."""
+    classes: str | None = None
+    """Names of the classes of labelled data: a set (imagenet, cifar100, ...) or a file, joined by name or number."""
     context_length: int | None = None
     """Ids of a text; none: 77 for clip, what a saved tokenizer says, else 64."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -59,8 +62,10 @@ class InspectConfig(CaptionOptions):
 def main(args: list[str]) -> None:
     config = parse(InspectConfig, args, prog="inspect_data.py", description=__doc__)
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
-    source = open_source(config.spec, prompts=config.prompts, **columns)
+    source = open_source(config.spec, classes=config.classes, prompts=config.templates, **columns)
     announce(source)
+    templates = None if config.templates == "auto" else config.templates
+    check_classes([source], classes=config.classes, templates=templates)
     folder = Path(config.output or Path("inspect", re.sub(r"\W+", "-", config.spec).strip("-") or "data"))
     claim(folder, source.name)
     indices = chosen_indices(source, config.samples, config.seed)

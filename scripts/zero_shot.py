@@ -11,10 +11,11 @@ from pathlib import Path
 
 import contrastive
 from contrastive.command_line import Parser, at_least, chosen_device
+from contrastive.data.class_joining import warn_of_ids
 from contrastive.data.prompts import load_templates
 from contrastive.data.sources import announce, open_source
-from contrastive.evaluate.classification import zero_shot
-from contrastive.evaluate.zero_shot_output import claim_zero_shot, print_result, read_class_names, write_zero_shot
+from contrastive.evaluate.classification import names_to_use, zero_shot
+from contrastive.evaluate.zero_shot_output import claim_zero_shot, print_result, write_zero_shot
 from contrastive.interop.hub import is_hub_name, results_folder
 from contrastive.log import run_script
 from contrastive.results import folder_name
@@ -43,19 +44,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def evaluate(options: argparse.Namespace) -> None:
     device = chosen_device(options.device)
     templates = load_templates(options.templates) if options.templates else None
-    source = open_source(options.data)
-    announce(source)
-    class_names = read_class_names(options.classes, source.class_names) if options.classes else None
+    source = open_source(options.data, classes=options.classes)
     bundle = contrastive.load(options.run, device=device)
     out = options.out
     if out is None and is_hub_name(options.run):
         out = results_folder(options.run) / "zero_shot" / folder_name(options.data)
     out = claim_zero_shot(options.run, options.data, out)
+    names_to_use(source)
+    announce(source)
+    warn_of_ids(source)
     result = zero_shot(
         bundle,
         source,
         device=device,
-        class_names=class_names,
         templates=templates,
         batch_size=options.batch_size,
         num_workers=options.workers,

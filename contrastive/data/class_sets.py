@@ -2,8 +2,9 @@
 
 import functools
 import importlib.util
-import json
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,14 +12,14 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import ModuleType
 
-from contrastive.errors import UserError, did_you_mean
+from contrastive.errors import UserError
 
 ALIASES = {"mnist": "digits", "imagenet1k": "imagenet"}
 """Other names of sets."""
 
 IMAGENET = "imagenet"
 CLASS_FILES = ("classes.json", "classnames.txt")
-"""Files of class names beside data: a list of strings, or one name a line."""
+"""Files of class names beside data: see `read_class_file` of class_joining."""
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 # CLIP's list of 1,000 names says 'missile' and 'sunglasses' twice each, so that no model can tell those apart;
@@ -28,10 +29,11 @@ _TOLD_APART = {744: "projectile", 836: "sunglass"}
 
 @dataclass(frozen=True)
 class ClassSet:
-    """The classes of a data set.
+    """The classes of a data set, or of a file of class names.
 
-    templates: the set of prompt templates that suits them. names: spoken, in the order of the labels.
-    own_names: what the data set itself calls them, in folders or in its metadata.
+    templates: the set of prompt templates that suits them; '' where that is not known, as of a file. names: spoken, in
+    the order of the labels. own_names: what the data set itself calls them, in folders or in its metadata: WordNet
+    ids, numbers, or the same names.
     """
 
     name: str
@@ -39,17 +41,46 @@ class ClassSet:
     names: tuple[str, ...]
     own_names: tuple[str, ...]
 
-    def places(self, names: Sequence[str]) -> tuple[int, ...] | None:
-        """Return which class of the set each of `names` is, or None where they are not all of its classes.
+    @property
+    def is_list(self) -> bool:
+        """Whether it is a file that lists names and says of none which class it is for."""
+        return not self.templates and self.names == self.own_names
 
-        Upper case, spaces and punctuation do not count.
-        """
-        keys = [_key(name) for name in names]
+    def places(self, names: Sequence[str], *, part: bool = False) -> tuple[int, ...] | None:
+        """Return which class of the set each of `names` is; None unless they are all of its classes, or a `part`."""
         for column in (self.own_names, self.names):
-            place_of = {_key(name): place for place, name in enumerate(column)}
-            if len(keys) == len(place_of) and set(keys) == place_of.keys():
-                return tuple(place_of[key] for key in keys)
+            found = places_of(names, column)
+            if None not in found and (part or len(found) == len(column)):
+                return found
         return None
+
+
+def is_wordnet_id(name: str) -> bool:
+    return _WORDNET_ID.fullmatch(name) is not None
+
+
+def name_key(name: str) -> str:
+    """Return what counts in a class name: neither case, spaces and punctuation nor zeros before a number."""
+    if name.isascii() and name.isdecimal():
+        return str(int(name))
+    letters = unicodedata.normalize("NFC", name).casefold()
+    # Symbols stay, and so do the vowel signs of Indian scripts, which are no letters.
+    return "".join(letter for letter in letters if unicodedata.category(letter)[0] not in "PZC") or name
+
+
+def places_of(names: Sequence[str], column: Sequence[str]) -> tuple[int | None, ...]:
+    """Return where in `column` each of `names` stands, None for nowhere: as it is written, else by its `name_key`.
+
+    A name whose key is that of several names, on either side, stands nowhere.
+    """
+    written = {name: place for place, name in enumerate(column)}
+    if all(name in written for name in names):
+        return tuple(written[name] for name in names)
+    keys, asked = list(map(name_key, column)), list(map(name_key, names))
+    alone = {key for key, times in Counter(keys).items() if times == 1}
+    alone -= {key for key, times in Counter(asked).items() if times > 1}
+    place_of = {key: place for place, key in enumerate(keys) if key in alone}
+    return tuple(map(place_of.get, asked))
 
 
 def shipped(folder: str) -> dict[str, Traversable]:
@@ -70,7 +101,7 @@ def class_set(name: str) -> ClassSet:
     if name == IMAGENET:
         names = imagenet_metadata().IMAGENET_CLASSNAMES
         names = tuple(_TOLD_APART.get(place, spoken) for place, spoken in enumerate(names))
-        return ClassSet(IMAGENET, IMAGENET, names, names)
+        return ClassSet(IMAGENET, IMAGENET, names, tuple(wordnet_lines("imagenet_synsets.txt")))
     text = shipped("classes")[name].read_text("utf-8")
     templates = text.partition("# templates: ")[2].partition("\n")[0]
     lines = [line for line in text.splitlines() if not line.startswith("#")]
@@ -80,8 +111,8 @@ def class_set(name: str) -> ClassSet:
 
 
 def class_set_of(names: Sequence[str]) -> ClassSet | None:
-    """Return the set whose classes `names` are, in any order, or None. WordNet ids are told by their number."""
-    if len(names) == 1000 and all(_WORDNET_ID.fullmatch(name) for name in names):
+    """Return the set whose classes `names` are, in any order, or None. WordNet ids are ImageNet's, however many."""
+    if names and all(map(is_wordnet_id, names)):
         return class_set(IMAGENET)
     # ImageNet's names lie in another package, which is not opened for ten classes.
     passed_over = ALIASES if len(names) == 1000 else (*ALIASES, IMAGENET)
@@ -90,41 +121,27 @@ def class_set_of(names: Sequence[str]) -> ClassSet | None:
 
 
 def load_class_names(name_or_file: str | Path, own_names: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return the spoken names of the classes, in the order of the labels.
+    """Return the names of a set or file (see `load_class_set`), joined to what the data call the classes (`join`)."""
+    from contrastive.data.class_joining import join, load_class_set
 
-    Args:
-        name_or_file: a set (see `class_sets`: 'cifar10', 'eurosat', 'imagenet', ...); or a file: a JSON list, or
-            text with one name a line.
-        own_names: what the data call their classes. Where these are the classes of the set, the spoken names
-            come in their order: a folder has its classes in alphabetical order, whatever the set's.
-
-    ImageNet's names are CLIP's, out of open_clip_torch, but for two that stand there twice (744 'projectile',
-    836 'sunglass').
-
-    Raises:
-        UserError: no such set or file, not text, an empty name, or a name that comes twice.
-    """
-    if str(name_or_file) in class_sets():
-        known = class_set(str(name_or_file))
-        places = known.places(own_names or ())
-        return known.names if places is None else tuple(known.names[place] for place in places)
-    path = Path(name_or_file).expanduser()
-    if not path.exists():
-        raise UserError(
-            f"{name_or_file}: neither a file nor a set of class names ({', '.join(class_sets())})."
-            f"{did_you_mean(str(name_or_file), class_sets())}"
-        )
-    return _names_in(path)
+    return join(load_class_set(name_or_file), own_names)[0]
 
 
 def class_names_beside(folder: str | Path) -> tuple[str, ...] | None:
-    """Return the class names that lie with the data: those of the first of `CLASS_FILES` in `folder`; None without one.
+    """Return the class names that lie with the data, see `class_set_beside`; None without such a file."""
+    from contrastive.data.class_joining import class_set_beside
 
-    Raises:
-        UserError: as from `load_class_names`.
-    """
-    paths = (Path(folder, name) for name in CLASS_FILES)
-    return next((_names_in(path) for path in paths if path.is_file()), None)
+    found = class_set_beside(folder)
+    return found and found.names
+
+
+def wordnet_lines(file: str) -> list[str]:
+    """Return the lines of one of timm's lists of WordNet's synsets, without loading timm."""
+    package = importlib.util.find_spec("timm")
+    if package is None:
+        raise UserError("the names of WordNet ids come with timm, which open_clip_torch needs too; pip install timm")
+    path = Path(package.submodule_search_locations[0], "data", "_info", file)
+    return path.read_text("utf-8").splitlines()
 
 
 @functools.cache
@@ -138,36 +155,3 @@ def imagenet_metadata() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _key(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())
-
-
-def _names_in(path: Path) -> tuple[str, ...]:
-    """Return the class names that a file lists, a JSON list or one a line.
-
-    Raises:
-        UserError: not text, something else in it, an empty name, or a name that comes twice.
-    """
-    try:
-        text = path.read_text("utf-8-sig")
-        names = json.loads(text) if path.suffix == ".json" else text.rstrip().split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:  # bad UTF-8 or bad JSON
-        raise UserError(f"{path}: not a list of names, one a line or as JSON ({error})") from None
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(
-            f"{path}: class names must be a list of strings, one a class, in the order of the labels; "
-            "a JSON list, or one a line"
-        )
-    first_line: dict[str, int] = {}
-    for line, name in enumerate((name.strip() for name in names), start=1):
-        if not name:
-            raise UserError(f"{path}: class {line} has no name; blank lines shift the others")
-        if name in first_line:
-            pair = f"class {first_line[name]} and class {line}"
-            raise UserError(f"{path}: '{name}' names both {pair}; class name '{name}' is there twice")
-        first_line[name] = line
-    return tuple(first_line)

@@ -9,6 +9,8 @@ from contrastive.errors import UserError, did_you_mean
 
 # CLIP's prompts for ImageNet, by the name of the list in open_clip's metadata.
 _OF_OPEN_CLIP = {"imagenet": "OPENAI_IMAGENET_TEMPLATES", "imagenet_simple": "SIMPLE_IMAGENET_TEMPLATES"}
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+"""Templates beside class names, as clip_benchmark writes them."""
 
 
 def template_sets() -> tuple[str, ...]:
@@ -37,7 +39,7 @@ def load_templates(name_or_file: str) -> tuple[str, ...]:
         text = _read_file(name_or_file)
     templates = []
     for number, line in enumerate(text.splitlines(), start=1):
-        template = line.strip()
+        template = line.strip().replace("{c}", "{}")  # as clip_benchmark writes them
         if not template or template.startswith("#"):
             continue
         if "{}" not in template:
@@ -46,6 +48,12 @@ def load_templates(name_or_file: str) -> tuple[str, ...]:
     if not templates:
         raise UserError(f"{name_or_file} holds no prompt template; write one a line, as 'a photo of a {{}}.'")
     return tuple(templates)
+
+
+def templates_beside(folder: str | Path) -> tuple[str, ...] | None:
+    """Return the templates that lie in `TEMPLATES_FILE` in a folder; None without one. UserError as above."""
+    path = Path(folder, TEMPLATES_FILE)
+    return load_templates(str(path)) if path.is_file() else None
 
 
 def default_templates(source: Source, class_names: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -130,6 +130,7 @@ class Source:
     name: the string that named it, for messages.
     fingerprint: short hex that changes when the data changes; a resumed run compares it.
     class_names: names of the classes where the source is labelled, else None.
+    own_names: what the data call those classes, where they were given other names; else None.
     captioned, labelled: whether any sample has captions, or a label, of its own; None: not known without a look.
     templates: the prompts that suit its classes, each with '{}' for the name; None: whatever suits their names.
     prompted: whether the captions are those templates filled with class names, and so say no more than the labels.
@@ -146,6 +147,7 @@ class Source:
     name: str
     fingerprint: str
     class_names: tuple[str, ...] | None = None
+    own_names: tuple[str, ...] | None = None
     captioned: bool | None = None
     labelled: bool | None = None
     templates: tuple[str, ...] | None = None

@@ -23,6 +23,8 @@ class ImageDataConfig:
     """What is held out to score on."""
     image_column: str | None = None
     """Column of a table that holds the image or its path; none: found by its usual names."""
+    classes: str | None = None
+    """Names of the classes of labelled data: a set (imagenet, ...) or a file, joined by name; none: its own."""
     preprocess: PreprocessOptions = field(default_factory=PreprocessOptions)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     num_workers: NotNegative[int | None] = None
@@ -56,12 +58,14 @@ class CaptionOptions:
     clean: Cleaning = "none"
     """Cleaning of captions, prompts and every text later on: whitespace (mends), clip (and lower-cases), canonicalize
     (SigLIP's)."""
-    prompts: str = "auto"
+    templates: str = "auto"
     """Prompt templates for labelled data: a set's name, a file with one template a line, or auto."""
     tokenizer: str = "bpe"
     """bpe trained on the captions, clip, or a tokenizer folder."""
     vocab_size: int = 8192
     """Largest vocabulary of a bpe trained on the captions."""
+
+    RENAMED = {"prompts": "templates"}
 
     def __post_init__(self):
         for template in self.caption_templates:
@@ -92,6 +96,7 @@ class DataConfig(CaptionOptions, ImageDataConfig):
     several with weights: 'shards/{00..09}.tar=2,pairs.csv=1'."""
     eval: tuple[str, ...] = ()
     """Held-out sources: labelled ones are scored zero-shot, captioned ones by retrieval."""
+    RENAMED = ImageDataConfig.RENAMED | CaptionOptions.RENAMED
     tokenizer: str = "auto"
     """bpe trained on the captions, clip, or a tokenizer folder; auto: clip for models with its vocabulary, else bpe."""
 

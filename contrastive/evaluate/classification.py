@@ -5,12 +5,16 @@ N images, C classes, E embed_dim.
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from contrastive.data.class_joining import IN_ORDER, members_under, pairs_of
+from contrastive.data.class_sets import ClassSet
 from contrastive.data.prompts import default_templates, fill
 from contrastive.data.record import Source
 from contrastive.errors import UserError
@@ -22,6 +26,7 @@ from contrastive.evaluate.embeddings import (
     embed_source,
     embed_texts,
 )
+from contrastive.log import say
 
 HOW_TO_NAME = "--classes FILE, in a suite classes: FILE"
 
@@ -78,7 +83,7 @@ def zero_shot(
     source: Source,
     *,
     device: str | torch.device,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | ClassSet | None = None,
     templates: Sequence[str] | None = None,
     limit: int | None = None,
     **loading,
@@ -87,7 +92,7 @@ def zero_shot(
 
     Args:
         bundle: anything with `model`, `preprocess` and `tokenizer`.
-        class_names: one name per class index; the source's own when None.
+        class_names: a name for each class, joined to the source's own by name (see `join`); its own when None.
         templates: prompts with '{}' for the name; those that fit the source when None.
         limit: evaluate a fixed random subset of that many images.
         loading: batch_size, num_workers, progress, as `embed_images` takes them.
@@ -95,8 +100,9 @@ def zero_shot(
     Returns:
         A dict that JSON can hold: 'acc1', 'acc5' (more than five classes), 'mean_per_class_recall', 'chance'
         in percent; 'seen_acc1' and 'heldout_acc1' when the source has `heldout_labels`; 'num_images',
-        'num_classes', 'skipped' {reason: count}, 'class_names', 'templates', 'per_class_recall' (None for a
-        class without images), 'missing_classes', 'confusion'.
+        'num_classes', 'skipped' {reason: count}, 'class_names', 'own_names' (what the data call those classes, where
+        they were given other names), 'templates', 'per_class_recall' (None for a class without images),
+        'missing_classes', 'confusion'.
 
     Raises:
         UserError: no text tower, no labels, no class names, names that do not fit the labels, or no readable image.
@@ -104,7 +110,7 @@ def zero_shot(
     With several ranks, call it on all of them; every rank returns the same.
     """
     check_text_tower(bundle, "zero-shot classification")
-    names = _checked_class_names(source, class_names)
+    names = names_to_use(source, class_names)["class_names"]
     images = _embed_labelled(bundle, source, len(names), device=device, limit=limit, **loading)
     return score_zero_shot(bundle, images, class_names=names, templates=templates, device=device)
 
@@ -113,15 +119,16 @@ def score_zero_shot(
     bundle,
     images: EmbeddingSet,
     *,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | ClassSet | None = None,
     templates: Sequence[str] | None = None,
     device: str | torch.device,
 ) -> dict:
     """As `zero_shot`, of images that are embedded already."""
     check_text_tower(bundle, "zero-shot classification")
-    names = _checked_class_names(images, class_names)
+    images = replace(images, **names_to_use(images, class_names))
+    names = images.class_names
     images = images.labelled("zero-shot classification", len(names))
-    templates = templates or default_templates(images, names)
+    templates = templates or default_templates(images)
     classifier = zero_shot_classifier(bundle.model, bundle.tokenizer, names, templates, device=device)
     metrics, confusion = classification_metrics(images.features @ classifier.T, images.labels)
     return {
@@ -129,6 +136,7 @@ def score_zero_shot(
         "chance": 100 / len(names),
         **_counted(images, len(names)),
         "class_names": list(names),
+        **({"own_names": list(images.own_names)} if images.own_names else {}),
         "templates": list(templates),
         **_by_class(images, names, confusion),
     }
@@ -164,23 +172,6 @@ def classification(bundle, source: Source, *, device: str | torch.device, limit:
     }
 
 
-def check_same_classes(own: Sequence[str] | None, owner: str, source) -> None:
-    """Raise UserError where labels of `source` mean other classes than `own`, those of `owner`: a model, or other data.
-
-    Where either does not name its classes, nothing can be said.
-    """
-    others = source.class_names
-    if own is None or others is None or tuple(own) == tuple(others):
-        return
-    if len(own) != len(others):
-        raise UserError(f"{source.name} has {len(others)} classes, but {owner} has {len(own)}")
-    number = next(i for i, (a, b) in enumerate(zip(own, others, strict=True)) if a != b)
-    raise UserError(
-        f"class {number} is '{others[number]}' in {source.name}, but '{own[number]}' in {owner}; "
-        "their labels mean different things"
-    )
-
-
 class _Scores(nn.Module):
     """A classifier whose 'embeddings' are its scores, so that one loop over images serves both."""
 
@@ -208,22 +199,28 @@ def _embed_labelled(
     return embed_source(bundle, source, labels, skipped, device=device, **loading)
 
 
-def _checked_class_names(source: Source | EmbeddingSet, class_names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names to use; UserError when there are none or when they do not fit the source's."""
-    own = source.class_names
-    if class_names is None and own is None:
+def names_to_use(data: Source | EmbeddingSet, class_names: Sequence[str] | ClassSet | None = None) -> dict[str, Any]:
+    """Return the members of `data` under the names to use (see `members_under`); UserError where there are none."""
+    if class_names is None and data.class_names is None:
         raise UserError(
-            f"{source.name} has no class names; give labelled data, or name the classes ({HOW_TO_NAME}). Captions "
+            f"{data.name} has no class names; give labelled data, or name the classes ({HOW_TO_NAME}). Captions "
             "without labels are evaluated by retrieval"
         )
-    names = tuple(own if class_names is None else class_names)
-    if own is not None and len(names) != len(own):
-        raise UserError(f"{len(names)} class names given, but {source.name} has {len(own)} classes")
+    if class_names is not None and not isinstance(class_names, ClassSet):
+        _check_each_once(data.name, class_names)
+        class_names = ClassSet("class_names", "", tuple(class_names), tuple(class_names))
+    members, how = members_under(data, class_names)
+    _check_each_once(data.name, members["class_names"])
+    if how == IN_ORDER and isinstance(data, EmbeddingSet):  # once, and not while the data are opened
+        say(f"{data.name}: class names {how}{pairs_of(members['own_names'], members['class_names'])}")
+    return members
+
+
+def _check_each_once(of: str, names: Sequence[str]) -> None:
     name, times = Counter(names).most_common(1)[0] if names else ("", 0)
     if times != 1:
         problem = f"the class name '{name}' stands {times} times" if times else "there are no class names"
-        raise UserError(f"{source.name}: {problem}; each class needs its own ({HOW_TO_NAME})")
-    return names
+        raise UserError(f"{of}: {problem}; each class needs its own ({HOW_TO_NAME})")
 
 
 def _counted(images: EmbeddingSet, num_classes: int) -> dict:

@@ -270,6 +270,7 @@ def data_identity(source) -> dict:
         "fingerprint": source.stored.fingerprint,
         "num_samples": len(source),
         "class_names": source.class_names,
+        "own_names": source.own_names,
         "heldout_labels": sorted(source.heldout_labels),
         "templates": source.templates,
     }

@@ -70,6 +70,8 @@ class EmbeddingSet:
     """Classes that training never sees, where the source tells them apart."""
     templates: tuple[str, ...] | None = None
     """The source's own prompt templates."""
+    own_names: tuple[str, ...] | None = None
+    """What the data call the classes, where they were given other names."""
     texts: TextEmbeddings | None = None
 
     def labelled(self, task: str, num_classes: int | None = None) -> "EmbeddingSet":
@@ -144,6 +146,7 @@ def embed_source(bundle, source: Source, labels: dict[int, int], skipped: Counte
         skipped=skipped + images.skipped,
         heldout_labels=source.heldout_labels,
         templates=source.templates,
+        own_names=source.own_names,
     )
 
 

@@ -247,6 +247,9 @@ def load_embeddings(
     said, held = store.config["data"], {part: store.read(part) for part in parts}
     columns, features = held["images"]
     index = torch.tensor(columns["index"], dtype=torch.int64)
+    members = ("class_names", "own_names", "templates")
+    # The source's own may be newer.
+    names = {name: said.get(name) if source is None else getattr(source, name) for name in members}
     left_out = [Counter({r: len(keys) for r, keys in store.config[part]["left_out"].items()}) for part in parts]
     return EmbeddingSet(
         name=said["name"] if source is None else source.name,
@@ -254,12 +257,10 @@ def load_embeddings(
         index=index,
         labels=torch.tensor([-1 if label is None else label for label in columns["label"]], dtype=torch.int64),
         keys=tuple(columns["key"]),
-        class_names=said["class_names"] and tuple(said["class_names"]),
+        **{name: value and tuple(value) for name, value in names.items()},
         space=store.options.space,
         skipped=sum(left_out, Counter()),
         heldout_labels=frozenset(said["heldout_labels"]),
-        # The source's own may be newer.
-        templates=(said["templates"] and tuple(said["templates"])) if source is None else source.templates,
         texts=_texts(index, *held["texts"]) if "texts" in parts else None,
     )
 

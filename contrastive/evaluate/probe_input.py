@@ -4,10 +4,11 @@ N samples, C classes, E embed_dim.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from contrastive.data.class_joining import places_among
 from contrastive.errors import UserError
 from contrastive.evaluate.embeddings import Space
 from contrastive.evaluate.evaluated_model import EvaluatedModel
@@ -48,10 +49,16 @@ class ProbeTask(EvaluationTask):
 
     def run(self, subject: EvaluatedModel) -> Outcome:
         sets = [subject.embeddings(name, self.space).labelled(self.title) for name in self.data_used]
-        train, test = sets[:2]
-        for other in sets[1:]:
+        train = sets[0]
+        for number, other in enumerate(sets):
             if None not in (train.class_names, other.class_names) and train.class_names != other.class_names:
-                raise UserError(f"{train.name} and {other.name} have different classes; {self.title} needs the same")
+                places = places_among(train.class_names, other)
+                if places is None:
+                    raise UserError(
+                        f"{train.name} and {other.name} have different classes; {self.title} needs the same"
+                    )
+                sets[number] = replace(other, labels=torch.tensor(places)[other.labels], class_names=train.class_names)
+        test = sets[1]
         known = [len(one.class_names) for one in sets if one.class_names is not None]
         num_classes = known[0] if known else 1 + max(int(one.labels.max()) for one in sets)
         arrays = [array for one in sets for array in (one.features, one.labels)]

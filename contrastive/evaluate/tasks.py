@@ -11,17 +11,18 @@ and comes from 1,000 resamples of one seed. It says nothing of other training se
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from contrastive.data.class_sets import load_class_names
+from contrastive.data.class_joining import in_classes_of, load_class_set, warn_of_ids
+from contrastive.data.class_sets import ClassSet
 from contrastive.data.prompts import load_templates
 from contrastive.errors import UserError
-from contrastive.evaluate.classification import check_same_classes, classification, score_zero_shot
+from contrastive.evaluate.classification import classification, score_zero_shot
 from contrastive.evaluate.embeddings import Space, check_text_tower
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.retrieval import RECALL_AT, Ranks, score_retrieval
@@ -154,20 +155,22 @@ class ZeroShot(EvaluationTask):
 
     def check(self) -> None:
         if self.classes is not None:
-            self._named(None)
+            self._named()
         if self.templates is not None:
             load_templates(self.templates)
 
-    def _named(self, own_names: Sequence[str] | None) -> tuple[str, ...]:
+    def _named(self) -> ClassSet:
         try:
-            return load_class_names(self.classes, own_names)
+            return load_class_set(self.classes)
         except UserError as error:
             raise UserError(f"classes {error}") from None
 
     def run(self, subject: EvaluatedModel) -> Outcome:
         check_text_tower(subject.bundle, "zero-shot classification")
         images = subject.embeddings(self.data)
-        names = None if self.classes is None else self._named(images.class_names)
+        names = None if self.classes is None else self._named()
+        if names is None:
+            warn_of_ids(images)
         templates = None if self.templates is None else load_templates(self.templates)
         result = score_zero_shot(subject.bundle, images, class_names=names, templates=templates, device=subject.device)
         right, samples = _per_class(result)
@@ -234,8 +237,7 @@ class Classification(EvaluationTask):
     def run(self, subject: EvaluatedModel) -> Outcome:
         if not getattr(subject.bundle.config, "num_classes", None):
             raise UserError(f"{subject.name} has no classifier's head, which classification needs")
-        source = subject.source(self.data)
-        check_same_classes(subject.bundle.class_names, subject.name, source)
+        source = in_classes_of(subject.bundle.class_names, subject.name, subject.source(self.data))
         result = classification(subject.bundle, source, device=subject.device, limit=subject.limit, **subject.loading)
         return classification_outcome(result, _per_class(result))
 

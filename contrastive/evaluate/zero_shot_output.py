@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from contrastive.data.class_sets import load_class_names
+from contrastive.data.class_sets import name_key
 from contrastive.errors import UserError
 from contrastive.files import claim_folder, write_json, write_whole
 from contrastive.results import ZERO_SHOT_FIGURES, ZERO_SHOT_FILE, figure_title, folder_name
@@ -22,14 +22,6 @@ MAX_NAMED_CLASSES = 64
 MAX_WRITTEN_CLASSES = 20
 NUM_WORST = 5
 NUMBERS = ("value", "recall", "images")
-
-
-def read_class_names(name_or_file: str | Path, own_names: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return what `load_class_names` does; its UserError names the flag."""
-    try:
-        return load_class_names(name_or_file, own_names)
-    except UserError as error:
-        raise UserError(f"--classes {error}") from None
 
 
 def claim_zero_shot(run: Path, data: str, folder: Path | None = None) -> Path:
@@ -55,7 +47,8 @@ def write_zero_shot(folder: Path, run: Path, data: str, result: dict) -> None:
     replaced = ", replacing the earlier result of this data" if path.exists() else ""
     title = f"{data}: {result['acc1']:.1f} % of {result['num_images']} images right"
     picture = io.BytesIO()
-    save_confusion(np.array(result["confusion"]), result["class_names"], picture, title=title)
+    own_names = result.get("own_names", ())
+    save_confusion(np.array(result["confusion"]), result["class_names"], picture, title=title, own_names=own_names)
     folder.mkdir(parents=True, exist_ok=True)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(path, {"model": str(run), "data": data, "date": date, **result})
@@ -111,11 +104,13 @@ def _worst_classes(result: dict) -> list[tuple[str, str, str, str]]:
     return worst
 
 
-def save_confusion(confusion: np.ndarray, class_names: Sequence[str], file: Path | BinaryIO, *, title: str) -> None:
+def save_confusion(
+    confusion: np.ndarray, class_names: Sequence[str], file: Path | BinaryIO, *, title: str, own_names: Sequence = ()
+) -> None:
     """Draw (C, C) counts, true by predicted class, each row as shares of its images, to a PNG.
 
-    Up to 64 classes every one is named, beyond that some; up to 20 the share stands in each cell. The row of
-    a class without images stays blank.
+    own_names: what the data call the classes; a row says both where they differ. Up to 64 classes every one is
+    named, beyond that some; up to 20 the share stands in each cell. The row of a class without images stays blank.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -135,6 +130,9 @@ def save_confusion(confusion: np.ndarray, class_names: Sequence[str], file: Path
     names = [_short(class_names[i]) for i in ticks]
     size = 9 if num_classes <= MAX_WRITTEN_CLASSES else 7
     axes.set_xticks(ticks, names, rotation=90, fontsize=size)
+    if own_names:
+        pairs = ((own_names[i], class_names[i]) for i in ticks)
+        names = [_short(b) if name_key(a) == name_key(b) else f"{_short(a)} → {_short(b)}" for a, b in pairs]
     axes.set_yticks(ticks, names, fontsize=size)
     axes.tick_params(length=0)
     axes.set_xlabel("predicted class")

@@ -77,7 +77,8 @@ class RunRecord:
                 "trained on",
                 public_name(option("data.train")) + (f", {self.num_samples:,} samples" if self.num_samples else ""),
             )
-        for what, name in (("prompts of classes", "data.prompts"), ("captions in", "data.caption_templates")):
+        told = {"data.templates": "prompts of classes", "data.prompts": "prompts of classes"}  # as older runs have it
+        for name, what in (told | {"data.caption_templates": "captions in"}).items():
             value = option(name)
             if value and value != ["{}"]:
                 yield what, ", ".join(value) if isinstance(value, list) else public_name(str(value))

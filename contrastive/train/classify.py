@@ -8,13 +8,13 @@ from rich import box
 from rich.table import Table
 
 from contrastive.config import preset
+from contrastive.data.class_joining import in_classes_of
 from contrastive.data.decode import decode
 from contrastive.data.record import BadSample, Source, some_have
 from contrastive.data.sources import announce, open_source
 from contrastive.data.sources.derived import labelled_share
 from contrastive.data.sources.open import held_out_spec
 from contrastive.errors import UserError
-from contrastive.evaluate.classification import check_same_classes
 from contrastive.log import console, is_main_process
 from contrastive.models import ClassifierConfig, ImageClassifier, ImageTowerConfig, classifier_config, classifier_table
 from contrastive.option_types import Positive
@@ -67,18 +67,20 @@ def train_classifier(config: TrainClassifierConfig) -> bool:
 def open_data(config: C) -> tuple[Source, list[Source], C]:
     """Open training and held-out data; the options come back with the held-out data that was found."""
     data = config.data
-    source = open_source(data.train, image_column=data.image_column)
+    how = {"image_column": data.image_column, "classes": data.classes}
+    source = open_source(data.train, **how)
     found = held_out_spec(data.train) if not data.eval else None
     config = replace(config, data=replace(data, eval=data.eval or ((found,) if found else ())))
-    held_out = [open_source(spec, image_column=data.image_column) for spec in config.data.eval]
+    held_out = [open_source(spec, **how) for spec in config.data.eval]
     if data.share != 1:
         source = labelled_share(source, data.share)
     announce(source, "data.train")
     for other in held_out:
-        announce(other, "data.eval")
-        check_same_classes(source.class_names, source.name, other)
         if not some_have(other, lambda index, other=other: other.label(index) is not None):
             raise UserError(f"data.eval {other.name} has no class labels; classifiers are scored on labelled images")
+    held_out = [in_classes_of(source.class_names, source.name, other) for other in held_out]
+    for other in held_out:
+        announce(other, "data.eval")
     return source, held_out, config
 
 

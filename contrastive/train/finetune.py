@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeVar
 
 import torch
 
+from contrastive.data.class_joining import warn_of_ids
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import Source
 from contrastive.data.sources import announce, open_source
@@ -131,6 +132,7 @@ def _classifier_from(bundle: Bundle, config: FinetuneConfig, source: Source) -> 
     if from_prompts:
         templates = default_templates(source) if config.templates == "auto" else load_templates(config.templates)
         names = source.class_names
+        warn_of_ids(source)
         rows = zero_shot_classifier(bundle.model, bundle.tokenizer, names, templates, device="cpu")
         with torch.no_grad():
             # The scale makes cosines the logits that training saw; a bias would be the same for all classes.

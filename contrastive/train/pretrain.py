@@ -47,12 +47,17 @@ def pretrain(config: PretrainConfig) -> bool:
         check_brought(config, whole, flag)
         config = whole
     data = config.data
-    columns = {"image_column": data.image_column, "caption_column": data.caption_column, "prompts": data.prompts}
+    columns = {"image_column": data.image_column, "caption_column": data.caption_column}
+    columns |= {"classes": data.classes, "prompts": data.templates}
     source = open_source(data.train, **columns)
     announce(source, "data.train")
     held_out = [open_source(spec, **columns) for spec in data.eval]
     for other in held_out:
         announce(other, "data.eval")
+    from contrastive.data.class_joining import check_classes
+
+    templates = None if data.templates == "auto" else data.templates
+    check_classes([source, *held_out], classes=data.classes, templates=templates)
     tokenizer = _tokenizer(config, source, checkpoint, start)
     config = resolve(config, source, tokenizer)
     task = ContrastiveTask(config, source, tokenizer, held_out)

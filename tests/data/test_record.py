@@ -14,7 +14,7 @@ import contrastive
 from contrastive.data.order_choice import order_for
 from contrastive.data.record import FaultCounts, Record, Source, Wrapped
 from contrastive.data.sources import SOURCES, open_source
-from contrastive.data.sources.derived import ClassPrompts, LabelledSubset, Mixture
+from contrastive.data.sources.derived import ClassPrompts, LabelledSubset, Mixture, Renamed
 
 MEMBERS = sorted(
     {name for name in (*vars(Source), *Source.__annotations__) if not name.startswith("_")} | {"__len__", "__getitem__"}
@@ -26,6 +26,10 @@ WRAPPERS = {
     ClassPrompts: (
         lambda source: ClassPrompts(source, ("a {}",)),
         {"__getitem__", "captions", "captioned", "templates", "prompted", "fingerprint"},
+    ),
+    Renamed: (
+        lambda source: Renamed(source, ("b", "a"), (1, 0), own_names=("dog", "cat")),
+        {"class_names", "own_names", "heldout_labels", "fingerprint", "__getitem__", "label"},
     ),
     LabelledSubset: (
         lambda source: LabelledSubset(source, 0.5),
@@ -50,6 +54,7 @@ class Full(Source):
     """Has something of its own for every member."""
 
     name, fingerprint, class_names = "full", "f", ("cat", "dog")
+    own_names = ("n1", "n2")
     captioned, labelled, prompted, remote = False, True, False, True
     templates, heldout_labels, weights = ("the {}",), frozenset({1}), (1,)
     shard_sizes = np.array([3, 0, 5])

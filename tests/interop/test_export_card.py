@@ -24,7 +24,7 @@ CONFIG = {
     "data": {
         "train": "/home/me/data/cats/{00000..00031}.tar=2,/home/me/dogs.csv=1",
         "eval": ["/home/me/data/flowers:test"],
-        "prompts": "/home/me/prompts.txt",
+        "templates": "/home/me/prompts.txt",
         "augment": {"crop_scale": [0.9, 1.0], "flip": True, "color_jitter": [0.0, 0.0, 0.0, 0.0]},
     },
 }

@@ -7,10 +7,12 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 from filelock import FileLock, Timeout
 
 from contrastive.data.class_sets import CLASS_FILES
+from contrastive.data.prompts import TEMPLATES_FILE
 from contrastive.data.shards.parallel import in_parallel
 from contrastive.data.shards.remote import copy_path, download, open_copy
 from contrastive.data.shards.shard_index import (
@@ -179,15 +181,14 @@ def _write(missing: dict[str, IndexFolder], built: dict[str, IndexedShard]) -> N
 
 
 def _fetch_class_names(folder: IndexFolder) -> None:
-    """Copy the class names that lie beside remote shards into their index folder, where `Shards` looks for them."""
-    for name in CLASS_FILES:
+    """Copy class names and templates from beside remote shards, or one folder up, to where `Shards` looks for them."""
+
+    above = folder.shards.rpartition("/")[0] if folder.shards.count("/") > 2 else folder.shards  # not above the host
+    for name, place in product((*CLASS_FILES, TEMPLATES_FILE), (above, folder.shards)):  # the nearest counts
         path = os.path.join(folder.path, name)
-        try:
-            download(f"{folder.shards}/{name}", f"{path}.part")
+        with contextlib.suppress(UserError):  # no such file, as a rule
+            download(f"{place}/{name}", f"{path}.part")
             os.replace(f"{path}.part", path)
-            return
-        except UserError:  # no such file, as a rule
-            continue
     if not any(os.path.exists(os.path.join(folder.path, name)) for name in CLASS_FILES):
         warn(f"{folder.shards} has labels but no {' or '.join(CLASS_FILES)}; to use them, put one into {folder.path}")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from contrastive.data.class_sets import class_names_beside
+from contrastive.data.class_sets import IMAGENET, class_set, is_wordnet_id
+from contrastive.data.prompts import templates_beside
 from contrastive.data.record import BadSample, FaultCounts, Record, Source, check_index, fingerprint_of, part_and_row
 from contrastive.data.shards.remote import Wanted, open_copy
 from contrastive.data.shards.shard_index import REFUSALS, IndexedShard, ShardSummary, load_index
@@ -25,8 +26,8 @@ class Shards(Source):
 
     Captions come from KEY.json ({"captions": [...], "weights": [...]} or {"caption": ...}), else from KEY.txt, one a
     line; labels from KEY.cls or the "label" of the JSON, an index or a class name. Class names are read from
-    classes.json or classnames.txt beside the shards, or in the index folder of remote ones. A key is unique in
-    its shard only; messages name both.
+    classes.json or classnames.txt beside the shards or one folder up, or in the index folder of remote ones, and so are
+    templates; without them, WordNet ids are those of ImageNet. A key is unique in its shard only; messages name both.
 
     Args:
         name: the specification, for messages.
@@ -48,9 +49,7 @@ class Shards(Source):
         self._ends = np.cumsum(self.shard_sizes)
         self.remote = any(map(is_remote, locations))
         beside = shards[0].index_path if is_remote(locations[0]) else locations[0]
-        class_names = class_names_beside(Path(beside).parent)
-        self.labelled = bool(total(shards, "labels") or (class_names and total(shards, "label_names")))
-        self.class_names = class_names if self.labelled else None
+        classes = self._find_classes(Path(beside).parent)
         fields, suffixes = (sorted({held for row in rows for held in getattr(row, of)}) for of in ("fields", "texts"))
         asked = caption_names(caption_column, fields, suffixes, name) if caption_column else None
         self._names, self._weights = asked or (USUAL, None)
@@ -58,6 +57,7 @@ class Shards(Source):
         self.reading, self.left_aside = self._read_as(rows)
         named = zip(self._shard_names, rows, strict=True)
         identity = "\n".join(f"{short} {row.size} {row.samples}" for short, row in named)
+        self.reading = "; ".join(filter(None, (self.reading, classes)))
         # A run begun when such a text was one caption is not to go on with several.
         self.fingerprint = fingerprint_of(identity + (_LINES if _LINES in self.reading else ""))
 
@@ -112,18 +112,48 @@ class Shards(Source):
     def _label(self, sample: "ShardSample") -> int | None:
         if not self.labelled:
             return None
-        value, stored = sample.fields.get("label"), sample.text("cls")
-        if stored is not None:
-            value = stored.strip()
+        value = _stored_label(sample)
         if value is None:
             return None
-        if self.class_names and value in self.class_names:
-            return self.class_names.index(value)
+        if type(value) is str and value in self._label_of:
+            return self._label_of[value]
         if type(value) is str and value.isdecimal():
             value = int(value)
         if type(value) is not int or value < 0 or (self.class_names and value >= len(self.class_names)):
             raise BadSample("bad_label", sample.key)
         return value
+
+    def _find_classes(self, folder: Path) -> str:
+        """Find class names, templates beside them, and the label of each name; returns in words what was found."""
+        from contrastive.data.class_joining import class_set_beside
+
+        numbers, texts = total(self._shards, "labels"), total(self._shards, "label_names")
+        known, self.labelled, self._label_of = None, bool(numbers), {}
+        if numbers or texts:
+            known = class_set_beside(*((folder,) if self.remote else (folder, folder.parent)))
+        if known:
+            self.class_names, found = known.names, f"class names: {known.name}"
+            self.own_names = None if known.is_list else known.own_names
+            self.templates = templates_beside(Path(known.name).parent)
+        elif (numbers or texts) and not self.remote and self._starts_with_wordnet_id():
+            known = class_set(IMAGENET)
+            self.class_names, found = known.own_names, "labels: WordNet ids, among ImageNet's 1,000"
+        else:
+            return ""
+        self.labelled = True
+        self._label_of = {name: label for names in (known.names, known.own_names) for label, name in enumerate(names)}
+        return found
+
+    def _starts_with_wordnet_id(self) -> bool:
+        try:
+            return is_wordnet_id(str(_stored_label(self._sample(0))))
+        except BadSample:
+            return False
+
+
+def _stored_label(sample: "ShardSample") -> object:
+    stored = sample.text("cls")
+    return sample.fields.get("label") if stored is None else stored.strip()
 
 
 class ShardSample(Beside):

@@ -39,7 +39,8 @@ class ClassPrompts(Wrapped):
         super().__init__(source)
         self.templates, self.prompted, self.captioned = templates, True, True
         self._filled = tuple(fill(templates, name) for name in source.class_names)
-        self.fingerprint = fingerprint_of("\n".join((source.fingerprint, *templates)))
+        given = source.class_names if source.own_names else ()  # names of the data's own are part of the data
+        self.fingerprint = fingerprint_of("\n".join((source.fingerprint, *templates, *given)))
 
     @property
     def stored(self) -> Source:
@@ -60,6 +61,39 @@ class ClassPrompts(Wrapped):
         if not 0 <= label < len(self._filled):
             raise BadSample("bad_label", key)
         return self._filled[label]
+
+
+class Renamed(Wrapped):
+    """A labelled source whose classes go by other names, or stand in another order.
+
+    places: the new label of each class of the source; None: labels stay as they are. members: others that change too.
+    """
+
+    def __init__(self, source: Source, class_names: tuple[str, ...], places: tuple[int, ...] | None = None, **members):
+        super().__init__(source)
+        self.class_names = class_names
+        self._places, self._members = places, members
+        vars(self).update(members)
+        if places is not None:
+            self.heldout_labels = frozenset(places[label] for label in source.heldout_labels)
+            self.fingerprint = fingerprint_of(f"{source.fingerprint} {places}")
+
+    @property
+    def stored(self) -> Source:
+        return Renamed(self.source.stored, self.class_names, self._places, **self._members) if self.prompted else self
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.source[index]
+        return record if self._places is None else replace(record, label=self._placed(record.label, record.key))
+
+    def label(self, index: int) -> int | None:
+        label = self.source.label(index)
+        return label if self._places is None else self._placed(label)
+
+    def _placed(self, label: int | None, key: str = "") -> int | None:
+        if label is not None and not 0 <= label < len(self._places):
+            raise BadSample("bad_label", key)
+        return None if label is None else self._places[label]
 
 
 class LabelledSubset(Wrapped):
@@ -157,6 +191,8 @@ class Mixture(Source):
             raise UserError(f"{name}: '{twice}' is there twice; name it once, with the sum of the weights")
         class_names = {part.class_names for part in parts}
         self.class_names = class_names.pop() if len(class_names) == 1 else None
+        own_names = {part.own_names for part in parts}
+        self.own_names = own_names.pop() if self.class_names and len(own_names) == 1 else None
         self.fingerprint = fingerprint_of("\n".join(part.fingerprint for part in parts))
         self.remote = any(part.remote for part in parts)
         self._ends = np.cumsum([len(part) for part in parts])

@@ -25,6 +25,8 @@ from contrastive.data.sources.folder_captions import (
 from contrastive.data.sources.paths import IMAGE_SUFFIXES, read_image_file
 from contrastive.errors import UserError
 
+_JUNK = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+"""Folders that other programs leave; those that begin with a dot are left out too."""
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "dev"}
 
 
@@ -79,7 +81,8 @@ def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
     """Open images with captions beside them, a folder with metadata.csv, or ROOT/class_name/*.jpg (at any depth below).
 
     One .txt beside an image, or one .json with a caption, is enough to make it a captioned folder; images without one
-    have no caption. Class names are the sorted names of the first-level folders. Hidden files and folders are left out.
+    have no caption. Class names are the sorted names of the first-level folders that hold images, in the order of their
+    numbers where all are whole numbers. Hidden files and folders are left out.
 
     Raises:
         UserError: no images; neither captions nor class folders; splits or a single folder for classes.
@@ -117,7 +120,17 @@ def _in_classes(name: str, files: FolderFiles) -> ImageFiles:
     class_names = _class_names(name, files)
     number = {folder: label for label, folder in enumerate(class_names)}
     labels = np.array([number[path.split(os.sep, 1)[0]] for path in images], dtype=np.int64)
-    return ImageFiles(name, root, images, labels, class_names)
+    source = ImageFiles(name, root, images, labels, class_names)
+    source.reading += _numbering(class_names)
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if class_names != tuple(folder for folder in folders if not folder.startswith(".")):
+        # Labels are not what the paths alone would make them: by the place of each folder among all.
+        source.fingerprint = fingerprint_of(os.fsencode("\0".join((*images, "", *class_names))))
+    source.left_aside = FaultCounts()
+    for folder in set(folders) - number.keys():
+        of_system = folder in _JUNK or folder[0] == "."
+        source.left_aside.add("system folders" if of_system else "folders without images", folder)
+    return source
 
 
 def _walk(root: str) -> Iterator[str]:
@@ -128,21 +141,21 @@ def _walk(root: str) -> Iterator[str]:
             subfolders.clear()
             continue
         seen.add((state.st_dev, state.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = sorted(name for name in subfolders if name not in _JUNK and not name.startswith("."))
         relative = os.path.relpath(folder, root)
         for name in names:
             yield name if relative == os.curdir else os.path.join(relative, name)
 
 
 def _class_names(name: str, files: FolderFiles) -> tuple[str, ...]:
-    root, images = files.root, files.images
+    images = files.images
     loose = [path for path in images if os.sep not in path]
     if loose:
         raise UserError(
             f"{name}: the images have neither captions (a .txt of the same name beside each) nor class folders: "
             f"{len(loose)} of {len(images)} lie in no sub-folder, as '{loose[0]}'; {files.there()}; {FORMS}"
         )
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted({path.split(os.sep, 1)[0] for path in images})
     if _are_splits(folders):
         raise UserError(f"{name}: its folders are splits ({', '.join(folders)}); give one, as '{name}/{folders[0]}'")
     if len(folders) == 1:
@@ -151,7 +164,26 @@ def _class_names(name: str, files: FolderFiles) -> tuple[str, ...]:
             f"beside each), or one folder a class; {files.there()}; {FORMS}"
         )
     _check_levels(name, files, folders)
-    return tuple(folders)
+    if not all(map(_is_number, folders)):
+        return tuple(folders)
+    by_number = {int(folder): folder for folder in folders}
+    if len(by_number) < len(folders):
+        other = next(folder for folder in folders if by_number[int(folder)] != folder)
+        raise UserError(f"{name}: class folders '{other}' and '{by_number[int(other)]}' are the same number")
+    return tuple(by_number[number] for number in sorted(by_number))
+
+
+def _is_number(folder: str) -> bool:
+    return folder.isascii() and folder.isdecimal()
+
+
+def _numbering(class_names: tuple[str, ...]) -> str:
+    if not all(map(_is_number, class_names)):
+        return ""
+    first, last = int(class_names[0]), int(class_names[-1])
+    told = "the number is the label" if first == 0 else f"label 0 is '{class_names[0]}'"
+    gaps = last - first >= len(class_names)
+    return f", numbered {first} to {last}{' with gaps, which labels have not' if gaps else f': {told}'}"
 
 
 def _are_splits(folders: list[str]) -> bool:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from contrastive.data.class_sets import is_wordnet_id
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import Source, some_have
 from contrastive.data.sources.columns import Columns
@@ -38,7 +39,12 @@ _TRAIN_FILES = re.compile(r"train(?![a-z])")  # 'train-00000', but not 'training
 
 
 def open_source(
-    spec: str, *, image_column: str | None = None, caption_column: str | None = None, prompts: str = "auto"
+    spec: str,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    classes: str | None = None,
+    prompts: str = "auto",
 ) -> Source:
     """Open the source that `spec` names.
 
@@ -52,6 +58,8 @@ def open_source(
         image_column, caption_column: of tables and data sets; None looks for the usual names. Of shards
             and of captions beside images, `caption_column` is a field of KEY.json or the suffix of a text, as 'txt'.
             Sources without columns pass over both.
+        classes: names for the classes of labelled data, a set as 'imagenet' or a file, joined to the data's own by name
+            or number (see `join`). None: their own; WordNet ids are spoken as CLIP or WordNet says them.
         prompts: how class names become captions: a set of templates or a file (see `load_templates`). 'auto'
             keeps the captions a source has and takes the templates that fit for one without.
 
@@ -68,7 +76,7 @@ def open_source(
         raise UserError(f"no data source is given; use one of: {FORMS}")
     columns = Columns(image=image_column, caption=caption_column)
     specs, weights = split_mixture(spec)
-    parts = [_as_pairs(_open(part, columns), templates) for part in specs]
+    parts = [_as_pairs(_open(part, columns), classes, templates) for part in specs]
     return parts[0] if len(parts) == 1 else Mixture(spec, parts, weights)
 
 
@@ -165,7 +173,7 @@ def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
     raise UserError(f"{spec}: files of kind '{suffixes[0]}' are not read; use .tar, {', '.join(_TABLES)} or a folder")
 
 
-def _as_pairs(source: Source, templates: tuple[str, ...] | None) -> Source:
+def _as_pairs(source: Source, classes: str | None, templates: tuple[str, ...] | None) -> Source:
     if not len(source):
         raise UserError(f"{source.name} is empty")
     captioned, labelled = source.captioned, source.labelled
@@ -179,6 +187,10 @@ def _as_pairs(source: Source, templates: tuple[str, ...] | None) -> Source:
             f"{source.name} has neither captions nor labels{held}; name the column of captions with caption_column, "
             f"or put KEY.txt, KEY.json or KEY.cls beside each image{_left_aside(source)}"
         )
+    if labelled and (classes or any(map(is_wordnet_id, source.own_names or source.class_names or ()))):
+        from contrastive.data.class_joining import named
+
+        source = named(source, classes)
     if not labelled or not source.class_names or (captioned and templates is None):
         return source
     return ClassPrompts(source, templates or default_templates(source))
