@@ -190,7 +190,7 @@ def test_a_table_whose_images_are_nowhere_is_refused_with_where_they_are(tmp_pat
         (tmp_path / "here" / there).write_bytes(b"x")
     message = rf"no image is there, of 1 .*: column 'image' has '{re.escape(path)}' \(x.csv:0\), looked"
     end = (
-        f"table's folder; there is '{(tmp_path / 'here' / there).resolve()}': put the table where"
+        f"table's folder; there is '{(tmp_path / 'here' / there).resolve()}', where its paths have to lead"
         if there
         else "table's folder$"
     )

@@ -77,7 +77,7 @@ def _elsewhere(folder: str, value: str) -> str:
             for start in starts:
                 if os.path.isfile(os.path.join(start, path + end)):
                     found = os.path.abspath(os.path.join(start, path + end))
-                    return f"; there is '{found}': put the table where its paths start"
+                    return f"; there is '{found}', where its paths have to lead"
     return ""
 
 
