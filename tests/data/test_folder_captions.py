@@ -164,6 +164,14 @@ def test_other_metadata_is_no_table_of_images(tmp_path):
     assert source.class_names == ("x", "y") and counts(source) == {".csv": (1, "metadata.csv")}
 
 
+def test_a_list_of_records_at_the_top_is_read(tmp_path):
+    rows = [{"image": "i/1.jpg", "caption": "a dog"}, {"image": "i/2.jpg", "caption": "a cat"}]
+    assert captions(open_source(fill(tmp_path, "i/1.jpg i/2.jpg", **{"captions.json": rows}))) == [
+        ("a dog",),
+        ("a cat",),
+    ]
+
+
 @pytest.mark.parametrize("images", ["i/1.jpg i/2.jpg", "i/1.jpg j/2.jpg", "i/1.jpg 2.jpg"])
 def test_a_table_of_captions_beside_the_folders_is_read(tmp_path, images):
     first = images.split()[0]
@@ -188,7 +196,7 @@ def test_several_tables_are_refused_with_what_to_give(tmp_path):
         (
             "Images/1.jpg",
             {"captions.txt": "image,caption\n1.jpg,x\n"},
-            "there is '.*/Images/1.jpg': put the",
+            "there is '.*/Images/1.jpg'",
         ),
         (
             "i/1.jpg",

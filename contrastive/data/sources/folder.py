@@ -96,8 +96,8 @@ def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
     if table := open_metadata(name, files, columns):
         return table
     captions = find_captions(name, files, columns.caption)
-    table = None if captions else captions_table(files)
-    if table and not table.lower().endswith(".json"):
+    table, is_read = ("", False) if captions else captions_table(files)
+    if is_read:
         return open_inside(name, files, table, columns)
     if table:
         raise UserError(

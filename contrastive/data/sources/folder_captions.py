@@ -187,15 +187,15 @@ def is_hidden(path: str) -> bool:
     return path.startswith(".") or f"{os.sep}." in path  # no hidden folder is looked into
 
 
-def captions_table(files: FolderFiles) -> str | None:
-    """Return a file at the top of the folder that has captions of images, as its columns or its name say."""
+def captions_table(files: FolderFiles) -> tuple[str, bool]:
+    """Return a file at the top of the folder that has captions of images, and whether it is a table; ('', False)."""
     for path in files.others:
-        if re.fullmatch(r"(annotations/)?captions[^/]*\.json|dataset(_coco|_flickr\w*)?\.json", path.lower()):
-            return path
         known = set() if os.sep in path else {column.strip().lower() for column in columns_of(files.root, path)}
         if known & {*IMAGE_COLUMNS, "image_name"} and known & {*CAPTION_COLUMNS, "comment"}:
-            return path
-    return None
+            return path, True
+        if re.fullmatch(r"(annotations/)?captions[^/]*\.json|dataset(_coco|_flickr\w*)?\.json", path.lower()):
+            return path, False
+    return "", False
 
 
 def columns_of(root: str, path: str) -> list[str]:
@@ -206,10 +206,12 @@ def columns_of(root: str, path: str) -> list[str]:
             from pyarrow.parquet import read_schema
 
             return read_schema(path).names
-        if suffix not in (".csv", ".tsv", ".txt", ".jsonl"):
+        if suffix not in (".csv", ".tsv", ".txt", ".jsonl", ".json"):
             return []
         with open(path, encoding="utf-8-sig", errors="replace") as file:
-            first = file.readline(2**20)
-        return list(json.loads(first)) if suffix == ".jsonl" else re.split(r"[,\t|]", first.replace('"', "").strip())
+            first = file.read(2**20) if suffix.startswith(".json") else file.readline(2**20)
+        if suffix.startswith(".json"):  # a record a line, or a list of them
+            return list(json.JSONDecoder().raw_decode(first.lstrip("[ \r\n\t"))[0])
+        return re.split(r"[,\t;|]", first.replace('"', "").strip())
     except (OSError, ValueError, TypeError):  # Arrow's own errors are among them
         return []
