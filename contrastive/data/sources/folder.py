@@ -39,8 +39,6 @@ class ImageFiles(Source):
         captions: where they are, where there are no labels.
     """
 
-    columns_read = ("caption_column",)
-
     def __init__(
         self,
         name: str,
