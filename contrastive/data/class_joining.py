@@ -29,7 +29,7 @@ MOST_PAIRS = 100  # where nothing but their order has joined them
 IN_ORDER = "in the order of the classes, since no name is in both"
 PARTS_OF_IMAGENET = ("imagenette", "imagewoof")
 
-_ID_LIKE = re.compile(r"n\d{8}|\d+|(?=.*\d)[0-9a-fA-F-]{8,}")
+_ID_LIKE = re.compile(r"n\d{8}|(?:class|label|cls|category|id)?[ _-]?\d+|(?=.*\d)[0-9a-fA-F-]{8,}")
 # A line of a file that says which class it names: 'n01440764 tench, Tinca tinca', '0: airplane', 'n02119789 1 kit_fox'.
 _KEYED_LINE = re.compile(r"(n\d{8}|\d+)(?:[\s,:;]+(?:\d+\s+)?(\S.*))?")
 

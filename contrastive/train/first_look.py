@@ -57,12 +57,8 @@ def first_look(task: TrainingTask, order: SampleOrder, runtime: Runtime, resumed
     epochs = f"{train.steps * train.global_batch_size / len(source):,.3g} epochs"
     from_step = f", on from step {resumed_at:,}" if resumed_at else ""
     threads = f", {torch.get_num_threads()} threads each" if runtime.device.type == "cpu" else ""
-    rows = [
-        ("run", task.config.run_folder),
-        *task.describe(),
-        ("training", f"{samples}, {epochs}{from_step}"),
-        ("on", f"{runtime.world_size} x {runtime.device.type}, {runtime.precision}{threads}"),
-    ]
+    rows = [("run", task.config.run_folder), *task.describe(), ("training", f"{samples}, {epochs}{from_step}")]
+    rows += [("on", f"{runtime.world_size} x {runtime.device.type}, {runtime.precision}{threads}")]
     if not resumed_at:
         count = min(len(source), max(MEASURED[0], min(MEASURED[1], train.global_batch_size)))
         if source.remote:
@@ -172,8 +168,7 @@ def recipe_lr(config: RunConfig, width: int) -> float:
 def _leak(source: Source, found: Measured, other: Source) -> str:
     """Say so where held-out data holds what is trained on."""
     mend = "its figures say nothing of new images; name held-out data with --data.eval"
-    ours, theirs = ({(part.name, part.fingerprint) for part in of.parts} for of in (source, other))
-    if ours & theirs:
+    if {part.fingerprint for part in source.parts} & {part.fingerprint for part in other.parts}:
         return f"{other.name} is evaluated on and trained on: {mend}"
     shared, compared = 0, 0
     for index in () if other.remote else _while_there_is_time(chosen_indices(other, COMPARED, 0)):

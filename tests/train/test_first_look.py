@@ -86,6 +86,15 @@ def test_class_prompts_and_their_matches(look):
     assert len(told) == 1 and "--loss.duplicates positive" in told[0]
 
 
+def test_class_names_that_are_numbers(look, tmp_path):
+    for number in range(16):
+        (tmp_path / "set" / f"class_{number}").mkdir(parents=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "set" / f"class_{number}" / "a.png")
+    screen, told = look("--data.train", tmp_path / "set", "--data.eval", "--model.text.context_length", 40)
+    assert len(told) == 1 and "16 of 16 class names look like ids, as 'class_0'" in told[0]
+
+
 def test_a_classifier_shows_its_classes_and_chance(look, tmp_path):
     config = ROOT / "configs" / "classifier.yaml"
     run = lambda *args: train_classifier.main(list(map(str, args)))  # noqa: E731
@@ -240,12 +249,13 @@ def test_unusable_samples(look, tmp_path):
 def test_evaluation_on_the_training_data(look, tmp_path):
     source = pairs(tmp_path, CAPTIONS[:60])
     assert "is evaluated on and trained on" in look(*source, tmp_path / "pairs.jsonl")[1][0]
+    assert "digits:train is evaluated on and trained on" in look("--data.eval", "digits:train")[1][0]
     (tmp_path / "again.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace("road", "sea"))
     told = look(*source, tmp_path / "again.jsonl")[1]
     assert len(told) == 1 and "60 of 60 images of" in told[0]
     (tmp_path / "other").mkdir()
     noise = np.random.default_rng(5)
-    pairs(tmp_path / "other", CAPTIONS[:60], image=lambda n: noise.integers(0, 256, (12, 12, 3), np.uint8))
+    pairs(tmp_path / "other", CAPTIONS[40:], image=lambda n: noise.integers(0, 256, (12, 12, 3), np.uint8))
     assert look(*source, tmp_path / "other" / "pairs.jsonl")[1] == []
 
 
