@@ -10,6 +10,7 @@ from PIL import Image
 from small_model import save_small_model
 
 import contrastive
+from contrastive.data.sources.derived import Renamed
 from contrastive.errors import UserError
 from contrastive.evaluate import evaluated_model as evaluated_module
 from contrastive.evaluate.classification import zero_shot
@@ -218,6 +219,19 @@ def test_a_task_that_cannot_be_is_one_line_and_the_others_go_on(tmp_path, bundle
     failed, done = run(subject_of(bundle, tmp_path), task, ZERO_SHOT)
     assert failed.outcome is None and message in failed.error and "\n" not in failed.error
     assert done.error is None and done.outcome.figures
+
+
+def test_classes_in_another_order_are_joined_by_name(tmp_path, bundle, data):
+    asked = {**ZERO_SHOT, "templates": "plain"}
+    before, zero = run(subject_of(bundle, tmp_path / "a"), KNN, asked)
+    data["test"] = Renamed(data["test"], tuple(name.upper() for name in NAMES[::-1]), (5, 4, 3, 2, 1, 0))
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    named = {**asked, "classes": str(tmp_path / "names.txt")}
+    after, again = run(subject_of(bundle, tmp_path / "b"), KNN, named)
+    for name, figure in before.outcome.figures.items():
+        assert after.outcome.figures[name].value == pytest.approx(figure.value)
+    for name, figure in zero.outcome.figures.items():
+        assert again.outcome.figures[name].value == pytest.approx(figure.value)
 
 
 def test_without_a_text_tower_probes_work(tmp_path, bundle, data):

@@ -87,9 +87,12 @@ def test_skips_what_it_cannot_read_and_replaces_only_its_own_result(zero_shot, m
     first, second = zero_shot(*call), zero_shot(*call)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert "2 unreadable_image" in first.stdout and "1 (nothing)" in first.stdout
+    paired = " ".join(first.stderr.split())
+    assert "in the order of the classes" in paired and "cat → kitten, dog → puppy, empty → nothing" in paired
     assert "replacing" not in first.stdout and "replacing the earlier result" in second.stdout
     result = json.loads((out / "zero_shot.json").read_text())
     assert result["skipped"] == {"unreadable_image": 2} and result["missing_classes"] == ["nothing"]
+    assert result["own_names"] == ["cat", "dog", "empty"]
     assert result["class_names"] == ["kitten", "puppy", "nothing"] and result["templates"] == [
         "a {}",
         "the {}",

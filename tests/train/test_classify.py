@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import contrastive
@@ -23,7 +24,7 @@ from contrastive.log import read_metrics
 from contrastive.models import ClassifierConfig, ImageClassifier, ImageTowerConfig
 from contrastive.optim import MuonConfig
 from contrastive.train.classification_task import Mixing
-from contrastive.train.classify import TrainClassifierConfig, num_classes, parameter_rows, train_classifier
+from contrastive.train.classify import TrainClassifierConfig, num_classes, open_data, parameter_rows, train_classifier
 from contrastive.train.options import CheckpointConfig, EvaluationConfig, TrainConfig
 from contrastive.train.run import command
 
@@ -112,6 +113,19 @@ def test_the_parameter_table_adds_up(config):
     *parts, total = parameter_rows(model)
     assert total[3] == sum(times * count for *_, times, count in parts) == sum(p.numel() for p in model.parameters())
     assert ("head", "10", 1, 330) in parts and parts[2][:3] == (f"{IMAGE.depth} blocks", "65 x 32", IMAGE.depth)
+
+
+def test_held_out_folders_of_a_part_of_the_classes_keep_their_labels(config, tmp_path):
+    for split, names in (("train", ("9", "10", "11")), ("val", ("10", "09")), ("other", ("9", "12"))):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (int(name), 0, 0)).save(tmp_path / split / name / "1.png")
+    data = LabelledDataConfig(train=str(tmp_path / "train"), eval=(str(tmp_path / "val"),))
+    train, (val,), _ = open_data(replace(config, data=data))
+    assert train.class_names == val.class_names == ("9", "10", "11")
+    assert {val[i].key: val.label(i) for i in range(2)} == {"09/1.png": 0, "10/1.png": 1}
+    with pytest.raises(UserError, match="other has 2 classes, but .*train has 3; none of these: '12'"):
+        open_data(replace(config, data=replace(data, eval=(str(tmp_path / "other"),))))
 
 
 @pytest.mark.parametrize(
