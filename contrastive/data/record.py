@@ -141,6 +141,7 @@ class Source:
     weights: of its `parts`, whole numbers above 0.
     reading: what was taken for what, for the line that a run begins with: 'class folders: 3 classes', "captions: column
         'title'". Empty where there was nothing to decide.
+    columns_read: which of the options image_column and caption_column say what is read of it.
     left_aside: what lies there and is none of its samples, by reason, as far as that is known without reading them all.
     """
 
@@ -158,6 +159,7 @@ class Source:
     weights: tuple[int, ...] = (1,)
     reading: str = ""
     left_aside: FaultCounts = FaultCounts()
+    columns_read: tuple[str, ...] = ()
     _labels: np.ndarray | None = None  # int64 (n,), -1 for none, where they are in memory: `label` then reads them
 
     def __len__(self) -> int:

@@ -53,7 +53,7 @@ class Runtime:
     """
 
     def __init__(self, precision: Precision = "auto", trackers: tuple[str, ...] = (), folder: Path | None = None):
-        on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
+        on_gpu = has_gpu()
         has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not has_bf16:
             raise UserError("train.precision 'bf16': this GPU has no bf16; use --train.precision fp32")
@@ -132,6 +132,11 @@ class Runtime:
     def close(self) -> None:
         """End the trackers and leave the process group."""
         self._accelerator.end_training()
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU that this process may use."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
 
 
 def launched() -> bool:

@@ -16,7 +16,7 @@ from contrastive.data.sources.derived import labelled_share
 from contrastive.data.sources.open import held_out_spec
 from contrastive.errors import UserError
 from contrastive.log import console, is_main_process
-from contrastive.models import ClassifierConfig, ImageClassifier, ImageTowerConfig, classifier_config, classifier_table
+from contrastive.models import ClassifierConfig, ImageClassifier, classifier_config, classifier_table
 from contrastive.option_types import Positive
 from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
 from contrastive.train.options import resolve_run
@@ -113,16 +113,21 @@ def fit_image(config: TrainClassifierConfig, source: Source) -> ClassifierConfig
     Raises:
         UserError: a size that is not a multiple of the patch size.
     """
+    from contrastive.train.given import given_options
+
     image = config.model.image
     sizes: dict[str, Any] = {}
-    untouched = image.image_size == ImageTowerConfig.image_size
-    side = _longest_side(source) if untouched and config.image_size is None else None
+    for name in ("image_size", "patch_size"):
+        short, full = getattr(config, name), getattr(image, name)
+        own = f"model.image.{name}" in given_options(config)
+        if own and short not in (None, full):
+            raise UserError(f"{name} is {short}, but model.image.{name} {full}: give one of them")
+        sizes[name] = full if own else short
+    side = _longest_side(source) if sizes["image_size"] is None else None
     if side is not None and side <= SMALL:
-        patch = config.patch_size or max(1, round(side / PATCHES_PER_SIDE))
+        patch = sizes["patch_size"] or max(1, round(side / PATCHES_PER_SIDE))
         sizes = {"image_size": -(-side // patch) * patch, "patch_size": patch}
-    else:
-        given = {"image_size": config.image_size, "patch_size": config.patch_size}
-        sizes = {name: value for name, value in given.items() if value is not None}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
     image = replace(image, **sizes)
     image.check()
     return replace(config.model, image=image)

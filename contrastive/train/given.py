@@ -1,6 +1,8 @@
 """What was asked for, against what comes of it: beside --init, on --resume. Read by a run, not by importing one."""
 
+import functools
 import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -8,6 +10,7 @@ from contrastive.config import flatten, to_dict
 from contrastive.errors import UserError
 from contrastive.log import say
 from contrastive.train.options import LENGTHS, RunConfig
+from contrastive.train.task import TrainingTask
 
 # What may differ when a run is resumed: nothing that decides which samples come, in what form, for what loss. The data
 # may have moved: they are compared by their fingerprint, and so is their order, by `check_cursor`.
@@ -87,3 +90,35 @@ def check_brought(asked: RunConfig, config: RunConfig, flag: str) -> None:
     left = [name for name in other if name in given_options(asked)]
     if left:
         say(f"--{flag} brings its own; the configuration file's are left aside: {', '.join(left)}")
+
+
+def check_effect(task: TrainingTask) -> None:
+    """Raise UserError for a given option that the chosen data, tower or other options leave without effect.
+
+    A configuration that was made in Python is not asked: what it holds that is no default may have been filled in.
+    """
+    config = task.config
+    if config.given is None:
+        return
+    parts = [part for source in (task.source, *task.held_out) for part in source.parts]
+    read = {name for part in parts for name in part.columns_read}
+    lacking = {"image_column": "columns", "caption_column": "texts to choose from"}
+    for name in sorted(lacking.keys() - read):
+        if counts(config, f"data.{name}", "data.train"):
+            raise UserError(f"data.{name} has no effect: {task.source.name} has no {lacking[name]}; leave it out")
+    for prefix, section in _sections("", config):
+        for cls in type(section).__mro__:
+            for name, (cause, switched_off) in vars(cls).get("UNUSED", {}).items():
+                cause = cause and prefix + cause
+                if counts(config, prefix + name, cause) and switched_off(section):
+                    value = functools.reduce(getattr, cause.split("."), config) if cause else "in this kind of run"
+                    why = f"without {cause}" if value in (None, ()) else f"with {cause} {value}" if cause else value
+                    raise UserError(f"{prefix}{name} has no effect {why}; leave it out")
+
+
+def _sections(prefix: str, options: Any) -> Iterator[tuple[str, Any]]:
+    yield prefix, options
+    for part in fields(options):
+        value = getattr(options, part.name)
+        if is_dataclass(value):
+            yield from _sections(f"{prefix}{part.name}.", value)

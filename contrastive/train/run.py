@@ -126,9 +126,10 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
     """
     config = task.config
     train, data, folder = config.train, config.data, Path(config.run_folder)
-    if checkpoint is not None:
-        from contrastive.train.given import changes_on_resume
+    from contrastive.train.given import changes_on_resume, check_effect
 
+    check_effect(task)
+    if checkpoint is not None:
         changes = changes_on_resume(config, written_options(type(config), folder / "config.yaml"))
     options = {"window": data.window, "lanes": data.lanes, "replacement": data.replacement}
     order = order_for(task.source, train.global_batch_size, train.seed, **options)

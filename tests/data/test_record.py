@@ -59,6 +59,7 @@ class Full(Source):
     templates, heldout_labels, weights = ("the {}",), frozenset({1}), (1,)
     shard_sizes = np.array([3, 0, 5])
     reading, left_aside = "2 class folders", FaultCounts(not_an_image={"count": 1, "keys": ["readme.md"]})
+    columns_read = ("image_column",)
 
     def __init__(self):
         self.asked = []

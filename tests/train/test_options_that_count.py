@@ -155,3 +155,100 @@ def test_what_a_resumed_run_keeps_is_refused(args, message, stopped):
     with pytest.raises(UserError, match=message):
         pretrain_here("--run_folder", stopped, "--resume", *args)
     assert (stopped / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data.caption_column", "title"], "data.caption_column has no effect: digits:train has no texts to choose"),
+        (["--data.image_column", "path"], "data.image_column has no effect: digits:train has no columns; leave it out"),
+        (["--data.train", "scenes", "--data.eval", "scenes:test", "--data.templates", "cifar"], None),
+        (
+            ["--data.train", "scenes", "--data.eval", "scenes:val", "--data.templates", "cifar"],
+            "templates cifar is for labelled data",
+        ),
+        (
+            ["--data.augment.crop_scale", "1", "1", "--data.augment.crop_ratio", "1", "2"],
+            "crop_scale .1.0, 1.0.",
+        ),
+        (
+            ["--data.augment.rand_augment_magnitude", "20"],
+            "magnitude has no effect with data.augment.rand_augment_ops 0",
+        ),
+        (["--data.augment.color_jitter_prob", "0.5"], "color_jitter_prob has no effect with data.augment.color_jitter"),
+        (["--data.preprocess.cut", "floor"], "data.preprocess.cut has no effect with data.preprocess.resize squash"),
+        (
+            ["--schedule.decay", "constant", "--schedule.final_fraction", "0.1"],
+            "final_fraction has no .*decay constant",
+        ),
+        (["--data.timeout", "9"], "data.timeout has no effect without data.num_workers; leave it out"),
+        (
+            ["--data.max_bad_share", "1", "--data.bad_window", "9"],
+            "bad_window has no effect with data.max_bad_share 1.0",
+        ),
+    ],
+)
+def test_what_the_choice_leaves_without_effect(args, message, tiny, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--config", tiny, "--run_folder", run, "--train.steps", "1", "--evaluation.limit", "9", *args)
+    if message is None:
+        pretrain_here(*flags)
+    else:
+        with pytest.raises(UserError, match=message) as error:
+            pretrain_here(*flags)
+        assert "\n" not in str(error.value) and not (run / "config.yaml").exists()
+
+
+def test_a_locked_tower_has_no_dropout(model, tmp_path):
+    flags = (
+        "--config",
+        model.parent / "tiny.yaml",
+        "--init",
+        model,
+        "--run_folder",
+        tmp_path / "run",
+        "--lock",
+        "image",
+    )
+    with pytest.raises(UserError, match="model.image.patch_dropout has no effect with lock image; leave it out"):
+        pretrain_here(*flags, "--model.image.patch_dropout", "0.5")
+    pretrain_here(*flags, "--train.steps", "1")  # the file's dropout serves other runs too
+
+
+def test_evaluation_without_data(tiny, tmp_path):
+    tiny.write_text(tiny.read_text().replace('eval: ["digits:test"], ', ""))
+    flags = ("--config", tiny, "--run_folder", tmp_path / "run", "--train.steps", "1")
+    with pytest.raises(UserError, match="evaluation.limit has no effect without data.eval; leave it out"):
+        pretrain_here(*flags, "--evaluation.limit", "9")
+    tiny.write_text(tiny.read_text() + "schedule: {decay: constant, final_fraction: 0.1}\n")
+    with pytest.raises(UserError, match="schedule.final_fraction has no effect with schedule.decay constant"):
+        pretrain_here(*flags)  # a file that contradicts itself
+    pretrain_here(*flags, "--schedule.decay", "constant", "--train.log_every", "3")  # a flag makes another choice
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tune", "head", "--dropout", "0.1"], "dropout has no effect with tune head"),
+        (["--tune", "head", "--optimizer.layer_decay", "0.5"], "optimizer.layer_decay has no effect with tune head"),
+        (["--head", "zeros", "--templates", "plain"], "templates has no effect with head zeros"),
+        (["--optimizer.logit_lr_factor", "2"], "optimizer.logit_lr_factor has no effect in this kind of run"),
+        (["--data.preprocess.resize", "crop"], "brings its own data.preprocess.resize"),
+    ],
+)
+def test_what_fine_tuning_does_not_use(flags, message, model, tmp_path):
+    from scripts.finetune import main
+
+    with pytest.raises(UserError, match=message):
+        main([str(model), "--data", "digits", "--run_folder", str(tmp_path / "run"), "--batch-size", "8", *flags])
+
+
+def test_the_sizes_of_small_images_can_be_named_in_full(tmp_path):
+    from scripts.train_classifier import main
+
+    common = ["--data", "digits", "--batch-size", "8", "--model.image.depth", "1", "--dry_run"]
+    common += ["--run_folder", str(tmp_path / "run"), "--model.image.image_size", "16"]
+    with pytest.raises(UserError, match="image_size is 8, but model.image.image_size 16: give one of them"):
+        main([*common, "--image_size", "8"])
+    with pytest.raises(UserError, match="16 is not a multiple of model.image.patch_size 3"):
+        main([*common, "--model.image.patch_size", "3"])

@@ -39,6 +39,8 @@ class Shards(Source):
         UserError: no sample with the field or the text.
     """
 
+    columns_read = ("caption_column",)
+
     def __init__(self, name: str, shards: Sequence[IndexedShard], caption_column: str | None = None):
         self.name = name
         self._shards = tuple(shards)

@@ -54,6 +54,8 @@ class ColumnSource(Source):
         UserError: a column of another kind than it should be, a label without a class name, several of one image.
     """
 
+    columns_read = ("image_column", "caption_column")
+
     def __init__(
         self,
         name: str,

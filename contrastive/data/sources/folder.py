@@ -39,6 +39,8 @@ class ImageFiles(Source):
         captions: where they are, where there are no labels.
     """
 
+    columns_read = ("caption_column",)
+
     def __init__(
         self,
         name: str,
