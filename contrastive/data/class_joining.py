@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.data.class_sets import (
-    CLASS_FILES,
-    IMAGENET,
     ClassSet,
     class_set,
     class_sets,
@@ -45,12 +43,6 @@ def load_class_set(name_or_file: str | Path) -> ClassSet:
     raise UserError(f"{name_or_file}: neither a file nor a set of class names ({', '.join(known)}).{hint}")
 
 
-def class_set_beside(*folders: str | Path) -> ClassSet | None:
-    """Return the class names in the first of `CLASS_FILES` in the first of the folders that has one; else None."""
-    paths = (Path(folder, name) for folder in folders for name in CLASS_FILES)
-    return next((read_class_file(path) for path in paths if path.is_file()), None)
-
-
 def spoken_names(names: Sequence[str], sets: Sequence[str] = PARTS_OF_IMAGENET) -> tuple[str, ...] | None:
     """Return class names with each WordNet id as WordNet says it, ImageNet's as CLIP does; None without such ids.
 
@@ -63,7 +55,7 @@ def spoken_names(names: Sequence[str], sets: Sequence[str] = PARTS_OF_IMAGENET) 
     for known in map(class_set, sets):
         if places := known.places(names):
             return tuple(known.names[place] for place in places)
-    known = class_set(IMAGENET)
+    known = class_set("imagenet")
     said = {own: name for own, name in zip(known.own_names, known.names, strict=True) if own in ids}
     if ids - said.keys():
         lines = (line.partition("\t")[::2] for line in wordnet_lines("imagenet_synset_to_lemma.txt"))
@@ -111,9 +103,9 @@ def read_class_file(path: Path) -> ClassSet:
         if all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in names):
             keys, names = zip(*names, strict=True)
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+        how = "a JSON list, or one a line; or a JSON object with a name for each class"
         raise UserError(
-            f"{path}: class names must be a list of strings, one a class, in the order of the labels; "
-            "a JSON list, or one a line; or a JSON object with a name for each class"
+            f"{path}: class names must be a list of strings, one a class, in the order of the labels; {how}"
         )
     names = [name.strip() for name in names]
     empty = next((number for number, name in enumerate(names, start=1) if not name), None)
@@ -173,28 +165,26 @@ def join(
     for known in (own, also, spoken_names(own), spoken_names(own, ())):
         places = known and given.places(known, part=not given.is_list)
         if places:
-            return (tuple(given.names[place] for place in places), "by name")
+            return tuple(given.names[place] for place in places), "by name"
     ordered = given.is_list or given.templates or all(map(is_wordnet_id, given.own_names))  # not a file with own keys
     if all(map(str.isdecimal, own)) and ordered:
         return _by_number(given, [int(name) for name in own])
     shared = set(map(name_key, own)) & set(map(name_key, (*given.names, *given.own_names)))
     if shared or not given.is_list or len(own) != len(given.names):
         raise UserError(_what_is_missing(given, own, of))
-    return (given.names, IN_ORDER)
+    return given.names, IN_ORDER
 
 
 def _by_number(given: ClassSet, numbers: list[int]) -> tuple[tuple[str, ...], str]:
     count, low, high = len(given.names), min(numbers), max(numbers)
-    if low == 0 and high < count:
+    if low == 0 and high < count and len(set(numbers)) == len(numbers):
         return tuple(given.names[number] for number in numbers), "by number, from 0"
     if sorted(numbers) == list(range(1, count + 1)):
-        return (tuple(given.names[number - 1] for number in numbers), "by number, from 1")
-    if high < count:
-        raise UserError(
-            f"{given.name}: {len(numbers)} classes numbered {low} to {high}, and {count} names: nothing says whether "
-            f'they count from 0 or from 1; give a JSON file that does, as {{"{low}": "{given.names[low]}"}}'
-        )
-    raise UserError(f"{count} class names given, but a class is numbered {high}: {given.name} has no name for it")
+        return tuple(given.names[number - 1] for number in numbers), "by number, from 1"
+    if high >= count:
+        raise UserError(f"{count} class names given, but a class is numbered {high}: {given.name} has no name for it")
+    told = f"{count} class names given, but the classes are numbered {low} to {high}, which may count from 0 or from 1"
+    raise UserError(f'{given.name}: {told}; give a JSON file that says it, as {{"{low}": "{given.names[low]}"}}')
 
 
 def _what_is_missing(given: ClassSet, own: Sequence[str], of: str) -> str:
@@ -295,9 +285,9 @@ def check_classes(sources: Sequence[Source], **asked: str | None) -> None:
     for part in parts:
         captioned = some_have(part, part.captions) if part.captioned is None else part.captioned
         if not captioned and not part.class_names:
+            what = f"{part.name} has labels, but neither captions nor class names"
             raise UserError(
-                f"{part.name} has labels, but neither captions nor class names: give --data.classes a set "
-                f"or a file of them, or put {' or '.join(CLASS_FILES)} beside the data or one folder up"
+                f"{what}: give --data.classes a set or file of them, or put a classnames.txt beside the data"
             )
         if part.prompted:
             warn_of_ids(part)
@@ -309,7 +299,5 @@ def check_classes(sources: Sequence[Source], **asked: str | None) -> None:
 def warn_of_ids(source: Source) -> None:
     """Warn of class names that say nothing to a text tower."""
     if found := like_ids(source.class_names or ()):
-        warn(
-            f"{source.name}: {len(found)} of {len(source.class_names)} class names look like ids, as '{found[0]}', and "
-            "prompts say nothing but that; give their names with classes (a set or a file)"
-        )
+        told = f"{len(found)} of {len(source.class_names)} class names look like ids, as '{found[0]}'"
+        warn(f"{source.name}: {told}, and prompts say nothing but that; name them with classes (a set or a file)")

@@ -48,17 +48,17 @@ class ClassSet:
 
     def places(self, names: Sequence[str], *, part: bool = False) -> tuple[int, ...] | None:
         """Return which class of the set each of `names` is; None unless they are all of its classes, or a `part`."""
-        for column in (self.own_names, self.names):
-            found = places_of(names, column)
-            if None not in found and (part or len(found) == len(column)):
-                return found
-        return None
+        if not part and len(names) != len(self.names):
+            return None
+        found = (places_of(names, column) for column in (self.own_names, self.names))
+        return next((places for places in found if None not in places), None)
 
 
 def is_wordnet_id(name: str) -> bool:
     return _WORDNET_ID.fullmatch(name) is not None
 
 
+@functools.lru_cache(maxsize=2**16)
 def name_key(name: str) -> str:
     """Return what counts in a class name: neither case, spaces and punctuation nor zeros before a number."""
     if name.isascii() and name.isdecimal():
@@ -129,10 +129,16 @@ def load_class_names(name_or_file: str | Path, own_names: Sequence[str] | None =
 
 def class_names_beside(folder: str | Path) -> tuple[str, ...] | None:
     """Return the class names that lie with the data, see `class_set_beside`; None without such a file."""
-    from contrastive.data.class_joining import class_set_beside
-
     found = class_set_beside(folder)
     return found and found.names
+
+
+def class_set_beside(*folders: str | Path) -> ClassSet | None:
+    """Return the class names in the first of `CLASS_FILES` in the first of the folders that has one; else None."""
+    from contrastive.data.class_joining import read_class_file
+
+    paths = (Path(folder, name) for folder in folders for name in CLASS_FILES)
+    return next((read_class_file(path) for path in paths if path.is_file()), None)
 
 
 def wordnet_lines(file: str) -> list[str]:

@@ -67,7 +67,7 @@ def test_other_names_are_paired_in_order_and_shown(tmp_path, capsys):
         (("Dog", "dog"), ["a dog", "dog"], "without a name there: 'Dog'"),
         (("Dog", "dog"), ["DOG", "cat"], "same in part only; without a name there: 'Dog', 'dog'"),
         (("6", "11", "13"), {"a": "x", "b": "y", "c": "z"}, "without a name there: '6', '11', '13'"),
-        (("6", "11"), list("abcdefghijklmnop"), "count from 0 or from 1; give a JSON file that does"),
+        (("6", "11"), list("abcdefghijklmnop"), "may count from 0 or from 1; give a JSON file that says it"),
         (("0", "7"), list("abc"), "a class is numbered 7"),
         (None, {"1": "a", "2": "b"}, "numbers 1 to 2, but labels count from 0"),
     ],

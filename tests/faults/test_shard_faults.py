@@ -126,8 +126,9 @@ def synthetic(folder, num_shards=40_000, samples=10_000):
         for number in range(num_shards):
             row = {
                 "name": f"{number:05d}.tar", "size": 400_000_000 + number, "mtime_ns": 0, "sha256": rng.bytes(32).hex(),
-                "samples": samples, "captions": samples, "labels": 0, "label_names": 0, "of_json": 0, "lines": 0, "unlike": 3,
-                "fields": fields, "texts": [".txt"], "refused": {"missing_image": {"count": 2, "keys": ["a"]}},
+                "samples": samples, "captions": samples, "labels": 0, "label_names": 0, "of_json": 0,
+                "lines": 0, "unlike": 3, "fields": fields, "texts": [".txt"],
+                "refused": {"missing_image": {"count": 2, "keys": ["a"]}},
                 "left_aside": {".avif": {"count": 2, "keys": ["a.avif"]}},
             }  # fmt: skip
             file.write(json.dumps(row) + (",\n" if number < num_shards - 1 else "\n"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from contrastive.data.class_sets import IMAGENET, class_set, is_wordnet_id
+from contrastive.data.class_sets import IMAGENET, class_set, class_set_beside, is_wordnet_id
 from contrastive.data.prompts import templates_beside
 from contrastive.data.record import BadSample, FaultCounts, Record, Source, check_index, fingerprint_of, part_and_row
 from contrastive.data.shards.remote import Wanted, open_copy
@@ -127,8 +127,6 @@ class Shards(Source):
 
     def _find_classes(self, folder: Path) -> str:
         """Find class names, templates beside them, and the label of each name; returns in words what was found."""
-        from contrastive.data.class_joining import class_set_beside
-
         numbers, texts = total(self._shards, "labels"), total(self._shards, "label_names")
         known, self.labelled, self._label_of = None, bool(numbers), {}
         if numbers or texts:

@@ -84,16 +84,17 @@ class Renamed(Wrapped):
 
     def __getitem__(self, index: int) -> Record:
         record = self.source[index]
-        return record if self._places is None else replace(record, label=self._placed(record.label, record.key))
+        return replace(record, label=self._placed(record.label, record.key))
 
     def label(self, index: int) -> int | None:
-        label = self.source.label(index)
-        return label if self._places is None else self._placed(label)
+        return self._placed(self.source.label(index))
 
     def _placed(self, label: int | None, key: str = "") -> int | None:
-        if label is not None and not 0 <= label < len(self._places):
+        if label is None or self._places is None:
+            return label
+        if not 0 <= label < len(self._places):
             raise BadSample("bad_label", key)
-        return None if label is None else self._places[label]
+        return self._places[label]
 
 
 class LabelledSubset(Wrapped):
