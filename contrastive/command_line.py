@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from contrastive.errors import UserError, did_you_mean
+from contrastive.words import flag_here, flags_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,17 +22,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
         """As argparse's, with '_' for '-' in flags too; one of another library is told what it is called here."""
-        known, words = self._option_string_actions, []
-        for arg, after in zip(args, [*args[1:], ""], strict=False):
-            name, equals, value = arg.partition("=")
-            dashed = name.replace("_", "-")
-            if name.startswith("--") and dashed not in known:
-                from contrastive.words import flag_here  # only where there is one to tell
-
-                meant = flag_here(arg, after, [name.removeprefix("--") for name in known])
-                if meant:
-                    raise UserError(meant)
-            words.append(dashed + equals + value if dashed in known else arg)
+        known, words = {flag.name for flag in flags_of(list(self._option_string_actions))}, []
+        meant = [flag_here(flag, known) for flag in flags_of(args) if flag.name not in known]
+        if any(meant):
+            raise UserError(" ".join(filter(None, meant)))
+        for arg, flag in zip(args, flags_of(args), strict=True):
+            dashed = "--" + flag.name.replace("_", "-") + arg.removeprefix(flag.typed)
+            words.append(dashed if flag.name and flag.name in known else arg)
         return super().parse_args(words, namespace)
 
     def add_loading(self) -> None:

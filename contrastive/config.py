@@ -16,6 +16,7 @@ from contrastive.errors import UserError, did_you_mean
 from contrastive.files import read_yaml
 from contrastive.option_types import as_option, fixed, run_tyro
 from contrastive.registry import Registry
+from contrastive.words import flag_here, flags_of
 
 T = TypeVar("T")
 
@@ -110,8 +111,7 @@ def parse(
             if key not in known:
                 raise UserError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
             values[key] = as_option(f"{path}: {key}", known[key], value)
-    pairs = zip(rest, [*rest[1:], ""], strict=False)
-    flags = [_option_of(arg, after, known, (*choices, *also), renamed) for arg, after in pairs if arg.startswith("--")]
+    flags = _options_of(rest, known, (*choices, *also), renamed)
     start = _filled(chosen(), values) if values else None
     words = {"prog": prog, "description": _describe(description, choices), "given": args}
     config = run_tyro(chosen, rest, known=known, default=start, **words)
@@ -148,7 +148,7 @@ def _settle(
 
 def _keep_one(group: tuple[str, ...], contents: dict[Path, dict[str, Any]], args: list[str]) -> None:
     """Drop from each file's values what a flag, or a file before it, replaces by an alternative."""
-    flags = {arg.removeprefix("--").partition("=")[0] for arg in args}
+    flags = {flag.name for flag in flags_of(args)}
     said = [("give --", " or --", [name for name in group if name in flags])]
     said += [(f"{path}: give ", " or ", [n for n in group if v.get(n) is not None]) for path, v in contents.items()]
     for give, between, names in said:
@@ -169,12 +169,8 @@ def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
 
 def rename_flags(args: list[str], short: Mapping[str, str]) -> list[str]:
     """Return the flags with those that are short for longer ones written out: `--epochs 3` as `--train.epochs 3`."""
-    written = []
-    for arg in args:
-        name, equals, value = arg.partition("=")
-        longer = short.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
-        written.append(f"--{longer}{equals}{value}" if longer else arg)
-    return written
+    flags = zip(args, flags_of(args), strict=True)
+    return [f"--{short[flag.name]}{arg.removeprefix(flag.typed)}" if flag.name in short else arg for arg, flag in flags]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -232,16 +228,16 @@ def _choices(cls: type) -> dict[str, NamedSection]:
 def _take(args: list[str], needs: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """Split `--loss sigmoid` and the like off the flags; `needs` says what each name's value is."""
     rest, taken = [], {}
-    remaining = iter(args)
-    for arg in remaining:
-        name, equals, value = arg.removeprefix("--").partition("=")
-        if arg.startswith("--") and name in needs:
-            value = value if equals else next(remaining, "")
-            if not value or value.startswith("--"):
-                raise UserError(f"--{name} needs {needs[name]}")
-            taken[name] = value
-        else:
+    remaining = iter(zip(args, flags_of(args), strict=True))
+    for arg, flag in remaining:
+        if flag.name not in needs:
             rest.append(arg)
+        elif not flag.value:
+            raise UserError(f"--{flag.name} needs {needs[flag.name]}")
+        else:
+            taken[flag.name] = flag.value
+            if arg == flag.typed:
+                next(remaining)
     return rest, taken
 
 
@@ -318,24 +314,26 @@ def _old_name(name: str, new: str | Gone, dashes: str = "") -> str:
     return f"{dashes}{name} is {now}"
 
 
-def _option_of(
-    flag: str, after: str, known: dict[str, Any], also: tuple[str, ...], renamed: dict[str, str | Gone]
-) -> str:
-    """Return the name of the option that a flag is of; UserError for an old or unknown one, before the word `after`."""
-    name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
-    if name in renamed:
-        raise UserError(_old_name(name, renamed[name], "--"))
-    section, _, option = name.rpartition(".")
-    positive = f"{section}.{option.removeprefix('no_')}".lstrip(".")  # --evaluate.no_progress
-    if name in known or name == "help":
-        return name
-    if known.get(positive) is not bool:
-        from contrastive.words import flag_here  # only where there is one to tell
-
-        flags = (*known, *also)
-        meant = flag_here(flag, after, flags) or f"unknown flag --{name}.{did_you_mean(name, flags)}"
-        raise UserError(f"{meant} See --help")
-    return positive
+def _options_of(
+    args: list[str], known: dict[str, Any], also: tuple[str, ...], renamed: dict[str, str | Gone]
+) -> list[str]:
+    """Return the names of the options that flags are of; UserError for old ones, and for all unknown ones at once."""
+    names, unknown = [], []
+    for flag in filter(lambda flag: flag.name, flags_of(args)):
+        section, dot, option = flag.name.rpartition(".")
+        positive = f"{section}{dot}{option.removeprefix('no_')}"  # --evaluate.no_progress
+        if flag.name in renamed:
+            raise UserError(_old_name(flag.name, renamed[flag.name], "--"))
+        if flag.name in known or flag.name == "help":
+            names.append(flag.name)
+        elif known.get(positive) is bool:
+            names.append(positive)
+        else:
+            hint = did_you_mean(flag.name, (*known, *also))
+            unknown.append(flag_here(flag, (*known, *also)) or f"unknown flag --{flag.name}.{hint}")
+    if unknown:
+        raise UserError(f"{' '.join(unknown)} See --help")
+    return names
 
 
 def _describe(description: str, choices: dict[str, NamedSection]) -> str:

@@ -31,16 +31,18 @@ def test_the_common_ones_are_short(cls):
         assert (config.train.epochs, config.train.global_batch_size, config.train.seed) == (3, 64, 5)
         assert (config.optimizer.lr, config.optimizer.weight_decay, config.data.num_workers) == (1e-4, 0.3, 2)
         assert (config.data.train, config.data.eval, config.run_folder) == ("digits", ("digits:test",), "runs/x")
+        config = parsed(cls, *"--warmup 10 --accum_freq=2 --report_to wandb tensorboard".replace("_", dash).split())
+        assert (config.schedule.warmup_steps, config.train.accumulate) == (10, 2)
+        assert config.trackers == ("wandb", "tensorboard")
     assert parsed(cls, "--data=digits").data.train == "digits"
 
 
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--accum-freq 4", "--accum-freq 4 is --train.accumulate 4 here."),
-        ("--accum_freq=4", "--accum_freq 4 is --train.accumulate 4 here."),
-        ("--gradient_accumulation_steps 8", "is --train.accumulate 8 here."),
-        ("--warmup 2000", "--warmup 2000 is --schedule.warmup_steps 2000 here."),
+        ("--gradient-accumulation-steps 4", "--gradient-accumulation-steps 4 is --train.accumulate 4 here."),
+        ("--gradient_accumulation_steps=4", "--gradient_accumulation_steps 4 is --train.accumulate 4 here."),
+        ("--warmup_steps 2000", "--warmup_steps 2000 is --schedule.warmup_steps 2000 here."),
         ("--precision amp_bf16", "--precision amp_bf16 is --train.precision bf16 here."),
         ("--precision amp", "is --train.precision bf16 here."),
         ("--precision fp32", "is --train.precision fp32 here."),
@@ -51,7 +53,7 @@ def test_the_common_ones_are_short(cls):
         ("--learning_rate 5e-5", "is --optimizer.lr 5e-5 here."),
         ("--weight_decay 0.1", "is --optimizer.weight_decay 0.1 here."),
         ("--per_device_train_batch_size 32", "--train.global_batch_size, of all ranks together: 32 times their number"),
-        ("--report-to wandb", "is --trackers wandb here."),
+        ("--report-to wandb --seed 3 --precision amp_bf16", "--precision amp_bf16 is --train.precision bf16 here."),
         ("--siglip", "--siglip is --loss sigmoid here."),
         ("--local-loss", "--local-loss: not needed, the loss is always shared out"),
         ("--gather-with-grad", "not needed"),
@@ -81,6 +83,21 @@ def test_the_rest_is_told_with_our_name_and_value(flags, line):
     with pytest.raises(UserError) as error:
         parsed(PretrainConfig, *flags.split())
     assert line in str(error.value) and "\n" not in str(error.value) and "Did you mean" not in str(error.value)
+
+
+def test_all_that_is_to_mend_is_told_at_once():
+    flags = "--precision amp_bf16 --siglip --warmup 10 --local-loss --lrr 3 --save-frequency 1"
+    told = (
+        "--precision amp_bf16 is --train.precision bf16 here. --siglip is --loss sigmoid here. --local-loss: not "
+        "needed, the loss is always shared out over the ranks, with all gradients. unknown flag --lrr. Did you mean "
+        "'lr'? --save-frequency 1 is --checkpoint.every N, in steps, here. See --help"
+    )
+    with pytest.raises(UserError) as error:
+        parsed(PretrainConfig, *flags.split())
+    assert str(error.value) == told
+    told = "--dataset cifar10 is --data cifar10 here. --pretrained: the model is the first word, a folder or hf-hub:O"
+    with pytest.raises(UserError, match=told):
+        zero_shot.parse(["RUN", "--dataset", "cifar10", "--pretrained", "openai"])
 
 
 def test_a_hint_names_only_flags_that_there_are():

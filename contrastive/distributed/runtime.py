@@ -24,16 +24,11 @@ from torch import nn
 from contrastive.command_line import chosen_device
 from contrastive.distributed import end_with_parent
 from contrastive.errors import UserError
+from contrastive.words import answers
 
 Precision = Literal["auto", "fp32", "bf16"]
-# What `accelerate launch` can be told that changes nothing here: groups of its flags, and our option for some of them.
+# What `accelerate launch` can be told that changes nothing here: groups of its flags.
 _NOT_OURS = ("Training Paradigm", "TPU", "DeepSpeed", "FSDP", "Megatron-LM", "FP8", "AWS", "ParallelismConfig")
-_OURS = {
-    "gradient_accumulation_steps": "use --train.accumulate",
-    "gradient_clipping": "use --train.max_grad_norm",
-    "megatron_lm_gradient_clipping": "use --train.max_grad_norm",
-    "fsdp_activation_checkpointing": "use --model.image.gradient_checkpointing",
-}
 
 
 class Runtime:
@@ -194,7 +189,8 @@ def _check_flags() -> None:
         value = getattr(flags, name)
         if name != "gradient_accumulation_steps" or value != 1:
             told = "" if value is True else f" {value}"
-            how = f"{_OURS[name]}{told}" if name in _OURS else "leave it out"
+            ours = answers("flag", name, str(value))
+            how = f"use {ours[0].rstrip(',')}" if ours else "leave it out"
             raise UserError(f"accelerate launch --{name}{told} has no effect here; {how}")
 
 

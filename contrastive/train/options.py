@@ -89,7 +89,10 @@ class RunConfig:
         "lr": "optimizer.lr",
         "wd": "optimizer.weight_decay",
         "seed": "train.seed",
+        "warmup": "schedule.warmup_steps",
+        "accum_freq": "train.accumulate",
         "workers": "data.num_workers",
+        "report_to": "trackers",
         "output_dir": "run_folder",
     }
 

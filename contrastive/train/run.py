@@ -27,6 +27,7 @@ from contrastive.train.checkpoint import find_checkpoint, read_cursor
 from contrastive.train.loop import Trainer, merged
 from contrastive.train.options import LENGTHS, RunConfig, check_division
 from contrastive.train.task import TrainingTask
+from contrastive.words import flags_of
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -48,17 +49,16 @@ def command(
         default_file: the configuration where --config names none.
     """
     short = cls.SHORT_FLAGS
-    short_batch = {"--batch_size", "--batch-size"} & {arg.partition("=")[0] for arg in args}
-    for arg, after in zip(args, [*args[1:], "--"], strict=False):
-        if arg == "--resume" and not after.startswith("--"):
-            raise UserError(
-                f"--resume is a switch: it goes on from the newest checkpoint of --run_folder; leave out '{after}'"
-            )
+    typed = {flag.name: flag.value for flag in flags_of(args)}
+    if typed.get("resume"):
+        raise UserError(
+            "--resume is a switch: it goes on from the newest checkpoint of --run_folder; leave out "
+            f"'{typed['resume']}'"
+        )
     args, chosen = take_option(rename_flags(args, short), "config")
     config_file = Path(chosen) if chosen else default_file
     description = f"{description} --config FILE.yaml (default {default_file.name})"
-    if short:
-        description += "; short for longer flags: " + ", ".join(f"--{flag}" for flag in short)
+    description += "; short for longer flags: " + ", ".join(f"--{flag}" for flag in short)
     options = {"prog": prog, "description": description, "either": (tuple(f"train.{n}" for n in LENGTHS),)}
     options["also"] = ("config", *short)
     config = parse(cls, args, config_file, **options)
@@ -77,7 +77,7 @@ def command(
         config = replace(again, run_folder=config.run_folder)
     elif not chosen:  # what the default file says nobody has asked for
         config = replace(config, given={name: True for name, by_flag in config.given.items() if by_flag})
-    if short_batch and launched():
+    if "batch_size" in typed and launched():
         batch, ranks = config.train.global_batch_size, int(os.environ["WORLD_SIZE"])
         say(f"--batch_size is the global batch here: {batch} over {ranks} ranks, {batch // ranks} each")
     if not train(config):
