@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,9 +18,9 @@ from contrastive.data.sources.folder_captions import (
     FolderFiles,
     captions_table,
     find_captions,
+    find_metadata,
     is_hidden,
     open_inside,
-    open_metadata,
     sort_files,
 )
 from contrastive.data.sources.paths import IMAGE_SUFFIXES, read_image_file
@@ -95,17 +96,11 @@ def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
     files = sort_files(root, images, [path for path in found if path not in chosen])
     if not images:
         raise UserError(f"{name}: {_nothing_found(files)}; {files.there()}; {FORMS}")
-    if table := open_metadata(name, files, columns):
-        return table
+    if table := find_metadata(name, files):
+        return open_inside(name, files, table, replace(columns, image=columns.image or "file_name"))
     captions = find_captions(name, files, columns.caption)
-    table, is_read = ("", False) if captions else captions_table(files)
-    if is_read:
+    if captions is None and (table := captions_table(name, files)):
         return open_inside(name, files, table, columns)
-    if table:
-        raise UserError(
-            f"{name}: no captions beside the images, but '{table}', which is not read; write the paths and captions in "
-            f"it as a .csv or .jsonl, in the folder in which the paths begin; {FORMS}"
-        )
     source = ImageFiles(name, root, images, captions=captions) if captions else _in_classes(name, files)
     source.left_aside = FaultCounts(source.left_aside)
     source.left_aside.include(files.left_aside)

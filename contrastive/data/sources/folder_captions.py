@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from contrastive.data.class_sets import CLASS_FILES
 from contrastive.data.record import SAMPLES_ASKED, BadSample, FaultCounts, Source
@@ -131,10 +131,7 @@ def find_captions(name: str, files: FolderFiles, asked: str | None) -> FolderCap
 def _look(files: FolderFiles) -> tuple[set[str], bool, int]:
     """Look at 100 texts of each kind: fields of KEY.json, whether a KEY.txt has several lines, how many say other."""
     held, several, unlike, stems = set(), False, 0, []
-    for suffix in (
-        "txt",
-        "json",
-    ):  # some JSON may lie beside a text, others beside none
+    for suffix in ("txt", "json"):  # some JSON may lie beside a text, others beside none
         beside = sorted(files.beside.get(suffix, ()))
         stems += beside[:: max(1, len(beside) // SAMPLES_ASKED)]
     for stem in dict.fromkeys(stems):
@@ -150,10 +147,10 @@ def _look(files: FolderFiles) -> tuple[set[str], bool, int]:
     return held, several, unlike
 
 
-def open_metadata(name: str, files: FolderFiles, columns: Columns) -> Source | None:
-    """Open a folder of `datasets`: metadata.csv with the column file_name.
+def find_metadata(name: str, files: FolderFiles) -> str:
+    """Return the metadata.csv of a folder of `datasets`, which has a column file_name.
 
-    None where there is no such file, or KEY.txt beside the images as well.
+    Empty where there is no such file, or KEY.txt beside the images as well.
 
     Raises:
         UserError: several of them, or one that lies further down.
@@ -161,14 +158,14 @@ def open_metadata(name: str, files: FolderFiles, columns: Columns) -> Source | N
     found = [path for path in files.others if os.path.basename(path) in _METADATA]
     found = [path for path in found if "file_name" in columns_of(files.root, path)]
     if not found or "txt" in files.beside:
-        return None
+        return ""
     if len(found) > 1 or os.sep in found[0]:
         folders = "/*" * found[-1].count(os.sep)
         raise UserError(
             f"{name}: the captions lie in {', '.join(found[:3])}; give one, or those alike as "
             f"'{files.root}{folders}/{os.path.basename(found[-1])}'"
         )
-    return open_inside(name, files, found[0], columns if columns.image else replace(columns, image="file_name"))
+    return found[0]
 
 
 def open_inside(name: str, files: FolderFiles, table: str, columns: Columns) -> Source:
@@ -187,15 +184,21 @@ def is_hidden(path: str) -> bool:
     return path.startswith(".") or f"{os.sep}." in path  # no hidden folder is looked into
 
 
-def captions_table(files: FolderFiles) -> tuple[str, bool]:
-    """Return a file at the top of the folder that has captions of images, and whether it is a table; ('', False)."""
+def captions_table(name: str, files: FolderFiles) -> str:
+    """Return a table at the top of the folder with captions of images, '' for none. UserError: captions in COCO's JSON.
+
+    A table is any with an image and a caption column: 'results.csv' with 'image_name| comment', as Flickr30k's.
+    """
     for path in files.others:
         known = set() if os.sep in path else {column.strip().lower() for column in columns_of(files.root, path)}
         if known & {*IMAGE_COLUMNS, "image_name"} and known & {*CAPTION_COLUMNS, "comment"}:
-            return path, True
+            return path
         if re.fullmatch(r"(annotations/)?captions[^/]*\.json|dataset(_coco|_flickr\w*)?\.json", path.lower()):
-            return path, False
-    return "", False
+            raise UserError(
+                f"{name}: no captions beside the images, but '{path}', which is not read; write the paths and captions "
+                f"in it as a .csv or .jsonl, in the folder in which the paths begin; {FORMS}"
+            )
+    return ""
 
 
 def columns_of(root: str, path: str) -> list[str]:
