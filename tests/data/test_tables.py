@@ -4,6 +4,7 @@ import json
 import pickle
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from refusals import refused
@@ -218,6 +219,18 @@ def test_saved_dataset(dataset, tmp_path):
     assert again[5] == source[5]
     loader = DataLoader(source, sampler=range(6), batch_size=None, num_workers=2)
     assert list(loader) == [source[index] for index in range(6)]
+
+
+def test_bad_text_of_a_saved_dataset_costs_one_sample(tmp_path):
+    from datasets import Dataset
+
+    unchecked = pc.CastOptions(target_type=pa.string(), allow_invalid_utf8=True)
+    texts = pc.cast(pa.array([b"\xff\xfe", b"good"]), options=unchecked)
+    Dataset(pa.table({"image": [b"x", b"y"], "text": texts})).save_to_disk(tmp_path / "bad")
+    source = open_source(str(tmp_path / "bad"))
+    assert source.captions(1) == ("good",)
+    with pytest.raises(BadSample, match="bad_utf8"):
+        source.captions(0)
 
 
 def test_saved_splits(dataset, tmp_path):

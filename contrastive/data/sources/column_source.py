@@ -28,9 +28,9 @@ _NO_NUMBER = ("nan", "na", "n/a", "null", "none")
 
 
 class Cells(Protocol):
-    """One column: a row's Python value, or Arrow's scalar of it. Picklable, safe to fork."""
+    """One column, by row. Picklable, safe to fork."""
 
-    def __getitem__(self, row: int) -> Any: ...
+    def __getitem__(self, row: int) -> pa.Scalar: ...
 
 
 class ColumnSource(Source):
@@ -308,7 +308,7 @@ def _read(cells: Cells, row: int, key: str, keep: bool = False) -> Any:
     """Return the value. keep: a text of bad UTF-8 as one that the loader refuses, not the whole sample with it."""
     value = cells[row]
     try:
-        return value.as_py() if hasattr(value, "as_py") else value
+        return value.as_py()
     except UnicodeDecodeError:  # bad UTF-8, which Arrow keeps until it is read
         if keep and hasattr(value, "as_buffer"):
             return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")

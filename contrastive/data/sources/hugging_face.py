@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from contrastive.data.record import fingerprint_of
 from contrastive.data.sources.column_source import ColumnSource, is_text
@@ -71,10 +71,10 @@ class DatasetColumn:
 
     def __init__(self, dataset: Dataset, name: str):
         # The library's own columns select themselves anew for every cell, which reads seven times slower.
-        self._column, self._name = dataset.select_columns([name]), name
+        self._column = dataset.select_columns([name]).with_format("arrow")
 
-    def __getitem__(self, row: int) -> Any:
-        return self._column[row][self._name]
+    def __getitem__(self, row: int) -> pa.Scalar:
+        return self._column[row].column(0)[0]
 
 
 @contextmanager
