@@ -11,6 +11,11 @@ class UserError(Exception):
     """
 
 
+def reason_of(error: Exception | str) -> str:
+    """Return the first line of what an error says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest of `choices`, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)

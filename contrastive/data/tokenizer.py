@@ -23,7 +23,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from contrastive.data.captions import MAX_CAPTION_CHARS, Cleaning, caption_fault, clean_text
-from contrastive.errors import UserError, did_you_mean
+from contrastive.errors import UserError, did_you_mean, reason_of
 from contrastive.files import read_json, write_json
 from contrastive.words import no_attribute
 
@@ -205,8 +205,7 @@ def _read_core(folder: Path):
         core = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         ids = core("a")["input_ids"]
     except Exception as error:  # a damaged folder fails in as many ways as it has files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot read a tokenizer from folder '{folder}': {reason}") from error
+        raise UserError(f"cannot read a tokenizer from folder '{folder}': {reason_of(error)}") from error
     if not ids:
         raise UserError(
             f"the tokenizer in '{folder}' has no ids for the text 'a': its vocabulary lacks letters and an unk_token; "

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from contrastive.distributed.collectives import rank, together
-from contrastive.errors import UserError
+from contrastive.errors import UserError, reason_of
 from contrastive.evaluate.embeddings import Space, pick_indices
 from contrastive.files import check_writable, write_json, write_whole
 
@@ -241,8 +241,7 @@ def _damage_told(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, EOFError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged ({reason}); delete it and embed again") from None
+        raise UserError(f"{path} is damaged ({reason_of(error)}); delete it and embed again") from None
 
 
 def store_config(model: Mapping, source, options: StoreOptions) -> dict:

@@ -223,6 +223,20 @@ def test_a_text_that_says_no_more_than_the_json_is_no_difference(tmp_path, value
     assert "says other" not in open_source(path).reading
 
 
+@pytest.mark.parametrize(
+    ("value", "captions"),
+    [
+        ('["one", null, "two"]', ("one", "two")),
+        ('{"raw": "one", "id": 3}', ("one",)),
+        ('[{"caption": "one"}, {"caption": "two"}]', ("one", "two")),
+        ("7", ()),
+    ],
+)
+def test_captions_in_json_are_written_as_in_tables(tmp_path, value, captions):
+    path = shard(tmp_path, ("a.jpg", "A"), ("a.json", f'{{"caption": {value}}}'), ("b.jpg", "B"), ("b.txt", "x"))
+    assert open_source(path).captions(0) == captions
+
+
 def test_a_shard_of_which_nothing_can_be_used_says_why(tmp_path):
     path = shard(tmp_path, *((name, "x") for name in ("a.jpg", "b.jpg", "a.txt", "b.txt")))
     with pytest.raises(UserError, match="x.tar: the members of no key, as 'a', follow .* `tar --sort=name`"):

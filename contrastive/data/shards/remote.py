@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from contrastive.errors import UserError
+from contrastive.errors import UserError, reason_of
 from contrastive.files import cache_folder
 from contrastive.log import warn
 
@@ -123,18 +123,18 @@ def _read(url: str) -> Iterator[Any]:
     except FileNotFoundError:
         raise UserError(f"{url}: there is no such file; check the address") from None
     except PermissionError as error:
-        raise UserError(f"{url}: access is denied ({_line(error)})") from None
+        raise UserError(f"{url}: access is denied ({reason_of(error)})") from None
     except ImportError as error:
-        raise UserError(f"{url}: a package for this protocol is missing: {_line(error)}") from None
+        raise UserError(f"{url}: a package for this protocol is missing: {reason_of(error)}") from None
     except ValueError as error:
-        raise UserError(f"{url}: cannot be opened: {_line(error)}") from None
+        raise UserError(f"{url}: cannot be opened: {reason_of(error)}") from None
     except Exception as error:  # every store has its own classes
         if "Credentials" in type(error).__name__:
-            raise UserError(f"{url}: {_line(error)}") from None
+            raise UserError(f"{url}: {reason_of(error)}") from None
         reason = getattr(error, "reason", error)  # urllib wraps what goes wrong before the first byte
         if isinstance(reason, TimeoutError):
             raise _Transient(f"nothing came for {TIMEOUT:g} s") from None
-        raise _Transient(f"the connection failed ({_line(reason)})") from None
+        raise _Transient(f"the connection failed ({reason_of(reason)})") from None
 
 
 def _http(url: str) -> Iterator[Any]:
@@ -168,10 +168,6 @@ def _in_time(function: Callable[..., Any], *arguments: Any, **options: Any) -> A
 
     threading.Thread(target=call, daemon=True).start()
     return answer.result(TIMEOUT)
-
-
-def _line(error: Exception | str) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 # The cache

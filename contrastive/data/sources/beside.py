@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from functools import cached_property
 
 from contrastive.data.record import BadSample, FaultCounts
-from contrastive.data.sources.columns import weighted_names
+from contrastive.data.sources.columns import texts_in, weighted_names
 from contrastive.errors import UserError, did_you_mean
 
 CAPTION_FIELDS = ("captions", "caption")
@@ -135,8 +135,7 @@ def spoken(name: str) -> str:
 
 def same_texts(lines: Sequence[str], value: object) -> bool:
     """Whether one of them, lines of KEY.txt and a field of KEY.json, says nothing that the other does not say."""
-    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    first, second = ({" ".join(str(text).split()) for text in given} for given in (lines, texts))
+    first, second = ({" ".join(str(text).split()) for text in given} for given in (lines, texts_in(value)))
     return first <= second or second <= first
 
 
@@ -146,14 +145,11 @@ def count_aside(counts: FaultCounts, reason: str, *keys: str, count: int = 1) ->
 
 
 def _texts(value: object, key: str) -> tuple[str, ...]:
-    """Return the captions of a JSON field. BadSample 'bad_caption'."""
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list):
-        return ()
-    if not all(isinstance(text, str) for text in value):
+    """Return the captions of a JSON field, none of a number. BadSample 'bad_caption'."""
+    texts = texts_in(value) if isinstance(value, str | list | dict) else []
+    if not all(isinstance(text, str) for text in texts):
         raise BadSample("bad_caption", key)
-    return tuple(value)
+    return tuple(texts)
 
 
 def _weights(value: object, count: int, key: str) -> tuple[float, ...] | None:

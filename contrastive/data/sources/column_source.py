@@ -14,7 +14,7 @@ import numpy as np
 
 from contrastive.data.class_sets import class_names_beside
 from contrastive.data.record import SAMPLES_ASKED, BadSample, Record, Source, check_index, fingerprint_of, part_and_row
-from contrastive.data.sources.columns import CAPTION_COLUMNS, Columns
+from contrastive.data.sources.columns import CAPTION_KEYS, Columns, texts_in
 from contrastive.data.sources.paths import MAX_IMAGE_BYTES, read_image_file
 from contrastive.data.sources.row_images import TablePart, byte_keys, find_images, path_keys, rows_by_image
 from contrastive.errors import UserError, did_you_mean
@@ -22,7 +22,6 @@ from contrastive.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_CAPTION_FIELDS = ("raw", *CAPTION_COLUMNS)  # of the dicts that COCO's captions come in
 _LIST_TEXT = re.compile(r"""\s*\[\s*(["']|\]\s*$)""")
 _NO_NUMBER = ("nan", "na", "n/a", "null", "none")
 
@@ -124,7 +123,7 @@ class ColumnSource(Source):
             for row in rows:
                 key = self._locate(row)[1]
                 value = _read(cells, row, key, keep=len(rows) > 1)
-                texts += _texts(_listed(value) if lists and value else value)
+                texts += texts_in(_listed(value) if lists and value else value)
                 if not all(isinstance(text, str) for text in texts):
                     raise BadSample("bad_caption", key)
             captions += texts
@@ -190,22 +189,13 @@ def _check_types(columns: Columns, types: Mapping[str, pa.DataType], where: str)
     for caption, _ in columns.weighted:
         inner = held = types[caption]
         while inner is not None and kinds.is_nested(inner):
-            known = [name for name in _CAPTION_FIELDS if kinds.is_struct(inner) and inner.get_field_index(name) >= 0]
+            known = [name for name in CAPTION_KEYS if kinds.is_struct(inner) and inner.get_field_index(name) >= 0]
             inner = inner.field(known[0]).type if known else getattr(inner, "value_type", None)
         if inner is None or not (is_text(inner) or kinds.is_null(inner)):
             raise UserError(
                 f"{where}: column '{caption}' holds {held}; captions must be texts or lists of texts; of a dict "
-                f"{' or '.join(_CAPTION_FIELDS)} is read; name another column with caption_column"
+                f"{' or '.join(CAPTION_KEYS)} is read; name another column with caption_column"
             )
-
-
-def _texts(value: Any) -> list[Any]:
-    """The captions in a cell, which are texts where they are captions."""
-    if isinstance(value, list):
-        return [text for part in value for text in _texts(part)]
-    if isinstance(value, dict):
-        return _texts(next(value[name] for name in _CAPTION_FIELDS if name in value))
-    return [] if value is None else [value]
 
 
 def _hold_lists(where: str, column: str, cells: Cells, num_rows: int) -> bool:
@@ -220,7 +210,7 @@ def _hold_lists(where: str, column: str, cells: Cells, num_rows: int) -> bool:
     if not texts or not all(map(_LIST_TEXT.match, texts)):
         return False
     for text in texts:
-        if not all(isinstance(part, str) for part in _texts(_listed(text))):
+        if not all(isinstance(part, str) for part in texts_in(_listed(text))):
             raise UserError(
                 f"{where}: column '{column}' holds {text[:60]!r}, a list of texts neither as JSON nor as Python"
             )

@@ -12,6 +12,7 @@ IMAGE_COLUMNS = (
     "image_name", "image_file", "img_path",
 )  # fmt: skip
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
+CAPTION_KEYS = ("raw", *CAPTION_COLUMNS)  # of the dicts that COCO's captions come in
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "fine_label", "category")
 _URL_COLUMNS = ("url", "image_url", "img_url")
 _NUMBERS = ("int", "uint", "float", "half", "double", "decimal", "bool", "numbers", "null")
@@ -109,6 +110,19 @@ def _usual(held: Sequence[tuple[str, str]], usual: Sequence[str], numbers_too: b
     if not numbers_too:
         found.sort(key=lambda column: column[1].startswith(_NUMBERS))
     return [name for name, _ in found]
+
+
+def texts_in(value: object) -> list:
+    """Return the captions in a cell or a JSON field: a text, a dict of one ({"raw": "a dog"}), or a list of either.
+
+    Nulls are left out. What is no text stays, for the caller to refuse.
+    """
+    if isinstance(value, list):
+        return [text for part in value for text in texts_in(part)]
+    known = [name for name in CAPTION_KEYS if name in value] if isinstance(value, dict) else []
+    if known:
+        return texts_in(value[known[0]])
+    return [] if value is None else [value]
 
 
 def weighted_names(text: str) -> tuple[tuple[str, float], ...]:

@@ -13,7 +13,7 @@ from contrastive.data.record import fingerprint_of
 from contrastive.data.sources.column_source import ColumnSource, is_text
 from contrastive.data.sources.columns import Columns, find_columns
 from contrastive.data.sources.row_images import TablePart
-from contrastive.errors import UserError, did_you_mean
+from contrastive.errors import UserError, did_you_mean, reason_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,8 +85,7 @@ def _library_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"{name}: datasets cannot open it ({reason})") from None
+        raise UserError(f"{name}: datasets cannot open it ({reason_of(error)})") from None
 
 
 def _from_dataset(name: str, dataset: Dataset, folder: str, asked: Columns) -> ColumnSource:

@@ -22,7 +22,7 @@ from contrastive.data.sources.columns import Columns, find_columns
 from contrastive.data.sources.delimited import BLOCK_BYTES, read_delimited
 from contrastive.data.sources.paths import short_names, table_suffix
 from contrastive.data.sources.row_images import TablePart
-from contrastive.errors import UserError
+from contrastive.errors import UserError, reason_of
 from contrastive.files import sha256
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ def _joined(files: Sequence[TableFile]) -> pa.Table:
     try:
         return pa.concat_tables([file.rows for file in files], promote_options="permissive")
     except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{first.path} and the tables after it have different columns ({reason})") from None
+        raise UserError(f"{first.path} and the tables after it have different columns ({reason_of(error)})") from None
 
 
 def _read_table(path: str, asked: Columns) -> TableFile:
@@ -113,9 +112,8 @@ def _read_table(path: str, asked: Columns) -> TableFile:
             _check_text(path)
         file = _READERS[suffix](path, asked)
     except (OSError, csv.Error, pa.ArrowException, ValueError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         hint = "; JSON is read as a list of records, or as one a line" if "json" in suffix else ""
-        raise UserError(f"{path}: cannot be read as {suffix[1:]} ({reason}){hint}") from None
+        raise UserError(f"{path}: cannot be read as {suffix[1:]} ({reason_of(error)}){hint}") from None
     if not file.rows.num_rows:
         raise UserError(f"{path} has no rows")
     return file
@@ -263,4 +261,4 @@ class ParquetImages:
             with pq.ParquetFile(path, memory_map=True) as file:
                 return file.read_row_group(group, columns=[self._column], use_threads=False).column(0)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path}: row group {group} cannot be read ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{path}: row group {group} cannot be read ({reason_of(error)})") from None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from contrastive.data.preprocess import PreprocessConfig
-from contrastive.errors import UserError
+from contrastive.errors import UserError, reason_of
 from contrastive.interop.formats.evaluation_transform import taken_size, whole_patches, write_timm_transform
 from contrastive.interop.formats.key_table import TensorNames, renamed_table, to_ours, to_theirs
 from contrastive.log import warn
@@ -67,8 +67,7 @@ def build_on_meta(name: str, where: Path, **arguments) -> nn.Module:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **arguments)
     except Exception as error:  # whatever an unknown name or argument comes to inside timm
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{where}: timm cannot build its model: {reason}") from None
+        raise UserError(f"{where}: timm cannot build its model: {reason_of(error)}") from None
 
 
 def describe_vit(
