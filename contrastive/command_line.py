@@ -15,17 +15,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=formatter)
 
     def error(self, message: str):
-        if message.startswith("unrecognized arguments: --"):
-            flag = message.split()[2].split("=")[0]
-            message += "." + did_you_mean(flag, self._option_string_actions)
+        if message.startswith("unrecognized arguments: "):
+            message += "; quote a pattern, or the shell expands it: 'shards/*.tar'"
         raise UserError(message)
 
     def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
         """As argparse's, with '_' for '-' in flags too; one of another library is told what it is called here."""
         known, words = {flag.name for flag in flags_of(list(self._option_string_actions))}, []
-        meant = [flag_here(flag, known) for flag in flags_of(args) if flag.name not in known]
-        if any(meant):
-            raise UserError(" ".join(filter(None, meant)))
+        if foreign := [flag for flag in flags_of(args) if flag.name not in known]:
+            hints = [f"unknown flag {flag.typed}.{did_you_mean(flag.name, known)}" for flag in foreign]
+            meant = [flag_here(flag, known) or hint for flag, hint in zip(foreign, hints, strict=True)]
+            raise UserError(f"{' '.join(meant)} See --help")
         for arg, flag in zip(args, flags_of(args), strict=True):
             dashed = "--" + flag.name.replace("_", "-") + arg.removeprefix(flag.typed)
             words.append(dashed if flag.name and flag.name in known else arg)

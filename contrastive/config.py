@@ -317,7 +317,7 @@ def _old_name(name: str, new: str | Gone, dashes: str = "") -> str:
 def _options_of(
     args: list[str], known: dict[str, Any], also: tuple[str, ...], renamed: dict[str, str | Gone]
 ) -> list[str]:
-    """Return the names of the options that flags are of; UserError for old ones, and for all unknown ones at once."""
+    """Return the names of the options that flags are of; UserError for old ones, and for all others at once."""
     names, unknown = [], []
     for flag in filter(lambda flag: flag.name, flags_of(args)):
         section, dot, option = flag.name.rpartition(".")
@@ -331,6 +331,9 @@ def _options_of(
         else:
             hint = did_you_mean(flag.name, (*known, *also))
             unknown.append(flag_here(flag, (*known, *also)) or f"unknown flag --{flag.name}.{hint}")
+    for name, hint in known.items():
+        if names.count(name) > 1 and ... in typing.get_args(hint):
+            unknown.append(f"--{name} is given {names.count(name)} times; give all its values after one.")
     if unknown:
         raise UserError(f"{' '.join(unknown)} See --help")
     return names

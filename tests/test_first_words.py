@@ -118,6 +118,7 @@ PYTHON = [
     ("model.nonsense", "'DualEncoder' object has no attribute 'nonsense'$"),
     ("model.config.embed_dim", "it == 16"),
     ("model.encode_image(torch.zeros(1, 3, 16, 16))", "it.shape == (1, 16)"),
+    ("model.encode_image(bundle.preprocess(path + '/x.jpg'))", "shape .3, 16, 16. is none of pixels .*pixels.None."),
     ("model.encode_text(['a dog'])", "a list is no tensor of ids .B, N.: bundle.tokenizer.texts"),
     ("model.encode_image(path + '/x.jpg')", "a str is no tensor of pixels .*bundle.preprocess"),
     ("classifier.visual", "'ImageClassifier' object has no attribute 'visual': here it is model.image_tower"),

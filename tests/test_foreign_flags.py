@@ -1,7 +1,6 @@
 """Flags of open_clip, transformers, timm and clip_benchmark: short for ours, or one line with our name and value."""
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -60,7 +59,13 @@ def test_the_common_ones_are_short(cls):
         ("--lock-image", "--lock-image is --lock image"),
         ("--freeze_vision_model", "is --lock image"),
         ("--lock-text", "not offered"),
-        ("--pretrained laion2b", "is --init laion2b here."),
+        ("--pretrained laion2b", "is --init laion2b, where that is a folder or hf-hub:ORG/NAME, here."),
+        ("--device cuda", "--device: a flag of accelerate launch: --cpu; a GPU is used where there is one."),
+        ("--cpu", "a flag of accelerate launch: --cpu"),
+        ("--use-bn-sync", "not needed"),
+        ("--distill-model ViT-L-14 --debug", "--distill-model: not offered: leave it out. --debug: not offered"),
+        ("--val-num-samples 5000", "not needed"),
+        ("--cache-dir /c", "HF_HOME=/c"),
         ("--model_name_or_path m", "is --init m here."),
         ("--grad-checkpointing", "--model.image.gradient_checkpointing"),
         ("--dataset-type webdataset", "not needed"),
@@ -107,10 +112,21 @@ def test_a_hint_names_only_flags_that_there_are():
         parsed(TrainClassifierConfig, "--siglip")
 
 
-def test_resume_takes_no_value():
-    words = {"prog": "t", "description": "", "default_file": Path("a.yaml")}
-    with pytest.raises(UserError, match="--resume is a switch: it goes on from the newest .*; leave out 'latest'"):
-        command(PretrainConfig, lambda config: True, ["--resume", "latest"], **words)
+def test_values_that_a_second_flag_would_throw_away_are_an_error():
+    words = ["--val-data", "digits:test", "--batch-size", "8", "--batch-size", "16"]
+    assert parsed(PretrainConfig, *words).train.global_batch_size == 16
+    with pytest.raises(UserError, match="--data.eval is given 2 times; give all its values after one. See"):
+        parsed(PretrainConfig, *words, "--data.eval=scenes:test")
+
+
+def test_resume_takes_no_value_but_latest(tiny_file):
+    words = {"prog": "t", "description": "", "default_file": tiny_file}
+    with pytest.raises(UserError, match="--resume is a switch: it goes on from the newest .*; leave out 'a/1.pt'"):
+        command(PretrainConfig, lambda config: True, ["--resume", "a/1.pt"], **words)
+    resumes = []
+    for args in (["--resume", "latest"], ["--resume", "latest", "--lr", "1"], ["--run_folder", "latest"]):
+        command(PretrainConfig, lambda config: resumes.append(config.resume) or True, args, **words)
+    assert resumes == [True, True, False]
 
 
 def test_the_global_batch_is_said_where_there_are_ranks(tiny_file, monkeypatch, capsys):
@@ -131,6 +147,17 @@ def tiny_file(tmp_path):
     [
         (zero_shot, "RUN --dataset cifar10", "--dataset cifar10 is --data cifar10 here."),
         (zero_shot, "RUN --data d --pretrained openai", "--pretrained: the model is the first word"),
+        (zero_shot, "RUN --imagenet-val d", "--imagenet-val d is --data d here."),
+        (zero_shot, "RUN --data d --cpu", "--cpu is --device cpu here."),
+        (
+            zero_shot,
+            "--model M --dataset a --xyz 3",
+            "NAME. --dataset a is --data a here. unknown flag --xyz. See",
+        ),
+        (zero_shot, "RUN --data a.tar b.tar", "unrecognized arguments: b.tar; quote a pattern"),
+        (evaluate, "RUN --task zero_shot --data d --classes imagenet", "is --option classes=imagenet here."),
+        (evaluate, "RUN --custom-template-file t.txt", "is --option templates=t.txt here."),
+        (evaluate, "--models RUN", "the model is the first word"),
         (zero_shot, "RUN --data d --model ViT-B-32", "--model: the model is the first word"),
         (zero_shot, "RUN --data d --split test", "--split: part of the data's name, as cifar10:test"),
         (evaluate, "RUN --dataset_root /data", "--dataset_root /data is --data PATH here."),
@@ -158,4 +185,5 @@ def test_each_row_names_a_flag_that_there_is(row):
     ours = re.match(r"--([\w.-]+)", row[2])
     options = {name for cls in KINDS for name in flatten(to_dict(cls()))} | {"loss", "optimizer"}
     others = ["workers", "data", "limit", "out", "precision", "templates", "classes"]
+    others += ["device", "option"]
     assert ours is None or ours[1] in options or ours[1] in others

@@ -196,6 +196,8 @@ class ImageClassifier(_WithImageTower):
 def _check_tensor(given: torch.Tensor, wanted: str) -> None:
     if not isinstance(given, torch.Tensor):
         raise UserError(f"a {type(given).__name__} is no tensor of {wanted}")
+    if given.ndim == 3:
+        raise UserError(f"a tensor of shape {tuple(given.shape)} is none of {wanted}; of one image, pixels[None]")
 
 
 def unit_length(features: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,9 @@ def command(
     """
     short = cls.SHORT_FLAGS
     typed = {flag.name: flag.value for flag in flags_of(args)}
-    if typed.get("resume"):
+    if typed.get("resume") == "latest" and "--resume" in args:
+        args = [arg for place, arg in enumerate(args) if place != args.index("--resume") + 1]
+    elif typed.get("resume"):
         raise UserError(
             "--resume is a switch: it goes on from the newest checkpoint of --run_folder; leave out "
             f"'{typed['resume']}'"
@@ -71,8 +73,8 @@ def command(
             for name in asked:
                 if name.endswith(("width", "depth")) and asked[name] != own[name]:
                     raise UserError(
-                        f"a resumed run keeps its model: model.{name} is {own[name]}, not {asked[name]}; leave --model "
-                        "out"
+                        f"a resumed run keeps its model: model.{name} is {own[name]}, not {asked[name]}; leave "
+                        f"{'--model' if again.given['model'] else '--config'} out"
                     )
         config = replace(again, run_folder=config.run_folder)
     elif not chosen:  # what the default file says nobody has asked for

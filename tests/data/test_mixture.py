@@ -282,3 +282,12 @@ def test_open_source_opens_a_mixture():
     assert isinstance(source, Mixture) and source.weights == (3, 1)
     assert len(source) == 1442 + 355 and source.class_names[7] == "seven"
     assert source[1442].key.startswith("digits:test:") and source[1442].captions
+
+
+def test_open_clips_way_to_join_shards_is_told_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        split_mixture("a-{0..3}.tar::b.tar")
+    assert "'{a-{0..3}.tar,b.tar}' reads all as one, 'a-{0..3}.tar,b.tar' draws from each alike" in str(error.value)
+    (tmp_path / "odd::name.tar").touch()
+    assert split_mixture("odd::name.tar") == (["odd::name.tar"], (1,))

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 import contrastive
 from contrastive.errors import UserError
+from contrastive.train.pretrain import PretrainConfig, pretrain
+from contrastive.train.run import command
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,10 @@ def test_an_edited_file_counts_on_resume(model, stopped, tmp_path, capsys):
     edited.write_text((model.parent / "tiny.yaml").read_text().replace("steps: 8", "samples: 144"))
     pretrain_here("--config", edited, "--run_folder", stopped, "--resume")
     assert "resuming with train.steps 8 → 9" in capsys.readouterr().err and len(rows(stopped)) == 9
+    other = {**yaml.safe_load(edited.read_text()), "model": {"name": "siglip_vit_b_16"}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    with pytest.raises(UserError, match="model.image.width is 16, not 768; leave --config out"):
+        pretrain_here("--config", tmp_path / "other.yaml", "--run_folder", stopped, "--resume")
     edited.write_text(edited.read_text() + "loss: {name: softmax}\n")
     with pytest.raises(UserError, match="keeps its loss.name .asked for: loss.name sigmoid → softmax"):
         pretrain_here("--config", edited, "--run_folder", stopped, "--resume")
@@ -252,3 +258,14 @@ def test_the_sizes_of_small_images_can_be_named_in_full(tmp_path):
         main([*common, "--image_size", "8"])
     with pytest.raises(UserError, match="16 is not a multiple of model.image.patch_size 3"):
         main([*common, "--model.image.patch_size", "3"])
+
+
+def test_what_only_the_default_file_says_is_no_mistake_of_the_user(tiny_text, tmp_path):
+    """Its prompts are for its own data; data without labels have no use for them, and nobody asked."""
+    (tmp_path / "tiny.yaml").write_text(tiny_text.replace("data: {", "data: {templates: photo, "))
+    words = {"prog": "t", "description": "", "default_file": tmp_path / "tiny.yaml"}
+    pairs = ["--data.train", "scenes:val", "--data.eval", "scenes:val", "--dry_run"]
+    command(PretrainConfig, pretrain, pairs, **words)
+    for asked in (["--config", str(tmp_path / "tiny.yaml")], ["--data.templates", "photo"]):
+        with pytest.raises(UserError, match="--data.templates photo is for labelled data"):
+            command(PretrainConfig, pretrain, [*pairs, *asked], **words)

@@ -244,6 +244,12 @@ def split_mixture(spec: str) -> tuple[list[str], tuple[int, ...]]:
         UserError: an empty part, a weight that is no number above 0, or one with more than three decimals.
     """
     parts = [spec] if _exists(spec) else [part.strip() for part in _split_commas(spec)]
+    chain = spec.split("::")
+    if len(chain) > 1 and not _exists(spec) and all(".tar" in part for part in chain):
+        raise UserError(
+            f"'{spec}': '::' joins nothing here: '{{{','.join(chain)}}}' reads all as one, '{','.join(chain)}' draws "
+            "from each alike, or by weights, as 'A=2,B=1'"
+        )
     if len(parts) == 1:
         return parts, (1,)
     if not all(parts):
