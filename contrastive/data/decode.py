@@ -71,15 +71,11 @@ def _cut(pixels: np.ndarray, choose_crop: ChooseCrop | None) -> np.ndarray:
 def _decode_file(data: bytes, choose_crop: ChooseCrop | None, min_side: int | None) -> np.ndarray:
     if data[:3] == b"\xff\xd8\xff":
         try:
-            return _decode_jpeg(data, choose_crop or _whole, min_side)
+            return _decode_jpeg(data, choose_crop or (lambda height, width: (0, 0, height, width)), min_side)
         except ValueError:
             pass  # CMYK, or an oddity that Pillow forgives
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         return _cut(_to_rgb(opened), choose_crop)
-
-
-def _whole(height: int, width: int) -> Box:
-    return 0, 0, height, width
 
 
 def _decode_jpeg(data: bytes, choose_crop: ChooseCrop, min_side: int | None) -> np.ndarray:

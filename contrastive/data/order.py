@@ -88,10 +88,6 @@ class SampleOrder(ABC):
         """
         return ()
 
-    def epoch_of(self, step: int) -> int:
-        """Return the epoch in which the batch of `step` begins."""
-        return step * self.global_batch_size // self.num_samples
-
     def cursor(self, step: int, fingerprint: str = "") -> dict[str, Any]:
         """Return all that a checkpoint has to keep for the data to go on from `step`.
 
@@ -99,7 +95,7 @@ class SampleOrder(ABC):
         """
         return {
             "step": step,
-            "epoch": self.epoch_of(step),
+            "epoch": step * self.global_batch_size // self.num_samples,  # in which the batch of `step` begins
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "num_samples": self.num_samples,

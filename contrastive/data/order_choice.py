@@ -8,7 +8,7 @@ import numpy as np
 
 from contrastive.data.order import MIXTURE, DrawnOrder, Order, SampleOrder, philox
 from contrastive.data.record import Source
-from contrastive.data.sharded_order import WINDOW, ShardedOrder, default_lanes, pseudo_shards
+from contrastive.data.sharded_order import WINDOW, ShardedOrder, default_lanes, first_seen, pseudo_shards
 from contrastive.errors import UserError
 
 SHUFFLED_WHOLE = 4_000_000  # samples of local data up to which the shuffled list of them all is kept in memory
@@ -69,8 +69,7 @@ class MixtureOrder(SampleOrder):
             own = owners == number
             if isinstance(part, ShardedOrder) and own.any():
                 touched[own] = np.stack([owners[own], part.shards_at(draws[own])], axis=1)
-        distinct, first = np.unique(touched, axis=0, return_index=True)
-        return [tuple(pair) for pair in distinct[np.argsort(first)].tolist() if pair[0] >= 0]
+        return [tuple(pair) for pair in first_seen(touched).tolist() if pair[0] >= 0]
 
     def kind(self) -> dict[str, Any]:
         parts = [part.kind() for part in self.parts]

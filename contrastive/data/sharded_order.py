@@ -171,8 +171,8 @@ class ShardedOrder(SampleOrder):
 
 
 def first_seen(numbers: np.ndarray) -> np.ndarray:
-    """Return each number once, in the order they come first."""
-    distinct, first = np.unique(numbers, return_index=True)
+    """Return each number, or row of numbers, once, in the order they come first."""
+    distinct, first = np.unique(numbers, axis=0, return_index=True)
     return distinct[np.argsort(first)]
 
 

@@ -4,7 +4,6 @@ An index folder holds `manifest.json`, a summary of every shard, and for each sh
 samples, which is read when the shard is first touched.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from contrastive.data.record import fingerprint_of
 from contrastive.data.shards.shard_index import IndexedShard, ShardSummary, summary_from
 from contrastive.data.sources.paths import folder_and_name, is_remote
 from contrastive.errors import UserError
@@ -58,7 +58,7 @@ class IndexFolder:
         safe = re.sub(r"[^\w.-]", "_", name)
         # 'a?b' and 'a_b' must not share a file: names that had to be changed carry a hash of the original.
         if safe != name:
-            safe = f"{safe[:100]}-{_hash(name)}"
+            safe = f"{safe[:100]}-{fingerprint_of(os.fsencode(name))}"
         return os.path.join(self.path, f"{safe}.npz")
 
 
@@ -67,7 +67,7 @@ def index_folders(shards: str) -> tuple[IndexFolder, ...]:
 
     Beside local shards; else, and for remote ones, in the cache.
     """
-    in_cache = IndexFolder(os.path.join(cache_folder(), "index", _hash(shards)), shards)
+    in_cache = IndexFolder(os.path.join(cache_folder(), "index", fingerprint_of(os.fsencode(shards))), shards)
     return (in_cache,) if is_remote(shards) else (IndexFolder(os.path.join(shards, INDEX_FOLDER), shards), in_cache)
 
 
@@ -129,10 +129,6 @@ def _read(folder: str) -> tuple[str, dict[str, ShardSummary]] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as an index of shards ({error}); delete it and index again") from None
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
 def total(shards: Sequence[IndexedShard], count: str) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from contrastive.data.record import FaultCounts, Record, Source, check_index, fingerprint_of
+from contrastive.data.record import Record, Source, check_index, fingerprint_of
 from contrastive.data.shards.shard_index import PackedBytes
 from contrastive.data.sources.beside import Captions
 from contrastive.data.sources.columns import Columns
@@ -102,8 +102,7 @@ def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
     if captions is None and (table := captions_table(name, files)):
         return open_inside(name, files, table, columns)
     source = ImageFiles(name, root, images, captions=captions) if captions else _in_classes(name, files)
-    source.left_aside = FaultCounts(source.left_aside)
-    source.left_aside.include(files.left_aside)
+    source.left_aside = files.left_aside
     for suffix in captions.names if captions else ():
         source.left_aside.pop(suffix, None)
     tops = sorted({path.split(os.sep, 1)[0] for path in images}) if captions else []
@@ -123,10 +122,9 @@ def _in_classes(name: str, files: FolderFiles) -> ImageFiles:
     if class_names != tuple(folder for folder in folders if not folder.startswith(".")):
         # Labels are not what the paths alone would make them: by the place of each folder among all.
         source.fingerprint = fingerprint_of(os.fsencode("\0".join((*images, "", *class_names))))
-    source.left_aside = FaultCounts()
     for folder in set(folders) - number.keys():
         of_system = folder in _JUNK or folder[0] == "."
-        source.left_aside.add("system folders" if of_system else "folders without images", folder)
+        files.left_aside.add("system folders" if of_system else "folders without images", folder)
     return source
 
 

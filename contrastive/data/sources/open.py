@@ -259,7 +259,12 @@ def _splits_of(name: str) -> Collection[str] | None:
     if name in _SETS_BY_NAME:
         return _SETS_BY_NAME[name]
     if name.startswith("hf:"):
-        return _splits_on_hub(name.removeprefix("hf:"))
+        from datasets import get_dataset_split_names
+
+        try:
+            return get_dataset_split_names(name.removeprefix("hf:"))
+        except Exception:  # the network's and the hub's; training itself says what is wrong with the name
+            return ()
     from contrastive.data.sources.arrays import idx_folder
     from contrastive.data.sources.hugging_face import is_saved_dataset
 
@@ -268,15 +273,6 @@ def _splits_of(name: str) -> Collection[str] | None:
         splits = Path(folder) / "dataset_dict.json"
         return json.loads(splits.read_text("utf-8"))["splits"] if splits.is_file() else ()
     return ("train", "test") if idx_folder(folder) or cifar_folders(folder) else None
-
-
-def _splits_on_hub(path: str) -> Collection[str]:
-    from datasets import get_dataset_split_names
-
-    try:
-        return get_dataset_split_names(path)
-    except Exception:  # the network's and the hub's; training itself says what is wrong with the name
-        return ()
 
 
 def _beside(spec: str) -> str | None:
