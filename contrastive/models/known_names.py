@@ -51,7 +51,7 @@ NOT_OURS = {
 
 
 class Architecture(NamedTuple):
-    """What a name says. Sizes are keys of `presets.SIZES` and `presets.OTHER_SIZES`."""
+    """What a name says. Sizes are keys of `presets.SIZES`."""
 
     family: str
     """clip, siglip or siglip2."""

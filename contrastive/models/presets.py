@@ -5,43 +5,27 @@ from dataclasses import fields, replace
 from contrastive.errors import UserError, did_you_mean
 from contrastive.models.encoders import ClassifierConfig, DualEncoder, ModelConfig
 from contrastive.models.image_tower import ImageTowerConfig
-from contrastive.models.known_names import EXAMPLES, OWN_NAMES, Architecture, architecture, plain_vit
+from contrastive.models.known_names import EXAMPLES, OWN_NAMES, SPELLED_OUT, Architecture, architecture, plain_vit
 from contrastive.models.text_tower import TextTowerConfig
 from contrastive.words import called_here
 
-# width, depth, num_heads, mlp_dim of the image tower: ViT table 1; tiny and small: DeiT; so400m: Alabdulmohsin 2023
+# Of the image tower width, depth, num_heads and mlp_dim; of CLIP's text tower, whose heads have 64 channels, width and
+# depth. ViT table 1; ti and s: DeiT; so400m: Alabdulmohsin 2023; gopt: SigLIP 2's largest; the others: open_clip.
 SIZES = {
-    "ti": (192, 12, 3, 768),
-    "s": (384, 12, 6, 1536),
-    "b": (768, 12, 12, 3072),
-    "l": (1024, 24, 16, 4096),
-    "h": (1280, 32, 16, 5120),
-    "so400m": (1152, 27, 16, 4304),
+    "ti": ((192, 12, 3, 768), (256, 12)),
+    "s": ((384, 12, 6, 1536), (384, 12)),
+    "m": ((512, 12, 8, 2048), (512, 12)),
+    "b": ((768, 12, 12, 3072), (512, 12)),
+    "plus": ((896, 12, 14, 3584), (640, 12)),
+    "l": ((1024, 24, 16, 4096), (768, 12)),
+    "h": ((1280, 32, 16, 5120), (1024, 24)),
+    "g": ((1408, 40, 16, 6144), (1024, 24)),
+    "bigg": ((1664, 48, 16, 8192), (1280, 32)),
+    "e": ((1792, 56, 16, 15360), (1280, 36)),
+    "so400m": ((1152, 27, 16, 4304), None),  # both towers alike
+    "gopt": ((1536, 40, 16, 6144), None),
 }
-# Those of open_clip's names alone: plus, g, bigG, e; gopt: SigLIP 2's largest.
-OTHER_SIZES = {
-    "m": (512, 12, 8, 2048),
-    "plus": (896, 12, 14, 3584),
-    "g": (1408, 40, 16, 6144),
-    "bigg": (1664, 48, 16, 8192),
-    "e": (1792, 56, 16, 15360),
-    "gopt": (1536, 40, 16, 6144),
-}
-SIZE_NAMES = {"tiny": "ti", "small": "s", "base": "b", "large": "l", "huge": "h"}
-# embed_dim, then width, depth, num_heads of CLIP's text tower: OpenAI for b and l, open_clip for s and h
-CLIP_TEXT = {
-    "ti": (256, 256, 12, 4),
-    "s": (384, 384, 12, 6),
-    "b": (512, 512, 12, 8),
-    "l": (768, 768, 12, 12),
-    "h": (1024, 1024, 24, 16),
-    "so400m": (1152, 1152, 27, 16),
-    "m": (512, 512, 12, 8),
-    "plus": (640, 640, 12, 10),
-    "g": (1024, 1024, 24, 16),
-    "bigg": (1280, 1280, 32, 20),
-    "e": (1280, 1280, 36, 20),
-}
+SIZE_NAMES = {name: SPELLED_OUT[name] for name in ("tiny", "small", "base", "large", "huge")}
 SIGLIP_VOCABULARY, SIGLIP_I18N_VOCABULARY, SIGLIP2_VOCABULARY = 32_000, 250_000, 256_000
 # What all CLIPs have, whatever their size.
 CLIP_IMAGE_TOWER = ImageTowerConfig(
@@ -164,20 +148,22 @@ def classifier_table() -> str:
 
 
 def _shape(size: str) -> dict[str, int]:
-    return dict(zip(("width", "depth", "num_heads", "mlp_dim"), (SIZES | OTHER_SIZES)[size], strict=True))
+    return dict(zip(("width", "depth", "num_heads", "mlp_dim"), SIZES[size][0], strict=True))
 
 
 def _clip(said: Architecture) -> ModelConfig:
-    if said.size not in CLIP_TEXT:
-        raise UserError(f"no CLIP has a text tower for an image tower of size '{said.size}'; SigLIP 2 has it")
-    embed_dim, width, depth, num_heads = CLIP_TEXT[said.size]
-    mlp_dim = 4304 if said.size == "so400m" else 4 * width
+    if said.size == "gopt":
+        raise UserError("no CLIP has a text tower for an image tower of size 'gopt'; SigLIP 2 has it")
+    shape = _shape(said.size)
+    if said.size != "so400m":
+        width, depth = SIZES[said.size][1]
+        shape = {"width": width, "depth": depth, "num_heads": width // 64, "mlp_dim": 4 * width}
     activation = "quick_gelu" if said.quick_gelu else "gelu"
     image, text = (replace(tower, activation=activation) for tower in (CLIP_IMAGE_TOWER, CLIP_TEXT_TOWER))
     return ModelConfig(
-        embed_dim=embed_dim,
+        embed_dim=shape["width"],
         image=replace(image, patch_size=said.patch_size, **_shape(said.size)),
-        text=replace(text, width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim),
+        text=replace(text, **shape),
         init="clip",
     )
 
