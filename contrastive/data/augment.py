@@ -39,13 +39,6 @@ RAND_AUGMENT_OPS = (*_SIGNED, *_UNSIGNED)
 class AugmentConfig:
     """How training images are varied. In this order: crop, flip, RandAugment, color jitter, gray."""
 
-    UNUSED = {
-        "crop_ratio": ("crop_scale", lambda options: options.crop_scale[0] == 1),
-        "rand_augment_magnitude": ("rand_augment_ops", lambda options: not options.rand_augment_ops),
-        "color_jitter": ("color_jitter_prob", lambda options: not options.color_jitter_prob),
-        "color_jitter_prob": ("color_jitter", lambda options: not any(options.color_jitter)),
-    }
-
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of the area that a crop keeps; 1 1 keeps the whole image."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333)

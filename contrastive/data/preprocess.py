@@ -27,8 +27,6 @@ Cut = Literal["round", "floor", "corner"]
 class PreprocessOptions:
     """How images become pixels in evaluation and for users; training images are cut and resized by `data.augment`."""
 
-    UNUSED = {"cut": ("resize", lambda options: options.resize == "squash" and options.short_side is None)}
-
     resize: Literal["squash", "crop"] = "squash"
     """squash: scale both sides to the size (SigLIP); crop: scale the short side, then cut the centre (CLIP)."""
     mean: tuple[float, float, float] = SIGLIP_MEAN

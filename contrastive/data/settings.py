@@ -43,7 +43,6 @@ class ImageDataConfig:
     replacement: bool = False
     """Draw each sample from all of the data, whatever was drawn before, instead of each one once an epoch."""
 
-    UNUSED = {"bad_window": ("max_bad_share", lambda options: options.max_bad_share == 1)}
     # What the options were called when they stood here one by one.
     RENAMED = {name: f"preprocess.{name}" for name in ("resize", "mean", "std", "interpolation", "short_side", "cut")}
 
@@ -51,8 +50,6 @@ class ImageDataConfig:
 @dataclass(frozen=True)
 class CaptionOptions:
     """Where captions are found and how they become tokens."""
-
-    UNUSED = {"vocab_size": ("tokenizer", lambda options: options.tokenizer not in ("bpe", "auto"))}
 
     caption_column: str | None = None
     """Column, field of KEY.json or suffix (txt) of captions; several with weights: alt=1,txt=3; none: usual names."""

@@ -11,8 +11,6 @@ import torch
 class ScheduleConfig:
     """Linear warm-up, then decay."""
 
-    UNUSED = {"final_fraction": ("decay", lambda options: options.decay == "constant")}
-
     warmup_steps: int | None = None
     """Steps of linear warm-up; none: 3 % of the run, at least 100 steps but at most a tenth of it."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"

@@ -27,8 +27,6 @@ from contrastive.train.task import TrainingTask, Weights, describe_image_tower, 
 class SupervisedConfig(RunConfig):
     """What both kinds of supervised runs can be told."""
 
-    UNUSED = {"optimizer.logit_lr_factor": ("", lambda config: True)}  # there is no logit_scale
-
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     mixup: NotNegative[float] = 0.0
     """Alpha of mixup's Beta distribution; 0: no mixup."""

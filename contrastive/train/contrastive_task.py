@@ -37,11 +37,6 @@ class PretrainConfig(RunConfig):
         "loss.init_bias": "model.init_logit_bias",
     }
 
-    UNUSED = {
-        f"model.image.{name}": ("lock", lambda config: config.lock == "image")
-        for name in ("dropout", "patch_dropout", "gradient_checkpointing")
-    }
-
     loss: LossConfig = slot(LOSSES, "sigmoid")
     model: ModelConfig = preset(lambda name: models.model_config(name), ModelConfig, lambda: models.model_table())
     data: DataConfig = field(default_factory=DataConfig)

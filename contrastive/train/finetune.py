@@ -45,13 +45,6 @@ class WiseFTConfig:
 class FinetuneConfig(SupervisedConfig):
     """Everything a fine-tuning can be told."""
 
-    UNUSED = {
-        **dict.fromkeys(
-            ("dropout", "optimizer.layer_decay", "optimizer.muon_lr"), ("tune", lambda config: config.tune == "head")
-        ),
-        **dict.fromkeys(("templates", "wise_ft.alphas"), ("head", lambda config: config.head == "zeros")),
-    }
-
     init: str = ""
     """The pretrained model: a run, checkpoint or model folder."""
     init_key: str | None = None

@@ -1,15 +1,14 @@
 """What was asked for, against what comes of it: beside --init, on --resume. Read by a run, not by importing one."""
 
-import functools
 import re
-from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from contrastive.config import flatten, to_dict
+from contrastive.distributed.runtime import has_gpu, launched
 from contrastive.errors import UserError
 from contrastive.log import say
-from contrastive.train.options import LENGTHS, RunConfig
+from contrastive.train.options import LENGTHS, ONLY_IN_TRAINING, RunConfig, num_workers
 from contrastive.train.task import TrainingTask
 
 # What may differ when a run is resumed: nothing that decides which samples come, in what form, for what loss. The data
@@ -20,6 +19,21 @@ MAY_CHANGE = re.compile(
     r"train\.(steps|accumulate|precision|max_grad_norm|log_every|max_skipped)|"
     r"data\.(train|eval|num_workers|timeout|max_bad_share|bad_window)|"
     r"train\.(seed|global_batch_size)|data\.(window|lanes|replacement)|model\.(image|text)\.gradient_checkpointing"
+)
+
+
+# Options that another one leaves without any effect: which, the other one, and its value then.
+NO_EFFECT = (
+    ("evaluation.every evaluation.batch_size evaluation.limit", "data.eval", []),
+    ("data.bad_window", "data.max_bad_share", 1),
+    ("data.augment.crop_ratio", "data.augment.crop_scale", [1, 1]),
+    ("data.augment.rand_augment_magnitude", "data.augment.rand_augment_ops", 0),
+    ("data.augment.color_jitter", "data.augment.color_jitter_prob", 0),
+    ("data.augment.color_jitter_prob", "data.augment.color_jitter", [0, 0, 0, 0]),
+    ("schedule.final_fraction", "schedule.decay", "constant"),
+    (" ".join(f"model.image.{name}" for name in ONLY_IN_TRAINING), "lock", "image"),
+    ("dropout optimizer.layer_decay optimizer.muon_lr", "tune", "head"),
+    ("templates wise_ft.alphas", "head", "zeros"),
 )
 
 
@@ -43,6 +57,26 @@ def counts(config: RunConfig, name: str, cause: str) -> bool:
     """
     given = given_options(config)
     return given.get(name, False) or (name in given and given.get(cause) is False)
+
+
+def check_preset(asked: RunConfig, config: RunConfig) -> None:
+    """Raise UserError where `model NAME` was given to a resumed run, whose model is another one.
+
+    Args:
+        asked: with the preset's own options, config: with those that the run was started with.
+    """
+    given = given_options(config)
+    if "model" not in given:
+        return
+    now = flatten(to_dict(config)["model"])
+    for name, value in flatten(to_dict(asked)["model"]).items():
+        # What is left open follows from the data, and so does the size of a classifier's images.
+        open_ = value is None or (hasattr(config, "patch_size") and name in ("image.image_size", "image.patch_size"))
+        if not open_ and value != now[name] and name.rpartition(".")[2] not in ONLY_IN_TRAINING:
+            by = "--model" if given["model"] else "--config"
+            raise UserError(
+                f"a resumed run keeps its model: model.{name} is {now[name]}, not {value}; leave {by} out"
+            )
 
 
 def changes_on_resume(config: RunConfig, before: dict[str, Any]) -> str:
@@ -100,25 +134,25 @@ def check_effect(task: TrainingTask) -> None:
     config = task.config
     if config.given is None:
         return
-    parts = [part for source in (task.source, *task.held_out) for part in source.parts]
-    read = {name for part in parts for name in part.columns_read}
-    lacking = {"image_column": "columns", "caption_column": "texts to choose from"}
-    for name in sorted(lacking.keys() - read):
-        if counts(config, f"data.{name}", "data.train"):
-            raise UserError(f"data.{name} has no effect: {task.source.name} has no {lacking[name]}; leave it out")
-    for prefix, section in _sections("", config):
-        for cls in type(section).__mro__:
-            for name, (cause, switched_off) in vars(cls).get("UNUSED", {}).items():
-                cause = cause and prefix + cause
-                if counts(config, prefix + name, cause) and switched_off(section):
-                    value = functools.reduce(getattr, cause.split("."), config) if cause else "in this kind of run"
-                    why = f"without {cause}" if value in (None, ()) else f"with {cause} {value}" if cause else value
-                    raise UserError(f"{prefix}{name} has no effect {why}; leave it out")
-
-
-def _sections(prefix: str, options: Any) -> Iterator[tuple[str, Any]]:
-    yield prefix, options
-    for part in fields(options):
-        value = getattr(options, part.name)
-        if is_dataclass(value):
-            yield from _sections(f"{prefix}{part.name}.", value)
+    values, data = flatten(to_dict(config)), config.data
+    rows = [*NO_EFFECT]
+    if data.preprocess.short_side is None:
+        rows.append(("data.preprocess.cut", "data.preprocess.resize", "squash"))
+    if not (launched() or num_workers(data, has_gpu())):
+        rows.append(("data.timeout", "data.num_workers", data.num_workers))
+    if values.get("data.tokenizer") not in ("bpe", "auto"):
+        rows.append(("data.vocab_size", "data.tokenizer", values.get("data.tokenizer")))
+    found = []
+    for names, cause, off in rows:
+        if values.get(cause, ...) == off:
+            why = f" without {cause}" if off in (None, []) else f" with {cause} {values[cause]}"
+            found += [(name, cause, why) for name in names.split()]
+    read = {name for source in (task.source, *task.held_out) for part in source.parts for name in part.columns_read}
+    for name, lacking in (("image_column", "columns"), ("caption_column", "texts to choose from")):
+        if name not in read:
+            found.append((f"data.{name}", "data.train", f": {task.source.name} has no {lacking}"))
+    if "loss.name" not in values:
+        found.append(("optimizer.logit_lr_factor", "", " in this kind of run"))  # there is no logit_scale
+    for name, cause, why in found:
+        if counts(config, name, cause):
+            raise UserError(f"{name} has no effect{why}; leave it out")

@@ -8,13 +8,14 @@ from typing import TypeVar
 from contrastive.config import Gone, hidden, slot
 from contrastive.data.record import Source
 from contrastive.data.settings import ImageDataConfig
-from contrastive.distributed.runtime import Precision, has_gpu, launched
+from contrastive.distributed.runtime import Precision
 from contrastive.errors import UserError
 from contrastive.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig
 from contrastive.option_types import Positive, Probability, check_bounds
 
 # Three ways to say how long to train; one of them is given.
 LENGTHS = ("steps", "epochs", "samples")
+ONLY_IN_TRAINING = ("dropout", "patch_dropout", "gradient_checkpointing")  # of a tower, and no part of its architecture
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,6 @@ class RunConfig:
     """What every kind of run can be told; each kind adds its `model`, and has `data` of its own."""
 
     RENAMED = {"optimizer.beta1": Gone(0.9), "optimizer.momentum": Gone(0.95)}
-    # Options that another one keeps from having any effect: of which, and when. The classes of all sections may say so.
-    UNUSED = {
-        "evaluation.every": ("data.eval", lambda config: not config.data.eval),
-        "evaluation.batch_size": ("data.eval", lambda config: not config.data.eval),
-        "evaluation.limit": ("data.eval", lambda config: not config.data.eval),
-        "data.timeout": ("data.num_workers", lambda config: not (launched() or num_workers(config.data, has_gpu()))),
-    }
     SHORT_FLAGS = {  # flags that stand for longer ones
         "data": "data.train",
         "train_data": "data.train",

@@ -13,6 +13,7 @@ from contrastive.interop.bundle import Bundle
 from contrastive.log import say
 from contrastive.models import DualEncoder
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig, check, resolve
+from contrastive.train.options import ONLY_IN_TRAINING
 from contrastive.train.run import open_run, run
 
 CLIP_VOCABULARY = 49_408
@@ -101,8 +102,7 @@ def _with_parts_of(start: Bundle, config: PretrainConfig) -> PretrainConfig:
 
 def _trained_as(asked: Any, tower: Any) -> Any:
     """Return a tower's options with those of `asked` that matter in training alone."""
-    names = ("dropout", "patch_dropout", "gradient_checkpointing")
-    return replace(tower, **{name: getattr(asked, name) for name in names if hasattr(asked, name)})
+    return replace(tower, **{name: getattr(asked, name) for name in ONLY_IN_TRAINING if hasattr(asked, name)})
 
 
 def _copy_weights(start: nn.Module, model: DualEncoder) -> None:

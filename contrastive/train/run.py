@@ -67,15 +67,10 @@ def command(
     config = replace(config, run_folder=config.run_folder or f"runs/{config_file.stem}-{config.short_name()}")
     saved = Path(config.run_folder) / "config.yaml"
     if config.resume and saved.exists():  # the run's own options, with what --config and the flags say now
+        from contrastive.train.given import check_preset
+
         again = parse(cls, args, config_file if chosen else None, base=saved, **options)
-        if "model" in again.given:
-            asked, own = (flatten(to_dict(one)["model"]) for one in (config, again))
-            for name in asked:
-                if name.endswith(("width", "depth")) and asked[name] != own[name]:
-                    raise UserError(
-                        f"a resumed run keeps its model: model.{name} is {own[name]}, not {asked[name]}; leave "
-                        f"{'--model' if again.given['model'] else '--config'} out"
-                    )
+        check_preset(config, again)
         config = replace(again, run_folder=config.run_folder)
     elif not chosen:  # what the default file says nobody has asked for
         config = replace(config, given={name: True for name, by_flag in config.given.items() if by_flag})

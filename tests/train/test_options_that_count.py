@@ -1,6 +1,7 @@
 """An option that was given counts, or is refused by name: beside --init, on --resume, in a file or by a flag."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from launching import pretrain_here, rows
 from safetensors.torch import load_file
 
 import contrastive
+from contrastive.config import to_dict
 from contrastive.errors import UserError
+from contrastive.models import classifier_config, model_config
+from contrastive.train.classify import TrainClassifierConfig
 from contrastive.train.pretrain import PretrainConfig, pretrain
 from contrastive.train.run import command
 
@@ -134,7 +138,7 @@ def test_an_edited_file_counts_on_resume(model, stopped, tmp_path, capsys):
     assert "resuming with train.steps 8 → 9" in capsys.readouterr().err and len(rows(stopped)) == 9
     other = {**yaml.safe_load(edited.read_text()), "model": {"name": "siglip_vit_b_16"}}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
-    with pytest.raises(UserError, match="model.image.width is 16, not 768; leave --config out"):
+    with pytest.raises(UserError, match="model.embed_dim is 16, not 768; leave --config out"):
         pretrain_here("--config", tmp_path / "other.yaml", "--run_folder", stopped, "--resume")
     edited.write_text(edited.read_text() + "loss: {name: softmax}\n")
     with pytest.raises(UserError, match="keeps its loss.name .asked for: loss.name sigmoid → softmax"):
@@ -145,7 +149,7 @@ def test_an_edited_file_counts_on_resume(model, stopped, tmp_path, capsys):
     ("args", "message"),
     [
         (["--loss", "softmax"], "keeps its loss.name .asked for: loss.name sigmoid → softmax"),
-        (["--model", "siglip_vit_b_16"], "keeps its model: model.image.width is 16, not 768; leave --model out"),
+        (["--model", "siglip_vit_b_16"], "keeps its model: model.embed_dim is 16, not 768; leave --model out"),
         (["--model.text.dropout", "0.5"], "keeps its model.text.dropout .asked for: model.text.dropout 0.0 → 0.5"),
         (["--optimizer", "muon"], "optimizer.name adamw → muon"),
         (["--data.augment.flip"], "keeps its data.augment.flip"),
@@ -161,6 +165,24 @@ def test_what_a_resumed_run_keeps_is_refused(args, message, stopped):
     with pytest.raises(UserError, match=message):
         pretrain_here("--run_folder", stopped, "--resume", *args)
     assert (stopped / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_keeps_the_model_that_it_was_started_with(tmp_path):
+    def resume(cls, model, name):
+        options = to_dict(cls(model=model, run_folder=str(tmp_path)))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+        args = ["--resume", "--run_folder", str(tmp_path), "--model", name]
+        command(cls, lambda config: True, args, prog="t", description="", default_file=tmp_path / "config.yaml")
+
+    config = model_config("ViT-B-16")
+    filled_in = replace(config, init_logit_scale=10.0, text=replace(config.text, dropout=0.1))
+    resume(PretrainConfig, filled_in, "ViT-B-16")
+    with pytest.raises(UserError, match="its model: model.image.activation is gelu, not quick_gelu; leave --model out"):
+        resume(PretrainConfig, filled_in, "ViT-B-16-quickgelu")
+    with pytest.raises(UserError, match="its model: model.image.image_size is 224, not 256; leave --model out"):
+        resume(PretrainConfig, model_config("ViT-B-16-SigLIP"), "ViT-B-16-SigLIP-256")
+    small = classifier_config("tiny")
+    resume(TrainClassifierConfig, replace(small, image=replace(small.image, image_size=8, patch_size=1)), "tiny")
 
 
 @pytest.mark.parametrize(
