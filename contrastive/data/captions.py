@@ -18,6 +18,7 @@ MAX_CAPTION_CHARS = 20_000
 TOKENIZER_SAMPLES = 50_000  # enough to count words; more only takes longer
 
 Cleaning = Literal["none", "whitespace", "clip", "canonicalize"]
+_NULLS = ("nan", "NaN", "None", "null", "NULL", "<NA>")  # as pandas and others print what is missing
 _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 
@@ -41,11 +42,13 @@ def clean_text(text: str, cleaning: Cleaning) -> str:
 
 
 def caption_fault(text: str) -> str | None:
-    """Return None, or why not to use it: 'empty_caption', 'caption_too_long' or 'bad_utf8'."""
+    """Return None, or why not to use it: 'empty_caption', 'null_caption', 'caption_too_long' or 'bad_utf8'."""
     if len(text) > MAX_CAPTION_CHARS:
         return "caption_too_long"
     if not text or text.isspace():
         return "empty_caption"
+    if text.strip() in _NULLS:
+        return "null_caption"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # lone surrogates: what Python makes of bytes that were not text

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.data.class_sets import (
+    CLASS_FILES,
+    IMAGENET,
     ClassSet,
+    are_lemmas,
+    bare_names,
     class_set,
     class_sets,
     is_wordnet_id,
@@ -16,7 +20,7 @@ from contrastive.data.class_sets import (
     places_of,
     wordnet_lines,
 )
-from contrastive.data.prompts import load_templates
+from contrastive.data.prompts import check_no_code, load_templates
 from contrastive.data.record import Source, some_have
 from contrastive.data.sources.derived import Renamed
 from contrastive.errors import UserError, did_you_mean
@@ -28,8 +32,11 @@ IN_ORDER = "in the order of the classes, since no name is in both"
 PARTS_OF_IMAGENET = ("imagenette", "imagewoof")
 
 _ID_LIKE = re.compile(r"n\d{8}|(?:class|label|cls|category|id)?[ _-]?\d+|(?=.*\d)[0-9a-fA-F-]{8,}")
-# A line of a file that says which class it names: 'n01440764 tench, Tinca tinca', '0: airplane', 'n02119789 1 kit_fox'.
-_KEYED_LINE = re.compile(r"(n\d{8}|\d+)(?:[\s,:;]+(?:\d+\s+)?(\S.*))?")
+# Lines that say which class they name: 'n01440764 tench, Tinca tinca', 'n02119789 1 kit_fox', '0: cat'; 'cat 0'.
+_KEYED_LINES = (
+    re.compile(r"(?P<key>n\d{8}|\d+)(?:[\s,:;]+(?:\d+\s+)?(?P<name>\S.*))?"),
+    re.compile(r"(?P<name>\S.*?)[\s,:;=]+(?P<key>\d+)"),
+)
 
 
 def load_class_set(name_or_file: str | Path) -> ClassSet:
@@ -44,14 +51,17 @@ def load_class_set(name_or_file: str | Path) -> ClassSet:
 
 
 def spoken_names(names: Sequence[str], sets: Sequence[str] = PARTS_OF_IMAGENET) -> tuple[str, ...] | None:
-    """Return class names with each WordNet id as WordNet says it, ImageNet's as CLIP does; None without such ids.
+    """Return class names with each WordNet id as WordNet says it, ImageNet's as CLIP does; None where all are spoken.
 
     Where two would be called alike, all that WordNet calls them is said. An id that it does not know stays as it is.
-    The classes of one of `sets` go by its names.
+    The classes of one of `sets` go by its names, WordNet's own of all ImageNet by CLIP's, '001.Laysan_Albatross' by
+    what follows the number.
     """
+    if are_lemmas(names):
+        return class_set(IMAGENET).names
     ids = {name for name in names if is_wordnet_id(name)}
     if not ids:
-        return None
+        return bare_names(names)
     for known in map(class_set, sets):
         if places := known.places(names):
             return tuple(known.names[place] for place in places)
@@ -84,7 +94,7 @@ def read_class_file(path: Path) -> ClassSet:
     """Read class names: a name a line or a JSON list, in the order of the labels; or by what the data call the classes.
 
     The latter are lines as 'n01440764 tench, Tinca tinca' (the first synonym counts) or '0: airplane' (from 0 or 1 on),
-    or JSON as {"1": "pink primrose"} or {"0": ["n01440764", "tench"]}. Ids without a name are spoken.
+    or JSON as {"1": "pink primrose"}, {"cat": 0} or {"0": ["n01440764", "tench"]}. Ids without a name are spoken.
 
     UserError: not text, something else in it, an empty name, or a name that comes twice.
     """
@@ -97,7 +107,10 @@ def read_class_file(path: Path) -> ClassSet:
         raise UserError(f"{path}: not a list of names, one a line or as JSON ({error})") from None
     keys: Sequence[str] | None = None
     if isinstance(names, dict):
+        names = names.get("id2label", names)  # of a model's config.json
         keys, names = list(names), list(names.values())
+        if all(type(number) is int for number in names):  # torchvision's class_to_idx
+            keys, names = list(map(str, names)), keys
         if all(key.isdecimal() for key in keys):
             keys, names = zip(*sorted(zip(keys, names, strict=True), key=lambda pair: int(pair[0])), strict=True)
         if all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in names):
@@ -108,10 +121,13 @@ def read_class_file(path: Path) -> ClassSet:
             f"{path}: class names must be a list of strings, one a class, in the order of the labels; {how}"
         )
     names = [name.strip() for name in names]
+    check_no_code(str(path), names)
     empty = next((number for number, name in enumerate(names, start=1) if not name), None)
     if empty:
         raise UserError(f"{path}: class {empty} has no name; blank lines shift the others")
     keys, names = _keys_in_lines(names) if keys is None else (keys, names)
+    if bare := bare_names(names):  # '1. cat', and what follows the number in CUB's '1 001.Laysan_Albatross'
+        keys, names = (bare if keys is names else keys), bare
     if len(set(keys)) == len(keys) and all(map(is_wordnet_id, keys)):
         return ClassSet(str(path), "", _by_wordnet(keys, names), tuple(keys))
     first: dict[str, int] = {}
@@ -125,13 +141,15 @@ def read_class_file(path: Path) -> ClassSet:
 
 def _keys_in_lines(lines: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """Split 'n01440764 tench' or '0: airplane' into keys and names, if all lines are such; else the lines are both."""
-    found = [_KEYED_LINE.fullmatch(line) for line in lines]
-    if not all(found):
-        return lines, lines
-    keys, names = zip(*(line.groups(default="") for line in found), strict=True)
-    numbers = list(map(int, keys)) if all(names) and all(map(str.isdecimal, keys)) else []
-    in_order = numbers in (list(range(len(keys))), list(range(1, len(keys) + 1)))
-    return (keys, names) if in_order or all(map(is_wordnet_id, keys)) else (lines, lines)
+    for form in _KEYED_LINES:
+        found = [form.fullmatch(line) for line in lines]
+        if all(found):
+            keys, names = zip(*((line["key"], line["name"] or "") for line in found), strict=True)
+            numbers = list(map(int, keys)) if all(names) and all(map(str.isdecimal, keys)) else []
+            in_order = numbers in (list(range(len(keys))), list(range(1, len(keys) + 1)))
+            if (in_order and len(set(names)) > 1) or all(map(is_wordnet_id, keys)):
+                return keys, names
+    return lines, lines
 
 
 def _by_wordnet(ids: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
@@ -162,13 +180,14 @@ def join(
         if all(map(str.isdecimal, keys)) and list(map(int, keys)) != list(range(len(keys))):
             raise UserError(f"{given.name}: names of the numbers {keys[0]} to {keys[-1]}, but labels count from 0 up")
         return given.names, "by label"
-    for known in (own, also, spoken_names(own), spoken_names(own, ())):
+    for known in (own, also, spoken_names(own), spoken_names(own, ()), [name[:9] for name in own]):  # the last: ids
         places = known and given.places(known, part=not given.is_list)
         if places:
             return tuple(given.names[place] for place in places), "by name"
     ordered = given.is_list or given.templates or all(map(is_wordnet_id, given.own_names))  # not a file with own keys
     if all(map(str.isdecimal, own)) and ordered:
         return _by_number(given, [int(name) for name in own])
+    own = spoken_names(own) or own
     shared = set(map(name_key, own)) & set(map(name_key, (*given.names, *given.own_names)))
     if shared or not given.is_list or len(own) != len(given.names):
         raise UserError(_what_is_missing(given, own, of))
@@ -222,15 +241,15 @@ def members_under(data: Any, given: ClassSet | None) -> tuple[dict[str, Any], st
     Raises UserError as `join` does.
     """
     own, names = data.own_names or data.class_names, data.class_names
-    spoken = spoken_names(own or ())
+    spoken, of_wordnet = spoken_names(own or ()), any(map(is_wordnet_id, own or ())) or are_lemmas(own or ())
     if given is not None:
         names, how = join(given, own, names, data.name)
     elif spoken and names == own:
-        names, how = spoken, "by WordNet id"
+        names, how = spoken, "by WordNet id" if of_wordnet else "without their numbers"
     else:
         own, how = data.own_names, ""
     templates = data.templates
-    fitting = "imagenet" if spoken else given.templates if given else ""
+    fitting = "imagenet" if of_wordnet else given.templates if given else ""
     if not templates and fitting:
         templates = load_templates(fitting)
     return {"class_names": names, "own_names": own, "templates": templates}, how
@@ -256,9 +275,17 @@ def places_among(classes: Sequence[str], data: Any) -> tuple[int, ...] | None:
 def in_classes_of(own: Sequence[str] | None, owner: str, source: Source) -> Source:
     """Return `source` with the labels that its classes have among `own`, those of `owner`: a model, or other data.
 
-    Where either names no classes, the source stays as it is. UserError: a class that is none of `own`.
+    Numbers are taken as they are where `own` is None. UserError: a class that is none of `own`, or without a name.
     """
     others = source.class_names
+    if others is None and own is not None and some_have(source, lambda index: source.label(index) is not None):
+        raise UserError(
+            f"{source.name} has labels without class names: nothing says which of the {len(own)} classes of {owner} "
+            f"they are; put {' or '.join(CLASS_FILES)} beside the data or one folder up"
+        )
+    if own is None and others is not None:
+        reading = f"labels as they are, since {owner} names no classes"
+        return Renamed(source, others, reading="; ".join(filter(None, (source.reading, reading))))
     if own is None or others is None or tuple(own) == tuple(others):
         return source
     places = places_among(own, source)

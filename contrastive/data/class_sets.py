@@ -22,6 +22,7 @@ CLASS_FILES = ("classes.json", "classnames.txt")
 """Files of class names beside data: see `read_class_file` of class_joining."""
 
 _WORDNET_ID = re.compile(r"n\d{8}")
+_NUMBERED = re.compile(r"(n\d{8}|\d+)[ ._-]+(?=\D)(.+)")  # '001.Black_footed_Albatross', 'n02085620-Chihuahua'
 # CLIP's list of 1,000 names says 'missile' and 'sunglasses' twice each, so that no model can tell those apart;
 # the second missile and the first sunglasses get WordNet's own name back.
 _TOLD_APART = {744: "projectile", 836: "sunglass"}
@@ -56,6 +57,21 @@ class ClassSet:
 
 def is_wordnet_id(name: str) -> bool:
     return _WORDNET_ID.fullmatch(name) is not None
+
+
+def bare_names(names: Sequence[str]) -> tuple[str, ...] | None:
+    """Return names without the number or id that each begins with; None where one has none or two would be alike."""
+    found = [match.groups() for match in map(_NUMBERED.fullmatch, names) if match]
+    alone = all(len(set(map(name_key, column))) == len(names) for column in zip(*found, strict=True))
+    return tuple(bare for _, bare in found) if found and alone else None
+
+
+def are_lemmas(names: Sequence[str]) -> bool:
+    """Whether they are ImageNet's 1,000 in their order as WordNet has them, but for some that were told apart."""
+    if len(names) != 1000 or "," not in names[0]:
+        return False
+    lemmas = dict(line.split("\t") for line in wordnet_lines("imagenet_synset_to_lemma.txt"))
+    return sum(lemmas[own] == name for own, name in zip(class_set(IMAGENET).own_names, names, strict=True)) > 900
 
 
 @functools.lru_cache(maxsize=2**16)

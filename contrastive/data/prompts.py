@@ -1,5 +1,7 @@
 """Prompt templates: how a class name becomes a caption."""
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from contrastive.errors import UserError, did_you_mean
 
 # CLIP's prompts for ImageNet, by the name of the list in open_clip's metadata.
 _OF_OPEN_CLIP = {"imagenet": "OPENAI_IMAGENET_TEMPLATES", "imagenet_simple": "SIMPLE_IMAGENET_TEMPLATES"}
+_PYTHON = re.compile(r"""(['"]).*\1,?|lambda\b.*""")
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 """Templates beside class names, as clip_benchmark writes them."""
 
@@ -23,8 +26,8 @@ def load_templates(name_or_file: str) -> tuple[str, ...]:
 
     Sets are named after kinds of data ('photo', 'cifar', 'digits', 'food', 'satellite', ...: see `template_sets`).
     'imagenet' are the 80 of the CLIP paper, 'imagenet_simple' the seven of its authors' notebook. A file has one
-    template a line, each with '{}' where the class name goes; blank lines and lines that start with '#' are
-    passed over. 'a(n) {}' takes the article that the name asks for.
+    template a line, or a JSON list of them, each with '{}' where the class name goes; blank lines and lines that start
+    with '#' are passed over. 'a(n) {}' takes the article that the name asks for.
 
     Raises:
         UserError: no such set or file, no template in it, or a line without '{}'.
@@ -37,8 +40,10 @@ def load_templates(name_or_file: str) -> tuple[str, ...]:
         text = shipped("templates")[name_or_file].read_text("utf-8")
     else:
         text = _read_file(name_or_file)
+    lines = _json_list(text, name_or_file) if re.match(r"""\s*(\[|\{\s*")""", text) else text.splitlines()
+    check_no_code(name_or_file, lines)
     templates = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         template = line.strip().replace("{c}", "{}")  # as clip_benchmark writes them
         if not template or template.startswith("#"):
             continue
@@ -76,6 +81,26 @@ def fill(templates: Sequence[str], class_name: str) -> tuple[str, ...]:
     words = class_name.replace("_", " ")
     article = "an" if words[:1].lower() in tuple("aeiou") else "a"
     return tuple(template.replace("a(n) {}", f"{article} {words}").replace("{}", words) for template in templates)
+
+
+def check_no_code(where: str, lines: Sequence[str]) -> None:
+    """Raise UserError for texts that stand in a file as in a Python list, with quotes or as functions."""
+    found = next(filter(_PYTHON.fullmatch, map(str.strip, lines)), None)
+    if found:
+        raise UserError(f"{where}: {found} is Python code; write the text alone, one a line, or a JSON list of texts")
+
+
+def _json_list(text: str, where: str) -> list[str]:
+    try:
+        held = json.loads(text)
+    except ValueError:
+        held = None
+    if not isinstance(held, list) or not all(isinstance(line, str) for line in held):
+        raise UserError(
+            f"{where}: templates are one a line or a JSON list of texts; of an object, as those of many data sets or "
+            "of each class, write out the list that is meant"
+        )
+    return held
 
 
 def _read_file(path: str) -> str:

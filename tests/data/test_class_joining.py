@@ -17,7 +17,7 @@ from contrastive.data.class_joining import (
     spoken_names,
     warn_of_ids,
 )
-from contrastive.data.class_sets import ClassSet, class_set, load_class_names
+from contrastive.data.class_sets import ClassSet, class_set, load_class_names, wordnet_lines
 from contrastive.data.prompts import load_templates
 from contrastive.data.sources import announce, open_source
 from contrastive.errors import UserError
@@ -95,7 +95,13 @@ def test_what_cannot_be_joined_is_refused(tmp_path, own, given, message):
         ("x.json", {"1": "dog", "0": "cat"}, None, ("cat", "dog")),
         ("x.json", {"dog": "a hound", "cat": "a tabby"}, ("cat", "dog"), ("a tabby", "a hound")),
         ("x.txt", "0: airplane\n1: car\n", ("1",), ("car",)),
-        ("x.txt", "1 001.Albatross\n2 002.Auklet\n", ("1", "2"), ("001.Albatross", "002.Auklet")),
+        ("x.txt", "1 001.Albatross\n2 002.Auklet\n", ("1", "2"), ("Albatross", "Auklet")),
+        ("x.txt", "/a/airfield 0\n/b/bar 1\n", ("1",), ("/b/bar",)),  # as Places365 has them
+        ("x.txt", "cat=0\ndog=1\n", ("dog", "cat"), ("dog", "cat")),
+        ("x.txt", "class 0\nclass 1\n", ("class 1", "class 0"), ("class 1", "class 0")),
+        ("x.txt", "1. cat\n2. dog\n", ("Dog", "Cat"), ("dog", "cat")),
+        ("x.json", {"dog": 0, "cat": 1}, ("cat", "dog"), ("cat", "dog")),
+        ("x.json", {"model_type": "vit", "id2label": {"0": "dog", "1": "cat"}}, ("cat", "dog"), ("cat", "dog")),
         ("x.txt", "C\nC#\nC++\n", ("C#", "C", "C++"), ("C#", "C", "C++")),
         ("x.txt", "Café\nthé\n", ("thé", "cafe\u0301"), ("thé", "Café")),
         ("x.txt", "a\nb\nc\n", ("1", "2", "3"), ("a", "b", "c")),
@@ -105,6 +111,57 @@ def test_what_cannot_be_joined_is_refused(tmp_path, own, given, message):
 )
 def test_files_of_names_as_they_are_found(tmp_path, name, content, own, names):
     assert load_class_names(said(tmp_path / name, content), own) == names
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "names"),
+    [
+        (("001.Laysan_Albatross", "002.Auklet"), ["auklet", "Laysan Albatross"], ("Laysan Albatross", "auklet")),
+        (("n02085620-Pug", "n02085782-Spaniel"), ["spaniel", "cat"], None),
+        (("n02085620-Pug", "n02085782-Spaniel"), ["spaniel", "pug"], ("pug", "spaniel")),
+        (("0_cat", "1_dog"), {"dog": "a hound", "cat": "a tabby"}, ("a tabby", "a hound")),
+        (("cat", "dog"), ["001.dog", "002.cat"], ("cat", "dog")),
+    ],
+)
+def test_numbers_and_ids_before_names_are_no_part_of_them(tmp_path, own, given, names):
+    file = said(tmp_path / "x.json", given)
+    if names is None:
+        with pytest.raises(UserError, match="the same in part only"):
+            load_class_names(file, own)
+    else:
+        assert load_class_names(file, own) == names
+
+
+def test_folders_numbered_before_their_names_are_spoken_without(tmp_path, capsys):
+    source = open_source(folders(tmp_path / "cub", "001.Laysan_Albatross", "002.Auklet"))
+    announce(source)
+    assert source.captions(0)[0] == "a photo of a Laysan Albatross." and source.class_names[1] == "Auklet"
+    assert "class names without their numbers: 001.Laysan_Albatross →" in " ".join(capsys.readouterr().err.split())
+    dogs = folders(tmp_path / "dogs", "n02085620-Chihuahua", "n02085782-Japanese_spaniel")
+    assert open_source(dogs).captions(1)[0] == "a photo of a Japanese spaniel."
+    assert open_source(dogs, classes="imagenet").class_names == ("Chihuahua", "Japanese Chin")
+
+
+@pytest.mark.parametrize(
+    "names", [("1 dollar", "2 dollar"), ("707-320", "727-200"), ("3 cats", "dogs"), ("1_a", "1_b"), ("0", "1"), ()]
+)
+def test_numbers_that_tell_names_apart_stay(names):
+    assert spoken_names(names) is None
+
+
+def test_imagenet_as_wordnet_names_it_is_joined_by_its_order():
+    lemmas = dict(line.split("\t") for line in wordnet_lines("imagenet_synset_to_lemma.txt"))
+    imagenet = class_set("imagenet")
+    own = [lemmas[number] for number in imagenet.own_names]
+    own[517] = "crane2"  # told apart, as `datasets` has it
+    assert join(imagenet, own) == (imagenet.names, "by name") and spoken_names(own) == imagenet.names
+    assert spoken_names(own[::-1]) is None
+
+
+@pytest.mark.parametrize("content", ["'dog',\n'cat',\n", '"dog"\n"cat"\n', "lambda: 'x'\ncat\n"])
+def test_names_written_as_python_are_refused(tmp_path, content):
+    with pytest.raises(UserError, match="is Python code; write the text alone, one a line, or a JSON list"):
+        load_class_names(said(tmp_path / "x.txt", content), ("cat", "dog"))
 
 
 def test_synonyms_that_are_shared_are_told_apart(tmp_path):
@@ -209,6 +266,10 @@ def test_labels_of_other_data_are_joined_by_name(tmp_path):
     assert in_classes_of(train.class_names, "x", train) is train
     with pytest.raises(UserError, match="has 2 classes, but m has 4; none of these: 'seal'"):
         in_classes_of(train.class_names, "m", open_source(folders(tmp_path / "other", "cat", "seal")))
+    numbers = open_source(said(tmp_path / "val" / "x.csv", "image,label\nDog/0.png,1\nbird/0.png,0\n"))
+    with pytest.raises(UserError, match="without class names: nothing says which of the 4 classes of m they are; put"):
+        in_classes_of(train.class_names, "m", numbers)
+    assert in_classes_of(None, "m", train).reading.endswith("labels as they are, since m names no classes")
     ids = open_source(folders(tmp_path / "ids", *WNIDS[:2]))
     assert [in_classes_of(WNIDS[1::-1], "m", ids).label(i) for i in range(2)] == [1, 0]
     assert [in_classes_of(SPOKEN[::-1], "m", ids).label(i) for i in range(2)] == [2, 1]

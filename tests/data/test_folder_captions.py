@@ -205,7 +205,7 @@ def test_several_tables_are_refused_with_what_to_give(tmp_path):
         ),
         ("train2014/1.jpg val2014/1.jpg", {"annotations/captions_train2014.json": "{}"}, "captions_train2014.json'"),
         ("train2014/1.jpg val2014/1.jpg", {}, "its folders are splits"),
-        ("a/1.jpg b/2.jpg", {"dataset_flickr8k.json": "{}"}, "but 'dataset_flickr8k.json'"),
+        ("a/1.jpg b/2.jpg", {"dataset_flickr8k.json": "{}"}, "dataset_flickr8k.json has no rows"),
         ("00000/1.jpg 00001/1.jpg", {"00000_stats.json": "{}"}, "folders of img2dataset .*; there are 2 .jpg, 1 .json"),
         ("00000/000000001.jpg 00001/000010001.jpg", {}, "folders of img2dataset .*; there are 2 .jpg$"),
         ("", {"test/0.tar": "x", "dataset_type.txt": "retrieval"}, r"but .tar files; give '.*/test/\*.tar'"),

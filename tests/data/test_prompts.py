@@ -30,6 +30,8 @@ def test_file_of_templates(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("# birds\n\na bird, a {}\n{} in a tree\n")
     assert load_templates(str(path)) == ("a bird, a {}", "{} in a tree")
+    path.write_text('["a bird, a {c}",\n "{} in a tree"]')
+    assert load_templates(str(path)) == ("a bird, a {}", "{} in a tree")
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,11 @@ def test_file_of_templates(tmp_path):
         (b"a photo of a {}\na photo\n", "line 2: 'a photo' has no '{}'"),
         (b"# nothing\n\n", "holds no prompt template"),
         (b"\xff\xfe{}", "not UTF-8"),
+        (b"'a photo of a {}.',\n'a {}.',\n", "'a photo of a {}.', is Python code; write the text alone"),
+        (b'lambda c: f"a photo of a {c}.",\n', "lambda .* is Python code"),
+        (b'{"cat": ["a {} with fur"]}', "one a line or a JSON list of texts; of an object"),
+        (b'["a photo of a {}."', "one a line or a JSON list of texts"),
+        (b'[{"text": "a {}"}]', "one a line or a JSON list of texts"),
     ],
 )
 def test_bad_file_is_refused(tmp_path, content, message):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import webdataset
+from refusals import refused
 from shard_writing import pairs, refusal, write_tar
 from torch.utils.data import DataLoader
 
@@ -170,6 +171,28 @@ def test_labels_become_prompts_where_class_names_lie_beside(tmp_path):
     (tmp_path / "classes.json").write_text('["jay"]')
     with pytest.raises(BadSample, match="bad_label"):
         open_source(path).label(0)
+
+
+@pytest.mark.parametrize("member", [("cls", b"cat\n"), ("cls", b"1.0"), ("json", b'{"label": "cat"}')])
+def test_labels_that_are_names_need_a_list_of_them(tmp_path, member):
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"A"), (f"a.{member[0]}", member[1])])
+    refused(
+        path, r"x.tar has labels that are no whole numbers, as '(cat|1.0)'; put classes.json or classnames.txt with"
+    )
+    write_tar(tmp_path / "pairs.tar", [("a.jpg", b"A"), ("a.txt", b"one"), ("a.cls", b"cat")])
+    pairs = open_source(str(tmp_path / "pairs.tar"))
+    assert pairs.label(0) is None and pairs.reading.endswith("not read: labels that are no whole numbers, as 'cat'")
+    (tmp_path / "classnames.txt").write_text("dog\ncat\n1.0\n")
+    assert open_source(path).label(0) in (1, 2)
+
+
+def test_labels_from_one_are_refused_for_a_list_of_names(tmp_path):
+    members = [(f"{number}.{end}", str(number).encode()) for number in (1, 2, 3) for end in ("jpg", "cls")]
+    path = write_tar(tmp_path / "x.tar", members)
+    (tmp_path / "classnames.txt").write_text("ape\ncat\ndog\n")
+    refused(path, "x.tar has labels from 1 to 3, and .*classnames.txt has 3 names, which are for labels from 0 up")
+    (tmp_path / "classnames.txt").write_text("none\nape\ncat\ndog\n")
+    assert open_source(path).label(0) == 1
 
 
 def test_labels_in_the_json(tmp_path):

@@ -48,6 +48,23 @@ def captions(source):
         ("x.ndjson", '{"image":"a.jpg","caption":"one, two"}\n{"image":"b.jpg","caption":"three"}\n', "caption"),
         ("x.json", ' [{"id":1,"image":"a.jpg","caption":"one, two"},\n{"image":"b.jpg","caption":"three"}]', "caption"),
         ("x.json", '{"image":"a.jpg","caption":"one, two"}\n{"image":"b.jpg","caption":"three"}\n', "caption"),
+        ("x.json", '{"a.jpg": "one, two",\n "b.jpg": ["three"]}', "column 'caption'"),
+        (
+            "captions_val2017.json",
+            '{"images": [{"id": 7, "file_name": "b.jpg"}, {"id": 5, "file_name": "a.jpg"}], "annotations": '
+            '[{"image_id": 5, "id": 1, "caption": "one, two"}, {"image_id": 7, "id": 2, "caption": "three"}]}',
+            "column 'caption'",
+        ),
+        (
+            "dataset_flickr8k.json",
+            '{"images": [{"filename": "a.jpg", "split": "test", "sentences": [{"raw": "one, two", "imgid": 0}]}, '
+            '{"filename": "b.jpg", "split": "val", "sentences": [{"raw": "three", "imgid": 1}]}], "dataset": "x"}',
+            "column 'sentences'; rows of every 'split' are taken",
+        ),
+        ("x.csv", "image_name| comment_number| comment\na.jpg|0|one, two\nb.jpg|0|three\n", "'comment'; separated by"),
+        ("x.csv", 'filename,raw\na.jpg,"[""one, two""]"\nb.jpg,"[""three""]"\n', "column 'raw'; lists written"),
+        ("x.txt", "image\tcaption\na.jpg#0\tone, two\nb.jpg#0\tthree\n", "'#0', '#1', ... taken off the paths"),
+        ("x.csv", 'image,caption,Split\na.jpg,"one, two",train\nb.jpg,three,test\n', "rows of every 'Split' are taken"),
     ],
 )
 def test_tables_by_whatever_name_and_separator(images, name, content, said):
@@ -125,8 +142,8 @@ def test_rows_of_another_width_are_counted_with_their_lines_or_refused(images):
         ),
         (
             "x.json",
-            b'{"images": [{"id": 1}], "annotations": []}',
-            "no image column among the columns images, annotations",
+            b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "bbox": [1, 2]}]}',
+            "cannot be read as json .*'file_name'.*; JSON is read as a list of records",
         ),
         ("x.txt", b"a.jpg#0\tone\na.jpg#1\ttwo\n", "among the columns a.jpg#0, one; the first line has to name"),
         ("x.csv", b"photo:alt\na.jpg:x\n", "tried as separators: commas, tabs, semicolons, bars"),
@@ -286,13 +303,33 @@ def test_labels_in_text_are_joined_by_name_where_there_are_names(images):
         ([0, 1], "column 'label' holds list<item: int64>; a label is one whole number or one text"),
         ({"id": 3}, "column 'label' holds struct<id: int64>"),
         (-1, "column 'label' holds not a single label"),
+        ("['cat', 'dog']", "column 'label' holds several labels in a cell, as '['cat', 'dog']'"),
+        ("[0, 2]", "column 'label' holds several labels in a cell, as '[0, 2]'"),
     ],
 )
 def test_what_is_no_label_is_said(images, cell, message):
-    refused(records(images, cell, column="label"), f"neither captions nor labels: {message}")
+    refused(records(images, cell, column="label"), re.escape(f"neither captions nor labels: {message}"))
     row = {"image": "a.jpg", "caption": "one", "label": cell}
     source = open_source(written(images, "x.jsonl", json.dumps(row)))
     assert f"no labels: {message}" in source.reading and source.label(0) is None and source.captions(0) == ("one",)
+
+
+@pytest.mark.parametrize("cells", [("cat|dog", "dog", "ape"), ("cat, dog", "dog", "cat"), ("cat;dog", "cat", "dog")])
+def test_several_labels_of_one_image_are_refused(images, cells):
+    refused(records(images, *cells, column="label"), re.escape(f"holds several labels in a cell, as '{cells[0]}'"))
+
+
+@pytest.mark.parametrize("cells", [("tench, Tinca tinca", "missile", "projectile, missile"), ("a;b", "c|d", "e, f")])
+def test_names_of_classes_may_hold_separators(images, cells):
+    assert open_source(records(images, *cells, column="label")).class_names == tuple(sorted(cells))
+
+
+def test_numbered_columns_are_captions_where_nothing_else_is(images):
+    table = "file_name,caption_0,caption_1\na.jpg,one,two\nb.jpg,three,four\n"
+    source = open_source(written(images, "x.csv", table))
+    assert captions(source) == [("one", "two"), ("three", "four")] and "'caption_0, caption_1'" in source.reading
+    assert captions(open_source(written(images, "x.csv", "image,caption,caption_2\na.jpg,one,two\n"))) == [("one",)]
+    assert not open_source(written(images, "x.csv", "image,label,comment\na.jpg,1,none\n")).captioned
 
 
 # The datasets library

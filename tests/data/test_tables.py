@@ -84,7 +84,7 @@ def test_class_names_of_tables(images):
     refused(images / "x.csv", "label 7, but there are 3 class names")
     (images / "x.csv").write_text("image,label\na.jpg,owls\n")
     refused(images / "x.csv", "label 'owls' is not among .* Did you mean 'owl'")
-    (images / "classes.json").write_text('{"a": 1}')
+    (images / "classes.json").write_text('{"a": 1.5}')
     refused(images / "x.csv", "classes.json: class names must be a list")
     (images / "classes.json").write_text('["a", "a"]')
     refused(images / "x.csv", "class name 'a' is there twice")

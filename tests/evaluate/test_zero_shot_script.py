@@ -130,7 +130,7 @@ def test_bad_input_is_one_line_and_writes_nothing(zero_shot, model_folder, argum
         ("names.txt", "cat\ndog\ncat\n", "'cat' names both class 1 and class 3"),
         ("names.json", '["cat", "cat"]', "'cat' names both class 1 and class 2"),
         ("names.txt", "cat\n\ndog\n", "class 2 has no name"),
-        ("names.json", '{"cat": 0}', "JSON list"),
+        ("names.json", '{"cat": 0.5}', "JSON list"),
         ("names.json", "[cat", "not a list of names"),
     ],
 )

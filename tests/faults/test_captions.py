@@ -19,7 +19,14 @@ from contrastive.data.tokenizer import train_bpe
 BAD_UTF8 = b"caf\xe9 \xff"
 LONG = b"word " * 400_000  # 2 MB
 PICTURE = encode(Image.fromarray(np.full((20, 24, 3), 90, np.uint8)), "JPEG")
-UNUSABLE = {1: (b"", "empty_caption"), 4: (b" \t ", "empty_caption"), 6: (BAD_UTF8, "bad_utf8"), 9: (LONG, "too_long")}
+UNUSABLE = {
+    1: (b"", "empty_caption"),
+    3: (b"nan", "null_caption"),
+    4: (b" \t ", "empty_caption"),
+    5: (b"None", "null_caption"),
+    6: (BAD_UTF8, "bad_utf8"),
+    9: (LONG, "too_long"),
+}
 
 
 def shard(folder):

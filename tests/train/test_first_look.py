@@ -179,7 +179,7 @@ def test_a_dry_run_on_two_ranks_ends_well_and_writes_nothing(tiny, tmp_path):
         ("https://example.com/a.jpg?x=1", "URLs"),
         ("b'a dog'", "Python's bytes"),
         ("<p>a dog</p>", "markup"),
-        ("nan", "missing values"),
+        ("n/a", "missing values"),
         ("a dog\t1.jpg\na cat\t2", "rows of a table"),
         ("COCO_train2014_000000000009", "identifiers"),
         ("n01440764", "identifiers"),
@@ -212,9 +212,9 @@ def test_captions_that_the_model_cannot_tell_apart(look, tmp_path):
 
 
 def test_captions_that_are_none_count_as_often_as_they_come(look, tmp_path):
-    told = look(*pairs(tmp_path, [*CAPTIONS[:30], *["nan"] * 10]), "--loss.duplicates", "ignore")[1]
-    assert len(told) == 1 and "25% of the captions look like missing values, as 'nan'" in told[0]
-    assert look(*pairs(tmp_path, [*CAPTIONS[:60], "nan"]))[1] == []  # one of 61 is no reason to doubt them all
+    told = look(*pairs(tmp_path, [*CAPTIONS[:30], *["n/a"] * 10]), "--loss.duplicates", "ignore")[1]
+    assert len(told) == 1 and "25% of the captions look like missing values, as 'n/a'" in told[0]
+    assert look(*pairs(tmp_path, [*CAPTIONS[:60], "n/a"]))[1] == []  # one of 61 is no reason to doubt them all
 
 
 def test_one_caption_for_all(look, tmp_path):

@@ -1,5 +1,6 @@
 """WebDataset shards as a map-style source: samples read from the tar files by offset, nothing extracted."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from contrastive.data.class_sets import IMAGENET, class_set, class_set_beside, is_wordnet_id
+from contrastive.data.class_sets import CLASS_FILES, IMAGENET, class_set, class_set_beside, is_wordnet_id
 from contrastive.data.prompts import templates_beside
 from contrastive.data.record import BadSample, FaultCounts, Record, Source, check_index, fingerprint_of, part_and_row
 from contrastive.data.shards.remote import Wanted, open_copy
@@ -128,27 +129,44 @@ class Shards(Source):
     def _find_classes(self, folder: Path) -> str:
         """Find class names, templates beside them, and the label of each name; returns in words what was found."""
         numbers, texts = total(self._shards, "labels"), total(self._shards, "label_names")
-        known, self.labelled, self._label_of = None, bool(numbers), {}
+        known, self.labelled, self._label_of, stored = None, bool(numbers), {}, []
         if numbers or texts:
             known = class_set_beside(*((folder,) if self.remote else (folder, folder.parent)))
+            stored = self._some_labels()
+        are_numbers = [int(label) for label in stored if label.isdecimal()]
         if known:
+            if len(are_numbers) == len(stored) > 0 < min(are_numbers) and max(are_numbers) == len(known.names):
+                raise UserError(
+                    f"{self.name} has labels from {min(are_numbers)} to {max(are_numbers)}, and {known.name} has "
+                    f"{len(known.names)} names, which are for labels from 0 up; write labels that are one less"
+                )
             self.class_names, found = known.names, f"class names: {known.name}"
             self.own_names = None if known.is_list else known.own_names
             self.templates = templates_beside(Path(known.name).parent)
-        elif (numbers or texts) and not self.remote and self._starts_with_wordnet_id():
+        elif stored and is_wordnet_id(stored[0]):
             known = class_set(IMAGENET)
             self.class_names, found = known.own_names, "labels: WordNet ids, among ImageNet's 1,000"
+        elif stored and not are_numbers:
+            told = f"labels that are no whole numbers, as {stored[0]!r}"
+            if not total(self._shards, "captions"):
+                raise UserError(
+                    f"{self.name} has {told}; put {' or '.join(CLASS_FILES)} with the names beside the shards"
+                )
+            self.labelled = False
+            return f"not read: {told}"
         else:
             return ""
         self.labelled = True
         self._label_of = {name: label for names in (known.names, known.own_names) for label, name in enumerate(names)}
         return found
 
-    def _starts_with_wordnet_id(self) -> bool:
-        try:
-            return is_wordnet_id(str(_stored_label(self._sample(0))))
-        except BadSample:
-            return False
+    def _some_labels(self) -> list[str]:
+        """The labels of 100 samples as they are stored; none of shards that would have to be fetched."""
+        stored: list[str] = []
+        for index in () if self.remote else np.linspace(0, len(self) - 1, 100, dtype=int).tolist():
+            with contextlib.suppress(BadSample):
+                stored += [str(label) for label in (_stored_label(self._sample(index)),) if label is not None]
+        return stored
 
 
 def _stored_label(sample: "ShardSample") -> object:

@@ -6,8 +6,9 @@ import ast
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _LIST_TEXT = re.compile(r"""\s*\[\s*(["']|\]\s*$)""")
+_LIST_CELL = re.compile(r"\[.*\]")
 _NO_NUMBER = ("nan", "na", "n/a", "null", "none")
 
 
@@ -246,7 +248,11 @@ def _read_labels(
 
     if pa.types.is_binary(column.type) or is_text(column.type):
         try:
-            column, class_names = _numbered(column.cast(pa.string()), class_names, where)
+            column = pc.utf8_trim_whitespace(column.cast(pa.string()))
+            present = sorted(name for name in pc.unique(column).to_pylist() if name)
+            if several := next(filter(partial(_says_several, known=set(present)), present), ""):
+                return None, None, f"several labels in a cell, as '{several}'; a label is one whole number or one text"
+            column, class_names = _numbered(column, present, class_names, where)
         except (pa.ArrowInvalid, UnicodeDecodeError):
             raise UserError(f"{where}: the labels are not UTF-8 text") from None
     if pa.types.is_boolean(column.type):
@@ -266,15 +272,20 @@ def _read_labels(
     return np.maximum(labels, -1), class_names, ""
 
 
+def _says_several(label: str, known: Collection[str]) -> bool:
+    """Whether a label is a list: in brackets, of others that occur, or with bars between any that does."""
+    parts = [part.strip() in known for part in re.split(r"[|;,]", label)]
+    return bool(_LIST_CELL.fullmatch(label)) or (len(parts) > 1 and (all(parts) or ("|" in label and any(parts))))
+
+
 def _numbered(
-    column: pa.ChunkedArray, class_names: tuple[str, ...] | None, where: str
+    column: pa.ChunkedArray, present: Sequence[str], class_names: tuple[str, ...] | None, where: str
 ) -> tuple[pa.ChunkedArray, tuple[str, ...] | None]:
-    """Return texts as numbers: what they say, where all are numbers or 'true' and 'false'; else of the class names."""
+    """Return texts, all those `present`, as numbers: what they say, where all say numbers or 'true' and 'false'; else
+    their place among the class names."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    column = pc.utf8_trim_whitespace(column)
-    present = sorted(name for name in pc.unique(column).to_pylist() if name)
     unknown = [name for name in present if name not in (class_names or ())]
     said = [name for name in present if name.lower() not in _NO_NUMBER]
     if unknown and said:

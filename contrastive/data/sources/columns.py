@@ -1,6 +1,7 @@
 """Which columns of a table, of whichever kind, hold image, captions and label."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ IMAGE_COLUMNS = (
 )  # fmt: skip
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
 CAPTION_KEYS = ("raw", *CAPTION_COLUMNS)  # of the dicts that COCO's captions come in
+_RARE_CAPTIONS = re.compile(r"(?:caption|text|sentence|title)s?[ _]?\d+|raw|comment|prompt|description")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "fine_label", "category")
 _URL_COLUMNS = ("url", "image_url", "img_url")
 _NUMBERS = ("int", "uint", "float", "half", "double", "decimal", "bool", "numbers", "null")
@@ -23,8 +25,8 @@ class Columns:
     """The names of the columns. None: to be found by its usual names, or there is none.
 
     caption: a name, or several with weights, as `weighted_names` takes them. weighted: what `find_columns` made
-    of that. passed_over: by what was taken, another column of a usual name. The fingerprints of tables hold the others
-    as they are printed.
+    of that. passed_over: by what was taken, another column of a usual name. split: a column that tells splits apart.
+    The fingerprints of tables hold the others as they are printed.
     """
 
     image: str | None = None
@@ -32,6 +34,7 @@ class Columns:
     label: str | None = None
     weighted: tuple[tuple[str, float], ...] = field(default=(), repr=False)
     passed_over: tuple[tuple[str, str], ...] = field(default=(), repr=False, compare=False)
+    split: str = field(default="", repr=False, compare=False)
 
     def names(self) -> list[str]:
         """The names there are."""
@@ -44,14 +47,15 @@ class Columns:
             others = ", ".join(f"'{other}'" for taken, other in self.passed_over if taken == name)
             if name:
                 said.append(f"{what}: column '{name}'" + (f" (not {others})" if others else ""))
-        return ", ".join(said)
+        return ", ".join(said) + (f"; rows of every '{self.split}' are taken" if self.split else "")
 
 
 def find_columns(held: Sequence[tuple[str, str]], asked: Columns, where: str) -> Columns:
     """Return the columns to read: those asked for, else the first of the usual names there is.
 
     Usual names are compared without regard to case; images and captions are not looked for in numbers or nulls where
-    another column of a usual name holds something else.
+    another column of a usual name holds something else. Where there are neither captions nor labels, captions are also
+    looked for in 'caption_0', 'caption_1', ... and a few other names.
 
     Args:
         held: name and type of every column, a type as Arrow prints it, or 'text' and 'numbers' where it has none.
@@ -67,9 +71,10 @@ def find_columns(held: Sequence[tuple[str, str]], asked: Columns, where: str) ->
         raise UserError(f"{where}: column '{twice[0]}' is there twice; the columns are: {', '.join(names)}")
     images, captions = _usual(held, IMAGE_COLUMNS), _usual(held, CAPTION_COLUMNS)
     labels = _usual(held, LABEL_COLUMNS, numbers_too=True)
+    rare = [] if captions or labels else [name for name in names if _RARE_CAPTIONS.fullmatch(name.lower())]
     if asked.caption is None or asked.caption in names:  # a name may hold ',' or '='
         caption = asked.caption or next(iter(captions), None)
-        weighted = ((caption, 1.0),) if caption else ()
+        weighted = ((caption, 1.0),) if caption else tuple((name, 1.0) for name in rare)
     else:
         weighted = weighted_names(asked.caption)
     for name in (*dict(weighted), asked.image):
@@ -78,7 +83,7 @@ def find_columns(held: Sequence[tuple[str, str]], asked: Columns, where: str) ->
             raise UserError(f"{where}: no column '{name}'; the columns are: {', '.join(names)}.{hint}")
     found = Columns(
         image=asked.image or next(iter(images), None),
-        caption=weighted[0][0] if len(weighted) == 1 else asked.caption,
+        caption=weighted[0][0] if len(weighted) == 1 else asked.caption or ", ".join(rare) or None,
         label=next(iter(labels), None),
         weighted=weighted,
         passed_over=tuple(
@@ -87,6 +92,7 @@ def find_columns(held: Sequence[tuple[str, str]], asked: Columns, where: str) ->
             if not chosen
             for other in names[1:]
         ),
+        split=next((name for name in names if name.lower() == "split"), ""),
     )
     if found.image is None:
         hint = f"name it with image_column (it may be called {', '.join(IMAGE_COLUMNS)})"
@@ -98,7 +104,8 @@ def find_columns(held: Sequence[tuple[str, str]], asked: Columns, where: str) ->
     if not weighted and not found.label:
         raise UserError(
             f"{where} has neither captions nor labels: its columns are {there}; name that of the captions with "
-            f"caption_column (it may be called {', '.join(CAPTION_COLUMNS)}; one of labels {', '.join(LABEL_COLUMNS)})"
+            f"caption_column (it may be called {', '.join(CAPTION_COLUMNS)}), or call that of the labels one of "
+            f"{', '.join(LABEL_COLUMNS)}"
         )
     return found
 

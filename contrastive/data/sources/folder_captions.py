@@ -185,7 +185,7 @@ def is_hidden(path: str) -> bool:
 
 
 def captions_table(name: str, files: FolderFiles) -> str:
-    """Return a table at the top of the folder with captions of images, '' for none. UserError: captions in COCO's JSON.
+    """Return a table at the top of the folder with captions of images, '' for none. UserError: captions in COCO's JSON elsewhere.
 
     A table is any with an image and a caption column: 'results.csv' with 'image_name| comment', as Flickr30k's.
     """
@@ -194,9 +194,11 @@ def captions_table(name: str, files: FolderFiles) -> str:
         if known & {*IMAGE_COLUMNS, "image_name"} and known & {*CAPTION_COLUMNS, "comment"}:
             return path
         if re.fullmatch(r"(annotations/)?captions[^/]*\.json|dataset(_coco|_flickr\w*)?\.json", path.lower()):
+            if os.sep not in path:
+                return path
             raise UserError(
-                f"{name}: no captions beside the images, but '{path}', which is not read; write the paths and captions "
-                f"in it as a .csv or .jsonl, in the folder in which the paths begin; {FORMS}"
+                f"{name}: no captions beside the images, but '{path}'; copy it into the folder in which its paths "
+                f"begin, and give that folder; {FORMS}"
             )
     return ""
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from contrastive.data.class_sets import is_wordnet_id
+from contrastive.data.class_sets import are_lemmas, bare_names, is_wordnet_id
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import Source, some_have
 from contrastive.data.sources.columns import Columns
@@ -187,7 +187,8 @@ def _as_pairs(source: Source, classes: str | None, templates: tuple[str, ...] | 
             f"{source.name} has neither captions nor labels{held}; name the column of captions with caption_column, "
             f"or put KEY.txt, KEY.json or KEY.cls beside each image{_left_aside(source)}"
         )
-    if labelled and (classes or any(map(is_wordnet_id, source.own_names or source.class_names or ()))):
+    own = source.own_names or source.class_names or ()
+    if labelled and (classes or any(map(is_wordnet_id, own)) or bare_names(own) or are_lemmas(own)):
         from contrastive.data.class_joining import named
 
         source = named(source, classes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 SCAN_BYTES = 128 * 2**20
 """Of embedded images: what is read before it is believed that no two rows show the same one."""
+_NUMBER = r"#\d+$"  # of a caption, as Flickr's lists have it behind the name of the image
 _BASE64 = ("data:image/", "/9j/4", "iVBORw0KGgo")
 
 
@@ -33,7 +35,7 @@ class TablePart(NamedTuple):
 def find_images(
     name: str, column: str, paths: pa.ChunkedArray, parts: Sequence[TablePart]
 ) -> tuple[pa.ChunkedArray, list[str]]:
-    r"""Return the paths as they lead to images, told by 100 of them, and what was decided: '\' may become '/'.
+    r"""Return the paths as they lead to images, told by 100 of them, and what was decided: '\' may become '/', '#0' go.
 
     Raises:
         UserError: they hold something else than paths, or none of them leads to a file.
@@ -58,6 +60,8 @@ def find_images(
         tried.append((parts[part].folder, value, f"{parts[part].label}:{place}"))
     if any(os.path.isfile(os.path.join(folder, value.replace("\\", "/"))) for folder, value, _ in tried):
         return pc.replace_substring(paths, "\\", "/"), ["backslashes taken for '/'"]
+    if any(os.path.isfile(os.path.join(folder, re.sub(_NUMBER, "", value))) for folder, value, _ in tried):
+        return pc.replace_substring_regex(paths, _NUMBER, ""), ["'#0', '#1', ... taken off the paths"]
     folder, value, key = tried[0]
     slashes = " and with '/' for '\\'" if "\\" in value else ""
     raise UserError(

@@ -20,7 +20,7 @@ from contrastive.data.record import FaultCounts, fingerprint_of, part_and_row
 from contrastive.data.sources.column_source import ColumnSource, is_text
 from contrastive.data.sources.columns import Columns, find_columns
 from contrastive.data.sources.delimited import BLOCK_BYTES, read_delimited
-from contrastive.data.sources.paths import short_names, table_suffix
+from contrastive.data.sources.paths import IMAGE_SUFFIXES, short_names, table_suffix
 from contrastive.data.sources.row_images import TablePart
 from contrastive.errors import UserError, reason_of
 from contrastive.files import sha256
@@ -111,7 +111,7 @@ def _read_table(path: str, asked: Columns) -> TableFile:
         if suffix != ".parquet":
             _check_text(path)
         file = _READERS[suffix](path, asked)
-    except (OSError, csv.Error, pa.ArrowException, ValueError, TypeError) as error:
+    except (OSError, csv.Error, pa.ArrowException, ValueError, TypeError, LookupError) as error:
         hint = "; JSON is read as a list of records, or as one a line" if "json" in suffix else ""
         raise UserError(f"{path}: cannot be read as {suffix[1:]} ({reason_of(error)}){hint}") from None
     if not file.rows.num_rows:
@@ -147,15 +147,45 @@ def _read_jsonl(path: str, asked: Columns) -> TableFile:
     import pyarrow as pa
     from pyarrow import json as arrow_json
 
-    with pa.input_stream(path) as file:
-        if file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # one list of all records
-            file.seek(0)
-            rows = pa.Table.from_struct_array(pa.array(json.loads(file.read())))
-        else:
-            rows = arrow_json.read_json(path, read_options=arrow_json.ReadOptions(block_size=BLOCK_BYTES))
+    if (records := _records(path)) == []:
+        raise UserError(f"{path} has no rows")
+    if records is not None:
+        rows = pa.Table.from_struct_array(pa.array(records))
+    else:
+        rows = arrow_json.read_json(path, read_options=arrow_json.ReadOptions(block_size=BLOCK_BYTES))
     columns = find_columns([(held.name, str(held.type)) for held in rows.schema], asked, path)
     rows = rows.select(columns.names())
     return TableFile(path, columns, rows, rows.column(columns.image).type, None, sha256(path))
+
+
+def _records(path: str) -> list | None:
+    """Return the records of a file that is one JSON; None of one with a record a line.
+
+    They are a list, or the images and annotations of COCO, the images of Karpathy's splits, or captions by path.
+    """
+    import pyarrow as pa
+
+    with pa.input_stream(path) as file:
+        is_list = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        if not is_list and table_suffix(path) != ".json":
+            return None
+        file.seek(0)
+        try:
+            held = json.loads(file.read())
+        except json.JSONDecodeError:
+            if is_list:
+                raise
+            return None
+    if is_list:
+        return held
+    if isinstance(images := held.get("images"), list):
+        if "annotations" not in held:
+            return images
+        names = {image["id"]: image["file_name"] for image in images}
+        return [{"image": names[each["image_id"]], "caption": each["caption"]} for each in held["annotations"]]
+    if all(name.lower().endswith(IMAGE_SUFFIXES) for name in held):
+        return [{"image": name, "caption": text if isinstance(text, list) else [text]} for name, text in held.items()]
+    return [held]
 
 
 def _read_parquet(path: str, asked: Columns) -> TableFile:
