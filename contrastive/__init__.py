@@ -10,6 +10,7 @@ Training and evaluation are scripts: `python scripts/pretrain.py --help`.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors, which do not run __getattr__
@@ -41,7 +42,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         from contrastive.words import called_here
 
-        raise AttributeError(f"module 'contrastive' has no attribute '{name}'{called_here('contrastive', name)}")
+        here = called_here("contrastive", name)
+        # Python would replace an AttributeError of `from contrastive import NAME` by words of its own.
+        imported = here and sys._getframe(1).f_code.co_name == "_handle_fromlist"
+        raise (ImportError if imported else AttributeError)(f"module 'contrastive' has no attribute '{name}'{here}")
     if _HOMES[name] is None:
         return importlib.import_module(f"contrastive.{name}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -117,6 +117,19 @@ PYTHON = [
     ("model.lock_image_tower()", "requires_grad_.False"),
     ("model.nonsense", "'DualEncoder' object has no attribute 'nonsense'$"),
     ("model.config.embed_dim", "it == 16"),
+    ("model.config.hidden_size", "here it is model.config: .embed_dim, .image.image_size, .image.width"),
+    ("model.config.projection_dim", "'ModelConfig' object has no attribute 'projection_dim': here it is model.config:"),
+    ("model.config.vision_config.hidden_size", "model.config: .embed_dim, .image.image_size"),
+    ("model.config.nonsense", "'ModelConfig' object has no attribute 'nonsense'$"),
+    ("model.num_parameters()", "for weights in model.parameters"),
+    ("model.forward_head", "model.encode_image.pixels, normalize=False"),
+    ("classifier.id2label", "contrastive.load.PATH..class_names"),
+    ("model(torch.zeros(1, 3, 16, 16), tokenizer(['a'])).logits_per_image", "model.logit_scale.exp"),
+    ("model(torch.zeros(1, 3, 16, 16), tokenizer(['a'])).image_embeds", ".image and .text are .B, E., L2-normalised"),
+    ("model.encode_text(tokenizer('a dog')[0])", "a tensor of shape .16,. is none of ids .B, N.: .*; of one text, tokens.None."),
+    ("contrastive.list_models('*siglip*')", "it and all('siglip' in name for name in it)"),
+    ("bundle.preprocess.image_mean", "bundle.preprocess.config: .image_size, .mean"),
+    ("bundle.preprocess.nonsense", "'Preprocess' object has no attribute 'nonsense'$"),
     ("model.encode_image(torch.zeros(1, 3, 16, 16))", "it.shape == (1, 16)"),
     ("model.encode_image(bundle.preprocess(path + '/x.jpg'))", "shape .3, 16, 16. is none of pixels .*pixels.None."),
     ("model.encode_text(['a dog'])", "a list is no tensor of ids .B, N.: bundle.tokenizer.texts"),
@@ -179,6 +192,15 @@ def test_python(typed, answer, ours):
     with pytest.raises((AttributeError, UserError, ValueError, BadSample), match=answer) as caught:
         eval(typed, ours)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["AutoProcessor", "SiglipModel", "create_model_and_transforms"])
+def test_an_import_by_name_is_answered_as_an_attribute_is(word):
+    with pytest.raises(ImportError, match=f"no attribute '{word}': here it is contrastive.load"):
+        exec(f"from contrastive import {word}")
+    with pytest.raises(ImportError, match="cannot import name 'nonsense'"):
+        exec("from contrastive import nonsense")
+    assert not hasattr(contrastive, word)
 
 
 def has(thing, path):

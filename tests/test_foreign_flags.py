@@ -103,6 +103,9 @@ def test_all_that_is_to_mend_is_told_at_once():
     told = "--dataset cifar10 is --data cifar10 here. --pretrained: the model is the first word, a folder or hf-hub:O"
     with pytest.raises(UserError, match=told):
         zero_shot.parse(["RUN", "--dataset", "cifar10", "--pretrained", "openai"])
+    told = "--candidate_labels cat,dog is --classes FILE, of a name a line, here. unknown flag --bach-size. Did you mean"
+    with pytest.raises(UserError, match=told):
+        zero_shot.parse(["RUN", "--candidate_labels", "cat,dog", "--bach-size", "4"])
 
 
 def test_a_hint_names_only_flags_that_there_are():
@@ -119,14 +122,36 @@ def test_values_that_a_second_flag_would_throw_away_are_an_error():
         parsed(PretrainConfig, *words, "--data.eval=scenes:test")
 
 
-def test_resume_takes_no_value_but_latest(tiny_file):
+def test_resume_takes_no_value_but_latest(tiny_file, tmp_path):
     words = {"prog": "t", "description": "", "default_file": tiny_file}
     with pytest.raises(UserError, match="--resume is a switch: it goes on from the newest .*; leave out 'a/1.pt'"):
         command(PretrainConfig, lambda config: True, ["--resume", "a/1.pt"], **words)
+    with pytest.raises(UserError, match=f"newest .*; add --run_folder before '{tmp_path}'$"):
+        command(PretrainConfig, lambda config: True, ["--resume", str(tmp_path)], **words)
     resumes = []
     for args in (["--resume", "latest"], ["--resume", "latest", "--lr", "1"], ["--run_folder", "latest"]):
         command(PretrainConfig, lambda config: resumes.append(config.resume) or True, args, **words)
     assert resumes == [True, True, False]
+
+
+def test_the_recipe_that_nobody_named_scores_and_prompts_its_own_data_only(tmp_path, capsys):
+    recipe, seen = tmp_path / "a.yaml", []
+    recipe.write_text("data: {train: scenes, eval: ['scenes:test'], templates: scenes}\ntrain: {steps: 3}")
+
+    def data_of(*args):
+        run = lambda config: not seen.append(config.data)  # noqa: E731
+        command(PretrainConfig, run, list(args), prog="t", description="", default_file=recipe)
+        return seen[-1].train, seen[-1].eval, seen[-1].templates
+
+    assert data_of("--data.train", "p.csv") == ("p.csv", (), "auto")
+    said = "data.eval and data.templates of a.yaml left aside: --data.train names other data"
+    assert said in capsys.readouterr().err
+    assert data_of("--train-data", "p.csv", "--data.eval", "q.csv") == ("p.csv", ("q.csv",), "auto")
+    assert "data.templates of a.yaml left aside" in capsys.readouterr().err
+    its_own = ("scenes", ("scenes:test",), "scenes")
+    assert data_of() == data_of("--data.train", "scenes") == data_of("--seed", "3") == its_own
+    assert data_of("--config", str(recipe), "--data.train", "p.csv") == ("p.csv", *its_own[1:])
+    assert "left aside" not in capsys.readouterr().err
 
 
 def test_the_global_batch_is_said_where_there_are_ranks(tiny_file, monkeypatch, capsys):
@@ -185,5 +210,5 @@ def test_each_row_names_a_flag_that_there_is(row):
     ours = re.match(r"--([\w.-]+)", row[2])
     options = {name for cls in KINDS for name in flatten(to_dict(cls()))} | {"loss", "optimizer"}
     others = ["workers", "data", "limit", "out", "precision", "templates", "classes"]
-    others += ["device", "option"]
+    others += ["device", "option", "to", "batch_size"]
     assert ours is None or ours[1] in options or ours[1] in others

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from contrastive.data.decode import decode
 from contrastive.data.record import BadSample
 from contrastive.errors import UserError
+from contrastive.words import no_attribute
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -115,6 +116,9 @@ class Preprocess:
 
     def __init__(self, config: PreprocessConfig):
         self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute("bundle", self, name)
 
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], return_tensors: str | None = None

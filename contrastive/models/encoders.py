@@ -31,6 +31,9 @@ class ModelConfig:
     init_logit_bias: float | None = None
     """Initial offset of the logits, for the sigmoid loss; none: as the loss prescribes."""
 
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute("model", self, name)
+
 
 @dataclass(frozen=True)
 class ImageModelConfig:
@@ -75,6 +78,9 @@ class Features(NamedTuple):
     logit_bias: torch.Tensor | None
     """Scalar, or None for losses without a bias."""
 
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute("model", self, name)
+
 
 class _Model(nn.Module):
     """An attribute that other libraries' models have, and ours not, says what it is called here."""
@@ -95,7 +101,7 @@ class _WithImageTower(_Model):
         With project=False the features are those before the projection, (B, D); towers without one have the
         same either way.
         """
-        _check_tensor(pixels, "pixels (B, 3, H, W): bundle.preprocess(images) makes them")
+        _check_tensor(pixels, 4, "pixels (B, 3, H, W): bundle.preprocess(images) makes them")
         features = self.image_tower(pixels, project)
         return unit_length(features) if normalize else features
 
@@ -105,7 +111,7 @@ class _WithTextTower(_Model):
 
     def encode_text(self, tokens: torch.Tensor, normalize: bool = True) -> torch.Tensor:
         """Embed texts: (B, context_length) int64 ids to (B, E); unit length unless normalize=False."""
-        _check_tensor(tokens, "ids (B, N): bundle.tokenizer(texts) makes them")
+        _check_tensor(tokens, 2, "ids (B, N): bundle.tokenizer(texts) makes them")
         features = self.text_tower(tokens)
         return unit_length(features) if normalize else features
 
@@ -193,11 +199,12 @@ class ImageClassifier(_WithImageTower):
         return self.scores(pixels)
 
 
-def _check_tensor(given: torch.Tensor, wanted: str) -> None:
+def _check_tensor(given: torch.Tensor, dims: int, wanted: str) -> None:
     if not isinstance(given, torch.Tensor):
         raise UserError(f"a {type(given).__name__} is no tensor of {wanted}")
-    if given.ndim == 3:
-        raise UserError(f"a tensor of shape {tuple(given.shape)} is none of {wanted}; of one image, pixels[None]")
+    if given.ndim == dims - 1:
+        one = "image, pixels" if dims == 4 else "text, tokens"
+        raise UserError(f"a tensor of shape {tuple(given.shape)} is none of {wanted}; of one {one}[None]")
 
 
 def unit_length(features: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Named architectures: `clip_vit_b_16`, `siglip_vit_so400m_14`, ...; and classifiers: `tiny`, `base`, ..."""
 
+import fnmatch
 from dataclasses import fields, replace
 
 from contrastive.errors import UserError, did_you_mean
@@ -43,9 +44,9 @@ CLIP_TEXT_TOWER = TextTowerConfig(
 )
 
 
-def list_models() -> list[str]:
-    """Return our names of architectures; `create_model` and `--model` take other libraries' names of them too."""
-    return list(OWN_NAMES)
+def list_models(pattern: str = "*") -> list[str]:
+    """Return our names of architectures, those like "*siglip*"; `create_model` and `--model` take others' names too."""
+    return fnmatch.filter(OWN_NAMES, pattern)
 
 
 def model_config(name: str) -> ModelConfig:

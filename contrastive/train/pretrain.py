@@ -56,9 +56,8 @@ def pretrain(config: PretrainConfig) -> bool:
     for other in held_out:
         announce(other, "data.eval")
     from contrastive.data.class_joining import check_classes
-    from contrastive.train.given import given_options
 
-    templates = None if data.templates == "auto" or "data.templates" not in given_options(config) else data.templates
+    templates = None if data.templates == "auto" else data.templates
     check_classes([source, *held_out], classes=data.classes, templates=templates)
     tokenizer = _tokenizer(config, source, checkpoint, start)
     config = resolve(config, source, tokenizer)

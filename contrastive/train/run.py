@@ -52,10 +52,10 @@ def command(
     typed = {flag.name: flag.value for flag in flags_of(args)}
     if typed.get("resume") == "latest" and "--resume" in args:
         args = [arg for place, arg in enumerate(args) if place != args.index("--resume") + 1]
-    elif typed.get("resume"):
+    elif after := typed.get("resume"):
         raise UserError(
-            "--resume is a switch: it goes on from the newest checkpoint of --run_folder; leave out "
-            f"'{typed['resume']}'"
+            "--resume is a switch: it goes on from the newest checkpoint of --run_folder; "
+            + (f"add --run_folder before '{after}'" if os.path.isdir(after) else f"leave out '{after}'")
         )
     args, chosen = take_option(rename_flags(args, short), "config")
     config_file = Path(chosen) if chosen else default_file
@@ -74,11 +74,22 @@ def command(
         config = replace(again, run_folder=config.run_folder)
     elif not chosen:  # what the default file says nobody has asked for
         config = replace(config, given={name: True for name, by_flag in config.given.items() if by_flag})
+        config = _for_other_data(config, default_file)
     if "batch_size" in typed and launched():
         batch, ranks = config.train.global_batch_size, int(os.environ["WORLD_SIZE"])
         say(f"--batch_size is the global batch here: {batch} over {ranks} ranks, {batch // ranks} each")
     if not train(config):
         sys.exit(130)  # stopped on request, after saving
+
+
+def _for_other_data(config: C, file: Path) -> C:
+    """Return the options without what `file`, which nobody named, scores its own data on and prompts them with."""
+    usual, its = type(config.data)(), written_options(type(config), file)
+    other = its.get("data.train") not in (None, config.data.train)
+    own = [name for name in ("eval", "templates") if other and f"data.{name}" in its.keys() - config.given.keys()]
+    if own:
+        say(f"data.{' and data.'.join(own)} of {file.name} left aside: --data.train names other data")
+    return replace(config, data=replace(config.data, **{name: getattr(usual, name) for name in own}))
 
 
 def open_run(config: RunConfig) -> Path | None:

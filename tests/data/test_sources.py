@@ -167,6 +167,8 @@ def test_wrong_path(images):
     refused(images / "a.jpg", "files of kind '.jpg' are not read")
     refused(images / "x*", r"several kinds \(.csv, .tar\)")
     refused(f"{images}:train", "only a folder saved by datasets, or of MNIST or CIFAR, has splits")
+    (images / "train").mkdir()
+    refused(f"{images}:train", f"has splits; give '{images}/train'")
 
 
 def test_unknown_prompts_are_refused_at_the_start():

@@ -90,6 +90,11 @@ def test_class_names_of_tables(images):
     refused(images / "x.csv", "class name 'a' is there twice")
 
 
+def test_the_image_column_may_have_the_name_of_a_models_argument(images):
+    (images / "x.csv").write_text("pixel_values,text\na.jpg,x\n")
+    assert open_source(str(images / "x.csv")).reading.startswith("image: column 'pixel_values', caption: column 'text'")
+
+
 def test_labels_without_names_can_be_opened_but_have_no_captions(images):
     (images / "x.csv").write_text("image,label\na.jpg,7\n")
     source = open_source(str(images / "x.csv"))

@@ -10,7 +10,7 @@ from contrastive.errors import UserError, did_you_mean
 
 IMAGE_COLUMNS = (
     "image", "img", "image_path", "filepath", "file_path", "path", "file_name", "filename", "jpg", "png", "webp",
-    "image_name", "image_file", "img_path",
+    "image_name", "image_file", "img_path", "pixel_values",
 )  # fmt: skip
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
 CAPTION_KEYS = ("raw", *CAPTION_COLUMNS)  # of the dicts that COCO's captions come in

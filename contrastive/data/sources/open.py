@@ -153,7 +153,8 @@ def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) ->
     if cifar_folders(folder):
         return open_cifar(spec, folder, split or "train")
     if split is not None:
-        raise UserError(f"{spec}: only a folder saved by datasets, or of MNIST or CIFAR, has splits; give '{folder}'")
+        given = os.path.join(folder, split) if os.path.isdir(os.path.join(folder, split)) else folder
+        raise UserError(f"{spec}: only a folder saved by datasets, or of MNIST or CIFAR, has splits; give '{given}'")
     return open_folder(spec, folder, columns)
 
 
