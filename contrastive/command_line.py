@@ -21,9 +21,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
         """As argparse's, with '_' for '-' in flags too; one of another library is told what it is called here."""
-        known, words = {flag.name for flag in flags_of(list(self._option_string_actions))}, []
+        flags = list(self._option_string_actions)
+        known, words = {flag.name for flag in flags_of(flags)}, []
         if foreign := [flag for flag in flags_of(args) if flag.name not in known]:
-            hints = [f"unknown flag {flag.typed}.{did_you_mean(flag.name, known)}" for flag in foreign]
+            hints = [f"unknown flag {flag.typed}.{did_you_mean(flag.typed, flags)}" for flag in foreign]
             meant = [flag_here(flag, known) or hint for flag, hint in zip(foreign, hints, strict=True)]
             raise UserError(f"{' '.join(meant)} See --help")
         for arg, flag in zip(args, flags_of(args), strict=True):

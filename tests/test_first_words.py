@@ -126,7 +126,10 @@ PYTHON = [
     ("classifier.id2label", "contrastive.load.PATH..class_names"),
     ("model(torch.zeros(1, 3, 16, 16), tokenizer(['a'])).logits_per_image", "model.logit_scale.exp"),
     ("model(torch.zeros(1, 3, 16, 16), tokenizer(['a'])).image_embeds", ".image and .text are .B, E., L2-normalised"),
-    ("model.encode_text(tokenizer('a dog')[0])", "a tensor of shape .16,. is none of ids .B, N.: .*; of one text, tokens.None."),
+    (
+        "model.encode_text(tokenizer('a dog')[0])",
+        "a tensor of shape .16,. is none of ids .*; of one text, tokens.None.",
+    ),
     ("contrastive.list_models('*siglip*')", "it and all('siglip' in name for name in it)"),
     ("bundle.preprocess.image_mean", "bundle.preprocess.config: .image_size, .mean"),
     ("bundle.preprocess.nonsense", "'Preprocess' object has no attribute 'nonsense'$"),

@@ -103,7 +103,7 @@ def test_all_that_is_to_mend_is_told_at_once():
     told = "--dataset cifar10 is --data cifar10 here. --pretrained: the model is the first word, a folder or hf-hub:O"
     with pytest.raises(UserError, match=told):
         zero_shot.parse(["RUN", "--dataset", "cifar10", "--pretrained", "openai"])
-    told = "--candidate_labels cat,dog is --classes FILE, of a name a line, here. unknown flag --bach-size. Did you mean"
+    told = "--candidate_labels cat,dog is --classes FILE, of a name a line, here. unknown flag --bach-size. Did you"
     with pytest.raises(UserError, match=told):
         zero_shot.parse(["RUN", "--candidate_labels", "cat,dog", "--bach-size", "4"])
 
