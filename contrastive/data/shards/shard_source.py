@@ -12,7 +12,7 @@ from contrastive.data.class_sets import CLASS_FILES, IMAGENET, class_set, class_
 from contrastive.data.prompts import templates_beside
 from contrastive.data.record import BadSample, FaultCounts, Record, Source, check_index, fingerprint_of, part_and_row
 from contrastive.data.shards.remote import Wanted, open_copy
-from contrastive.data.shards.shard_index import REFUSALS, IndexedShard, ShardSummary, load_index
+from contrastive.data.shards.shard_index import REFUSALS, IndexedShard, load_index
 from contrastive.data.shards.shard_manifest import total
 from contrastive.data.sources.beside import CAPTION_FIELDS, Beside, caption_names, count_aside, spoken
 from contrastive.data.sources.paths import MAX_IMAGE_BYTES, is_remote, short_names
@@ -57,10 +57,16 @@ class Shards(Source):
         asked = caption_names(caption_column, fields, suffixes, name) if caption_column else None
         self._names, self._weights = asked or (USUAL, None)
         self.captioned = bool(asked or total(shards, "captions"))
-        self.reading, self.left_aside = self._read_as(rows)
+        names = self._names if asked else self._usual_names(fields)
+        self.reading = "; ".join(filter(None, (self._reading(names, fields, usual=asked is None), classes)))
+        self.left_aside = FaultCounts()
+        for short, row in zip(self._shard_names, rows, strict=True):
+            for reason, found in (row.refused | row.left_aside).items():
+                if reason not in names:
+                    keys = [f"{short}/{key}" for key in found["keys"]]
+                    count_aside(self.left_aside, reason, *keys, count=found["count"])
         named = zip(self._shard_names, rows, strict=True)
         identity = "\n".join(f"{short} {row.size} {row.samples}" for short, row in named)
-        self.reading = "; ".join(filter(None, (self.reading, classes)))
         # A run begun when such a text was one caption is not to go on with several.
         self.fingerprint = fingerprint_of(identity + (_LINES if _LINES in self.reading else ""))
 
@@ -85,28 +91,21 @@ class Shards(Source):
         remote = (self._shards[number] for number in shards if is_remote(self._shards[number].location))
         return [(shard.location, shard.summary.size, shard.summary.sha256) for shard in remote]
 
-    def _read_as(self, rows: Sequence[ShardSummary]) -> tuple[str, FaultCounts]:
-        """Return the phrase of what is read as captions, and what is left aside, of the summaries of the shards."""
-        names, note, usual = self._names, "", self._names == USUAL
-        captions, of_json, lines, unlike = (
-            sum(getattr(row, of) for row in rows) for of in ("captions", "of_json", "lines", "unlike")
-        )
-        held = {field for row in rows for field in row.fields}
-        if usual:
-            names = [field for field in CAPTION_FIELDS if of_json and field in held]
-            names += [".txt"] if captions > of_json else []
-            if unlike:
-                note = f" (KEY.txt says other in {unlike:,} samples; caption_column txt takes it)"
-        said = (", else " if usual else ", ").join(map(spoken, names)) + (_LINES if lines and ".txt" in names else "")
-        left_aside = FaultCounts()
-        for short, row in zip(self._shard_names, rows, strict=True):
-            for reason, found in (row.refused | row.left_aside).items():
-                if reason not in names:
-                    keys = [f"{short}/{key}" for key in found["keys"]]
-                    count_aside(left_aside, reason, *keys, count=found["count"])
+    def _usual_names(self, fields: Sequence[str]) -> list[str]:
+        """The names under which captions are found where none is asked for: fields of KEY.json before KEY.txt."""
+        of_json = total(self._shards, "of_json")
+        names = [field for field in CAPTION_FIELDS if of_json and field in fields]
+        return names + [".txt"] * (total(self._shards, "captions") > of_json)
+
+    def _reading(self, names: Sequence[str], fields: Sequence[str], usual: bool) -> str:
+        """What is read as captions, in words: "captions: KEY.json 'caption', else KEY.txt, one a line"."""
         if not names:
-            return f"KEY.json holds {', '.join(sorted(held)[:20])}" if held else "", left_aside
-        return f"captions: {said}{note}", left_aside
+            return f"KEY.json holds {', '.join(fields[:20])}" if fields else ""
+        said = (", else " if usual else ", ").join(map(spoken, names))
+        lines = _LINES if ".txt" in names and total(self._shards, "lines") else ""
+        unlike = total(self._shards, "unlike") if usual else 0
+        differ = f" (KEY.txt says other in {unlike:,} samples; caption_column txt takes it)" if unlike else ""
+        return f"captions: {said}{lines}{differ}"
 
     def _sample(self, index: int) -> "ShardSample":
         number, row = part_and_row(self._ends, check_index(self, index))
@@ -116,12 +115,10 @@ class Shards(Source):
         if not self.labelled:
             return None
         value = _stored_label(sample)
+        if type(value) is str:
+            value = self._label_of.get(value, int(value) if value.isdecimal() else value)
         if value is None:
             return None
-        if type(value) is str and value in self._label_of:
-            return self._label_of[value]
-        if type(value) is str and value.isdecimal():
-            value = int(value)
         if type(value) is not int or value < 0 or (self.class_names and value >= len(self.class_names)):
             raise BadSample("bad_label", sample.key)
         return value
@@ -162,11 +159,11 @@ class Shards(Source):
 
     def _some_labels(self) -> list[str]:
         """The labels of 100 samples as they are stored; none of shards that would have to be fetched."""
-        stored: list[str] = []
+        stored = []
         for index in () if self.remote else np.linspace(0, len(self) - 1, 100, dtype=int).tolist():
             with contextlib.suppress(BadSample):
-                stored += [str(label) for label in (_stored_label(self._sample(index)),) if label is not None]
-        return stored
+                stored.append(_stored_label(self._sample(index)))
+        return [str(label) for label in stored if label is not None]
 
 
 def _stored_label(sample: "ShardSample") -> object:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from functools import cached_property
 
 from contrastive.data.record import BadSample, FaultCounts
-from contrastive.data.sources.columns import texts_in, weighted_names
+from contrastive.data.sources.columns import shared_out, texts_in, weighted_names
 from contrastive.errors import UserError, did_you_mean
 
 CAPTION_FIELDS = ("captions", "caption")
@@ -48,15 +48,13 @@ class Beside:
             raise BadSample("bad_utf8" if isinstance(error, UnicodeDecodeError) else "bad_json", self.key) from None
 
     def captions(self, names: Sequence[str], weights: Sequence[float] | None = None) -> Captions:
-        """Return the captions and their weights, or None.
+        """Return the captions and their weights, or None for weights where all captions are alike.
 
-        Without `weights`, one for each name, those of the first name that has any, else blank ones or none. With them
-        those of all names; those of one share its weight evenly.
+        weights: one for each name: the captions of all names, as `shared_out` weighs them. None: those of the first
+        name that has any, as of '.txt' where KEY.json has none; if all have blank ones or none, those blank ones.
         """
         if weights:
-            of_each = [(self._named(name)[0], weight) for name, weight in zip(names, weights, strict=True)]
-            shares = tuple(weight / len(texts) for texts, weight in of_each for _ in texts)
-            return tuple(text for texts, _ in of_each for text in texts), shares
+            return shared_out([self._named(name)[0] for name in names], weights)
         found: tuple[str, ...] = ()
         for name in names:
             texts, given = self._named(name)
@@ -113,7 +111,7 @@ def caption_names(
         UserError: one that is not there.
     """
     names, weights = [], []
-    for name, weight in ((asked, 1.0),) if asked in fields else weighted_names(asked):
+    for name, weight in weighted_names(asked, fields):
         suffix = name.removeprefix(".").lower()
         if name not in fields and suffix not in suffixes:
             there = f"the fields there are: {', '.join(fields)}" if fields else "the samples have no JSON"

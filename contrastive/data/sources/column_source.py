@@ -15,7 +15,7 @@ import numpy as np
 
 from contrastive.data.class_sets import class_names_beside
 from contrastive.data.record import SAMPLES_ASKED, BadSample, Record, Source, check_index, fingerprint_of, part_and_row
-from contrastive.data.sources.columns import CAPTION_KEYS, Columns, texts_in
+from contrastive.data.sources.columns import CAPTION_KEYS, Columns, shared_out, texts_in
 from contrastive.data.sources.paths import MAX_IMAGE_BYTES, read_image_file
 from contrastive.data.sources.row_images import TablePart, byte_keys, find_images, path_keys, rows_by_image
 from contrastive.errors import UserError, did_you_mean
@@ -119,8 +119,8 @@ class ColumnSource(Source):
         return self._weighted_captions(self._rows_of(index))[0]
 
     def _weighted_captions(self, rows: Sequence[int]) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        captions, weights = [], []
-        for cells, weight, lists in self._captions:
+        captions = []
+        for cells, _, lists in self._captions:
             texts = []
             for row in rows:
                 key = self._locate(row)[1]
@@ -128,9 +128,8 @@ class ColumnSource(Source):
                 texts += texts_in(_listed(value) if lists and value else value)
                 if not all(isinstance(text, str) for text in texts):
                     raise BadSample("bad_caption", key)
-            captions += texts
-            weights += [weight / len(texts) for _ in texts]
-        return tuple(captions), tuple(weights)
+            captions.append(texts)
+        return shared_out(captions, [weight for _, weight, _ in self._captions])
 
     def _image_bytes(self, value: Any, folder: str, key: str) -> bytes:
         if isinstance(value, dict):

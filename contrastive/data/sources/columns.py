@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from contrastive.data.sources.paths import IMAGE_SUFFIXES
@@ -72,11 +72,9 @@ def find_columns(held: Sequence[tuple[str, str]], asked: Columns, where: str) ->
     images, captions = _usual(held, IMAGE_COLUMNS), _usual(held, CAPTION_COLUMNS)
     labels = _usual(held, LABEL_COLUMNS, numbers_too=True)
     rare = [] if captions or labels else [name for name in names if _RARE_CAPTIONS.fullmatch(name.lower())]
-    if asked.caption is None or asked.caption in names:  # a name may hold ',' or '='
-        caption = asked.caption or next(iter(captions), None)
-        weighted = ((caption, 1.0),) if caption else tuple((name, 1.0) for name in rare)
-    else:
-        weighted = weighted_names(asked.caption)
+    weighted = tuple((name, 1.0) for name in captions[:1] or rare)
+    if asked.caption is not None:
+        weighted = weighted_names(asked.caption, names)
     for name in (*dict(weighted), asked.image):
         if name is not None and name not in names:
             hint = did_you_mean(name, names)
@@ -87,10 +85,10 @@ def find_columns(held: Sequence[tuple[str, str]], asked: Columns, where: str) ->
         label=next(iter(labels), None),
         weighted=weighted,
         passed_over=tuple(
-            (names[0], other)
-            for names, chosen in ((images, asked.image), (captions, asked.caption), (labels, None))
+            (usual[0], other)
+            for usual, chosen in ((images, asked.image), (captions, asked.caption), (labels, None))
             if not chosen
-            for other in names[1:]
+            for other in usual[1:]
         ),
         split=next((name for name in names if name.lower() == "split"), ""),
     )
@@ -132,12 +130,27 @@ def texts_in(value: object) -> list:
     return [] if value is None else [value]
 
 
-def weighted_names(text: str) -> tuple[tuple[str, float], ...]:
+def shared_out(
+    captions: Iterable[Sequence[str]], weights: Iterable[float]
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Return the captions of several names in one row, each with its even share of its name's weight.
+
+    [("a",), ("b", "c")] and weights 1, 4 are ("a", "b", "c") and 1, 2, 2.
+    """
+    shares = [(text, weight / len(texts)) for texts, weight in zip(captions, weights, strict=True) for text in texts]
+    return tuple(text for text, _ in shares), tuple(share for _, share in shares)
+
+
+def weighted_names(text: str, held: Collection[str]) -> tuple[tuple[str, float], ...]:
     """Split 'alt=1,synthetic=3' into names and their weights; a name without one weighs 1.
+
+    held: names that there are: one of them is taken as it stands, for it may hold ',' or '='.
 
     Raises:
         UserError: an empty or repeated name, or a weight that is not a number above 0.
     """
+    if text in held:
+        return ((text, 1.0),)
     weighted: dict[str, float] = {}
     for part in text.split(","):
         name, weight = (side.strip() for side in (part.rpartition("=")[::2] if "=" in part else (part, "1")))

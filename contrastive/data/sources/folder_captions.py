@@ -185,13 +185,14 @@ def is_hidden(path: str) -> bool:
 
 
 def captions_table(name: str, files: FolderFiles) -> str:
-    """Return a table at the top of the folder with captions of images, '' for none. UserError: captions in COCO's JSON elsewhere.
+    """Return a table at the top of the folder with captions of images, '' for none.
 
-    A table is any with an image and a caption column: 'results.csv' with 'image_name| comment', as Flickr30k's.
+    A table is any with an image and a caption column, 'results.csv' with 'image_name| comment' as Flickr30k's, or the
+    JSON of COCO's or Karpathy's captions. UserError: COCO's JSON further down, where its paths would lead elsewhere.
     """
     for path in files.others:
         known = set() if os.sep in path else {column.strip().lower() for column in columns_of(files.root, path)}
-        if known & {*IMAGE_COLUMNS, "image_name"} and known & {*CAPTION_COLUMNS, "comment"}:
+        if known & {*IMAGE_COLUMNS} and known & {*CAPTION_COLUMNS, "comment"}:
             return path
         if re.fullmatch(r"(annotations/)?captions[^/]*\.json|dataset(_coco|_flickr\w*)?\.json", path.lower()):
             if os.sep not in path:
