@@ -74,9 +74,7 @@ def check_preset(asked: RunConfig, config: RunConfig) -> None:
         open_ = value is None or (hasattr(config, "patch_size") and name in ("image.image_size", "image.patch_size"))
         if not open_ and value != now[name] and name.rpartition(".")[2] not in ONLY_IN_TRAINING:
             by = "--model" if given["model"] else "--config"
-            raise UserError(
-                f"a resumed run keeps its model: model.{name} is {now[name]}, not {value}; leave {by} out"
-            )
+            raise UserError(f"a resumed run keeps its model: model.{name} is {now[name]}, not {value}; leave {by} out")
 
 
 def changes_on_resume(config: RunConfig, before: dict[str, Any]) -> str:

@@ -143,10 +143,15 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
     order = order_for(task.source, train.global_batch_size, train.seed, **options)
     runtime = Runtime(train.precision, config.trackers, folder)
     check_division(train, runtime.world_size)
+    done = read_cursor(checkpoint)["step"] if checkpoint else 0
+    if done > train.steps:
+        raise UserError(f"train.steps is {train.steps}, but the run has done {done} already; give more")
+    if checkpoint is not None and changes:
+        say(changes)
     if runtime.is_main:
         from contrastive.train.first_look import first_look  # later than the options, which may be wrong
 
-        first_look(task, order, runtime, resumed_at=read_cursor(checkpoint)["step"] if checkpoint else 0)
+        first_look(task, order, runtime, resumed_at=done)
     if config.dry_run:
         say("a dry run: nothing was trained, nothing was written")
         runtime.close()
@@ -161,10 +166,6 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
         if len(set(seen)) > 1:
             raise UserError(f"ranks see different checkpoints in {folder}/checkpoints: {', '.join(map(str, seen))}")
         trainer = Trainer(task, order, runtime, folder, checkpoint)
-        if trainer.step > train.steps:
-            raise UserError(f"train.steps is {train.steps}, but the run has done {trainer.step} already; give more")
-        if checkpoint is not None and changes:
-            say(changes)
         if runtime.is_main:
             own = yaml.safe_dump(to_dict(replace(config, resume=False, dry_run=False)), sort_keys=False, width=110)
             write_whole(folder / "config.yaml", own)

@@ -127,8 +127,9 @@ def test_the_same_command_with_resume_goes_on_exactly(model, stopped, capsys):
     ],
 )
 def test_what_may_change_is_said(args, said, stopped, capsys):
-    pretrain_here("--run_folder", stopped, "--resume", *args)
-    assert said in capsys.readouterr().err
+    for dry in ("--dry_run",), ():  # a dry run says it too
+        pretrain_here("--run_folder", stopped, "--resume", *args, *dry)
+        assert said in capsys.readouterr().err
 
 
 def test_an_edited_file_counts_on_resume(model, stopped, tmp_path, capsys):
