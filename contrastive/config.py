@@ -6,6 +6,7 @@ lets `--loss NAME` choose which options a slot has, and turns every mistake into
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -331,6 +332,7 @@ def _options_of(
         else:
             hint = did_you_mean(flag.name, (*known, *also))
             unknown.append(flag_here(flag, (*known, *also)) or f"unknown flag --{flag.name}.{hint}")
+    unknown += [f"{arg}: flags have two dashes here." for arg in args if re.match("-[a-z]", arg) and arg != "-h"]
     for name, hint in known.items():
         if names.count(name) > 1 and ... in typing.get_args(hint):
             unknown.append(f"--{name} is given {names.count(name)} times; give all its values after one.")

@@ -78,7 +78,12 @@ def test_the_common_ones_are_short(cls):
         ("--logging_steps 10", "is --train.log_every 10 here."),
         ("--force-patch-dropout 0.5", "is --model.image.patch_dropout 0.5 here."),
         ("--torchcompile", "--dynamo_backend inductor"),
-        ("--name exp1 --logs l", "--name exp1 is --run_folder exp1 here."),
+        (
+            "--name exp1 --logs l",
+            "--name exp1 is --run_folder exp1 here. --logs l is --run_folder l/NAME",
+        ),
+        ("--image-mean 0 0 0", "--data.preprocess.mean, with the same three numbers, here"),
+        ("-b 8 -train-data d", "-b: flags have two dashes here. -train-data: flags have two dashes here. See --help"),
         ("--dataset_name nlphuji/flickr30k", "is --data.train hf:nlphuji/flickr30k here."),
         ("--push_to_hub", "scripts/export.py"),
         ("--overwrite_output_dir", "not offered"),
@@ -191,6 +196,8 @@ def tiny_file(tmp_path):
         (embed, "RUN d OUT --dataset cifar10", "--dataset: the data are the second word"),
         (embed, "RUN d OUT --amp", "--amp is --precision bf16 here."),
         (embed, "RUN d OUT --num_workers 3", "--num_workers 3 is --workers 3 here."),
+        (export, "RUN --format onnx OUT", "--format onnx is --to onnx here."),
+        (embed, "RUN d OUT --csv-caption-key title", "--csv-caption-key title is --caption_column title here."),
         (export, "RUN --to onnx OUT --output x", "--output: the last word, OUT"),
     ],
 )
@@ -210,5 +217,5 @@ def test_each_row_names_a_flag_that_there_is(row):
     ours = re.match(r"--([\w.-]+)", row[2])
     options = {name for cls in KINDS for name in flatten(to_dict(cls()))} | {"loss", "optimizer"}
     others = ["workers", "data", "limit", "out", "precision", "templates", "classes"]
-    others += ["device", "option", "to", "batch_size"]
+    others += ["device", "option", "to", "batch_size", "image_column", "caption_column"]
     assert ours is None or ours[1] in options or ours[1] in others

@@ -41,6 +41,7 @@ from contrastive.errors import UserError
 from contrastive.interop.bundle import Bundle, weights_key
 from contrastive.interop.loading import load
 from contrastive.log import run_script
+from contrastive.words import flags_of
 
 PROG = "contrastive-clip-benchmark"
 MODEL_TYPE = "contrastive"
@@ -102,6 +103,8 @@ def run(args: list[str]) -> None:
     if which == "build":
         cli.main_build(options)
     elif which == "eval":
+        if options.model_type == MODEL_TYPE and any(flag.name == "pretrained" for flag in flags_of(args)):
+            raise UserError("--pretrained has no effect: --model PATH has its weights; leave it out")
         _evaluate(cli, options)
     else:
         raise UserError("say what to do: eval or build. See --help")

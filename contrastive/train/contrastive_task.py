@@ -119,7 +119,7 @@ def _fit_text(model: ModelConfig, tokenizer: Tokenizer):
     if text.vocab_size is not None and text.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.text.vocab_size {text.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
-            "leave it out, or use the model's own tokenizer (--data.tokenizer)"
+            f"give --model.text.vocab_size {tokenizer.vocab_size}, or the model's own tokenizer with --data.tokenizer"
         )
     for name in ("eos_id", "pad_id"):
         ours, theirs = getattr(text, name), getattr(tokenizer, name)

@@ -203,6 +203,11 @@ def test_several_tables_are_refused_with_what_to_give(tmp_path):
             {"results.csv": "image,caption\n1.jpg,a dog\n"},
             "has '1.jpg' .*relative paths start",
         ),
+        (
+            "i/1.jpg i/2.jpg",
+            {"val.csv": "filepath\ttitle\ni/1.jpg\ta dog\n", "test.tsv": "path\tcaption\ni/2.jpg\ta cat\n"},
+            "captions lie in test.tsv, val.csv; give one, as '.*/test.tsv'",
+        ),
         ("train2014/1.jpg val2014/1.jpg", {"annotations/captions_train2014.json": "{}"}, "captions_train2014.json'"),
         ("train2014/1.jpg val2014/1.jpg", {}, "its folders are splits"),
         ("a/1.jpg b/2.jpg", {"dataset_flickr8k.json": "{}"}, "dataset_flickr8k.json has no rows"),

@@ -303,6 +303,10 @@ def test_open_clip_models_are_left_as_they_are(benchmark, monkeypatch, shards):
         (("eval",), "give a model: --model PATH"),
         (("eval", "--model", "nowhere"), "no model at nowhere"),
         (("eval", "--model", "m", "--task", "sing"), "invalid choice: 'sing'.*See .* --help"),
+        (
+            ("eval", "--model", "m", "--pretrained", "openai"),
+            "--pretrained has no effect: --model PATH has its",
+        ),
         (("eval", "--model", "m", "--task", "captioning"), "needs a model that writes text"),
         (("eval", "--model", "m", "--dataset", "cifra10"), "--dataset cifra10 cannot be read from root: Unsupported"),
         (("eval", "--model", "m", "--dataset", "wds/x", "--dataset_root", "no"), "wds/x .*no/test/nshards.txt"),

@@ -185,23 +185,29 @@ def is_hidden(path: str) -> bool:
 
 
 def captions_table(name: str, files: FolderFiles) -> str:
-    """Return a table at the top of the folder with captions of images, '' for none.
+    """Return the table at the top of the folder with captions of images, '' for none.
 
     A table is any with an image and a caption column, 'results.csv' with 'image_name| comment' as Flickr30k's, or the
-    JSON of COCO's or Karpathy's captions. UserError: COCO's JSON further down, where its paths would lead elsewhere.
+    JSON of COCO's or Karpathy's captions.
+
+    Raises:
+        UserError: several tables; COCO's JSON further down, where its paths would lead elsewhere.
     """
+    coco = r"(annotations/)?captions[^/]*\.json|dataset(_coco|_flickr\w*)?\.json"
+    found = []
     for path in files.others:
         known = set() if os.sep in path else {column.strip().lower() for column in columns_of(files.root, path)}
-        if known & {*IMAGE_COLUMNS} and known & {*CAPTION_COLUMNS, "comment"}:
-            return path
-        if re.fullmatch(r"(annotations/)?captions[^/]*\.json|dataset(_coco|_flickr\w*)?\.json", path.lower()):
-            if os.sep not in path:
-                return path
-            raise UserError(
-                f"{name}: no captions beside the images, but '{path}'; copy it into the folder in which its paths "
-                f"begin, and give that folder; {FORMS}"
-            )
-    return ""
+        if re.fullmatch(coco, path.lower()) or (known & {*IMAGE_COLUMNS} and known & {*CAPTION_COLUMNS, "comment"}):
+            found.append(path)
+    found = [path for path in found if os.sep not in path] or found[:1]  # those further down only where no other is
+    if len(found) > 1:
+        raise UserError(f"{name}: captions lie in {', '.join(found)}; give one, as '{files.root}/{found[0]}'")
+    if found and os.sep in found[0]:
+        raise UserError(
+            f"{name}: no captions beside the images, but '{found[0]}'; copy it into the folder in which its paths "
+            f"begin, and give that folder; {FORMS}"
+        )
+    return found[0] if found else ""
 
 
 def columns_of(root: str, path: str) -> list[str]:
