@@ -252,6 +252,15 @@ def test_a_shard_without_captions_says_what_there_is(tmp_path):
     assert open_source(path, caption_column="caption").captions(0) == ("t",)
 
 
+def test_a_field_called_as_a_column_of_captions_is_read_where_there_is_nothing_else(tmp_path):
+    path = shard(tmp_path, ("a.jpg", "x"), ("a.json", '{"url": "u", "title": "y", "text": "t"}'))
+    source = open_source(path)
+    assert source.captions(0) == ("t",) and source.reading == "captions: KEY.json 'text'"
+    path = shard(tmp_path, ("a.jpg", "x"), ("a.json", '{"text": "t"}'), ("b.jpg", "x"), ("b.txt", "b"))
+    source = open_source(path)
+    assert [source.captions(0), source.captions(1)] == [(), ("b",)] and source.reading == "captions: KEY.txt"
+
+
 def test_several_members_are_several_captions(tmp_path):
     path = shard(tmp_path, ("a.jpg", "x"), *((f"a.{number}.txt", f"{number}") for number in range(3)))
     source = open_source(path, caption_column="0.txt,1.txt,2.txt")

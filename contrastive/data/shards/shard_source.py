@@ -15,6 +15,7 @@ from contrastive.data.shards.remote import Wanted, open_copy
 from contrastive.data.shards.shard_index import REFUSALS, IndexedShard, load_index
 from contrastive.data.shards.shard_manifest import total
 from contrastive.data.sources.beside import CAPTION_FIELDS, Beside, caption_names, count_aside, spoken
+from contrastive.data.sources.columns import CAPTION_COLUMNS
 from contrastive.data.sources.paths import MAX_IMAGE_BYTES, is_remote, short_names
 from contrastive.errors import UserError
 
@@ -26,7 +27,8 @@ class Shards(Source):
     """The samples of a list of indexed shards, in their order. Nothing of a shard is read before it is touched.
 
     Captions come from KEY.json ({"captions": [...], "weights": [...]} or {"caption": ...}), else from KEY.txt, one a
-    line; labels from KEY.cls or the "label" of the JSON, an index or a class name. Class names are read from
+    line; where no sample has any of these, nor a label, from a field that is called as a table's column would be, as
+    "text". Labels come from KEY.cls or the "label" of the JSON, an index or a class name. Class names are read from
     classes.json or classnames.txt beside the shards or one folder up, or in the index folder of remote ones, and so are
     templates; without them, WordNet ids are those of ImageNet. A key is unique in its shard only; messages name both.
 
@@ -54,6 +56,9 @@ class Shards(Source):
         beside = shards[0].index_path if is_remote(locations[0]) else locations[0]
         classes = self._find_classes(Path(beside).parent)
         fields, suffixes = (sorted({held for row in rows for held in getattr(row, of)}) for of in ("fields", "texts"))
+        if not caption_column and not self.labelled and not total(shards, "captions"):
+            # Refused otherwise: what a table's column of captions may be called, a field may be called too.
+            caption_column = next((column for column in CAPTION_COLUMNS if column in fields), None)
         asked = caption_names(caption_column, fields, suffixes, name) if caption_column else None
         self._names, self._weights = asked or (USUAL, None)
         self.captioned = bool(asked or total(shards, "captions"))
