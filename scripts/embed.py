@@ -14,6 +14,7 @@ from pathlib import Path
 import contrastive
 from contrastive.command_line import Parser, at_least
 from contrastive.data.sources import announce, open_source
+from contrastive.data.sources.columns import check_columns
 from contrastive.distributed.runtime import joined_ranks, prepare_process
 from contrastive.errors import UserError
 from contrastive.evaluate.embedding_store import SAMPLES_PER_SHARD, StoreOptions, claim_store, store_config
@@ -52,7 +53,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def embed(options: argparse.Namespace) -> None:
     layout = {name: getattr(options, name) for name in StoreOptions.__dataclass_fields__}
-    source = open_source(options.data, image_column=options.image_column, caption_column=options.caption_column)
+    columns = {"image_column": options.image_column, "caption_column": options.caption_column}
+    source = open_source(options.data, **columns)
+    check_columns([source], columns)
     with joined_ranks(options.device) as device:
         bundle = contrastive.load(options.run, device=device)
         if options.only:

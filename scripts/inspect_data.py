@@ -23,6 +23,7 @@ from contrastive.data.doubts import doubts
 from contrastive.data.inspection import QUANTITIES, chosen_indices, facts, measure, see, summary
 from contrastive.data.settings import CaptionOptions
 from contrastive.data.sources import announce, open_source
+from contrastive.data.sources.columns import check_columns
 from contrastive.errors import UserError
 from contrastive.log import console, run_script, say, warn
 from contrastive.visualize.inspection_page import PAGE, claim, spark, write_inspection
@@ -63,6 +64,7 @@ def main(args: list[str]) -> None:
     config = parse(InspectConfig, args, prog="inspect_data.py", description=__doc__)
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
     source = open_source(config.spec, classes=config.classes, prompts=config.templates, **columns)
+    check_columns([source], columns)
     announce(source)
     templates = None if config.templates == "auto" else config.templates
     check_classes([source], classes=config.classes, templates=templates)

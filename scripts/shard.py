@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 from contrastive.config import parse
 from contrastive.data.shards.shard_writing import SAMPLES_PER_SHARD, PackOptions, write_shards
 from contrastive.data.sources import announce, open_source
+from contrastive.data.sources.columns import check_columns
 from contrastive.log import run_script
 
 
@@ -46,6 +47,7 @@ def main(args: list[str]) -> None:
     options = PackOptions(config.short_side, config.quality)
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
     source = open_source(config.spec, **columns)
+    check_columns([source], columns)
     announce(source)
     write_shards(
         source,

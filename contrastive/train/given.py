@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from contrastive.config import flatten, to_dict
+from contrastive.data.sources.columns import check_columns
 from contrastive.distributed.runtime import has_gpu, launched
 from contrastive.errors import UserError
 from contrastive.log import say
@@ -145,12 +146,10 @@ def check_effect(task: TrainingTask) -> None:
         if values.get(cause, ...) == off:
             why = f" without {cause}" if off in (None, []) else f" with {cause} {values[cause]}"
             found += [(name, cause, why) for name in names.split()]
-    read = {name for source in (task.source, *task.held_out) for part in source.parts for name in part.columns_read}
-    for name, lacking in (("image_column", "columns"), ("caption_column", "texts to choose from")):
-        if name not in read:
-            found.append((f"data.{name}", "data.train", f": {task.source.name} has no {lacking}"))
     if "loss.name" not in values:
         found.append(("optimizer.logit_lr_factor", "", " in this kind of run"))  # there is no logit_scale
     for name, cause, why in found:
         if counts(config, name, cause):
             raise UserError(f"{name} has no effect{why}; leave it out")
+    columns = [name for name in ("data.image_column", "data.caption_column") if counts(config, name, "data.train")]
+    check_columns([task.source, *task.held_out], {name: values[name] for name in columns})

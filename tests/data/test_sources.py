@@ -12,6 +12,9 @@ from torch.utils.data import DataLoader
 from contrastive.data.record import BadSample, FaultCounts
 from contrastive.data.sources import SOURCES, announce, open_source
 from contrastive.data.sources.arrays import Digits
+from contrastive.data.sources.columns import check_columns
+from contrastive.errors import UserError
+from scripts import embed, inspect_data, shard
 
 # Digits
 
@@ -94,6 +97,35 @@ def test_class_folders(tmp_path):
     os.remove(tmp_path / "polar_bear" / "1.jpg")
     with pytest.raises(BadSample, match="missing_image"):
         source[1]
+
+
+def test_columns_of_data_that_have_none_are_an_error(tmp_path):
+    (tmp_path / "a.csv").write_text("image,text\nbeside/1.jpg,a cat\n")
+    for folder in ("cat", "dog"):
+        (tmp_path / "classes" / folder).mkdir(parents=True)
+        (tmp_path / "classes" / folder / "1.jpg").touch()
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "1.jpg").touch()
+    (tmp_path / "beside" / "1.txt").write_text("a cat")
+    table, classes, beside = (open_source(str(tmp_path / name)) for name in ("a.csv", "classes", "beside"))
+    check_columns([table], {"image_column": "image", "caption_column": "text"})
+    check_columns([beside], {"image_column": None, "caption_column": "txt"})
+    check_columns([classes, table], {"data.image_column": "image"})
+    with pytest.raises(UserError, match="^caption_column has no effect: .*classes has no texts to choose from; leave"):
+        check_columns([classes], {"caption_column": "title"})
+    with pytest.raises(UserError, match="^data.image_column has no effect: .*beside has no columns; leave it out"):
+        check_columns([beside], {"data.image_column": "path"})
+
+
+def test_scripts_say_so_too(tmp_path):
+    told = "caption_column has no effect: digits:train has no texts to choose from"
+    out = str(tmp_path / "out")
+    for script, output in ((inspect_data, ["--output", out]), (shard, [out])):
+        with pytest.raises(UserError, match=told):
+            script.main(["digits", *output, "--caption_column", "title"])
+    with pytest.raises(UserError, match=told):
+        embed.embed(embed.parse(["RUN", "digits", out, "--caption-column", "title"]))
+    assert not os.path.exists(out)
 
 
 def test_linked_folders_are_followed_once(tmp_path):

@@ -2,9 +2,10 @@
 
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from contrastive.data.record import Source
 from contrastive.data.sources.paths import IMAGE_SUFFIXES
 from contrastive.errors import UserError, did_you_mean
 
@@ -165,3 +166,16 @@ def weighted_names(text: str, held: Collection[str]) -> tuple[tuple[str, float],
         if not 0 < weighted[name] < math.inf:
             raise UserError(f"caption_column '{text}': the weight of '{name}' is '{weight}', not a number above 0")
     return tuple(weighted.items())
+
+
+def check_columns(sources: Sequence[Source], asked: Mapping[str, str | None]) -> None:
+    """Raise UserError for an image_column or caption_column where none of the sources has what it chooses from.
+
+    asked: what the two were given, by the names of the options, None where one was not.
+    """
+    read = {name for source in sources for part in source.parts for name in part.columns_read}
+    lacking = {"image_column": "columns", "caption_column": "texts to choose from"}
+    for option, column in asked.items():
+        name = option.rpartition(".")[2]
+        if column is not None and name not in read:
+            raise UserError(f"{option} has no effect: {sources[0].name} has no {lacking[name]}; leave it out")

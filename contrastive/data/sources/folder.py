@@ -40,8 +40,6 @@ class ImageFiles(Source):
         captions: where they are, where there are no labels.
     """
 
-    columns_read = ("caption_column",)
-
     def __init__(
         self,
         name: str,
@@ -53,6 +51,7 @@ class ImageFiles(Source):
     ):
         self.name, self.class_names = name, class_names
         self._root, self._labels, self._captions = root, labels, captions
+        self.columns_read = ("caption_column",) if captions else ()
         self._paths = PackedBytes.of(os.fsencode(path) for path in paths)
         self.fingerprint = fingerprint_of(os.fsencode("\0".join((*paths, *(captions.identity if captions else ())))))
         self.reading = captions.reading if captions else f"{len(class_names)} class folders"
