@@ -93,12 +93,17 @@ def check_split(name: str, split: str, known: Collection[str]) -> None:
         raise UserError(f"{name}: unknown split '{split}'; use {which}.{did_you_mean(split, known)}")
 
 
+def evenly_spread(size: int) -> list[int]:
+    """Return at most SAMPLES_ASKED places in 0..size-1, the first and the last among them."""
+    count = min(SAMPLES_ASKED, size)
+    return [number * (size - 1) // max(1, count - 1) for number in range(count)]
+
+
 def some_have(source: Source, of: Callable[[int], object]) -> bool:
     """Return whether `of` says something true of one of at most 100 samples, spread evenly over the source."""
-    count, last = min(SAMPLES_ASKED, len(source)), len(source) - 1
-    for number in range(count):
+    for index in evenly_spread(len(source)):
         try:
-            if of(number * last // max(1, count - 1)):
+            if of(index):
                 return True
         except BadSample:
             continue

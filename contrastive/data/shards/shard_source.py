@@ -10,7 +10,16 @@ import numpy as np
 
 from contrastive.data.class_sets import CLASS_FILES, IMAGENET, class_set, class_set_beside, is_wordnet_id
 from contrastive.data.prompts import templates_beside
-from contrastive.data.record import BadSample, FaultCounts, Record, Source, check_index, fingerprint_of, part_and_row
+from contrastive.data.record import (
+    BadSample,
+    FaultCounts,
+    Record,
+    Source,
+    check_index,
+    evenly_spread,
+    fingerprint_of,
+    part_and_row,
+)
 from contrastive.data.shards.remote import Wanted, open_copy
 from contrastive.data.shards.shard_index import REFUSALS, IndexedShard, load_index
 from contrastive.data.shards.shard_manifest import total
@@ -165,7 +174,7 @@ class Shards(Source):
     def _some_labels(self) -> list[str]:
         """The labels of 100 samples as they are stored; none of shards that would have to be fetched."""
         stored = []
-        for index in () if self.remote else np.linspace(0, len(self) - 1, 100, dtype=int).tolist():
+        for index in () if self.remote else evenly_spread(len(self)):
             with contextlib.suppress(BadSample):
                 stored.append(_stored_label(self._sample(index)))
         return [str(label) for label in stored if label is not None]

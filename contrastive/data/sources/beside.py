@@ -132,13 +132,13 @@ def spoken(name: str) -> str:
 
 
 def same_texts(lines: Sequence[str], value: object) -> bool:
-    """Whether one of them, lines of KEY.txt and a field of KEY.json, says nothing that the other does not say."""
+    """Whether one of the two, lines of KEY.txt and a field of KEY.json, has all texts of the other, up to blanks."""
     first, second = ({" ".join(str(text).split()) for text in given} for given in (lines, texts_in(value)))
     return first <= second or second <= first
 
 
 def count_aside(counts: FaultCounts, reason: str, *keys: str, count: int = 1) -> None:
-    """Count what is not read by reason, as 'other' where there are many reasons: suffixes may be anything."""
+    """Count what is not read by its reason; from the 17th reason on as 'other', for suffixes may be anything."""
     counts.add(reason if reason in counts or len(counts) < MOST_REASONS else "other", *keys, count=count)
 
 

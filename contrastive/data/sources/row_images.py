@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from contrastive.data.record import SAMPLES_ASKED, part_and_row
+from contrastive.data.record import evenly_spread, part_and_row
 from contrastive.data.sources.paths import IMAGE_SUFFIXES
 from contrastive.errors import UserError
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 SCAN_BYTES = 128 * 2**20
 """Of embedded images: what is read before it is believed that no two rows show the same one."""
-_NUMBER = r"#\d+$"  # of a caption, as Flickr's lists have it behind the name of the image
+# How paths are written that lead nowhere as they stand. '#0' is the number of a caption in Flickr's lists.
+_OTHERWISE = ((r"\\", "/", "backslashes taken for '/'"), (r"#\d+$", "", "'#0', '#1', ... taken off the paths"))
 _BASE64 = ("data:image/", "/9j/4", "iVBORw0KGgo")
 
 
@@ -43,9 +44,8 @@ def find_images(
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    ends, rows = np.cumsum([part.num_rows for part in parts]), np.linspace(0, len(paths) - 1, SAMPLES_ASKED, dtype=int)
-    tried = []
-    for row in np.unique(rows).tolist():
+    ends, tried = np.cumsum([part.num_rows for part in parts]), []
+    for row in evenly_spread(len(paths)):
         value = (paths[row].cast(pa.binary()).as_py() or b"").decode("utf-8", "replace")
         part, place = part_and_row(ends, row)
         if value.startswith(("http://", "https://", "s3://", "gs://")):
@@ -58,10 +58,9 @@ def find_images(
         if os.path.isfile(os.path.join(parts[part].folder, value)):
             return paths, []
         tried.append((parts[part].folder, value, f"{parts[part].label}:{place}"))
-    if any(os.path.isfile(os.path.join(folder, value.replace("\\", "/"))) for folder, value, _ in tried):
-        return pc.replace_substring(paths, "\\", "/"), ["backslashes taken for '/'"]
-    if any(os.path.isfile(os.path.join(folder, re.sub(_NUMBER, "", value))) for folder, value, _ in tried):
-        return pc.replace_substring_regex(paths, _NUMBER, ""), ["'#0', '#1', ... taken off the paths"]
+    for written, meant, note in _OTHERWISE:
+        if any(os.path.isfile(os.path.join(folder, re.sub(written, meant, value))) for folder, value, _ in tried):
+            return pc.replace_substring_regex(paths, written, meant), [note]
     folder, value, key = tried[0]
     slashes = " and with '/' for '\\'" if "\\" in value else ""
     raise UserError(
@@ -116,16 +115,16 @@ def byte_keys(groups: Iterable[pa.Array]) -> pa.ChunkedArray | None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    keys, read, paired = [], 0, False
+    keys, seen, read = [], set(), 0
     for group in groups:
         fields = [held.name for held in group.type] if pa.types.is_struct(group.type) else []
         texts = pc.struct_field(group, "path").to_pylist() if "path" in fields else [None] * len(group)
         for value, text in zip(pc.struct_field(group, "bytes") if fields else group, texts, strict=True):
             buffer, path = value.as_buffer() if value.is_valid else None, os.fsencode(text or "")
             keys.append(path or None if buffer is None else hashlib.blake2b(buffer, digest_size=16).digest() + path)
+            seen.add(keys[-1])
             read += len(buffer or b"")
-        paired = paired or len(set(keys)) < len(keys)
-        if read > SCAN_BYTES and not paired:
+        if read > SCAN_BYTES and len(seen) == len(keys):
             return None
     return pa.chunked_array([pa.array(keys, pa.large_binary())])
 
@@ -133,7 +132,8 @@ def byte_keys(groups: Iterable[pa.Array]) -> pa.ChunkedArray | None:
 def rows_by_image(keys: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray] | None:
     """Return the rows of each image, image after image by its first row, and where those of each end; None: no repeats.
 
-    keys: one a row, equal for equal images; a row whose key is null stands alone.
+    keys: one a row, equal for equal images; a row whose key is null stands alone. Of a, b, a, null the rows are
+    0, 2 (of a), 1 (of b), 3, which end at 2, 3, 4.
     """
     import pyarrow.compute as pc
 
