@@ -1,22 +1,27 @@
 """From one string to a source of data, and to the data held out for it."""
 
+from __future__ import annotations
+
 import fnmatch
 import json
 import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from contrastive.data.class_sets import are_lemmas, bare_names, is_wordnet_id
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import Source, some_have
-from contrastive.data.sources.columns import Columns
 from contrastive.data.sources.derived import ClassPrompts, Mixture, split_mixture
 from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote, table_suffix
 from contrastive.data.sources.torchvision_sets import SETS, cifar_folders, open_cifar, open_named
 from contrastive.errors import UserError, did_you_mean
 from contrastive.log import say
 from contrastive.registry import Registry
+
+if TYPE_CHECKING:
+    from contrastive.data.sources.columns import Columns
 
 # Each kind of source is imported where it is opened: a run on rendered scenes loads no reader of tables.
 
@@ -70,6 +75,8 @@ def open_source(
     Raises:
         UserError: nothing of that name, nothing in it, damage, or neither captions nor labels.
     """
+    from contrastive.data.sources.columns import Columns
+
     spec = spec.strip()
     templates = None if prompts == "auto" else load_templates(prompts)
     if not spec:
