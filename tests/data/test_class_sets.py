@@ -68,11 +68,7 @@ def test_alphabetical_sets_are_in_the_order_of_their_folders():
 
 
 def test_imagenet_is_open_clips():
-    from open_clip.zero_shot_metadata import (
-        IMAGENET_CLASSNAMES,
-        OPENAI_IMAGENET_TEMPLATES,
-        SIMPLE_IMAGENET_TEMPLATES,
-    )
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
     names = load_class_names("imagenet")
     apart = {index for index, name in enumerate(names) if name != IMAGENET_CLASSNAMES[index]}

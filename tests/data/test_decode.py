@@ -61,10 +61,7 @@ def test_broken_exif_does_not_lose_the_picture():
 
 
 def test_one_bit_image():
-    assert pixels(encode(Image.fromarray(np.array([[True, False]])), "PNG"))[0].tolist() == [
-        [255] * 3,
-        [0] * 3,
-    ]
+    assert pixels(encode(Image.fromarray(np.array([[True, False]])), "PNG"))[0].tolist() == [[255] * 3, [0] * 3]
 
 
 def test_first_frame_of_a_two_page_tiff():

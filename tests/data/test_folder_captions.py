@@ -193,16 +193,8 @@ def test_several_tables_are_refused_with_what_to_give(tmp_path):
 @pytest.mark.parametrize(
     ("images", "others", "message"),
     [
-        (
-            "Images/1.jpg",
-            {"captions.txt": "image,caption\n1.jpg,x\n"},
-            "there is '.*/Images/1.jpg'",
-        ),
-        (
-            "i/1.jpg",
-            {"results.csv": "image,caption\n1.jpg,a dog\n"},
-            "has '1.jpg' .*relative paths start",
-        ),
+        ("Images/1.jpg", {"captions.txt": "image,caption\n1.jpg,x\n"}, "there is '.*/Images/1.jpg'"),
+        ("i/1.jpg", {"results.csv": "image,caption\n1.jpg,a dog\n"}, "has '1.jpg' .*relative paths start"),
         (
             "i/1.jpg i/2.jpg",
             {"val.csv": "filepath\ttitle\ni/1.jpg\ta dog\n", "test.tsv": "path\tcaption\ni/2.jpg\ta cat\n"},

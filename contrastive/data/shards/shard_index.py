@@ -142,11 +142,7 @@ def index_shard(path: str, digest: bool = False) -> tuple[ShardIndex, ShardSumma
         )
     index = _index_of(groups)
     summary = ShardSummary(
-        *before,
-        sha256(path) if digest else None,
-        len(index),
-        **_count(path, index),
-        left_aside=_one_key(left_aside),
+        *before, sha256(path) if digest else None, len(index), **_count(path, index), left_aside=_one_key(left_aside)
     )
     if _state(path) != before:
         raise UserError(f"{path} changed while it was read; index it when it is complete")

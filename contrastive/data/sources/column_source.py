@@ -42,9 +42,9 @@ class ColumnSource(Source):
         parts: where the rows come from, in order.
         columns: those to read, as `find_columns` has them.
         types: of those columns.
-        cells: those columns. An image is bytes, a path, relative to the part's folder, or {'bytes', 'path'}; a
-            caption is a text, a dict of one ('raw', 'caption', ...) or a list of either, also printed as text; those of
-            a column share its weight evenly; nulls are left out. Labels and paths are pa.ChunkedArrays, in memory.
+        cells: those columns. An image is bytes, a path, relative to the part's folder, or {'bytes', 'path'}. Captions
+            are what `texts_in` makes of a cell, or of the list that its text prints ("['a dog', 'a pet']"), weighed as
+            `shared_out` does. Labels and paths are pa.ChunkedArrays, in memory.
         class_names: those that come with the labels; else they are those of classes.json or classnames.txt in the
             folder of the first part, else the distinct texts of the label column.
         embedded: the cells of images that are not paths, for one pass. Rows of one image are one sample where there are

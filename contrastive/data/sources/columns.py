@@ -26,8 +26,9 @@ class Columns:
     """The names of the columns. None: to be found by its usual names, or there is none.
 
     caption: a name, or several with weights, as `weighted_names` takes them. weighted: what `find_columns` made
-    of that. passed_over: by what was taken, another column of a usual name. split: a column that tells splits apart.
-    The fingerprints of tables hold the others as they are printed.
+    of that: names and weights. passed_over: what was taken and another column that might have been, ('caption',
+    'title'). split: a column that tells splits apart. Image, caption and label go into the fingerprints of tables as
+    `repr` prints them; the others do not.
     """
 
     image: str | None = None

@@ -33,9 +33,10 @@ class Dialect(NamedTuple):
 
 
 class _Scan(NamedTuple):
-    """Rows below the header, and (line, columns) of those that have another number of columns than it.
+    """How many rows are below the header; (line, columns) of those that have another number of columns than it.
 
-    fault: the first place where quotes are none of CSV's. swallows: whether one of them takes in other lines.
+    fault: the first place where quotes break CSV's rules, 'a "b" c' in quotes, say. swallows: whether a quote that is
+    never closed makes one value of the lines after it.
     """
 
     num_rows: int
@@ -109,9 +110,9 @@ def _read_head(path: str, usual: str, asked: Columns) -> tuple[Dialect, Columns]
 def _told_quotes(path: str, dialect: Dialect) -> tuple[Dialect, _Scan]:
     """Return the dialect with its quotes told, and its rows.
 
-    CSV is read by its rules, as every reader does, unless they make one value of several lines where they are not kept.
-    In TSV quotes are mostly part of the texts: the rules hold where all keep them and where they do not make one row of
-    lines that are rows as they stand.
+    CSV is read by its rules, as every reader does, but not where a quote that breaks them takes in other lines: then
+    quotes are part of the texts, if so every line is a row. In TSV they mostly are (5" nail): the rules hold only where
+    every quote keeps them, and no line inside of quotes is a row by itself.
     """
     by_rules, literal = _scan(path, dialect), dialect._replace(quoted=False)
     if dialect.separator != "\t" and not by_rules.swallows:

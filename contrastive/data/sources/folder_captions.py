@@ -51,7 +51,8 @@ class FileBeside(Beside):
 class FolderCaptions:
     """Where the captions of a folder's images are.
 
-    names, weights: as `Beside` takes them. identity: for the fingerprint.
+    names, weights: as `Beside.captions` takes them. identity: what of it goes into the source's fingerprint. reading:
+    the source's.
     """
 
     names: tuple[str, ...]
@@ -62,7 +63,11 @@ class FolderCaptions:
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """The files of a folder, by paths relative to it, sorted. beside: the stems of images by suffix of other files."""
+    """The files of a folder, by paths relative to it, sorted.
+
+    others: those that are no images. beside: by suffix, the images' stems that have such a file: 'txt' to {'a', 'b'}.
+    left_aside: the others by suffix or reason, but for those that may be captions.
+    """
 
     root: str
     images: list[str]
