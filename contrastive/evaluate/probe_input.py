@@ -51,12 +51,12 @@ class ProbeTask(EvaluationTask):
         sets = [subject.embeddings(name, self.space).labelled(self.title) for name in self.data_used]
         train = sets[0]
         for number, other in enumerate(sets):
-            if None not in (train.class_names, other.class_names) and train.class_names != other.class_names:
-                places = places_among(train.class_names, other)
+            if train.class_names != other.class_names:
+                named = None not in (train.class_names, other.class_names)
+                places = places_among(train.class_names, other) if named else None
                 if places is None:
-                    raise UserError(
-                        f"{train.name} and {other.name} have different classes; {self.title} needs the same"
-                    )
+                    what = "have different classes" if named else "do not both name their classes (classnames.txt)"
+                    raise UserError(f"{train.name} and {other.name} {what}; {self.title} needs the same")
                 sets[number] = replace(other, labels=torch.tensor(places)[other.labels], class_names=train.class_names)
         test = sets[1]
         known = [len(one.class_names) for one in sets if one.class_names is not None]

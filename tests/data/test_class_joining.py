@@ -164,6 +164,16 @@ def test_names_written_as_python_are_refused(tmp_path, content):
         load_class_names(said(tmp_path / "x.txt", content), ("cat", "dog"))
 
 
+def test_names_beside_class_folders_are_joined_to_them(tmp_path):
+    pets = folders(tmp_path / "pets", "cat", "dog")
+    said(tmp_path / "pets" / "classes.json", {"dog": "a hound", "cat": "a tabby"})
+    source = open_source(pets)
+    assert source.class_names == ("a tabby", "a hound") and source.own_names == ("cat", "dog")
+    said(tmp_path / "pets" / "classes.json", ["dog", "cow"])
+    with pytest.raises(UserError, match=r"classes.json: .* the same in part only; .* there: 'cat'; .* data: 'cow'"):
+        open_source(pets)
+
+
 def test_synonyms_that_are_shared_are_told_apart(tmp_path):
     lines = "n02012849 crane\nn03126707 crane\nn01440764 tench, Tinca tinca\n"
     assert read_class_file(Path(said(tmp_path / "x.txt", lines))).names == ("crane bird", "construction crane", "tench")

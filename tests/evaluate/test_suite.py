@@ -49,6 +49,7 @@ def data(monkeypatch):
         "test": source(13, unreadable=(4,)),
         "unlabelled": source(7, labels=None, class_names=None),
         "other": source(8, class_names=("a", "b", "c", "d", "e", "f")),
+        "nameless": source(6, class_names=None),
         "silent": source(9, texts=[()] * 9),
         "broken": source(3, unreadable=(0, 1, 2)),
     }
@@ -211,6 +212,10 @@ def test_a_folder_of_another_models_embeddings_is_refused(tmp_path, bundle, data
         ({"task": "zero_shot", "data": "nowhere"}, "unknown data source 'nowhere'"),
         ({"task": "retrieval", "data": "silent"}, "9 colours has no captions"),
         ({**KNN, "test": "unlabelled"}, "7 colours has no class labels; kNN needs labelled data"),
+        (
+            {**KNN, "test": "nameless"},
+            "30 colours and 6 colours do not both name their classes (classnames.txt)",
+        ),
         ({**KNN, "test": "other"}, "30 colours and 8 colours have different classes; kNN needs the same"),
         ({"task": "classification", "data": "test"}, "small has no classifier's head"),
     ],

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from contrastive.data.class_sets import class_set_beside
 from contrastive.data.record import Record, Source, check_index, fingerprint_of
 from contrastive.data.shards.shard_index import PackedBytes
 from contrastive.data.sources.beside import Captions
@@ -100,7 +101,11 @@ def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
     captions = find_captions(name, files, columns.caption)
     if captions is None and (table := captions_table(name, files)):
         return open_inside(name, files, table, columns)
-    source = ImageFiles(name, root, images, captions=captions) if captions else _in_classes(name, files)
+    source: Source = ImageFiles(name, root, images, captions=captions) if captions else _in_classes(name, files)
+    if not captions and (known := class_set_beside(root)):
+        from contrastive.data.class_joining import named
+
+        source = named(source, known.name)
     source.left_aside = files.left_aside
     for suffix in captions.names if captions else ():
         source.left_aside.pop(suffix, None)
