@@ -207,6 +207,18 @@ def test_labels_in_the_json(tmp_path):
     assert refusal(source, 1) == "bad_label"
 
 
+def test_a_label_below_0_is_none_as_in_tables(tmp_path):
+    members = [
+        (name, data)
+        for key, label in (("a", b"1"), ("b", b"-1"), ("c", b" 0\n"), ("d", b"1.5"))
+        for name, data in ((f"{key}.jpg", key.encode()), (f"{key}.cls", label), (f"{key}.txt", b"text"))
+    ]
+    source = open_source(write_tar(tmp_path / "x.tar", members))
+    assert [source[index].label for index in range(3)] == [1, None, 0]
+    assert source[1].captions == ("text",)  # a sample without a label has its caption still
+    assert refusal(source, 3) == "bad_label"
+
+
 # Processes
 
 

@@ -130,12 +130,12 @@ class Shards(Source):
             return None
         value = _stored_label(sample)
         if type(value) is str:
-            value = self._label_of.get(value, int(value) if value.isdecimal() else value)
+            value = self._label_of.get(value, int(value) if value.removeprefix("-").isdecimal() else value)
         if value is None:
             return None
-        if type(value) is not int or value < 0 or (self.class_names and value >= len(self.class_names)):
+        if type(value) is not int or (self.class_names and value >= len(self.class_names)):
             raise BadSample("bad_label", sample.key)
-        return value
+        return value if value >= 0 else None  # below 0 is none, as in tables
 
     def _find_classes(self, folder: Path) -> str:
         """Find class names, templates beside them, and the label of each name; returns in words what was found."""
