@@ -138,6 +138,8 @@ def _about_stray(value: str, args: list[str], known: dict[str, Any]) -> str | No
         switch = next((flag for flag in flags if known.get(flag.removeprefix("--")) is bool), None)
         return switch and f"{switch} is a switch and takes no value, not '{value}'"
     place = args.index(value)
+    if place == 0 and "data.train" in known:
+        return f"'{value}' belongs to no flag; data to train on are named by --data.train"
     flag = next((arg for arg in reversed(args[:place]) if arg.startswith("--")), "").partition("=")[0]
     if place == 0 or (flag and known.get(flag.removeprefix("--")) is not str):
         return None

@@ -118,6 +118,10 @@ def test_a_hint_names_only_flags_that_there_are():
         parsed(FinetuneConfig, "--lock-image")
     with pytest.raises(UserError, match="unknown flag --siglip"):
         parsed(TrainClassifierConfig, "--siglip")
+    with pytest.raises(UserError, match="--pretrained is --model NAME, from scratch; scripts/finetune.py MODEL"):
+        parsed(TrainClassifierConfig, "--pretrained")
+    with pytest.raises(UserError, match="'photos' belongs to no flag; data to train on are named by --data.train"):
+        parsed(TrainClassifierConfig, "photos", "--epochs", "3")
 
 
 def test_values_that_a_second_flag_would_throw_away_are_an_error():
@@ -217,5 +221,5 @@ def test_each_row_names_a_flag_that_there_is(row):
     ours = re.match(r"--([\w.-]+)", row[2])
     options = {name for cls in KINDS for name in flatten(to_dict(cls()))} | {"loss", "optimizer"}
     others = ["workers", "data", "limit", "out", "precision", "templates", "classes"]
-    others += ["device", "option", "to", "batch_size", "image_column", "caption_column"]
+    others += ["device", "option", "model", "to", "batch_size", "image_column", "caption_column"]
     assert ours is None or ours[1] in options or ours[1] in others

@@ -61,7 +61,8 @@ class Runtime:
         wants_bf16 = precision == "bf16" or (precision == "auto" and has_bf16 and (asked or on_gpu) in ("bf16", True))
         absent = set(trackers) - {str(tracker) for tracker in get_available_trackers()}
         if absent:
-            raise UserError(f"tracker {', '.join(sorted(absent))} is unknown or not installed: pip install it first")
+            told = f"tracker {', '.join(sorted(absent))} is unknown or not installed: pip install it first"
+            raise UserError(f"{told}; for no tracker leave --trackers out")
         handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         if on_gpu and "LOCAL_RANK" in os.environ:
             # gloo beside NCCL: small agreements between hosts need not wait for the GPUs.

@@ -2,9 +2,10 @@
 
 import re
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from contrastive.config import flatten, to_dict
+from contrastive.config import flatten, to_dict, written_options
 from contrastive.data.sources.columns import check_columns
 from contrastive.distributed.runtime import has_gpu, launched
 from contrastive.errors import UserError
@@ -49,6 +50,16 @@ def given_options(config: RunConfig) -> dict[str, bool]:
             usual = replace(usual, **{part.name: type(value)()})
     before = flatten(to_dict(usual))
     return {name: True for name, value in flatten(to_dict(config)).items() if value != before.get(name)}
+
+
+def for_other_data(config: RunConfig, file: Path) -> RunConfig:
+    """Return the options without what `file`, which nobody named, scores its own data on and prompts them with."""
+    usual, its = type(config.data)(), written_options(type(config), file)
+    other = its.get("data.train") not in (None, config.data.train)
+    own = [name for name in ("eval", "templates") if other and f"data.{name}" in its.keys() - config.given.keys()]
+    if own:
+        say(f"data.{' and data.'.join(own)} of {file.name} left aside: --data.train names other data")
+    return replace(config, data=replace(config.data, **{name: getattr(usual, name) for name in own}))
 
 
 def counts(config: RunConfig, name: str, cause: str) -> bool:

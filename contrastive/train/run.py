@@ -74,22 +74,14 @@ def command(
         config = replace(again, run_folder=config.run_folder)
     elif not chosen:  # what the default file says nobody has asked for
         config = replace(config, given={name: True for name, by_flag in config.given.items() if by_flag})
-        config = _for_other_data(config, default_file)
+        from contrastive.train.given import for_other_data
+
+        config = for_other_data(config, default_file)
     if "batch_size" in typed and launched():
         batch, ranks = config.train.global_batch_size, int(os.environ["WORLD_SIZE"])
         say(f"--batch_size is the global batch here: {batch} over {ranks} ranks, {batch // ranks} each")
     if not train(config):
         sys.exit(130)  # stopped on request, after saving
-
-
-def _for_other_data(config: C, file: Path) -> C:
-    """Return the options without what `file`, which nobody named, scores its own data on and prompts them with."""
-    usual, its = type(config.data)(), written_options(type(config), file)
-    other = its.get("data.train") not in (None, config.data.train)
-    own = [name for name in ("eval", "templates") if other and f"data.{name}" in its.keys() - config.given.keys()]
-    if own:
-        say(f"data.{' and data.'.join(own)} of {file.name} left aside: --data.train names other data")
-    return replace(config, data=replace(config.data, **{name: getattr(usual, name) for name in own}))
 
 
 def open_run(config: RunConfig) -> Path | None:

@@ -1,5 +1,6 @@
 """A folder of image files, with class folders or with captions beside the images."""
 
+import fnmatch
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -185,8 +186,15 @@ def _numbering(class_names: tuple[str, ...]) -> str:
     return f", numbered {first} to {last}{' with gaps, which labels have not' if gaps else f': {told}'}"
 
 
-def _are_splits(folders: list[str]) -> bool:
-    return _SPLIT_NAMES.issuperset(folder.lower().rstrip("0123456789") for folder in folders)
+def _are_splits(names: Sequence[str]) -> bool:
+    """Whether all names are those of splits: 'train', 'val2017'."""
+    return _SPLIT_NAMES.issuperset(name.lower().rstrip("0123456789") for name in names)
+
+
+def splits_of(paths: Sequence[str]) -> list[str]:
+    """Return what files named as 'test-00000-of-00001.parquet', 'train-0.tar' begin with; [] unless all are such."""
+    begins = sorted({re.split(r"[-_.]", os.path.basename(path))[0] for path in paths})
+    return begins if _are_splits(begins) else []
 
 
 def _check_levels(name: str, files: FolderFiles, folders: list[str]) -> None:
@@ -215,6 +223,8 @@ def _nothing_found(files: FolderFiles) -> str:
     for suffix in ("tar", "parquet", "csv", "tsv", "jsonl"):
         for path in sorted(files.others, key=lambda path: path.count(os.sep)):
             if path.endswith(f".{suffix}"):
-                those = os.path.join(files.root, os.path.dirname(path), f"*.{suffix}")
-                return f"no images in this folder, but .{suffix} files; give '{those}'"
+                folder, ending = os.path.dirname(path), f"*.{suffix}"
+                alike = [other for other in files.others if fnmatch.fnmatch(other, os.path.join(folder, ending))]
+                those = [os.path.join(files.root, folder, split + ending) for split in splits_of(alike) or [""]]
+                return f"no images in this folder, but .{suffix} files; give {' or '.join(map(repr, those))}"
     return f"no images in this folder ({', '.join(IMAGE_SUFFIXES)})"

@@ -53,7 +53,9 @@ def open_hub(argument: str, asked: Columns) -> ColumnSource:
         raise UserError("hf: needs a name, as 'hf:OWNER/NAME:train'")
     with _library_errors(name):
         dataset = load_dataset(path, split=split or "train")
-    return _from_dataset(name, dataset, "", asked)
+    source = _from_dataset(name, dataset, "", asked)
+    source.reading += "" if split else f"; split train ('{name}:SPLIT' names another)"
+    return source
 
 
 def _chosen(name: str, split: str | None, splits: list[str]) -> str:

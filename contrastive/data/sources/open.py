@@ -166,6 +166,8 @@ def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) ->
 
 
 def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
+    from contrastive.data.sources.folder import splits_of
+
     suffixes = sorted({table_suffix(path) for path in paths})
     if len(suffixes) > 1:
         raise UserError(f"{spec} matches files of several kinds ({', '.join(suffixes)}); name one kind")
@@ -173,12 +175,18 @@ def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
         from contrastive.data.shards.indexing import index_shards
         from contrastive.data.shards.shard_source import Shards
 
-        return Shards(spec, index_shards(paths, digest=False), columns.caption)
-    if suffixes[0] in _TABLES:
+        source = Shards(spec, index_shards(paths, digest=False), columns.caption)
+    elif suffixes[0] in _TABLES:
         from contrastive.data.sources.tables import open_table
 
-        return open_table(spec, paths, columns)
-    raise UserError(f"{spec}: files of kind '{suffixes[0]}' are not read; use .tar, {', '.join(_TABLES)} or a folder")
+        source = open_table(spec, paths, columns)
+    else:
+        raise UserError(
+            f"{spec}: files of kind '{suffixes[0]}' are not read; use .tar, {', '.join(_TABLES)} or a folder"
+        )
+    if len(splits := splits_of(paths)) > 1:
+        source.reading += f"; {', '.join(splits)} are taken together"
+    return source
 
 
 def _as_pairs(source: Source, classes: str | None, templates: tuple[str, ...] | None) -> Source:
