@@ -1,4 +1,7 @@
-"""What was asked for, against what comes of it: beside --init, on --resume. Read by a run, not by importing one."""
+"""What was asked for, against what comes of it: on --resume, beside other options, from the model that --init names.
+
+Read by a run, not by importing one.
+"""
 
 import re
 from dataclasses import fields, is_dataclass, replace
@@ -9,7 +12,11 @@ from contrastive.config import flatten, to_dict, written_options
 from contrastive.data.sources.columns import check_columns
 from contrastive.distributed.runtime import has_gpu, launched
 from contrastive.errors import UserError
+from contrastive.interop.bundle import Bundle
+from contrastive.interop.loading import load
 from contrastive.log import say
+from contrastive.models import DualEncoder
+from contrastive.train.contrastive_task import PretrainConfig
 from contrastive.train.options import LENGTHS, ONLY_IN_TRAINING, RunConfig, num_workers
 from contrastive.train.task import TrainingTask
 
@@ -22,8 +29,6 @@ MAY_CHANGE = re.compile(
     r"data\.(train|eval|num_workers|timeout|max_bad_share|bad_window)|"
     r"train\.(seed|global_batch_size)|data\.(window|lanes|replacement)|model\.(image|text)\.gradient_checkpointing"
 )
-
-
 # Options that another one leaves without any effect: which, the other one, and its value then.
 NO_EFFECT = (
     ("evaluation.every evaluation.batch_size evaluation.limit", "data.eval", []),
@@ -115,27 +120,6 @@ def changes_on_resume(config: RunConfig, before: dict[str, Any]) -> str:
     return f"resuming with {'; '.join(said.values())}{schedule}" if said else ""
 
 
-def check_brought(asked: RunConfig, config: RunConfig, flag: str) -> None:
-    """Raise UserError for a given option that is another one in the model which `--flag` names; see `counts`.
-
-    Args:
-        asked: before, config: after the options were replaced by the model's.
-    """
-    before, now = flatten(to_dict(asked)), flatten(to_dict(config))
-    other = [name for name in now if name in before and before[name] not in (None, now[name])]
-    other = [name for name in other if name.startswith(("model.", "data."))]
-    preset = counts(asked, "model", flag)
-    refused = [name for name in other if counts(asked, name, flag) or (preset and name.startswith("model."))]
-    if refused:
-        said = "; ".join(f"{name} {before[name]} (the model's: {now[name]})" for name in refused)
-        raise UserError(
-            f"--{flag} {getattr(asked, flag)} brings its own {refused[0]}: {said}. Leave it out, or leave out --{flag}"
-        )
-    left = [name for name in other if name in given_options(asked)]
-    if left:
-        say(f"--{flag} brings its own; the configuration file's are left aside: {', '.join(left)}")
-
-
 def check_effect(task: TrainingTask) -> None:
     """Raise UserError for a given option that the chosen data, tower or other options leave without effect.
 
@@ -164,3 +148,94 @@ def check_effect(task: TrainingTask) -> None:
             raise UserError(f"{name} has no effect{why}; leave it out")
     columns = [name for name in ("data.image_column", "data.caption_column") if counts(config, name, "data.train")]
     check_columns([task.source, *task.held_out], {name: values[name] for name in columns})
+
+
+def starting_model(config: PretrainConfig, checkpoint: Path | None) -> tuple[Bundle, PretrainConfig]:
+    """Return the model that training starts from, and the options with its architecture and preprocessing.
+
+    Args:
+        checkpoint: of a resumed run, which has these parts itself.
+
+    Raises:
+        UserError: no model there, or one without the parts that are asked of it; an option that was given is another
+            one in the model.
+    """
+    # The flags of the first command of a resumed run do not change its parts when they are given again.
+    start = load(checkpoint or config.init or config.init_image)
+    start.check_image_tower("a run starts from an image tower, or from both")
+    flag = "init" if config.init else "init_image"
+    size = config.model.image.image_size
+    if counts(config, "model.image.image_size", flag) and size != start.config.image.image_size:
+        start.model.image_tower.set_input_size(size)
+        say(f"the positions of {start.path} are resampled for images of {size} pixels")
+        start = replace(start, config=replace(start.config, image=start.model.image_tower.config))
+    whole = _with_parts_of(start, config)
+    check_brought(config, whole, flag)
+    return start, whole
+
+
+def copy_weights(start: Bundle, model: DualEncoder, config: PretrainConfig) -> None:
+    """Copy the weights of the towers that `config` starts from, and say so."""
+    if config.init:
+        weights = start.model.state_dict()
+        if model.logit_bias is None:  # which may be absent from either
+            weights.pop("logit_bias", None)
+        else:
+            weights.setdefault("logit_bias", model.logit_bias.detach())
+        model.load_state_dict(weights)
+    else:
+        model.image_tower.load_state_dict(start.model.image_tower.state_dict())
+    say(f"starting from {start.path}: its {'towers' if config.init else 'image tower'} and preprocessing")
+
+
+def _with_parts_of(start: Bundle, config: PretrainConfig) -> PretrainConfig:
+    """Return the options with the architecture and preprocessing of the model that training starts from.
+
+    What only training knows, dropout say, and whether the logits have a bias are the run's own.
+
+    Raises:
+        UserError: --init of a model without a text tower.
+    """
+    image = _trained_as(config.model.image, start.config.image)
+    data = replace(config.data, preprocess=start.preprocess.config.options)
+    if config.init is None:
+        model = replace(config.model, image=image, embed_dim=start.model.config.embed_dim)
+    else:
+        start.check_text_tower("--init starts both towers; use --init_image")
+        ours = start.tokenizer
+        kind = "clip" if ours.kind == "clip" else "auto"
+        data = replace(data, tokenizer=kind, vocab_size=ours.vocab_size, clean=ours.clean)
+        has_bias = config.loss.initial_logits(2)[1] is not None
+        model = replace(
+            start.config,
+            image=image,
+            text=_trained_as(config.model.text, start.config.text),
+            init_logit_bias=start.config.init_logit_bias if has_bias else None,
+        )
+    return replace(config, model=model, data=data)
+
+
+def _trained_as(asked: Any, tower: Any) -> Any:
+    """Return a tower's options with those of `asked` that matter in training alone."""
+    return replace(tower, **{name: getattr(asked, name) for name in ONLY_IN_TRAINING if hasattr(asked, name)})
+
+
+def check_brought(asked: RunConfig, config: RunConfig, flag: str) -> None:
+    """Raise UserError for a given option that is another one in the model which `--flag` names; see `counts`.
+
+    Args:
+        asked: before, config: after the options were replaced by the model's.
+    """
+    before, now = flatten(to_dict(asked)), flatten(to_dict(config))
+    other = [name for name in now if name in before and before[name] not in (None, now[name])]
+    other = [name for name in other if name.startswith(("model.", "data."))]
+    preset = counts(asked, "model", flag)
+    refused = [name for name in other if counts(asked, name, flag) or (preset and name.startswith("model."))]
+    if refused:
+        said = "; ".join(f"{name} {before[name]} (the model's: {now[name]})" for name in refused)
+        raise UserError(
+            f"--{flag} {getattr(asked, flag)} brings its own {refused[0]}: {said}. Leave it out, or leave out --{flag}"
+        )
+    left = [name for name in other if name in given_options(asked)]
+    if left:
+        say(f"--{flag} brings its own; the configuration file's are left aside: {', '.join(left)}")
