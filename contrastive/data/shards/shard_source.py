@@ -130,7 +130,7 @@ class Shards(Source):
             return None
         value = _stored_label(sample)
         if type(value) is str:
-            value = self._label_of.get(value, int(value) if value.removeprefix("-").isdecimal() else value)
+            value = self._label_of.get(value, int(value) if _is_whole(value) else value)
         if value is None:
             return None
         if type(value) is not int or (self.class_names and value >= len(self.class_names)):
@@ -139,13 +139,13 @@ class Shards(Source):
 
     def _find_classes(self, folder: Path) -> str:
         """Find class names, templates beside them, and the label of each name; returns in words what was found."""
-        numbers, texts = total(self._shards, "labels"), total(self._shards, "label_names")
-        known, self.labelled, self._label_of, stored = None, bool(numbers), {}, []
-        if numbers or texts:
-            known = class_set_beside(*((folder,) if self.remote else (folder, folder.parent)))
-            stored = self._some_labels()
-        are_numbers = [int(label) for label in stored if label.isdecimal()]
-        if known:
+        numbers, self._label_of = total(self._shards, "labels"), {}
+        self.labelled = bool(numbers)
+        if not numbers and not total(self._shards, "label_names"):
+            return ""
+        stored = self._some_labels()
+        are_numbers = [int(label) for label in stored if _is_whole(label)]
+        if known := class_set_beside(*((folder,) if self.remote else (folder, folder.parent))):
             if len(are_numbers) == len(stored) > 0 < min(are_numbers) and max(are_numbers) == len(known.names):
                 raise UserError(
                     f"{self.name} has labels from {min(are_numbers)} to {max(are_numbers)}, and {known.name} has "
@@ -157,16 +157,15 @@ class Shards(Source):
         elif stored and is_wordnet_id(stored[0]):
             known = class_set(IMAGENET)
             self.class_names, found = known.own_names, "labels: WordNet ids, among ImageNet's 1,000"
-        elif stored and not are_numbers:
+        elif are_numbers or not stored:
+            return ""
+        else:
             told = f"labels that are no whole numbers, as {stored[0]!r}"
             if not total(self._shards, "captions"):
-                raise UserError(
-                    f"{self.name} has {told}; put {' or '.join(CLASS_FILES)} with the names beside the shards"
-                )
+                files = " or ".join(CLASS_FILES)
+                raise UserError(f"{self.name} has {told}; put {files} with the names beside the shards")
             self.labelled = False
             return f"not read: {told}"
-        else:
-            return ""
         self.labelled = True
         self._label_of = {name: label for names in (known.names, known.own_names) for label, name in enumerate(names)}
         return found
@@ -183,6 +182,10 @@ class Shards(Source):
 def _stored_label(sample: "ShardSample") -> object:
     stored = sample.text("cls")
     return sample.fields.get("label") if stored is None else stored.strip()
+
+
+def _is_whole(label: str) -> bool:
+    return label.removeprefix("-").isdecimal()
 
 
 class ShardSample(Beside):
