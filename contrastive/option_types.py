@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from contrastive.errors import UserError
+from contrastive.words import flags_of
 
 T = TypeVar("T")
 
@@ -133,18 +134,20 @@ def run_tyro(
 
 def _about_stray(value: str, args: list[str], known: dict[str, Any]) -> str | None:
     """What to say of a value that nothing takes: a switch was given it, or a pattern lacked its quotes."""
+    flags = flags_of(args)
     if value not in args:  # tyro split --flag=value
-        flags = (arg.partition("=")[0] for arg in args if arg.partition("=")[2] == value)
-        switch = next((flag for flag in flags if known.get(flag.removeprefix("--")) is bool), None)
+        switch = next((flag.typed for flag in flags if flag.value == value and known.get(flag.name) is bool), None)
         return switch and f"{switch} is a switch and takes no value, not '{value}'"
     place = args.index(value)
     if place == 0 and "data.train" in known:
         return f"'{value}' belongs to no flag; data to train on are named by --data.train"
-    flag = next((arg for arg in reversed(args[:place]) if arg.startswith("--")), "").partition("=")[0]
-    if place == 0 or (flag and known.get(flag.removeprefix("--")) is not str):
+    flag = next((flag for flag in reversed(flags[:place]) if flag.name), None)
+    if place == 0 or (flag and known.get(flag.name) is not str):
         return None
-    taken = f"{flag or 'this'} takes one value, not also '{args[place]}'"
-    return f"{taken}; quote a pattern, or the shell expands it: {flag} 'shards/*.tar'".replace(":  ", ": ")
+    taken, typed = ("this", "") if flag is None else (flag.typed, f"{flag.typed} ")
+    return (
+        f"{taken} takes one value, not also '{value}'; quote a pattern, or the shell expands it: {typed}'shards/*.tar'"
+    )
 
 
 def _first_message(box: str) -> str:

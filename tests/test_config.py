@@ -257,6 +257,25 @@ def test_either_of_two_options(file):
         both([], file("steps: 1\nepochs: 2.0", "c.yaml"))
 
 
+def test_hyphens_are_underscores_in_what_is_said_of_a_stray_value_too():
+    @dataclass(frozen=True)
+    class Options:
+        run_folder: str = ""
+        """Folder."""
+        dry_run: bool = False
+        """Whether."""
+
+    for args, told in (
+        (
+            ["--run-folder", "a", "b"],
+            "--run-folder takes one value, not also 'b'; quote a pattern, .*: --run-folder 's",
+        ),
+        (["--dry-run=yes"], "--dry-run is a switch and takes no value, not 'yes'"),
+    ):
+        with pytest.raises(UserError, match=told):
+            parse(Options, args, prog="t", description="")
+
+
 def test_a_pattern_that_the_shell_expanded_is_told_without_a_flag_too():
     @dataclass(frozen=True)
     class Options:
