@@ -200,6 +200,7 @@ def tiny_file(tmp_path):
         (embed, "RUN d OUT --dataset cifar10", "--dataset: the data are the second word"),
         (embed, "RUN d OUT --amp", "--amp is --precision bf16 here."),
         (embed, "RUN d OUT --num_workers 3", "--num_workers 3 is --workers 3 here."),
+        (embed, "RUN d OUT --normalize", "unknown flag --normalize. See --help"),
         (export, "RUN --format onnx OUT", "--format onnx is --to onnx here."),
         (embed, "RUN d OUT --csv-caption-key title", "--csv-caption-key title is --caption_column title here."),
         (export, "RUN --to onnx OUT --output x", "--output: the last word, OUT"),

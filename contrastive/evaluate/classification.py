@@ -203,8 +203,8 @@ def names_to_use(data: Source | EmbeddingSet, class_names: Sequence[str] | Class
     """Return the members of `data` under the names to use (see `members_under`); UserError where there are none."""
     if class_names is None and data.class_names is None:
         raise UserError(
-            f"{data.name} has no class names; give labelled data, or name the classes ({HOW_TO_NAME}). Captions "
-            "without labels are evaluated by retrieval"
+            f"{data.name} has no class names; name the classes of its labels ({HOW_TO_NAME}). Captions without labels "
+            "are evaluated by retrieval"
         )
     if class_names is not None and not isinstance(class_names, ClassSet):
         _check_each_once(data.name, class_names)
