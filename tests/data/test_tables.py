@@ -95,6 +95,19 @@ def test_the_image_column_may_have_the_name_of_a_models_argument(images):
     assert open_source(str(images / "x.csv")).reading.startswith("image: column 'pixel_values', caption: column 'text'")
 
 
+def test_splits_that_lie_in_one_folder_are_not_taken_for_one(images):
+    """As datasets lays them out on the hub: data/train-00000-of-00001.parquet, data/test-00000-of-00001.parquet."""
+    for folder in ("hub/data", "parts/data"):
+        (images / folder).mkdir(parents=True)
+    for name in ("hub/data/train-00000-of-00001", "hub/data/test-00000-of-00001", "parts/data/0", "parts/data/1"):
+        (images / f"{name}.csv").write_text("image,text\n../../a.jpg,x\n")
+    refused(images / "hub", r"give '.*/hub/data/test\*.csv' or '.*/hub/data/train\*.csv'; there are")
+    refused(images / "parts", r"give '.*/parts/data/\*.csv'; there are")
+    assert open_source(f"{images}/hub/data/*.csv").reading.endswith("; test, train are taken together")
+    for spec in ("hub/data/train*.csv", "parts/data/*.csv"):
+        assert "together" not in open_source(f"{images}/{spec}").reading
+
+
 def test_labels_without_names_can_be_opened_but_have_no_captions(images):
     (images / "x.csv").write_text("image,label\na.jpg,7\n")
     source = open_source(str(images / "x.csv"))
@@ -275,5 +288,7 @@ def test_hub_name_goes_through_load_dataset(dataset, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert open_source("hf:me/birds:test")[2].label == 0 and open_source("hf:me/birds").captions(0)[0] == "bird 0"
     assert asked == [("me/birds", "test"), ("me/birds", "train")]
+    assert open_source("hf:me/birds").reading.endswith("; split train ('hf:me/birds:SPLIT' names another)")
+    assert "split" not in open_source("hf:me/birds:test").reading
     refused("hf:nobody/nothing", r"hf:nobody/nothing: datasets cannot open it \(no route\)")
     refused("hf:", "hf: needs a name")
