@@ -180,7 +180,8 @@ def join(
         if all(map(str.isdecimal, keys)) and list(map(int, keys)) != list(range(len(keys))):
             raise UserError(f"{given.name}: names of the numbers {keys[0]} to {keys[-1]}, but labels count from 0 up")
         return given.names, "by label"
-    for known in (own, also, spoken_names(own), spoken_names(own, ()), [name[:9] for name in own]):  # the last: ids
+    ids = [name[:9] for name in own]  # of 'n02085620-Chihuahua'
+    for known in (own, also, spoken_names(own), spoken_names(own, ()), ids if all(map(is_wordnet_id, ids)) else None):
         places = known and given.places(known, part=not given.is_list)
         if places:
             return tuple(given.names[place] for place in places), "by name"
@@ -230,8 +231,12 @@ def named(source: Source, classes: str | None) -> Source:
         told = f"class names of {classes}, {how}" if classes else f"class names {how}"
         most = MOST_PAIRS if how == IN_ORDER else MOST_SHOWN
         told += pairs_of(members["own_names"], members["class_names"], most)
-        members["reading"] = "; ".join(filter(None, (source.reading, told)))
+        members["reading"] = _with(source, told)
     return Renamed(source, **members)
+
+
+def _with(source: Source, told: str) -> str:
+    return f"{source.reading}; {told}" if source.reading else told
 
 
 def members_under(data: Any, given: ClassSet | None) -> tuple[dict[str, Any], str]:
@@ -278,23 +283,20 @@ def in_classes_of(own: Sequence[str] | None, owner: str, source: Source) -> Sour
     Numbers are taken as they are where `own` is None. UserError: a class that is none of `own`, or without a name.
     """
     others = source.class_names
-    if others is None and own is not None and some_have(source, lambda index: source.label(index) is not None):
+    if others is None:
+        if own is None or not some_have(source, lambda index: source.label(index) is not None):
+            return source
         raise UserError(
             f"{source.name} has labels without class names: nothing says which of the {len(own)} classes of {owner} "
             f"they are; put {' or '.join(CLASS_FILES)} beside the data or one folder up"
         )
-    if own is None and others is not None:
-        reading = f"labels as they are, since {owner} names no classes"
-        return Renamed(source, others, reading="; ".join(filter(None, (source.reading, reading))))
-    if own is None or others is None or tuple(own) == tuple(others):
-        return source
-    places = places_among(own, source)
-    if places == tuple(range(len(own))):
+    if own is None:
+        return Renamed(source, others, reading=_with(source, f"labels as they are, since {owner} names no classes"))
+    if tuple(own) == tuple(others) or (places := places_among(own, source)) == tuple(range(len(own))):
         return source
     if places:
         how = f"its {len(others)} classes are joined to the {len(own)} of {owner} by name"
-        reading = "; ".join(filter(None, (source.reading, how)))
-        return Renamed(source, tuple(own), places, own_names=None, reading=reading)
+        return Renamed(source, tuple(own), places, own_names=None, reading=_with(source, how))
     unknown = [number for number, place in enumerate(places_of(others, own)) if place is None]
     if len(own) != len(others):
         counts = f"{source.name} has {len(others)} classes, but {owner} has {len(own)}"

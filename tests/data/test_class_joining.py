@@ -40,6 +40,12 @@ def said(file: Path, content: object) -> str:
     return str(file)
 
 
+def test_a_name_that_begins_like_another_is_not_that(tmp_path):
+    food = folders(tmp_path / "food", "dumplings soup", "pizza")
+    with pytest.raises(UserError, match="food101: 101 class names given, .* without a name there: 'dumplings soup'"):
+        open_source(food, classes="food101")
+
+
 def test_the_same_names_in_another_order(tmp_path):
     pets = folders(tmp_path / "pets", "cat", "dog", "sea lion")
     names = said(tmp_path / "names.txt", "Dog\nsea_lion\ncat\n")
