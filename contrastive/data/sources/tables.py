@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -166,8 +167,9 @@ def _records(path: str) -> list | None:
     import pyarrow as pa
 
     with pa.input_stream(path) as file:
-        is_list = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-        if not is_list and table_suffix(path) != ".json":
+        head = file.read(2**20).removeprefix(b"\xef\xbb\xbf").lstrip()
+        is_list = head.startswith(b"[")
+        if not is_list and (table_suffix(path) != ".json" or re.match(rb"\{.*\}\s*\n\s*\{", head)):  # a record a line
             return None
         file.seek(0)
         try:
