@@ -104,7 +104,7 @@ def _figures(task: TrainingTask, found: Measured) -> Rows:
             rows.append(("prompts", ", ".join(map(repr, fill(source.templates, names[0])[:3]))))
     rows += [row for row in facts(summary(source, found, task.tokenizer)) if row[0].partition(":")[0] in FACTS]
     if isinstance(task, ContrastiveTask):
-        met = f"a caption meets {_identical(task, found):.2g} identical ones"
+        met = f"a caption meets {found.matching * (batch - 1):.2g} identical ones"
         rows.append((f"in a batch of {batch:,}", f"{met}, {MEANING[task.config.loss.duplicates]}"))
     if math.isfinite(task.chance_loss):
         rows.append(("chance", f"loss {task.chance_loss:.3f}"))
@@ -116,11 +116,6 @@ def _figures(task: TrainingTask, found: Measured) -> Rows:
                 told += f", as '{short(fill(default_templates(other), names[0])[0])}'"
         rows.append((f"chance on {short(other.name, 40)}", told))
     return rows
-
-
-def _identical(task: TrainingTask, found: Measured) -> float:
-    """How many other samples of a batch are expected to have a sample's caption."""
-    return found.matching * (task.config.train.global_batch_size - 1)
 
 
 def _doubts_of_run(task: TrainingTask, found: Measured) -> list[str]:
@@ -138,9 +133,10 @@ def _doubts_of_run(task: TrainingTask, found: Measured) -> list[str]:
     if batch == 1:
         why = "the loss is always 0" if config.loss_name == "softmax" else "there are no negatives"
         said.append(f"train.global_batch_size is 1: with no other pair to tell apart from, {why}; raise it")
-    if config.loss.duplicates == "negative" and _identical(task, found) > REPEATED:
+    identical = found.matching * (batch - 1)  # expected in a sample's batch
+    if config.loss.duplicates == "negative" and identical > REPEATED:
         said.append(
-            f"a caption meets {_identical(task, found):.2g} identical ones in a batch of {batch:,}, and the loss takes "
+            f"a caption meets {identical:.2g} identical ones in a batch of {batch:,}, and the loss takes "
             "them for wrong: use --loss.duplicates positive, or ignore"
         )
     tokens = task.tokenizer(list(found.caption_keys)[: MEASURED[1]])

@@ -25,9 +25,9 @@ from contrastive.train.task import TrainingTask
 MAY_CHANGE = re.compile(
     r"trackers|init_key|(schedule|evaluation|checkpoint|wise_ft)\..*|"
     r"optimizer\.(lr|muon_lr|weight_decay|logit_lr_factor|layer_decay|beta2|eps)|"
-    r"train\.(steps|accumulate|precision|max_grad_norm|log_every|max_skipped)|"
-    r"data\.(train|eval|num_workers|timeout|max_bad_share|bad_window)|"
-    r"train\.(seed|global_batch_size)|data\.(window|lanes|replacement)|model\.(image|text)\.gradient_checkpointing"
+    r"train\.(steps|seed|global_batch_size|accumulate|precision|max_grad_norm|log_every|max_skipped)|"
+    r"data\.(train|eval|window|lanes|replacement|num_workers|timeout|max_bad_share|bad_window)|"
+    r"model\.(image|text)\.gradient_checkpointing"
 )
 # Options that another one leaves without any effect: which, the other one, and its value then.
 NO_EFFECT = (
