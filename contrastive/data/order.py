@@ -136,6 +136,10 @@ class Order(SampleOrder):
             found[now] = self.permutation(int(epoch))[places[now]]
         return found
 
+    def index_of(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_samples)
+        return int(self.permutation(epoch)[place])
+
     def kind(self) -> dict[str, Any]:
         return {"window": self.num_samples, "lanes": 1}
 

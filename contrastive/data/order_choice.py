@@ -56,10 +56,14 @@ class MixtureOrder(SampleOrder):
                 found[own] = self._starts[number] + part.at(draws[own])
         return found
 
+    def index_of(self, position: int) -> int:
+        number, draw = self._owner(position)
+        return int(self._starts[number]) + self.parts[number].index_of(draw)
+
     def stand_in(self, position: int, draw: float, attempt: int) -> int:
         # From the same part: bad samples leave the proportions as they are.
-        [number], [own] = self._owners(np.array([position]))
-        return int(self._starts[number]) + self.parts[number].stand_in(int(own), draw, attempt)
+        number, own = self._owner(position)
+        return int(self._starts[number]) + self.parts[number].stand_in(own, draw, attempt)
 
     def shards_ahead(self, step: int, num_steps: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
         """As ShardedOrder's: pairs of a part's number and that of its shard, of the parts that are read by shards."""
@@ -76,8 +80,16 @@ class MixtureOrder(SampleOrder):
         shared = {name: [part.get(name) for part in parts] for name in ("window", "lanes")}
         return {"weights": list(self.weights), "replacement": any(part.get("replacement") for part in parts), **shared}
 
+    def _owner(self, position: int) -> tuple[int, int]:
+        """Return the number of the part at `position`, and the position in the part's own order."""
+        block, place = divmod(position, sum(self.weights))
+        chunk, row = divmod(block, self._blocks_in_chunk)
+        owners, earlier = self._chunk(chunk)
+        number = int(owners[row, place])
+        return number, block * self.weights[number] + int(earlier[row, place])
+
     def _owners(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the numbers of the parts at `positions`, and the positions in their own orders; int64 (n,) each."""
+        """As `_owner`, int64 (n,) each."""
         blocks, places = np.divmod(positions, sum(self.weights))
         chunks, rows = np.divmod(blocks, self._blocks_in_chunk)
         owners, earlier = np.empty((2, len(positions)), np.int64)

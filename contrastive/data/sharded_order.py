@@ -1,7 +1,7 @@
 """The order for data that is large or far away: shuffled by shards and windows, so that reading stays local."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,8 @@ WINDOW = 16_384
 MAX_LANES = 64
 PSEUDO_SHARD = 10_000  # rows, where a source has no shards of its own
 _NEARBY_ATTEMPTS = 10
+
+Place = TypeVar("Place", int, np.ndarray)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,15 +81,18 @@ class ShardedOrder(SampleOrder):
         shards, rows = self._locate(positions)
         return self._starts[shards] + rows
 
+    def index_of(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_samples)
+        lane, number, row = self._place(place)
+        return self._index(epoch, self._window_start(lane, number) + int(self._window(epoch, lane, number)[row]))
+
     def stand_in(self, position: int, draw: float, attempt: int) -> int:
         # Near at first, so that a bad sample does not fetch another shard; anywhere when all near are bad.
         if attempt > _NEARBY_ATTEMPTS:
             return super().stand_in(position, draw, attempt)
-        epochs, places = np.divmod(np.array([position]), self.num_samples)
-        [lane], [number], _ = self._place(places)
-        places = self._window_start(lane, number) + np.array([int(draw * self._window_size(lane, number))])
-        [shard], [row] = self._in_shards(epochs, places)
-        return int(self._starts[shard] + row)
+        epoch, place = divmod(position, self.num_samples)
+        lane, number, _ = self._place(place)
+        return self._index(epoch, self._window_start(lane, number) + int(draw * self._window_size(lane, number)))
 
     def shards_ahead(self, step: int, num_steps: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """Return the source's numbers of the shards that a rank reads in `num_steps` steps from `step` on.
@@ -103,20 +108,22 @@ class ShardedOrder(SampleOrder):
     def kind(self) -> dict[str, Any]:
         return {"window": self.window, "lanes": self.lanes}
 
-    def _place(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (lane, window, row in the window) of places in an epoch, int64 (n,) each.
+    def _place(self, place: Place) -> tuple[Place, Place, Place]:
+        """Return (lane, window, row in the window) of a place in an epoch, or of an array of them.
 
         What is left over at the end of the stream is one window of a lane of its own, the one after the last.
         """
         whole, share = self._lane_size * self.lanes, self._share
-        batches, slots = np.divmod(places, self.global_batch_size)
-        numbers, rows = np.divmod(batches * share + slots % share, self.window)
-        rest = places >= whole
-        lanes = np.where(rest, self.lanes, slots // share)
-        return lanes, np.where(rest, 0, numbers), np.where(rest, places - whole, rows)
+        batch, slot = divmod(place, self.global_batch_size)
+        lane, offset = slot // share, batch * share + slot % share
+        number, row = divmod(offset, self.window)
+        if isinstance(place, np.ndarray):
+            rest = place >= whole
+            return np.where(rest, self.lanes, lane), np.where(rest, 0, number), np.where(rest, place - whole, row)
+        return (self.lanes, 0, place - whole) if place >= whole else (lane, number, row)
 
-    def _window_start(self, lane: np.ndarray, number: np.ndarray) -> np.ndarray:
-        """Return the places in the stream where windows begin."""
+    def _window_start(self, lane: Place, number: Place) -> Place:
+        """Return the place in the stream where a window begins."""
         return lane * self._lane_size + number * self.window
 
     def _window_size(self, lane: int, number: int) -> int:
@@ -145,6 +152,13 @@ class ShardedOrder(SampleOrder):
                 del self._epochs[old]
         return self._epochs[epoch]
 
+    def _index(self, epoch: int, place: int) -> int:
+        """Return the source index of a place in the stream."""
+        order, ends = self._epoch(epoch)
+        rank = int(np.searchsorted(ends, place, side="right"))
+        shard = int(order[rank])
+        return int(self._starts[shard]) + place - int(ends[rank]) + int(self.shard_sizes[shard])
+
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (shard, row in it), each int64 (n,), of the samples at `positions`."""
         epochs, places = np.divmod(positions, self.num_samples)
@@ -156,11 +170,8 @@ class ShardedOrder(SampleOrder):
             one = members[0]
             permutation = self._window(int(epochs[one]), int(lanes[one]), int(numbers[one]))
             rows[members] = permutation[rows[members]]
-        return self._in_shards(epochs, self._window_start(lanes, numbers) + rows)
-
-    def _in_shards(self, epochs: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (shard, row in it), each int64 (n,), of places in the streams of epochs."""
-        shards, rows = np.empty((2, len(places)), np.int64)
+        places = self._window_start(lanes, numbers) + rows
+        shards = np.empty(len(positions), np.int64)
         for epoch in np.unique(epochs):
             now = epochs == epoch
             order, ends = self._epoch(int(epoch))
