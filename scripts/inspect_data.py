@@ -58,6 +58,8 @@ class InspectConfig(CaptionOptions):
         for name in ("samples", "shown", "image_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, expected 1 or more")
+        if self.tokenizer != "bpe" and self.vocab_size != CaptionOptions.vocab_size:
+            raise UserError(f"--vocab_size has no effect with --tokenizer {self.tokenizer}; leave it out")
 
 
 def main(args: list[str]) -> None:
@@ -67,7 +69,7 @@ def main(args: list[str]) -> None:
     check_columns([source], columns)
     announce(source)
     templates = None if config.templates == "auto" else config.templates
-    check_classes([source], classes=config.classes, templates=templates)
+    check_classes([source], {"classes": config.classes, "templates": templates})
     folder = Path(config.output or Path("inspect", re.sub(r"\W+", "-", config.spec).strip("-") or "data"))
     claim(folder, source.name)
     indices = chosen_indices(source, config.samples, config.seed)

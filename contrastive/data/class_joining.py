@@ -305,24 +305,25 @@ def in_classes_of(own: Sequence[str] | None, owner: str, source: Source) -> Sour
     raise UserError(f"{what}; their labels mean different things")
 
 
-def check_classes(sources: Sequence[Source], **asked: str | None) -> None:
+def check_classes(sources: Sequence[Source], asked: dict[str, str | None]) -> None:
     """Warn of class names that say nothing as prompts, where prompts are to be made of them.
 
-    UserError: an option of labelled data (`asked`) where nothing is labelled; labels without names or captions.
+    asked: the flags of labelled data ('data.classes', 'data.templates') and what they say; the first names classes.
+
+    UserError: a flag of labelled data where nothing is labelled; labels without names or captions.
     """
     parts = [part for source in sources for part in source.parts]
     for part in parts:
         captioned = some_have(part, part.captions) if part.captioned is None else part.captioned
         if not captioned and not part.class_names:
             what = f"{part.name} has labels, but neither captions nor class names"
-            raise UserError(
-                f"{what}: give --data.classes a set or file of them, or put a classnames.txt beside the data"
-            )
+            flag = next(iter(asked))
+            raise UserError(f"{what}: give --{flag} a set or file of them, or put a classnames.txt beside the data")
         if part.prompted:
             warn_of_ids(part)
     for option, value in asked.items():
         if value is not None and not any(part.class_names for part in parts):
-            raise UserError(f"--data.{option} {value} is for labelled data, and nothing here has labels; leave it out")
+            raise UserError(f"--{option} {value} is for labelled data, and nothing here has labels; leave it out")
 
 
 def warn_of_ids(source: Source) -> None:

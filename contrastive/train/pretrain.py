@@ -40,7 +40,7 @@ def pretrain(config: PretrainConfig) -> bool:
     from contrastive.data.class_joining import check_classes
 
     templates = None if data.templates == "auto" else data.templates
-    check_classes([source, *held_out], classes=data.classes, templates=templates)
+    check_classes([source, *held_out], {"data.classes": data.classes, "data.templates": templates})
     tokenizer = _tokenizer(config, source, checkpoint, start)
     config = resolve(config, source, tokenizer)
     task = ContrastiveTask(config, source, tokenizer, held_out)

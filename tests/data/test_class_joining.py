@@ -301,7 +301,7 @@ def test_names_and_templates_of_clip_benchmarks_layout(tmp_path):
     nameless = open_source(str(place / "0.tar"))
     assert nameless.class_names is None
     with pytest.raises(UserError, match="has labels, but neither captions nor class names: give --data.classes"):
-        check_classes([nameless])
+        check_classes([nameless], {"data.classes": None})
     assert open_source(str(place / "0.tar"), classes="pcam").class_names == class_set("pcam").names
     said(place.parent / "classnames.txt", "airplane\nautomobile\n")
     said(place.parent / "zeroshot_classification_templates.txt", "a sketch of a {c}.\nthe {c}\n")
@@ -316,8 +316,8 @@ def test_options_of_labelled_data_that_find_none(tmp_path):
     assert scenes.class_names is None
     for option in ({"classes": "cifar10"}, {"templates": "photo"}):
         with pytest.raises(UserError, match=f"--data.{next(iter(option))} .* nothing here has labels; leave it out"):
-            check_classes([scenes], **option)
-    check_classes([scenes, open_source("digits:test")], classes="digits", templates=None)
+            check_classes([scenes], {f"data.{name}": value for name, value in option.items()})
+    check_classes([scenes, open_source("digits:test")], {"data.classes": "digits", "data.templates": None})
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,8 @@ def test_nothing_of_others_is_overwritten(table, tmp_path, monkeypatch):
         (["digits", "--caption_templates", "x"], "each needs {}"),
         (["digits", "--tokenizer", "clp"], "Did you mean 'clip'"),
         (["digitz"], "Did you mean 'digits'"),
+        (["digits", "--tokenizer", "clip", "--vocab_size", "300"], "--vocab_size has no effect with --tokenizer clip"),
+        (["scenes:val", "--classes", "digits"], "--classes digits is for labelled data"),
     ],
 )
 def test_mistakes_are_said_in_one_line(tmp_path, monkeypatch, args, match):
