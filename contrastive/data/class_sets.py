@@ -106,7 +106,7 @@ def shipped(folder: str) -> dict[str, Traversable]:
 
 
 def class_sets() -> tuple[str, ...]:
-    """Return the names of the sets that `load_class_names` knows."""
+    """Return the names of the sets that `load_class_set` of class_joining knows."""
     return tuple(sorted((*shipped("classes"), *ALIASES, IMAGENET)))
 
 
@@ -134,13 +134,6 @@ def class_set_of(names: Sequence[str]) -> ClassSet | None:
     passed_over = ALIASES if len(names) == 1000 else (*ALIASES, IMAGENET)
     known = (class_set(name) for name in class_sets() if name not in passed_over)
     return next((found for found in known if found.places(names) is not None), None)
-
-
-def load_class_names(name_or_file: str | Path, own_names: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return the names of a set or file (see `load_class_set`), joined to what the data call the classes (`join`)."""
-    from contrastive.data.class_joining import join, load_class_set
-
-    return join(load_class_set(name_or_file), own_names)[0]
 
 
 def class_names_beside(folder: str | Path) -> tuple[str, ...] | None:

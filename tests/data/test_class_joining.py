@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from class_names import load_class_names
 from PIL import Image
 from shard_writing import write_tar
 
@@ -17,7 +18,7 @@ from contrastive.data.class_joining import (
     spoken_names,
     warn_of_ids,
 )
-from contrastive.data.class_sets import ClassSet, class_set, load_class_names, wordnet_lines
+from contrastive.data.class_sets import ClassSet, class_set, wordnet_lines
 from contrastive.data.prompts import load_templates
 from contrastive.data.sources import announce, open_source
 from contrastive.errors import UserError

@@ -5,8 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from class_names import load_class_names
 
-from contrastive.data.class_sets import class_set, class_set_of, class_sets, load_class_names
+from contrastive.data.class_sets import class_set, class_set_of, class_sets
 from contrastive.data.prompts import default_templates, fill, load_templates, template_sets
 from contrastive.errors import UserError
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from small_model import SCRIPTS, save_small_model, script_caller
 
-from contrastive.data.class_sets import load_class_names
+from contrastive.data.class_joining import load_class_set
 from contrastive.data.sources.scenes import HELD_OUT_PAIRS, PAIRS
 from contrastive.errors import UserError
 from contrastive.evaluate.zero_shot_output import claim_zero_shot, save_confusion, write_zero_shot
@@ -137,12 +137,12 @@ def test_bad_input_is_one_line_and_writes_nothing(zero_shot, model_folder, argum
 def test_a_wrong_file_of_class_names_is_one_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        load_class_names(tmp_path / name)
+        load_class_set(tmp_path / name)
 
 
 def test_class_names_one_a_line(tmp_path):
     (tmp_path / "names.txt").write_bytes("\ufeffcat\r\nhot dog \r\n\r\n".encode())
-    assert load_class_names(tmp_path / "names.txt") == ("cat", "hot dog")
+    assert load_class_set(tmp_path / "names.txt").names == ("cat", "hot dog")
 
 
 def test_a_run_can_be_moved_but_another_model_is_kept_out(tmp_path):

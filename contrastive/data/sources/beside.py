@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from functools import cached_property
 
@@ -18,7 +19,7 @@ MOST_REASONS = 16
 Captions = tuple[tuple[str, ...], tuple[float, ...] | None]
 
 
-class Beside:
+class Beside(ABC):
     """The files of one key. `key` names the sample in messages.
 
     A name of captions is a field of KEY.json, or '.' and the suffix of a file: '.txt' for KEY.txt, '.json' for the
@@ -27,9 +28,9 @@ class Beside:
 
     key: str
 
+    @abstractmethod
     def read(self, suffix: str, limit: int) -> bytes | None:
         """Return the bytes of KEY.suffix, None where there is none. BadSample 'too_large' above `limit`."""
-        raise NotImplementedError
 
     def text(self, suffix: str) -> str | None:
         data = self.read(suffix, MAX_TEXT_BYTES)

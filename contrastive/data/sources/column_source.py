@@ -125,9 +125,10 @@ class ColumnSource(Source):
             for row in rows:
                 key = self._locate(row)[1]
                 value = _read(cells, row, key, keep=len(rows) > 1)
-                texts += texts_in(_listed(value) if lists and value else value)
-                if not all(isinstance(text, str) for text in texts):
+                found = texts_in(_listed(value) if lists and value else value)
+                if not all(isinstance(text, str) for text in found):
                     raise BadSample("bad_caption", key)
+                texts += found
             captions.append(texts)
         return shared_out(captions, [weight for _, weight, _ in self._captions])
 
