@@ -1,9 +1,11 @@
 """Training samples, pairs or labelled images, as a pure function of their position; a bad one is replaced, and told."""
 
+import itertools
 from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from contrastive.data.augment import AugmentConfig, augment
@@ -80,12 +82,14 @@ class LabelledDataset(SampleDataset):
 
 
 class PairDataset(SampleDataset):
-    """Image-text pairs by position: image uint8 (3, S, S), tokens int64 (context_length,) and caption_id.
+    """Image-text pairs by position: image uint8 (3, S, S), tokens int64 (context_length,) and caption_id, int.
 
-    caption_id is the hash of the text that is tokenized, or of the record's `caption_group`.
+    caption_id is the hash of the text that is tokenized, or of the record's `caption_group`. With K > 1 captions of
+    an image at once, tokens are (K, context_length) and caption_id is int64 (K,).
 
     Args:
-        caption_templates: one is drawn and '{}' in it becomes the caption.
+        caption_templates: one is drawn for each caption, and '{}' in it becomes the caption.
+        captions_per_image: K; an image with fewer shows some of them again.
     """
 
     def __init__(
@@ -96,31 +100,37 @@ class PairDataset(SampleDataset):
         image_size: int,
         augment: AugmentConfig,
         caption_templates: tuple[str, ...] = ("{}",),
+        captions_per_image: int = 1,
     ):
         super().__init__(source, order, image_size, augment)
         self.tokenizer = tokenizer
-        self.caption_templates = caption_templates
+        self.caption_templates, self.captions_per_image = caption_templates, captions_per_image
 
     def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> dict[str, Any]:
-        caption = self._draw_caption(record, rng, bad)
-        return {
-            "tokens": self.tokenizer.tokenize_clean([caption])[0],
-            "caption_id": caption_id(record.caption_group or caption),
-        }
+        captions = self._draw_captions(record, rng, bad)
+        tokens = self.tokenizer.tokenize_clean(captions)
+        ids = [caption_id(record.caption_group or caption) for caption in captions]
+        if self.captions_per_image == 1:
+            return {"tokens": tokens[0], "caption_id": ids[0]}
+        return {"tokens": tokens, "caption_id": torch.tensor(ids)}
 
-    def _draw_caption(self, record: Record, rng: np.random.Generator, bad: Faults) -> str:
-        """Draw one caption, put it in a template and clean it.
+    def _draw_captions(self, record: Record, rng: np.random.Generator, bad: Faults) -> list[str]:
+        """Draw the captions of one sample, put each in a template and clean it.
 
         An unusable one is noted and the next one taken, so that the image is not lost with it.
         """
-        faults = []
+        faults, usable = [], []
         for caption in drawn_order(record, rng.random()):
             fault = caption_fault(caption) or caption_fault(self.tokenizer.cleaned(caption))
-            if fault is None:
-                bad.extend((fault, record.key) for fault in faults[:1])
-                # Nothing is drawn where there is nothing to choose.
-                templates = self.caption_templates
-                template = templates[int(rng.random() * len(templates))] if len(templates) > 1 else templates[0]
-                return self.tokenizer.cleaned(template.replace("{}", caption))
-            faults.append(fault)
-        raise BadSample(faults[0], record.key)
+            (usable if fault is None else faults).append(fault or caption)
+            if len(usable) == self.captions_per_image:
+                break
+        if not usable:
+            raise BadSample(faults[0], record.key)
+        bad.extend((fault, record.key) for fault in faults[:1])
+        drawn, templates = [], self.caption_templates
+        for _, caption in zip(range(self.captions_per_image), itertools.cycle(usable), strict=False):
+            # Nothing is drawn where there is nothing to choose.
+            template = templates[int(rng.random() * len(templates))] if len(templates) > 1 else templates[0]
+            drawn.append(self.tokenizer.cleaned(template.replace("{}", caption)))
+        return drawn

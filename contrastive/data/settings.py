@@ -96,6 +96,9 @@ class DataConfig(CaptionOptions, ImageDataConfig):
     several with weights: 'shards/{00..09}.tar=2,pairs.csv=1'."""
     eval: tuple[str, ...] = ()
     """Held-out sources: labelled ones are scored zero-shot, captioned ones by retrieval."""
+    captions_per_image: Positive[int] = 1
+    """Captions of an image in one step, each a pair with it among the others' captions: the loss is their mean. The
+    image is embedded once, so where texts are short a step learns more for little more time."""
     RENAMED = ImageDataConfig.RENAMED | CaptionOptions.RENAMED
     tokenizer: str = "auto"
     """bpe trained on the captions, clip, or a tokenizer folder; auto: clip for models with its vocabulary, else bpe."""

@@ -160,7 +160,8 @@ class ContrastiveTask(TrainingTask):
 
     def dataset(self, order: SampleOrder) -> PairDataset:
         data, size = self.config.data, self.config.model.image.image_size
-        return PairDataset(self.source, order, self.tokenizer, size, data.augment, data.caption_templates)
+        captions = data.caption_templates, data.captions_per_image
+        return PairDataset(self.source, order, self.tokenizer, size, data.augment, *captions)
 
     def forward_backward(self, wrapped: nn.Module, batch: dict, step: int, runtime: Runtime) -> torch.Tensor:
         device, train = runtime.device, self.config.train
@@ -235,7 +236,8 @@ def forward_backward(
     carry it into the towers (Gao et al. 2021, "GradCache").
 
     Args:
-        model: the wrapped dual encoder. pixels: (b, 3, H, W) normalised. tokens: (b, L). caption_ids: (b,).
+        model: the wrapped dual encoder. pixels: (b, 3, H, W) normalised. tokens: (b, L), or (b, K, L) for K captions
+            of each image. caption_ids: (b,) or (b, K).
         accumulate: number of micro-batches that the local batch b is embedded in; must divide b.
         seed: (run seed, step), for dropout.
     """
@@ -243,17 +245,19 @@ def forward_backward(
 
     def embed(part: int) -> Features:
         seed_step(*seed, runtime.rank, part)
-        return model(*parts[part])
+        pixels, tokens = parts[part]
+        features = model(pixels, tokens.flatten(0, -2))
+        return features._replace(text=features.text.unflatten(0, tokens.shape[:-1]))
 
     if accumulate == 1:
-        value = loss(*embed(0), caption_ids=caption_ids)
+        value = mean_loss(loss, *embed(0), caption_ids)
         value.backward()
         return value.detach()
     with torch.no_grad():
         cached = [embed(part) for part in range(accumulate)]
     image, text = (torch.cat([part[i] for part in cached]).requires_grad_() for i in (0, 1))
     logits = [None if scalar is None else scalar.detach().clone().requires_grad_() for scalar in cached[0][2:]]
-    value = loss(image, text, *logits, caption_ids=caption_ids)
+    value = mean_loss(loss, image, text, *logits, caption_ids)
     value.backward()
 
     image_grads, text_grads = image.grad.chunk(accumulate), text.grad.chunk(accumulate)
@@ -268,3 +272,11 @@ def forward_backward(
                     surrogate = surrogate + scalar * leaf.grad / accumulate
             surrogate.backward()
     return value.detach()
+
+
+def mean_loss(loss: nn.Module, image, text, logit_scale, logit_bias, caption_ids: torch.Tensor) -> torch.Tensor:
+    """Return the loss of images (b, E) with their texts (b, E), or its mean over K texts of each, (b, K, E)."""
+    if text.ndim == 2:
+        return loss(image, text, logit_scale, logit_bias, caption_ids=caption_ids)
+    each = zip(text.unbind(1), caption_ids.unbind(1), strict=True)
+    return sum(loss(image, one, logit_scale, logit_bias, caption_ids=ids) for one, ids in each) / text.shape[1]

@@ -89,10 +89,11 @@ def _sample(sample: Seen, task: TrainingTask) -> Rows:
     names, captions, key = task.source.class_names, sample.captions, f"sample {short(sample.key, 40)}"
     if task.tokenizer is None:
         return [(key, f"class {names[sample.label] if names else sample.label}")]
+    read = sample.tokens if sample.tokens.ndim == 1 else sample.tokens[0]
     stored = repr(captions[0][:100]) + (f" and {len(captions) - 1} more" if len(captions) > 1 else "")
     if task.source.prompted:
         stored = f"class {names[sample.label]}, {len(captions)} prompts"
-    return [(key, stored), ("  the model reads", repr(short(task.tokenizer.decode(sample.tokens))))]
+    return [(key, stored), ("  the model reads", repr(short(task.tokenizer.decode(read))))]
 
 
 def _figures(task: TrainingTask, found: Measured) -> Rows:

@@ -95,8 +95,8 @@ class Memory(Source):
         return Record(f"key{index}", jpeg(), self.words, None, self.caption_weights)
 
 
-def texts(source, tokenizer, templates=("{}",)):
-    dataset = PairDataset(source, Order(64, 8, 0), tokenizer, 16, AugmentConfig(), templates)
+def texts(source, tokenizer, templates=("{}",), captions_per_image=1):
+    dataset = PairDataset(source, Order(64, 8, 0), tokenizer, 16, AugmentConfig(), templates, captions_per_image)
     return [dataset[position] for position in range(64)]
 
 
@@ -113,6 +113,21 @@ def test_weights_reach_the_samples():
     words = train_bpe(["rare often"] * 2, 300, 32)
     seen = [words.decode(sample["tokens"]) for sample in texts(Memory(["rare", "often"], (1.0, 7.0)), words)]
     assert 2 <= seen.count("rare") <= 16 and len(seen) == 64
+
+
+def test_several_captions_of_an_image_at_once():
+    """Different ones while there are any; the first is the one drawn alone, and unusable ones are passed over."""
+    words = train_bpe(["one two three"] * 2, 300, 32)
+    source = Memory(["one", "two", "three", ""])
+    for alone, sample in zip(texts(source, words), texts(source, words, captions_per_image=3), strict=True):
+        assert torch.equal(sample["tokens"][0], alone["tokens"]) and torch.equal(sample["image"], alone["image"])
+        read = [words.decode(row) for row in sample["tokens"]]
+        assert set(read) == {"one", "two", "three"}
+        assert sample["caption_id"].tolist() == [caption_id(text) for text in read]
+    again = texts(Memory(["one", "two"]), words, ("{}", "{} three"), captions_per_image=4)
+    firsts = [[words.decode(row).split()[0] for row in sample["tokens"]] for sample in again]
+    assert all(sorted(four) == ["one", "one", "two", "two"] for four in firsts)
+    assert len({tuple(map(words.decode, sample["tokens"])) for sample in again}) > 2  # a template for each
 
 
 @pytest.mark.parametrize("clean", ["none", "canonicalize"])

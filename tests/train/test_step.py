@@ -52,6 +52,27 @@ def test_micro_batches_equal_the_whole_batch(loss_name):
             torch.testing.assert_close(other[name], gradient, rtol=1e-9, atol=1e-13, msg=name)
 
 
+@pytest.mark.parametrize("loss_name", ["sigmoid", "softmax"])
+def test_several_captions_of_an_image_are_the_mean_of_steps_with_one(loss_name):
+    runtime, loss = Runtime("fp32"), LOSSES.get(loss_name)().build()
+    model = DualEncoder(replace(CONFIG, init_logit_bias=-3.0 if loss_name == "sigmoid" else None)).double()
+    pixels, tokens = torch.randn(12, 3, 16, 16, dtype=torch.float64), torch.randint(0, 20, (12, 3, 6))
+
+    def step(tokens, accumulate=1):
+        model.zero_grad()
+        options = {"accumulate": accumulate, "seed": (0, 5), "runtime": runtime}
+        value = forward_backward(model, loss, pixels, tokens, tokens[..., 0], **options)
+        return value, {name: p.grad for name, p in model.named_parameters()}
+
+    each = [step(tokens[:, k]) for k in range(3)]
+    for accumulate in (1, 4):
+        value, grads = step(tokens, accumulate)
+        torch.testing.assert_close(value, sum(one for one, _ in each) / 3, rtol=1e-12, atol=0)
+        for name, grad in grads.items():
+            expected = sum(one[name] for _, one in each) / 3
+            torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-13, msg=name)
+
+
 @pytest.mark.parametrize("options", [{"dropout": 0.3}, {"patch_dropout": 0.5}])
 def test_random_parts_are_replayed(options):
     """The gradient is that of one fixed draw: it agrees with finite differences of the accumulated loss."""
