@@ -9,6 +9,8 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
+import yaml
+
 from contrastive.errors import UserError
 from contrastive.words import flags_of
 
@@ -37,6 +39,8 @@ def check_bounds(options: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_bounds(value, f"{prefix}{name}.")
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        for part in filter(dataclasses.is_dataclass, value if isinstance(value, tuple) else ()):
+            check_bounds(part, f"{prefix}{name}.")
         for bound in getattr(annotation, "__metadata__", ()):
             if isinstance(bound, Bound) and not all(map(bound.holds, numbers)):
                 raise UserError(f"{prefix}{name} is {' '.join(map(str, numbers))}; {bound.words}")
@@ -69,9 +73,22 @@ def _read(annotation: Any, value: Any) -> Any:
         exponent = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
         if exponent or type(value) in (int, float):
             return float(value)
+    elif dataclasses.is_dataclass(annotation):
+        return _read_fields(annotation, value)
     elif type(value) is annotation or (origin is typing.Literal and value in inner):
         return value
     raise ValueError(f"{value!r} is no {annotation}")
+
+
+def _read_fields(cls: type[T], value: Any) -> T:
+    """Return a dataclass of a mapping, or of one in words: 'until=0.6,image_size=32'; ValueError as `_read`."""
+    hints = typing.get_type_hints(cls)
+    with contextlib.suppress(yaml.YAMLError, TypeError):
+        if isinstance(value, str):
+            value = yaml.safe_load("{" + value.replace("=", ": ") + "}")
+        if isinstance(value, dict) and value.keys() <= hints.keys():
+            return cls(**{name: _read(hints[name], one) for name, one in value.items()})
+    raise ValueError(f"{value!r} is no {cls}")
 
 
 def type_name(annotation: Any) -> str:
@@ -83,6 +100,8 @@ def type_name(annotation: Any) -> str:
         return f"one of {', '.join(map(str, inner))}"
     if origin is tuple:
         return f"a list of {type_name(inner[0])}" if inner[-1] is Ellipsis else f"{len(inner)} values"
+    if dataclasses.is_dataclass(annotation):
+        return ",".join(f"{name}={type_name(hint)}" for name, hint in typing.get_type_hints(annotation).items())
     return "none" if annotation is types.NoneType else annotation.__name__
 
 
@@ -91,6 +110,28 @@ def fixed(annotation: Any) -> Any:
     import tyro
 
     return tyro.conf.Suppress[tyro.conf.Fixed[annotation]]
+
+
+def _in_words(known: dict[str, Any]) -> Any:
+    """What makes tyro read the dataclasses of a list, one word each, as `_read_fields` does."""
+    import tyro
+
+    items = [typing.get_args(hint)[0] for hint in known.values() if typing.get_origin(hint) is tuple]
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: Any) -> Any:
+        if not dataclasses.is_dataclass(info.type) or info.type not in items:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=type_name(info.type),
+            instance_from_str=lambda words: _read_fields(info.type, words[0]),
+            is_instance=lambda one: isinstance(one, info.type),
+            str_from_instance=lambda one: [",".join(f"{n}={v}" for n, v in vars(one).items() if v is not None)],
+        )
+
+    return registry
 
 
 def run_tyro(
@@ -113,6 +154,7 @@ def run_tyro(
 
     errors = io.StringIO()
     how = {"prog": prog, "description": description, "use_underscores": True, "return_unknown_args": True}
+    how["registry"] = _in_words(known)
     if default is not None:
         how["default"] = default
     try:

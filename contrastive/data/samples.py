@@ -2,6 +2,7 @@
 
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,17 @@ from contrastive.errors import UserError
 MAX_ATTEMPTS = 100
 
 Faults = list[tuple[str, str]]  # (reason, key) of each sample or caption that could not be used
+ImageSize = int | Callable[[int], int]  # S in pixels, or S of the samples of a step
 
 
 class SampleDataset(Dataset, ABC):
     """Samples by position (see SampleOrder), for `train_loader`. What a sample holds is up to the subclasses.
 
     All draws (of the variation of the image, of the stand-in for a bad sample) depend on the seed of the order and the
-    position alone, so neither workers nor ranks nor a restart change a sample.
+    position alone, so neither workers nor ranks nor a restart change a sample; and so does its size.
     """
 
-    def __init__(self, source: Source, order: SampleOrder, image_size: int, augment: AugmentConfig):
+    def __init__(self, source: Source, order: SampleOrder, image_size: ImageSize, augment: AugmentConfig):
         if len(source) != order.num_samples:
             raise ValueError(f"the order is for {order.num_samples} samples, the source has {len(source)}")
         self.source, self.order = source, order
@@ -42,7 +44,9 @@ class SampleDataset(Dataset, ABC):
         Raises:
             UserError: MAX_ATTEMPTS samples in a row were bad.
         """
-        index, bad = self.order.index_of(position), []
+        index, bad, size = self.order.index_of(position), [], self.image_size
+        if callable(size):
+            size = size(position // self.order.global_batch_size)
         for attempt in range(MAX_ATTEMPTS):
             rng, key = np.random.Generator(philox(self.order.seed, position, DRAWS, attempt)), ""
             if attempt:  # with draws of its own: what was drawn for the bad sample says nothing about its stand-in
@@ -51,7 +55,7 @@ class SampleDataset(Dataset, ABC):
                 record = self.source[index]
                 key = record.key
                 added = self.sample(record, rng, bad)
-                image = augment(record.image, self.image_size, self.augment, rng)
+                image = augment(record.image, size, self.augment, rng)
                 return {"image": image, **added, "index": index, "replaced": attempt, "bad": bad}
             except BadSample as fault:
                 bad.append((fault.reason, fault.key or key))
@@ -69,7 +73,9 @@ class SampleDataset(Dataset, ABC):
 class LabelledDataset(SampleDataset):
     """Images with the class they are of: image uint8 (3, S, S) and label, int in 0..num_classes-1."""
 
-    def __init__(self, source: Source, order: SampleOrder, image_size: int, augment: AugmentConfig, num_classes: int):
+    def __init__(
+        self, source: Source, order: SampleOrder, image_size: ImageSize, augment: AugmentConfig, num_classes: int
+    ):
         super().__init__(source, order, image_size, augment)
         self.num_classes = num_classes
 
@@ -97,7 +103,7 @@ class PairDataset(SampleDataset):
         source: Source,
         order: SampleOrder,
         tokenizer: Tokenizer,
-        image_size: int,
+        image_size: ImageSize,
         augment: AugmentConfig,
         caption_templates: tuple[str, ...] = ("{}",),
         captions_per_image: int = 1,

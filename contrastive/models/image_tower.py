@@ -48,13 +48,17 @@ class ImageTowerConfig(TransformerConfig):
     def num_patches(self) -> int:
         return self.grid_size**2
 
+    def nearest_sizes(self, size: int) -> str:
+        """Return the multiples of the patch size on both sides of a size in pixels, for an error: '32 or 48'."""
+        below = max(size - size % self.patch_size, self.patch_size)
+        return f"{below} or {below + self.patch_size}"
+
     def check(self) -> None:
         """Raise UserError when the options contradict each other."""
         if self.image_size % self.patch_size:
-            below = max(self.image_size - self.image_size % self.patch_size, self.patch_size)
             raise UserError(
                 f"model.image.image_size {self.image_size} is not a multiple of model.image.patch_size "
-                f"{self.patch_size}; use {below} or {below + self.patch_size}, or another patch size"
+                f"{self.patch_size}; use {self.nearest_sizes(self.image_size)}, or another patch size"
             )
         super().check()
         if self.pool == "class" and not self.class_token:
@@ -79,13 +83,13 @@ class ImageTrunk(nn.Module):
     """Pixels (B, 3, H, W) to the hidden states of a ViT, (B, N, D) each.
 
     Hidden state 0 is what enters the first block, k what leaves block k. The class token, where there is one, comes
-    first. `architecture` holds the options.
+    first. `architecture` holds the options; `patch_dropout` begins as theirs, and a curriculum changes it.
     """
 
     def __init__(self, config: ImageTowerConfig):
         super().__init__()
         config.check()
-        self.architecture = config
+        self.architecture, self.patch_dropout = config, config.patch_dropout
         width = config.width
         self.patch_embed = PatchEmbedding(3, width, config.patch_size, config.patch_size, bias=config.patch_bias)
         self.patch_embed.grid_size = (config.grid_size, config.grid_size)
@@ -126,10 +130,9 @@ class ImageTrunk(nn.Module):
         patch = self.architecture.patch_size
         for side in (height, width):
             if side < 1 or side % patch:
-                below = max(side - side % patch, patch)
                 raise UserError(
                     f"input size {height}×{width}: {side} is not a multiple of the patch size {patch}; "
-                    f"use {below} or {below + patch}"
+                    f"use {self.architecture.nearest_sizes(side)}"
                 )
         grid = (height // patch, width // patch)
         old, self.patch_embed.grid_size = self.grid, grid
@@ -164,8 +167,8 @@ class ImageTrunk(nn.Module):
             patches = sincos_position_embedding(*grid, self.architecture.width).to(self.position_embedding)
         # Under autocast the sum is float32, and so is what the blocks add to: bfloat16 would round it at every block.
         x = x + patches
-        if self.training and self.architecture.patch_dropout > 0:
-            x = drop_patches(x, self.architecture.patch_dropout)
+        if self.training and self.patch_dropout > 0:
+            x = drop_patches(x, self.patch_dropout)
         if self.class_token is not None:
             class_token = (self.class_token + prefix[0]).expand(x.shape[0], 1, -1)
             x = torch.cat([class_token, x], dim=1)

@@ -20,7 +20,7 @@ from contrastive.interop.bundle import save_classifier
 from contrastive.models import ImageClassifier
 from contrastive.option_types import NotNegative, Probability
 from contrastive.train.options import RunConfig, check_run
-from contrastive.train.task import TrainingTask, Weights, describe_image_tower, seed_step
+from contrastive.train.task import Curriculum, TrainingTask, Weights, describe_image_tower, seed_step
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,19 @@ class ClassificationTask(TrainingTask):
     def __init__(self, config: SupervisedConfig, model: ImageClassifier, source: Source, held_out: list[Source]):
         self.config, self.model, self.source, self.held_out = config, model, source, held_out
         num_classes = model.config.num_classes
+        self.curriculum = Curriculum(config.curriculum, config.train.steps, model.image_tower)
         self.preprocess = Preprocess(config.data.preprocess.at(model.config.image.image_size))
         self.mixing = Mixing(config.mixup, config.cutmix, num_classes)
         self.chance_loss = math.log(num_classes)
         self._accuracy = math.nan
 
     def dataset(self, order: SampleOrder) -> LabelledDataset:
-        model, augment = self.model.config, self.config.data.augment
-        return LabelledDataset(self.source, order, model.image.image_size, augment, model.num_classes)
+        size, augment = self.curriculum.image_size, self.config.data.augment
+        return LabelledDataset(self.source, order, size, augment, self.model.config.num_classes)
 
     def forward_backward(self, wrapped: nn.Module, batch: dict, step: int, runtime: Runtime) -> torch.Tensor:
         device, train = runtime.device, self.config.train
+        _, self.model.image_tower.patch_dropout = self.curriculum.at(step)
         pixels = self.preprocess.normalize(batch["image"].to(device, non_blocking=True))
         labels = batch["label"].to(device, non_blocking=True)
         total, hits = torch.zeros((), device=device), torch.zeros((), device=device)

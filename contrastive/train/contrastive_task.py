@@ -25,7 +25,7 @@ from contrastive.interop.bundle import save_model
 from contrastive.losses import LOSSES, LossConfig
 from contrastive.models import DualEncoder, Features, ModelConfig
 from contrastive.train.options import RunConfig, check_run, resolve_run
-from contrastive.train.task import TrainingTask, Weights, describe_image_tower, millions, seed_step
+from contrastive.train.task import Curriculum, TrainingTask, Weights, describe_image_tower, millions, seed_step
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ class ContrastiveTask(TrainingTask):
         self.model = DualEncoder(config.model)
         if config.lock == "image":
             self.model.image_tower.requires_grad_(False).eval()
+        self.curriculum = Curriculum(config.curriculum, config.train.steps, self.model.image_tower)
         self.preprocess = Preprocess(config.data.preprocess.at(config.model.image.image_size))
         self.loss = config.loss.build()
         batch = config.train.global_batch_size
@@ -159,12 +160,13 @@ class ContrastiveTask(TrainingTask):
         self.chance_loss = math.inf if few else config.loss.chance_loss(batch)
 
     def dataset(self, order: SampleOrder) -> PairDataset:
-        data, size = self.config.data, self.config.model.image.image_size
+        data, size = self.config.data, self.curriculum.image_size
         captions = data.caption_templates, data.captions_per_image
         return PairDataset(self.source, order, self.tokenizer, size, data.augment, *captions)
 
     def forward_backward(self, wrapped: nn.Module, batch: dict, step: int, runtime: Runtime) -> torch.Tensor:
         device, train = runtime.device, self.config.train
+        _, self.model.image_tower.patch_dropout = self.curriculum.at(step)
         return forward_backward(
             wrapped,
             self.loss,

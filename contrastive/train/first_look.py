@@ -58,6 +58,7 @@ def first_look(task: TrainingTask, order: SampleOrder, runtime: Runtime, resumed
     from_step = f", on from step {resumed_at:,}" if resumed_at else ""
     threads = f", {torch.get_num_threads()} threads each" if runtime.device.type == "cpu" else ""
     rows = [("run", task.config.run_folder), *task.describe(), ("training", f"{samples}, {epochs}{from_step}")]
+    rows += [("curriculum", str(task.curriculum))] if task.config.curriculum else []
     rows += [("on", f"{runtime.world_size} x {runtime.device.type}, {runtime.precision}{threads}")]
     if not resumed_at:
         count = min(len(source), max(MEASURED[0], min(MEASURED[1], train.global_batch_size)))

@@ -16,14 +16,15 @@ from contrastive.interop.bundle import Bundle
 from contrastive.interop.loading import load
 from contrastive.log import say
 from contrastive.models import DualEncoder
+from contrastive.option_types import as_option
 from contrastive.train.contrastive_task import PretrainConfig
-from contrastive.train.options import LENGTHS, ONLY_IN_TRAINING, RunConfig, num_workers
-from contrastive.train.task import TrainingTask
+from contrastive.train.options import LENGTHS, ONLY_IN_TRAINING, RunConfig, Stage, num_workers
+from contrastive.train.task import Curriculum, TrainingTask
 
 # What may differ when a run is resumed: nothing that decides which samples come, in what form, for what loss. The data
 # may have moved: they are compared by their fingerprint, and so is their order, by `check_cursor`.
 MAY_CHANGE = re.compile(
-    r"trackers|init_key|(schedule|evaluation|checkpoint|wise_ft)\..*|"
+    r"trackers|init_key|curriculum|(schedule|evaluation|checkpoint|wise_ft)\..*|"
     r"optimizer\.(lr|muon_lr|weight_decay|logit_lr_factor|layer_decay|beta2|eps)|"
     r"train\.(steps|seed|global_batch_size|accumulate|precision|max_grad_norm|log_every|max_skipped)|"
     r"data\.(train|eval|window|lanes|replacement|num_workers|timeout|max_bad_share|bad_window)|"
@@ -118,6 +119,23 @@ def changes_on_resume(config: RunConfig, before: dict[str, Any]) -> str:
         )
     schedule = "; from here on the learning rate is that of a run of this length" if "train.steps" in said else ""
     return f"resuming with {'; '.join(said.values())}{schedule}" if said else ""
+
+
+def check_steps_done(task: TrainingTask, before: dict[str, Any], done: int) -> None:
+    """Raise UserError where a resumed run's `done` steps would have been others with the options it goes on with.
+
+    Args:
+        before: what config.yaml says, by dotted names.
+    """
+    stages = as_option("curriculum", tuple[Stage, ...], before.get("curriculum", []))
+    old, new = Curriculum(stages, before["train.steps"], task.model.image_tower), task.curriculum
+    for step in range(done if (old.ends, old.settings) != (new.ends, new.settings) else 0):
+        if old.at(step) != new.at(step):
+            raise UserError(
+                f"curriculum: step {step} has been done, and in a run of {task.config.train.steps} steps with these "
+                f"stages it would have been another: they were {old}, and would be {new}; the stages' until are shares "
+                "of train.steps: give such as leave the steps done as they were"
+            )
 
 
 def check_effect(task: TrainingTask) -> None:

@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from contrastive.config import Gone, hidden, slot
 from contrastive.data.record import Source
@@ -11,7 +11,7 @@ from contrastive.data.settings import ImageDataConfig
 from contrastive.distributed.runtime import Precision
 from contrastive.errors import UserError
 from contrastive.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig
-from contrastive.option_types import Positive, Probability, check_bounds
+from contrastive.option_types import Bound, Positive, Probability, check_bounds
 
 # Three ways to say how long to train; one of them is given.
 LENGTHS = ("steps", "epochs", "samples")
@@ -70,6 +70,18 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of a run with images, or a share of their patches, of its own; what is left out is the model's."""
+
+    until: Annotated[float, Bound("it must be above 0 and at most 1", lambda value: 0 < value <= 1)]
+    """Where it ends, as a share of the run's steps."""
+    image_size: Positive[int | None] = None
+    """Height and width of the images in pixels; the patch size must divide it."""
+    patch_dropout: Probability[float | None] = None
+    """Share of the patches that are dropped."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What every kind of run can be told; each kind adds its `model`, and has `data` of its own."""
 
@@ -99,6 +111,8 @@ class RunConfig:
     optimizer: OptimizerConfig = slot(OPTIMIZERS, "adamw")
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    curriculum: tuple[Stage, ...] = ()
+    """Stages of cheaper steps: smaller images, dropped patches. After the last one both are the model's own."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trackers: tuple[str, ...] = ()

@@ -126,11 +126,12 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
     """
     config = task.config
     train, data, folder = config.train, config.data, Path(config.run_folder)
-    from contrastive.train.given import changes_on_resume, check_effect
+    from contrastive.train.given import changes_on_resume, check_effect, check_steps_done
 
     check_effect(task)
     if checkpoint is not None:
-        changes = changes_on_resume(config, written_options(type(config), folder / "config.yaml"))
+        before = written_options(type(config), folder / "config.yaml")
+        changes = changes_on_resume(config, before)
     options = {"window": data.window, "lanes": data.lanes, "replacement": data.replacement}
     order = order_for(task.source, train.global_batch_size, train.seed, **options)
     runtime = Runtime(train.precision, config.trackers, folder)
@@ -138,8 +139,10 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
     done = read_cursor(checkpoint)["step"] if checkpoint else 0
     if done > train.steps:
         raise UserError(f"train.steps is {train.steps}, but the run has done {done} already; give more")
-    if checkpoint is not None and changes:
-        say(changes)
+    if checkpoint is not None:
+        check_steps_done(task, before, done)
+        if changes:
+            say(changes)
     if runtime.is_main:
         from contrastive.train.first_look import first_look  # later than the options, which may be wrong
 

@@ -1,5 +1,6 @@
 """What a run learns: all that the loop leaves to the kind of run it is."""
 
+import bisect
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,10 +15,54 @@ from contrastive.data.record import Source
 from contrastive.data.samples import SampleDataset
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.distributed.runtime import Runtime
+from contrastive.errors import UserError
 from contrastive.models import ImageTowerConfig
-from contrastive.train.options import RunConfig
+from contrastive.models.image_tower import ImageTower
+from contrastive.train.options import RunConfig, Stage
 
 Weights = Mapping[str, torch.Tensor]
+
+
+class Curriculum:
+    """Image size and patch dropout that `tower` learns with at each of a run's `steps`: a function of the step alone.
+
+    Raises:
+        UserError: a size that the patch size does not divide; a stage out of order, or without effect.
+    """
+
+    def __init__(self, stages: tuple[Stage, ...], steps: int, tower: ImageTower):
+        image, locked = tower.config, not any(p.requires_grad for p in tower.parameters())
+        own = (image.image_size, image.patch_dropout)
+        given = [(stage.image_size, stage.patch_dropout) for stage in stages]
+        self.ends = [round(stage.until * steps) for stage in stages]
+        self.settings = [tuple(b if a is None else a for a, b in zip(pair, own, strict=True)) for pair in given] + [own]
+        for number, (stage, end) in enumerate(zip(stages, self.ends, strict=True)):
+            where, before = f"curriculum: the stage until {stage.until:g}", self.ends[number - 1] if number else 0
+            if self.settings[number][0] % image.patch_size:
+                raise UserError(
+                    f"{where} has image_size {stage.image_size}, which is not a multiple of model.image.patch_size "
+                    f"{image.patch_size}; use {image.nearest_sizes(stage.image_size)}"
+                )
+            if end <= before:
+                why = f"ends at step {end} of {steps}, where it begins" if end == before else "ends before it begins"
+                raise UserError(f"{where} {why}: each stage needs a larger until than the one before")
+            if locked and stage.patch_dropout is not None:
+                raise UserError(f"{where} has patch_dropout, which has no effect on a tower that does not learn")
+            if self.settings[number] == self.settings[number + 1]:
+                raise UserError(f"{where} changes nothing: what comes after it is the same; leave it out")
+
+    def at(self, step: int) -> tuple[int, float]:
+        """Return image size and patch dropout at `step`, counted from 0."""
+        return self.settings[bisect.bisect_right(self.ends, step)]
+
+    def image_size(self, step: int) -> int:
+        return self.at(step)[0]
+
+    def __str__(self) -> str:
+        """'112 px, patch dropout 0.5 until step 60; then 224 px, patch dropout 0'."""
+        said = [f"{size} px, patch dropout {dropout:g}" for size, dropout in self.settings]
+        stages = [f"{what} until step {end:,}" for what, end in zip(said, self.ends, strict=False)]
+        return "; ".join([*stages, f"then {said[-1]}"])
 
 
 class TrainingTask(ABC):
@@ -33,6 +78,8 @@ class TrainingTask(ABC):
     """The weights, not wrapped for several ranks."""
     preprocess: Preprocess
     """How its images are made."""
+    curriculum: Curriculum
+    """At which size they are, in training."""
     tokenizer: Tokenizer | None = None
     """How its texts are made, where it has any."""
     chance_loss: float

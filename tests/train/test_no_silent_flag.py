@@ -59,6 +59,7 @@ data: {{train: digits, augment: {AUGMENT}}}
 VALUES = {  # where another value of the type would be wrong, as the words after the flag
     "schedule.decay": "constant",
     "train.steps": "3",
+    "curriculum": "until=0.5,image_size=4,patch_dropout=0.5",
     "train.epochs": "0.02",
     "train.samples": "24",
     "train.global_batch_size": "4",
