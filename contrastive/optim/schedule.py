@@ -1,10 +1,15 @@
 """The learning rate as a function of the step, and of nothing else: nothing to save, nothing to resume."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+
+from contrastive.errors import UserError
+from contrastive.option_types import Positive
+
+COOLED_DOWN = ("wsd", "rsqrt")  # decays whose first steps do not depend on how many there will be
 
 
 @dataclass(frozen=True)
@@ -13,23 +18,50 @@ class ScheduleConfig:
 
     warmup_steps: int | None = None
     """Steps of linear warm-up; none: 3 % of the run, at least 100 steps but at most a tenth of it."""
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay from the peak to final_fraction."""
+    decay: Literal["cosine", "linear", "constant", "wsd", "rsqrt"] = "cosine"
+    """From the peak to final_fraction; wsd stays there, rsqrt falls as 1 / sqrt(step), until a linear cooldown."""
     final_fraction: float = 0.0
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a share of the peak; of rsqrt's, of where the cooldown begins."""
+    cooldown_steps: Positive[int | None] = None
+    """Last steps, in which wsd and rsqrt fall to final_fraction; none: a fifth of the run."""
+
+    def resolved(self, total_steps: int) -> "ScheduleConfig":
+        """Return the schedule with its warm-up settled, where a run of another length is to begin with the same.
+
+        Raises:
+            UserError: warm-up and cooldown are longer than the run.
+        """
+        if self.decay in ("cosine", "linear"):
+            return self
+        warmup, cooldown = self._warmup(total_steps), self._cooldown(total_steps)
+        if self.decay in COOLED_DOWN and warmup + cooldown > total_steps:
+            raise UserError(
+                f"schedule.warmup_steps {warmup} and schedule.cooldown_steps {cooldown} are more than the "
+                f"{total_steps} steps of the run; give fewer"
+            )
+        return replace(self, warmup_steps=warmup)
 
     def factor(self, step: int, total_steps: int) -> float:
         """Return what the peak learning rate is multiplied by at `step`, counted from 0, of `total_steps`."""
-        warmup = self.warmup_steps
-        if warmup is None:
-            warmup = min(max(round(0.03 * total_steps), 100), total_steps // 10)
+        warmup = self._warmup(total_steps)
         if step < warmup:
             return (step + 1) / warmup
         if self.decay == "constant":
             return 1.0
+        if self.decay in COOLED_DOWN:
+            peak = math.sqrt(max(warmup, 1) / max(step, 1)) if self.decay == "rsqrt" else 1.0  # as in big_vision
+            fallen = max(0.0, 1 - (total_steps - step) / self._cooldown(total_steps))
+            return peak * (1 - (1 - self.final_fraction) * fallen)
         done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
         remaining = 0.5 * (1 + math.cos(math.pi * done)) if self.decay == "cosine" else 1 - done
         return self.final_fraction + (1 - self.final_fraction) * remaining
+
+    def _warmup(self, total_steps: int) -> int:
+        usual = min(max(round(0.03 * total_steps), 100), total_steps // 10)
+        return usual if self.warmup_steps is None else self.warmup_steps
+
+    def _cooldown(self, total_steps: int) -> int:
+        return max(1, total_steps // 5) if self.cooldown_steps is None else self.cooldown_steps
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

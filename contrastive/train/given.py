@@ -5,6 +5,7 @@ Read by a run, not by importing one.
 
 import re
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from contrastive.interop.bundle import Bundle
 from contrastive.interop.loading import load
 from contrastive.log import say
 from contrastive.models import DualEncoder
+from contrastive.optim.schedule import COOLED_DOWN, ScheduleConfig
 from contrastive.option_types import as_option
 from contrastive.train.contrastive_task import PretrainConfig
 from contrastive.train.options import LENGTHS, ONLY_IN_TRAINING, RunConfig, Stage, num_workers
@@ -39,6 +41,7 @@ NO_EFFECT = (
     ("data.augment.color_jitter", "data.augment.color_jitter_prob", 0),
     ("data.augment.color_jitter_prob", "data.augment.color_jitter", [0, 0, 0, 0]),
     ("schedule.final_fraction", "schedule.decay", "constant"),
+    *(("schedule.cooldown_steps", "schedule.decay", decay) for decay in ("cosine", "linear", "constant")),
     (" ".join(f"model.image.{name}" for name in ONLY_IN_TRAINING), "lock", "image"),
     ("dropout optimizer.layer_decay optimizer.muon_lr", "tune", "head"),
     ("templates wise_ft.alphas", "head", "zeros"),
@@ -127,15 +130,21 @@ def check_steps_done(task: TrainingTask, before: dict[str, Any], done: int) -> N
     Args:
         before: what config.yaml says, by dotted names.
     """
+    length, steps, schedule = before["train.steps"], task.config.train.steps, task.config.schedule
     stages = as_option("curriculum", tuple[Stage, ...], before.get("curriculum", []))
-    old, new = Curriculum(stages, before["train.steps"], task.model.image_tower), task.curriculum
-    for step in range(done if (old.ends, old.settings) != (new.ends, new.settings) else 0):
-        if old.at(step) != new.at(step):
-            raise UserError(
-                f"curriculum: step {step} has been done, and in a run of {task.config.train.steps} steps with these "
-                f"stages it would have been another: they were {old}, and would be {new}; the stages' until are shares "
-                "of train.steps: give such as leave the steps done as they were"
-            )
+    mend = "until counts in shares of train.steps: give such as leave the steps done as they were"
+    then, now = Curriculum(stages, length, task.model.image_tower).at, task.curriculum.at
+    compared = [("curriculum", "image size and patch dropout", then, now, mend)]
+    if schedule.decay in COOLED_DOWN:  # with the others, a run of another length is another one from its start
+        old = ScheduleConfig(**{name: before.get(f"schedule.{name}") for name in vars(schedule)})
+        then, now = partial(old.factor, total_steps=length), partial(schedule.factor, total_steps=steps)
+        mend = f"keep the warm-up, and begin the cooldown at step {done} or later: train.steps, schedule.cooldown_steps"
+        compared.append(("schedule", "a share of the learning rate of", then, now, mend))
+    for option, what, then, now, mend in compared:
+        for step in range(done):
+            if then(step) != now(step):
+                asked = f"was done with {what} {then(step)}, and would now have been with {now(step)}"
+                raise UserError(f"{option}: step {step} {asked}; {mend}")
 
 
 def check_effect(task: TrainingTask) -> None:

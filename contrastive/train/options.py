@@ -162,6 +162,7 @@ def resolve_run(config: C, source: Source) -> C:
     return replace(
         config,
         train=replace(config.train, steps=steps, epochs=None, samples=None),
+        schedule=config.schedule.resolved(steps),
         evaluation=replace(config.evaluation, every=config.evaluation.every or math.ceil(steps / 4)),
         checkpoint=replace(config.checkpoint, every=config.checkpoint.every or math.ceil(steps / 10)),
     )

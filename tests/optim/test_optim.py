@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from contrastive.errors import UserError
 from contrastive.models import (
     ClassifierConfig,
     DualEncoder,
@@ -98,6 +99,17 @@ def test_schedule():
     assert schedule.factor(55, 100) == pytest.approx(0.5)
     assert ScheduleConfig(10, "linear", 0.1).factor(55, 100) == pytest.approx(0.55)
     assert ScheduleConfig(10, "constant").factor(99, 100) == 1.0
+    # Stable, then down in the last fifth, or in as many steps as are given; rsqrt is at a half after 4 warm-ups.
+    wsd, rsqrt = ScheduleConfig(10, "wsd", 0.1), ScheduleConfig(10, "rsqrt", cooldown_steps=10)
+    assert [wsd.factor(step, 100) for step in (10, 80, 90)] == [1.0, 1.0, pytest.approx(0.55)]
+    found = [rsqrt.factor(step, 100) for step in (5, 10, 40, 90, 95)]
+    assert found == pytest.approx([0.6, 1.0, 0.5, 1 / 3, math.sqrt(10 / 95) / 2])
+    # A run that is made longer keeps its warm-up, where the rest does not depend on the length either.
+    assert (
+        ScheduleConfig(decay="rsqrt").resolved(2000).warmup_steps == 100 == ScheduleConfig(100).resolved(9).warmup_steps
+    )
+    with pytest.raises(UserError, match="warmup_steps 90 and schedule.cooldown_steps 20 are more than the 100 steps"):
+        ScheduleConfig(90, "wsd").resolved(100)
     # By default 3 %, at least 100 steps, at most a tenth of the run.
     for total, warmup in ((100_000, 3000), (2000, 100), (500, 50)):
         assert ScheduleConfig().factor(warmup - 1, total) == 1.0 > ScheduleConfig().factor(warmup - 2, total)

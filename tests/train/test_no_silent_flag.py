@@ -58,6 +58,7 @@ data: {{train: digits, augment: {AUGMENT}}}
 }
 VALUES = {  # where another value of the type would be wrong, as the words after the flag
     "schedule.decay": "constant",
+    "schedule.cooldown_steps": "2",
     "train.steps": "3",
     "curriculum": "until=0.5,image_size=4,patch_dropout=0.5",
     "train.epochs": "0.02",
@@ -114,6 +115,7 @@ VALUES = {  # where another value of the type would be wrong, as the words after
     "loss.max_logit_scale": "5",
 }
 BESIDE = {  # what else it takes for it to matter
+    "schedule.cooldown_steps": "--schedule.decay wsd",
     "data.lanes": "--data.window 100",
     "data.preprocess.cut": "--data.preprocess.resize crop --data.preprocess.short_side 11",
     "model.image.pool": "--model.image.class_token",

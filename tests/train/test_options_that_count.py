@@ -132,6 +132,23 @@ def test_what_may_change_is_said(args, said, stopped, capsys):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("decay", ["wsd", "constant"])
+def test_a_stable_run_is_cooled_down_from_a_checkpoint(decay, tiny, tmp_path):
+    """As if it had been planned so; what would have needed other steps before is refused."""
+    plan, run = tmp_path / "plan", tmp_path / "run"
+    flags = ("--config", tiny, "--evaluation.limit", "8", "--schedule.warmup_steps", "2", "--schedule.decay")
+    cooldown = ("--schedule.decay", "wsd", "--schedule.cooldown_steps", "3")
+    pretrain_here(*flags, *cooldown[1:], "--train.steps", "8", "--run_folder", plan)
+    pretrain_here(*flags, decay, "--train.steps", "10", "--run_folder", run, "--checkpoint.keep", "9")
+    for left in ("final", *(f"checkpoints/step-{step:08}" for step in (6, 8, 10))):
+        shutil.rmtree(run / left)
+    with pytest.raises(UserError, match="schedule: step 3 was done .* begin the cooldown at step 4"):
+        pretrain_here("--run_folder", run, "--resume", *cooldown, "--train.steps", "5")
+    pretrain_here("--run_folder", run, "--resume", *cooldown, "--train.steps", "8")
+    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (run, plan))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_an_edited_file_counts_on_resume(model, stopped, tmp_path, capsys):
     edited = tmp_path / "tiny.yaml"
     edited.write_text((model.parent / "tiny.yaml").read_text().replace("steps: 8", "samples: 144"))
