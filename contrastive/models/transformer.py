@@ -87,9 +87,15 @@ class Linear(nn.Linear):
         return _OneDNNLinear.apply(x, self.weight, self.bias)
 
 
+@torch.library.custom_op("contrastive::product", mutates_args=())  # as such it is left whole by torch.compile
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x · weightᵀ + bias by oneDNN: (..., D) and (E, D) to (..., E)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@_product.register_fake
+def _(x, weight, bias=None):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 class _OneDNNLinear(torch.autograd.Function):

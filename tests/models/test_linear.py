@@ -59,3 +59,9 @@ def test_other_types_and_autocast_are_left_to_torch(dtype):
     assert Linear(8, 4).to(dtype)(torch.randn(2, 8, dtype=dtype)).dtype == dtype
     with torch.autocast("cpu", torch.bfloat16):
         assert Linear(8, 4)(torch.randn(2, 8)).dtype == torch.bfloat16
+
+
+def test_the_compiler_leaves_the_product_whole():
+    torch.manual_seed(0)
+    layer, x = Linear(8, 4), torch.randn(2, 8)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
