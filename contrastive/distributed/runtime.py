@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -88,6 +88,29 @@ class Runtime:
         """Move the model to the device; under several ranks, wrap it so that backward averages gradients."""
         return self._accelerator.prepare_model(model)
 
+    def on_device(
+        self, batches: Iterable[dict], inputs: Callable[[dict], dict[str, torch.Tensor]]
+    ) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
+        """Yield each batch with those tensors of it that `inputs` picks, on the device.
+
+        A GPU copies them beside its work on the steps before, which have been queued and not waited for: nothing is
+        fetched ahead of its turn. On a CPU they are as they were.
+        """
+        if self.device.type != "cuda":
+            for batch in batches:
+                yield batch, inputs(batch)
+            return
+        copying = torch.cuda.Stream(self.device)
+        for batch in batches:
+            with torch.cuda.stream(copying):
+                pinned = {name: tensor.pin_memory() for name, tensor in inputs(batch).items()}
+                moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in pinned.items()}
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(copying)
+            for tensor in moved.values():
+                tensor.record_stream(computing)  # their memory is free again when the step is done with them
+            yield batch, moved
+
     def without_gradient_sync(self, model: nn.Module):
         """A context whose backward passes keep gradients local: all but the last micro-batch."""
         return self._accelerator.no_sync(model) if self.world_size > 1 else nullcontext()
@@ -95,24 +118,32 @@ class Runtime:
     def barrier(self) -> None:
         self._accelerator.wait_for_everyone()
 
-    def meet(self, step: int, seconds: float) -> None:
-        """Wait for all ranks at a step, so that one which never comes is named instead of waited for in silence.
-
-        The first rank asks the others one by one; with many of them only every few steps.
+    def summed(self, numbers: list[int], step: int, seconds: float) -> list[int]:
+        """Return the sums over ranks of a few integers at the start of a step; no GPU is waited for.
 
         Raises:
-            UserError: some did not come within `seconds`.
+            UserError: a rank did not come within `seconds`. It is named, instead of being waited for in silence.
         """
-        if self.world_size == 1 or step % math.ceil(self.world_size / 16):
-            return
+        if self.world_size == 1:
+            return numbers
+        total, limit = torch.tensor(numbers), datetime.timedelta(seconds=seconds)
         try:
-            dist.monitored_barrier(self._meeting, datetime.timedelta(seconds=seconds), wait_all_ranks=True)
+            dist.all_reduce(total, group=self._meeting, async_op=True).wait(limit)
+        except RuntimeError as error:
+            raise UserError(
+                f"{self._absent(limit)} did not reach step {step + 1} within {seconds:g} seconds; see what it hangs on"
+            ) from error
+        return total.tolist()
+
+    def _absent(self, limit: datetime.timedelta) -> str:
+        """Ask all ranks, one by one from the first; return who does not answer."""
+        try:
+            dist.monitored_barrier(self._meeting, limit, wait_all_ranks=True)
         except RuntimeError as error:
             absent = re.search(r"[Rr]anks? ([\d, ]+) failed to pass", str(error))
-            who = f"rank {absent.group(1).strip(' ,')}" if absent else "a rank (the first rank's message says which)"
-            raise UserError(
-                f"{who} did not reach step {step + 1} within {seconds:g} seconds; see what it hangs on"
-            ) from error
+            if absent:
+                return f"rank {absent.group(1).strip(' ,')}"
+        return "a rank (the first rank's message says which)"
 
     def start_trackers(self, name: str, config: dict) -> None:
         """Open the trackers' run `name` and record `config`, dotted names to numbers and text."""

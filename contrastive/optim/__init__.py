@@ -1,7 +1,7 @@
 """Optimizers by name, the learning-rate schedule, and the moving average of weights."""
 
 from contrastive.optim.ema import ExponentialMovingAverage
-from contrastive.optim.optimizers import OPTIMIZERS, AdamWConfig, MuonConfig, OptimizerConfig
+from contrastive.optim.optimizers import OPTIMIZERS, AdamWConfig, MuonConfig, OptimizerConfig, step_unless
 from contrastive.optim.schedule import ScheduleConfig, set_learning_rates
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "OptimizerConfig",
     "ScheduleConfig",
     "set_learning_rates",
+    "step_unless",
 ]

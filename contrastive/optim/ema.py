@@ -16,13 +16,16 @@ class ExponentialMovingAverage:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.average = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        parameters = dict(model.named_parameters())
+        self._all = _in_a_row(model)
+        parts = self._all.split([p.numel() for p in parameters.values()])
+        self.average = {name: part.view_as(p) for (name, p), part in zip(parameters.items(), parts, strict=True)}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, model: nn.Module, step: int, skipped: torch.Tensor) -> None:
+        """Move the averages towards the weights; where `skipped` (bool, 0-dim, on their device) leave them."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [p.detach().float() for _, p in model.named_parameters()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+        self._all.lerp_(_in_a_row(model), torch.where(skipped, 0.0, 1 - decay))
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
@@ -31,3 +34,9 @@ class ExponentialMovingAverage:
             weight = parameter.detach().clone()
             parameter.copy_(self.average[name])
             self.average[name].copy_(weight)
+
+
+@torch.no_grad()
+def _in_a_row(model: nn.Module) -> torch.Tensor:
+    """All weights one after another in one float32 tensor, which one operation can average."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).float()

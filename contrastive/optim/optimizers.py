@@ -94,6 +94,19 @@ def _adamw(parameters: dict[str, nn.Parameter], config: AdamWConfig, factors: di
     )
 
 
+def step_unless(skipped: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Do a step, unless `skipped` (bool, 0-dim): then weights and state stay, even where gradients are not finite.
+
+    The device decides for fused optimizers and Muon, in the way that torch's GradScaler has them do it; for others it
+    is waited for.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = skipped.float()
+        optimizer.step()
+    elif not skipped:
+        optimizer.step()
+
+
 def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
     """Return what the learning rate of each parameter is multiplied by, by name.
 
@@ -134,26 +147,35 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float = 0.02, weight_decay: float = 0.1, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._step_supports_amp_scaling = True  # as torch calls it: `step` heeds `found_inf`
+        self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
     def step(self) -> None:
+        """Move the matrices, unless `found_inf` is 1: then nothing changes, whatever the gradients are."""
+        skipped = self.found_inf > 0
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
+            kept = torch.where(skipped, 1.0, 1 - group["lr"] * group["weight_decay"])
             for shape, parameters in by_shape.items():
-                updates = torch.stack([self._momentum(p, group["momentum"]) for p in parameters])
+                updates = orthogonalise(self._nesterov(parameters, group["momentum"], skipped)) * ~skipped
                 rate = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, list(orthogonalise(updates).unbind()), alpha=-rate)
+                torch._foreach_mul_(parameters, kept)
+                torch._foreach_add_(parameters, list(updates.unbind()), alpha=-rate)
 
-    def _momentum(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        average = state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(average, momentum)
+    def _nesterov(self, parameters: list[torch.Tensor], momentum: float, skipped: torch.Tensor) -> torch.Tensor:
+        """Update the averages of k matrices (m, n) with their gradients; return what to move by, (k, m, n)."""
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        averages = [self.state[parameter]["momentum"] for parameter in parameters]
+        # A gradient that equals its average leaves it as it is.
+        gradients = torch.where(skipped, torch.stack(averages), torch.stack([p.grad for p in parameters]))
+        torch._foreach_lerp_(averages, list(gradients.unbind()), 1 - momentum)
+        return gradients.lerp(torch.stack(averages), momentum)
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from contrastive.interop.bundle import save_classifier
 from contrastive.models import ImageClassifier
 from contrastive.option_types import NotNegative, Probability
 from contrastive.train.options import RunConfig, check_run
-from contrastive.train.task import Curriculum, TrainingTask, Weights, describe_image_tower, seed_step
+from contrastive.train.task import Curriculum, Inputs, TrainingTask, Weights, describe_image_tower, seed_step
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,19 @@ class ClassificationTask(TrainingTask):
         self.preprocess = Preprocess(config.data.preprocess.at(model.config.image.image_size))
         self.mixing = Mixing(config.mixup, config.cutmix, num_classes)
         self.chance_loss = math.log(num_classes)
-        self._accuracy = math.nan
+        self._accuracy: torch.Tensor | None = None  # of the last step
 
     def dataset(self, order: SampleOrder) -> LabelledDataset:
         size, augment = self.curriculum.image_size, self.config.data.augment
         return LabelledDataset(self.source, order, size, augment, self.model.config.num_classes)
 
-    def forward_backward(self, wrapped: nn.Module, batch: dict, step: int, runtime: Runtime) -> torch.Tensor:
+    def inputs(self, batch: dict) -> Inputs:
+        return {name: batch[name] for name in ("image", "label")}
+
+    def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> torch.Tensor:
         device, train = runtime.device, self.config.train
         _, self.model.image_tower.patch_dropout = self.curriculum.at(step)
-        pixels = self.preprocess.normalize(batch["image"].to(device, non_blocking=True))
-        labels = batch["label"].to(device, non_blocking=True)
+        pixels, labels = self.preprocess.normalize(inputs["image"]), inputs["label"]
         total, hits = torch.zeros((), device=device), torch.zeros((), device=device)
         parts = list(zip(pixels.chunk(train.accumulate), labels.chunk(train.accumulate), strict=True))
         for number, (images, own) in enumerate(parts):
@@ -89,10 +91,10 @@ class ClassificationTask(TrainingTask):
                 loss.backward()
             total += loss.detach()
             hits += (scores.detach().argmax(dim=1) == own).float().mean() / len(parts)
-        self._accuracy = 100 * hits.item()
+        self._accuracy = 100 * hits.double()
         return total
 
-    def figures(self) -> dict[str, float | None]:
+    def figures(self) -> dict[str, torch.Tensor | None]:
         """'accuracy': percent of this rank's share of the batch, as it was varied."""
         return {"accuracy": self._accuracy}
 

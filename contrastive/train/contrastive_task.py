@@ -25,7 +25,7 @@ from contrastive.interop.bundle import save_model
 from contrastive.losses import LOSSES, LossConfig
 from contrastive.models import DualEncoder, Features, ModelConfig
 from contrastive.train.options import RunConfig, check_run, resolve_run
-from contrastive.train.task import Curriculum, TrainingTask, Weights, describe_image_tower, millions, seed_step
+from contrastive.train.task import Curriculum, Inputs, TrainingTask, Weights, describe_image_tower, millions, seed_step
 
 
 @dataclass(frozen=True)
@@ -164,17 +164,19 @@ class ContrastiveTask(TrainingTask):
         captions = data.caption_templates, data.captions_per_image
         return PairDataset(self.source, order, self.tokenizer, size, data.augment, *captions)
 
-    def forward_backward(self, wrapped: nn.Module, batch: dict, step: int, runtime: Runtime) -> torch.Tensor:
-        device, train = runtime.device, self.config.train
+    def inputs(self, batch: dict) -> Inputs:
+        return {name: batch[name] for name in ("image", "tokens", "caption_id")}
+
+    def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> torch.Tensor:
         _, self.model.image_tower.patch_dropout = self.curriculum.at(step)
         return forward_backward(
             wrapped,
             self.loss,
-            self.preprocess.normalize(batch["image"].to(device, non_blocking=True)),
-            batch["tokens"].to(device, non_blocking=True),
-            batch["caption_id"].to(device, non_blocking=True),
-            accumulate=train.accumulate,
-            seed=(train.seed, step),
+            self.preprocess.normalize(inputs["image"]),
+            inputs["tokens"],
+            inputs["caption_id"],
+            accumulate=self.config.train.accumulate,
+            seed=(self.config.train.seed, step),
             runtime=runtime,
         )
 
@@ -182,12 +184,9 @@ class ContrastiveTask(TrainingTask):
         if self.config.loss.max_logit_scale is not None:
             self.model.logit_scale.clamp_(max=math.log(self.config.loss.max_logit_scale))
 
-    def figures(self) -> dict[str, float | None]:
-        bias = self.model.logit_bias
-        return {
-            "logit_scale": self.model.logit_scale.exp().item(),
-            "logit_bias": None if bias is None else bias.item(),
-        }
+    def figures(self) -> dict[str, torch.Tensor | None]:
+        scale, bias = self.model.logit_scale, self.model.logit_bias
+        return {"logit_scale": scale.detach().exp(), "logit_bias": None if bias is None else bias.detach()}
 
     def score(self, source: Source, **how) -> tuple[str, dict[str, float]]:
         """`zero_shot` acc1, ... of a labelled source; of another `retrieval` image_to_text_r1, ...

@@ -19,11 +19,11 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.log import MetricsLog, say, warn
 from contrastive.losses import NonFiniteFeatures
-from contrastive.optim import ExponentialMovingAverage, set_learning_rates
+from contrastive.optim import ExponentialMovingAverage, set_learning_rates, step_unless
 from contrastive.results import key_parts
 from contrastive.train.checkpoint import load_checkpoint, read_cursor, save_checkpoint
 from contrastive.train.options import num_workers
-from contrastive.train.progress import Advice, ProgressBar, StepTimer
+from contrastive.train.progress import Advice, LateFigures, ProgressBar, StepTimer
 from contrastive.train.task import TrainingTask
 
 
@@ -46,7 +46,7 @@ class Trainer:
         self.bad_samples = BadSamples(config.data.max_bad_share, config.data.bad_window, config.train.global_batch_size)
         self.step = 0  # steps done
         self.metrics: MetricsLog | None = None  # on the first rank, while it trains
-        self._skipped_in_a_row = 0
+        self.figures: LateFigures | None = None  # while it trains
         if checkpoint is not None:
             cursor = read_cursor(checkpoint)
             self.step = cursor["step"]
@@ -62,25 +62,29 @@ class Trainer:
                 written.
         """
         config, total = self.config, self.config.train.steps
-        wrapped, loader = self.runtime.wrap(self.model), self._loader()
-        timer = StepTimer(config.train.global_batch_size)
+        wrapped, batches = self.runtime.wrap(self.model), self.runtime.on_device(self._loader(), self.task.inputs)
+        timer, bar = StepTimer(config.train.global_batch_size), ProgressBar(self.step, total)
         advice = Advice(self.task.chance_loss, self.task.advice, total)
         log = MetricsLog(self.folder / "metrics.jsonl", self.step) if self.runtime.is_main else nullcontext()
-        with log as self.metrics, stop_requests() as stops, ProgressBar(self.step, total) as bar:
+
+        def write(row: dict) -> None:
+            self._log("train", row)
+            bar.show(row)
+            advice.consider(row)
+
+        self.figures = LateFigures(config.train.max_skipped, write)
+        with log as self.metrics, stop_requests() as stops, bar, self.figures:
             if self.step == 0:
                 self._save()  # so that --resume works from the first step on
             elif not gather_objects(self.metrics is not None and self.metrics.has("eval", self.step))[0]:
                 self._evaluate_if_due()  # a kill came between the save and the evaluation
-            for batch in timer.waiting_for(loader):
-                row, stopping = self._one_step(wrapped, batch, stops)
+            for batch, inputs in timer.waiting_for(batches):
+                row, stopping = self._one_step(wrapped, batch, inputs, stops)
                 timer.step_done()
                 if self.step % config.train.log_every == 0 or self.step == total:
                     row |= {"samples_per_second": timer.samples_per_second, "data_wait": timer.data_wait}
-                    self._log("train", row)
-                    bar.show(row)
-                    advice.consider(row)
+                    self.figures.put(row)
                 if self.step % config.checkpoint.every == 0 or self.step == total or stopping:
-                    self._log_bad_samples()
                     self._save()
                 if stopping and self.step < total:
                     say(f"stopped at step {self.step} and saved; continue with --resume")
@@ -88,55 +92,48 @@ class Trainer:
                 self._evaluate_if_due()
         return True
 
-    def _one_step(self, wrapped: nn.Module, batch: dict, stops: list[int]) -> tuple[dict, bool]:
-        """Do one optimizer step; return its row for the log and whether any rank was asked to stop."""
+    def _one_step(self, wrapped: nn.Module, batch: dict, inputs: dict, stops: list[int]) -> tuple[dict, bool]:
+        """Queue one optimizer step; return its row for the log, with tensors, and whether any rank was asked to stop.
+
+        The host waits for the other hosts, but not for the device: it computes this step while the next is prepared.
+        """
         config, runtime = self.config, self.runtime
         factor = config.schedule.factor(self.step, config.train.steps)
         set_learning_rates(self.optimizers, factor)
         self.bad_samples.note(batch["bad"])
         # A rank that never comes is named here, instead of being waited for in silence inside the loss.
-        runtime.meet(self.step, config.data.timeout)
+        own = [len(stops), int(batch["replaced"].numpy().sum())]
+        requests, replaced = runtime.summed(own, self.step, config.data.timeout)
         try:
-            loss = self.task.forward_backward(wrapped, batch, self.step, runtime)
+            loss = self.task.forward_backward(wrapped, inputs, self.step, runtime)
         except NonFiniteFeatures as error:  # raised on all ranks alike, which skip this step
             warn(f"step {self.step + 1}: {error}")
             loss = torch.tensor(math.nan, device=runtime.device)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm)
-        # One small sum tells every rank the same: the global loss, whether anyone was asked to stop, bad samples.
-        own = [loss.double(), *loss.new_tensor([len(stops), int(batch["replaced"].sum())]).double()]
-        loss_sum, requests, replaced = all_reduce_sum(torch.stack(own)).tolist()
-        mean_loss, norm = loss_sum / runtime.world_size, norm.item()  # the GPU was waited for just now
+        mean_loss = all_reduce_sum(loss.double()) / runtime.world_size
         self._update(mean_loss, norm)
         self.step += 1
-        if self.bad_samples.too_many(int(replaced)):  # on all ranks alike
+        self.figures.step_done(self.step, mean_loss, norm)
+        if self.bad_samples.too_many(replaced):  # on all ranks alike
             raise self.bad_samples.error(self.step, self._log_bad_samples())
         row = {"step": self.step, "loss": mean_loss, "grad_norm": norm, "lr": config.optimizer.lr * factor}
         return row | self.task.figures(), requests > 0
 
     @torch.no_grad()
-    def _update(self, loss: float, grad_norm: float) -> None:
-        """Move the weights, unless the loss or gradient is not finite; those are equal on all ranks."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._skipped_in_a_row = 0
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.task.after_update()
-            if self.ema is not None:
-                self.ema.update(self.model, self.step)
-        else:
-            self._skipped_in_a_row += 1
-            warn(f"step {self.step + 1} skipped: loss {loss}, gradient norm {grad_norm}")
-            if self._skipped_in_a_row >= self.config.train.max_skipped:
-                raise UserError(
-                    f"{self._skipped_in_a_row} steps in a row had no finite loss or gradient; lower optimizer.lr or "
-                    "use --train.precision fp32, and continue from the last checkpoint with --resume"
-                )
+    def _update(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Move the weights, unless the loss or gradient, equal on all ranks, is not finite: the device sees to that."""
+        skipped = ~(loss.isfinite() & grad_norm.isfinite())
         for optimizer in self.optimizers:
+            step_unless(skipped, optimizer)
             optimizer.zero_grad()
+        self.task.after_update()
+        if self.ema is not None:
+            self.ema.update(self.model, self.step, skipped)
 
     def _evaluate_if_due(self) -> None:
         if self.step % self.config.evaluation.every and self.step != self.config.train.steps:
             return
+        self.figures.flush()
         if self.ema is not None:
             self.ema.swap(self.model)
         figures = self.task.evaluate(self.runtime)
@@ -154,6 +151,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint from the first rank; the others wait, so that none runs ahead of a failure."""
+        self._log_bad_samples()
         if self.runtime.is_main:
             save_checkpoint(
                 self.folder / "checkpoints",
@@ -188,10 +186,11 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write({"kind": kind, **row})
         numbers = {f"{kind}/{k}": v for k, v in row.items() if isinstance(v, float)}
-        self.runtime.track(numbers, self.step)
+        self.runtime.track(numbers, row["step"])
 
     def _log_bad_samples(self) -> dict:
-        """Log and return what all ranks passed over since the last time."""
+        """Log and return what all ranks passed over since the last time, after the figures until now."""
+        self.figures.flush()
         taken = self.bad_samples.take()
         if taken["counts"] and self.metrics is not None:
             self.metrics.write({"kind": "bad_samples", "step": self.step, **taken})

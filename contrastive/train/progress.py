@@ -1,12 +1,15 @@
-"""What a person sees of a running loop: a bar on a terminal, a line now and then in a log file."""
+"""What a person sees of a running loop: figures, read when it is their time, a bar, a line now and then."""
 
+import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from contrastive.errors import UserError
 from contrastive.log import console, is_main_process, say, warn
 
 T = TypeVar("T")
@@ -43,6 +46,81 @@ class StepTimer:
     @property
     def data_wait(self) -> float:
         return sum(waited for _, waited in self._steps) / sum(total for total, _ in self._steps)
+
+
+class LateFigures:
+    """The figures of steps, left on the device until it has long computed them: nobody waits for it meanwhile.
+
+    A row is copied to host memory when it is put, and written when the next one is, on `flush`, or on the way out of
+    an error. Steps that moved nothing, because their loss or gradient was not finite, are counted then too.
+
+    Args:
+        max_skipped: so many skipped steps in a row stop the run.
+        write: called with each row in turn, its tensors as numbers.
+    """
+
+    def __init__(self, max_skipped: int, write: Callable[[dict], None]):
+        self._max_skipped, self._write = max_skipped, write
+        self._skipped_in_a_row = 0
+        self._outcomes: dict[int, torch.Tensor] = {}  # by step: loss and gradient norm
+        # What is being copied: steps, row, all numbers in host memory, and the event after which they are there.
+        self._copied: tuple[list[int], dict, torch.Tensor, torch.cuda.Event | None] | None = None
+
+    def step_done(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Keep the outcome of a step, counted from 1: scalars of all ranks together."""
+        self._outcomes[step] = torch.stack([loss.double(), grad_norm.double()])
+
+    def put(self, row: dict) -> None:
+        """Write the row that was put before; begin to copy this one, of the last step, with its scalar tensors.
+
+        Raises:
+            UserError: too many steps in a row were skipped.
+        """
+        self._read()
+        tensors = [value.double().view(1) for value in row.values() if isinstance(value, torch.Tensor)]
+        numbers = torch.cat([*self._outcomes.values(), *tensors])
+        host = numbers.to("cpu", non_blocking=True)  # from a GPU, pinned memory
+        event = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
+        self._copied = list(self._outcomes), row, host, event
+        self._outcomes = {}
+
+    def flush(self) -> None:
+        """Write the row that was put last, and look at all steps until now; errors as of `put`."""
+        self._read()
+        if self._outcomes:
+            self.put({})
+            self._read()
+
+    def _read(self) -> None:
+        if self._copied is None:
+            return
+        (steps, row, host, event), self._copied = self._copied, None
+        if event is not None:
+            event.synchronize()
+        numbers = iter(host.tolist())
+        for step in steps:
+            self._judge(step, loss=next(numbers), grad_norm=next(numbers))
+        if row:
+            self._write({k: next(numbers) if isinstance(v, torch.Tensor) else v for k, v in row.items()})
+
+    def _judge(self, step: int, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        warn(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
+        if self._skipped_in_a_row >= self._max_skipped:
+            raise UserError(
+                f"{self._skipped_in_a_row} steps in a row had no finite loss or gradient; lower optimizer.lr or use "
+                "--train.precision fp32, and continue from the last checkpoint with --resume"
+            )
+
+    def __enter__(self) -> "LateFigures":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._copied is not None and (self._copied[-1] is None or self._copied[-1].query()):
+            self._read()
 
 
 class ProgressBar:

@@ -21,6 +21,7 @@ from contrastive.models.image_tower import ImageTower
 from contrastive.train.options import RunConfig, Stage
 
 Weights = Mapping[str, torch.Tensor]
+Inputs = dict[str, torch.Tensor]
 
 
 class Curriculum:
@@ -92,22 +93,28 @@ class TrainingTask(ABC):
         """Return the training samples in this order."""
 
     @abstractmethod
-    def forward_backward(self, wrapped: nn.Module, batch: dict, step: int, runtime: Runtime) -> torch.Tensor:
+    def inputs(self, batch: dict) -> Inputs:
+        """Return what of a batch, as `train_loader` yields it, goes to the device; in host memory, images as uint8."""
+
+    @abstractmethod
+    def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> torch.Tensor:
         """Add the gradient of the loss over the global batch; return this rank's loss, a detached scalar.
+
+        Nothing in it waits for the device: no `.item()`, no shape that depends on values.
 
         Args:
             wrapped: the model as the runtime wraps it.
-            batch: this rank's, as `train_loader` yields it.
+            inputs: what `inputs` chose of this rank's batch, on the device.
 
         Raises:
             NonFiniteFeatures: on all ranks alike; the step is skipped.
         """
 
     def after_update(self) -> None:  # noqa: B027 - a hook, like `conclude`
-        """Keep parameters where the method wants them; called without gradients after each update."""
+        """Keep parameters where the method wants them; called without gradients after each update, skipped or not."""
 
-    def figures(self) -> dict[str, float | None]:
-        """Return what the last step's row of metrics.jsonl says besides loss, gradient norm and learning rate."""
+    def figures(self) -> dict[str, torch.Tensor | None]:
+        """Return what a row of metrics.jsonl says of the last step besides loss, norm and rate; detached scalars."""
         return {}
 
     @abstractmethod
