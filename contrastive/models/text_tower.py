@@ -1,10 +1,11 @@
 """The text tower: a transformer over token ids, causal as in CLIP or bidirectional as in SigLIP."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from contrastive.errors import UserError
@@ -71,6 +72,18 @@ class TextTower(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         bias = config.projection_bias
         self.projection = nn.Linear(config.width, embed_dim, bias=bias) if config.projection else None
+
+    def set_context_length(self, length: int) -> str:
+        """Make the positions those of texts of another length; return in words what became of them.
+
+        Of a shorter one the first are kept, unless texts are read at their last position; else they are interpolated
+        linearly, as by open_clip. The parameter is a new one: call this before an optimizer takes hold of it.
+        """
+        now, kept = self.position_embedding.detach(), length < self.config.context_length and self.config.pool != "last"
+        new = now[:length] if kept else F.interpolate(now.T[None], size=length, mode="linear")[0].T
+        self.position_embedding = nn.Parameter(new.clone(memory_format=torch.contiguous_format))
+        self.config = replace(self.config, context_length=length)
+        return f"the first {length} are kept" if kept else f"resampled for {length} tokens"
 
     def forward_features(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens after the last block and the final LayerNorm: ids (B, N) to (B, N, D).

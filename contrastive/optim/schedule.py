@@ -26,42 +26,35 @@ class ScheduleConfig:
     """Last steps, in which wsd and rsqrt fall to final_fraction; none: a fifth of the run."""
 
     def resolved(self, total_steps: int) -> "ScheduleConfig":
-        """Return the schedule with its warm-up settled, where a run of another length is to begin with the same.
-
-        Raises:
-            UserError: warm-up and cooldown are longer than the run.
-        """
+        """Return it with its warm-up settled, where longer runs begin alike; UserError where it exceeds the run."""
         if self.decay in ("cosine", "linear"):
             return self
-        warmup, cooldown = self._warmup(total_steps), self._cooldown(total_steps)
+        warmup, cooldown = self._ramps(total_steps)
         if self.decay in COOLED_DOWN and warmup + cooldown > total_steps:
-            raise UserError(
-                f"schedule.warmup_steps {warmup} and schedule.cooldown_steps {cooldown} are more than the "
-                f"{total_steps} steps of the run; give fewer"
-            )
+            said = f"warmup_steps {warmup} and cooldown_steps {cooldown} are more than the {total_steps} of the run"
+            raise UserError(f"schedule: {said}; give fewer")
         return replace(self, warmup_steps=warmup)
 
     def factor(self, step: int, total_steps: int) -> float:
         """Return what the peak learning rate is multiplied by at `step`, counted from 0, of `total_steps`."""
-        warmup = self._warmup(total_steps)
+        warmup, cooldown = self._ramps(total_steps)
         if step < warmup:
             return (step + 1) / warmup
         if self.decay == "constant":
             return 1.0
         if self.decay in COOLED_DOWN:
             peak = math.sqrt(max(warmup, 1) / max(step, 1)) if self.decay == "rsqrt" else 1.0  # as in big_vision
-            fallen = max(0.0, 1 - (total_steps - step) / self._cooldown(total_steps))
+            fallen = max(0.0, 1 - (total_steps - step) / cooldown)
             return peak * (1 - (1 - self.final_fraction) * fallen)
         done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
         remaining = 0.5 * (1 + math.cos(math.pi * done)) if self.decay == "cosine" else 1 - done
         return self.final_fraction + (1 - self.final_fraction) * remaining
 
-    def _warmup(self, total_steps: int) -> int:
+    def _ramps(self, total_steps: int) -> tuple[int, int]:
+        """Steps of warm-up and of cooldown."""
         usual = min(max(round(0.03 * total_steps), 100), total_steps // 10)
-        return usual if self.warmup_steps is None else self.warmup_steps
-
-    def _cooldown(self, total_steps: int) -> int:
-        return max(1, total_steps // 5) if self.cooldown_steps is None else self.cooldown_steps
+        warmup = usual if self.warmup_steps is None else self.warmup_steps
+        return warmup, self.cooldown_steps or max(1, total_steps // 5)
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

@@ -18,10 +18,10 @@ from contrastive.interop.bundle import Bundle, save_model, weights_key
 from contrastive.interop.loading import load
 from contrastive.log import say
 from contrastive.models import ClassifierConfig, ImageClassifier
-from contrastive.option_types import Bound, Probability
+from contrastive.option_types import Bound, Positive, Probability
 from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
 from contrastive.train.classify import num_classes, open_data
-from contrastive.train.given import check_brought
+from contrastive.train.given import at_size, check_brought
 from contrastive.train.options import resolve_run
 from contrastive.train.run import open_run, run
 
@@ -49,6 +49,8 @@ class FinetuneConfig(SupervisedConfig):
     """The pretrained model: a run, checkpoint or model folder."""
     init_key: str | None = None
     """Hash of its weights, which a resumed run compares; filled in when the run starts."""
+    image_size: Positive[int | None] = None
+    """Height and width of the images in pixels, for which positions are resampled; none: the model's own."""
     head: Literal["auto", "zero_shot", "zeros"] = "auto"
     """How the linear head starts: from the text embeddings of prompts, or at zero. auto: from prompts, where the model
     has a text tower and the data class names."""
@@ -79,7 +81,7 @@ def finetune(config: FinetuneConfig) -> bool:
             f"{bundle.path} is not the model that {config.run_folder} started from: its weights have changed; put the "
             "old ones back, or start again with another --run_folder"
         )
-    config = replace(config, init_key=key)
+    bundle, config = at_size(bundle, config.image_size), replace(config, init_key=key)
     source, held_out, config = open_data(config)
     data = replace(config.data, preprocess=bundle.preprocess.config.options)
     check_brought(config, replace(config, data=data), "init")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from contrastive.config import flatten, to_dict, written_options
+from contrastive.data.preprocess import Preprocess
 from contrastive.data.sources.columns import check_columns
 from contrastive.distributed.runtime import has_gpu, launched
 from contrastive.errors import UserError
@@ -125,11 +126,7 @@ def changes_on_resume(config: RunConfig, before: dict[str, Any]) -> str:
 
 
 def check_steps_done(task: TrainingTask, before: dict[str, Any], done: int) -> None:
-    """Raise UserError where a resumed run's `done` steps would have been others with the options it goes on with.
-
-    Args:
-        before: what config.yaml says, by dotted names.
-    """
+    """Raise UserError where the `done` steps of a resumed run, whose options were `before`, would now be others."""
     length, steps, schedule = before["train.steps"], task.config.train.steps, task.config.schedule
     stages = as_option("curriculum", tuple[Stage, ...], before.get("curriculum", []))
     mend = "until counts in shares of train.steps: give such as leave the steps done as they were"
@@ -191,14 +188,27 @@ def starting_model(config: PretrainConfig, checkpoint: Path | None) -> tuple[Bun
     start = load(checkpoint or config.init or config.init_image)
     start.check_image_tower("a run starts from an image tower, or from both")
     flag = "init" if config.init else "init_image"
-    size = config.model.image.image_size
-    if counts(config, "model.image.image_size", flag) and size != start.config.image.image_size:
-        start.model.image_tower.set_input_size(size)
-        say(f"the positions of {start.path} are resampled for images of {size} pixels")
-        start = replace(start, config=replace(start.config, image=start.model.image_tower.config))
+    size, length = config.model.image.image_size, config.model.text.context_length
+    start = at_size(start, size if counts(config, "model.image.image_size", flag) else None)
+    asked = config.init and start.tokenizer is not None and counts(config, "model.text.context_length", flag)
+    if asked and length != start.config.text.context_length:
+        tokenizer, tower = start.tokenizer.with_length(length), start.model.text_tower
+        say(f"text positions of {start.path}: {tower.set_context_length(length)}")
+        start = replace(start, tokenizer=tokenizer, config=replace(start.config, text=tower.config))
     whole = _with_parts_of(start, config)
     check_brought(config, whole, flag)
     return start, whole
+
+
+def at_size(bundle: Bundle, size: int | None) -> Bundle:
+    """Return the bundle for images of `size` pixels, its positions resampled; itself for None and its own size."""
+    if size in (None, bundle.config.image.image_size):
+        return bundle
+    model, preprocess = bundle.model, Preprocess(bundle.preprocess.config.options.at(size))
+    model.image_tower.set_input_size(size)
+    model.config = replace(model.config, image=model.image_tower.config)
+    say(f"the positions of {bundle.path} are resampled for images of {size} pixels")
+    return replace(bundle, preprocess=preprocess, config=replace(bundle.config, image=model.config.image))
 
 
 def copy_weights(start: Bundle, model: DualEncoder, config: PretrainConfig) -> None:

@@ -129,20 +129,19 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
     from contrastive.train.given import changes_on_resume, check_effect, check_steps_done
 
     check_effect(task)
+    changes, done = "", 0
     if checkpoint is not None:
         before = written_options(type(config), folder / "config.yaml")
-        changes = changes_on_resume(config, before)
+        changes, done = changes_on_resume(config, before), read_cursor(checkpoint)["step"]
+        check_steps_done(task, before, done)
     options = {"window": data.window, "lanes": data.lanes, "replacement": data.replacement}
     order = order_for(task.source, train.global_batch_size, train.seed, **options)
     runtime = Runtime(train.precision, config.trackers, folder)
     check_division(train, runtime.world_size)
-    done = read_cursor(checkpoint)["step"] if checkpoint else 0
     if done > train.steps:
         raise UserError(f"train.steps is {train.steps}, but the run has done {done} already; give more")
-    if checkpoint is not None:
-        check_steps_done(task, before, done)
-        if changes:
-            say(changes)
+    if changes:
+        say(changes)
     if runtime.is_main:
         from contrastive.train.first_look import first_look  # later than the options, which may be wrong
 

@@ -280,3 +280,19 @@ def test_features_before_and_after_the_projection():
 def test_the_number_of_classes_must_be_known():
     with pytest.raises(UserError, match="model.num_classes"):
         ImageClassifier(ClassifierConfig(SMALL))
+
+
+@pytest.mark.parametrize(("pool", "length", "kept"), [("eos", 16, False), ("eos", 6, True), ("last", 6, False)])
+def test_positions_of_texts_of_another_length(pool, length, kept):
+    tower = TextTower(replace(TEXT, pool=pool, causal=pool == "eos"), 16)
+    torch.nn.init.normal_(tower.position_embedding)
+    before, tokens = tower.position_embedding.detach().clone(), torch.randint(3, 50, (3, length))
+    tokens[:, 4] = TEXT.eos_id
+    first = tower(tokens) if kept else None
+    assert tower.set_context_length(length).startswith("the first 6" if kept else f"resampled for {length}")
+    # as open_clip's resize_text_pos_embed
+    resampled = torch.nn.functional.interpolate(before.T[None], size=length, mode="linear", align_corners=False)[0].T
+    assert torch.equal(tower.position_embedding, before[:length] if kept else resampled)
+    assert tower.config.context_length == length and tower(tokens).shape == (3, 16)
+    if kept:
+        assert torch.equal(tower(tokens), first)  # its texts are what they were

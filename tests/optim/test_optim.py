@@ -108,7 +108,7 @@ def test_schedule():
     assert (
         ScheduleConfig(decay="rsqrt").resolved(2000).warmup_steps == 100 == ScheduleConfig(100).resolved(9).warmup_steps
     )
-    with pytest.raises(UserError, match="warmup_steps 90 and schedule.cooldown_steps 20 are more than the 100 steps"):
+    with pytest.raises(UserError, match="warmup_steps 90 and cooldown_steps 20 are more than the 100 of the run"):
         ScheduleConfig(90, "wsd").resolved(100)
     # By default 3 %, at least 100 steps, at most a tenth of the run.
     for total, warmup in ((100_000, 3000), (2000, 100), (500, 50)):

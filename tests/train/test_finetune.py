@@ -222,3 +222,14 @@ def test_held_out_data_without_labels_are_refused_at_the_start(config, tmp_path)
     with pytest.raises(UserError, match="data.eval scenes:train has no class labels"):
         finetune(replace(config, data=replace(config.data, eval=("scenes:train",))))
     assert not (tmp_path / "tuned").exists()
+
+
+def test_fine_tuning_at_another_size(config, tmp_path):
+    """The classifier, the dual encoder beside it and what it is scored with are all of that size."""
+    large = replace(config, image_size=12, train=TrainConfig(steps=2, global_batch_size=64))
+    assert finetune(replace(large, evaluation=EvaluationConfig(every=2), wise_ft=WiseFTConfig((1.0,))))
+    for folder in (tmp_path / "tuned", tmp_path / "tuned" / "encoder"):
+        bundle = contrastive.load(folder)
+        assert bundle.preprocess.config.size == (12, 12) and bundle.model.image_tower.grid == (6, 6)
+    with pytest.raises(UserError, match="13 is not a multiple of the patch size 2; use 12 or 14"):
+        finetune(replace(large, run_folder=str(tmp_path / "odd"), image_size=13))

@@ -45,10 +45,8 @@ def first_command(model, run):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (
-            ["--model.text.context_length", "64"],
-            r"--init \S+ brings its own model.text.context_length: .* 64 ",
-        ),
+        (["--model.text.context_length", "2"], "context length 2 leaves no room for text"),
+        (["--model.image.patch_size", "4"], "its own model.image.patch_size: model.image.patch_size 4 .the model's: 8"),
         (["--model.image.width", "32"], "its own model.image.width: model.image.width 32 .the model's: 16"),
         (["--model", "clip_vit_b_16"], "its own model.embed_dim: model.embed_dim 512 .the model's: 16"),
         (["--data.tokenizer", "clip"], "its own data.tokenizer: data.tokenizer clip"),
@@ -101,6 +99,17 @@ def test_init_at_another_size_resamples_the_positions(model, tmp_path, capsys):
     assert bundle.model.image_tower.position_embedding.shape[0] == 16
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["image"]["image_size"] == 32
     pretrain_here(*flags, "--model.image.image_size", "32", "--resume")  # the same again
+
+
+def test_init_at_another_context_length(model, tmp_path, capsys):
+    run, length = tmp_path / "run", 12
+    flags = ("--config", model.parent / "tiny.yaml", "--init", model, "--run_folder", run, "--train.steps", "1")
+    pretrain_here(*flags, "--model.text.context_length", length)
+    assert "resampled for 12 tokens" in capsys.readouterr().err
+    bundle = contrastive.load(run)
+    assert bundle.tokenizer.context_length == bundle.config.text.context_length == length
+    assert bundle.tokenizer("a red circle").shape == (1, length)
+    pretrain_here(*flags, "--model.text.context_length", length, "--resume")  # the same again
 
 
 def test_the_same_command_with_resume_goes_on_exactly(model, stopped, capsys):
