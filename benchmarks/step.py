@@ -118,9 +118,11 @@ class Pair:
             compile_blocks(model)
         optimizers, wrapped = self.config.optimizer.build(model), runtime.wrap(model)
 
+        batches = runtime.on_device(itertools.cycle(self.batches), task.inputs)
+
         def step() -> torch.Tensor:
-            number = next(numbers)
-            loss = task.forward_backward(wrapped, self.batches[number % NUM_BATCHES], number, runtime)
+            _, inputs = next(batches)
+            loss = task.forward_backward(wrapped, inputs, next(numbers), runtime)
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             with torch.no_grad():
                 for optimizer in optimizers:

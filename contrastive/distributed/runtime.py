@@ -11,14 +11,20 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    recursively_apply,
+    send_to_device,
+)
 from torch import nn
 
 from contrastive.command_line import chosen_device
@@ -89,9 +95,9 @@ class Runtime:
         return self._accelerator.prepare_model(model)
 
     def on_device(
-        self, batches: Iterable[dict], inputs: Callable[[dict], dict[str, torch.Tensor]]
-    ) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
-        """Yield each batch with those tensors of it that `inputs` picks, on the device.
+        self, batches: Iterable[dict], inputs: Callable[[dict], dict[str, Any]]
+    ) -> Iterator[tuple[dict, dict[str, Any]]]:
+        """Yield each batch with what `inputs` makes of it, tensors and lists and named tuples of them, on the device.
 
         A GPU copies them beside its work on the steps before, which have been queued and not waited for: nothing is
         fetched ahead of its turn. On a CPU they are as they were.
@@ -103,12 +109,12 @@ class Runtime:
         copying = torch.cuda.Stream(self.device)
         for batch in batches:
             with torch.cuda.stream(copying):
-                pinned = {name: tensor.pin_memory() for name, tensor in inputs(batch).items()}
-                moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in pinned.items()}
+                pinned = recursively_apply(torch.Tensor.pin_memory, inputs(batch))
+                moved = send_to_device(pinned, self.device, non_blocking=True)
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(copying)
-            for tensor in moved.values():
-                tensor.record_stream(computing)  # their memory is free again when the step is done with them
+            # Their memory is free again when the step is done with them.
+            recursively_apply(lambda tensor: tensor.record_stream(computing), moved)
             yield batch, moved
 
     def without_gradient_sync(self, model: nn.Module):

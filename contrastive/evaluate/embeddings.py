@@ -312,8 +312,8 @@ def embed_texts(
     features = [torch.empty(0, model.config.embed_dim)]
     with evaluating(model):
         for start in range(0, len(texts), batch_size):
-            tokens = tokenizer(list(texts[start : start + batch_size])).to(device)
-            features.append(model.encode_text(tokens).float().cpu())
+            tokens = model.text_tower.pack(tokenizer(list(texts[start : start + batch_size])))
+            features.append(model.encode_text(tokens.to(device)).float().cpu())
     return torch.cat(features)
 
 

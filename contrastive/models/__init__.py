@@ -15,7 +15,7 @@ from contrastive.models.encoders import (
     TextModelConfig,
 )
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
-from contrastive.models.text_tower import TextTower, TextTowerConfig
+from contrastive.models.text_tower import PackedTokens, TextTower, TextTowerConfig
 
 # Read when first asked for: a run without --model needs no names.
 _PRESETS = (
@@ -39,6 +39,7 @@ __all__ = [
     "ImageTower",
     "ImageTowerConfig",
     "ModelConfig",
+    "PackedTokens",
     "TextModel",
     "TextModelConfig",
     "TextTower",

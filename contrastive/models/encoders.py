@@ -11,7 +11,7 @@ from torch import nn
 from contrastive.errors import UserError
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
 from contrastive.models.init import initialise_tower
-from contrastive.models.text_tower import TextTower, TextTowerConfig
+from contrastive.models.text_tower import PackedTokens, TextTower, TextTowerConfig
 from contrastive.option_types import Positive
 from contrastive.words import no_attribute
 
@@ -109,9 +109,13 @@ class _WithImageTower(_Model):
 class _WithTextTower(_Model):
     """What models with a `text_tower` share."""
 
-    def encode_text(self, tokens: torch.Tensor, normalize: bool = True) -> torch.Tensor:
-        """Embed texts: (B, context_length) int64 ids to (B, E); unit length unless normalize=False."""
-        _check_tensor(tokens, 2, "ids (B, N): bundle.tokenizer(texts) makes them")
+    def encode_text(self, tokens: torch.Tensor | PackedTokens, normalize: bool = True) -> torch.Tensor:
+        """Embed texts: (B, context_length) int64 ids to (B, E); unit length unless normalize=False.
+
+        What `text_tower.pack` makes of the ids gives the same embeddings, without computing padding.
+        """
+        if not isinstance(tokens, PackedTokens):
+            _check_tensor(tokens, 2, "ids (B, N): bundle.tokenizer(texts) makes them")
         features = self.text_tower(tokens)
         return unit_length(features) if normalize else features
 
@@ -136,7 +140,7 @@ class DualEncoder(_WithImageTower, _WithTextTower):
         for tower in (self.image_tower, self.text_tower):
             initialise_tower(tower, config.init)
 
-    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> Features:
+    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor | PackedTokens) -> Features:
         """Embed a batch of pairs; see `Features`."""
         return Features(self.encode_image(pixels), self.encode_text(tokens), self.logit_scale.exp(), self.logit_bias)
 

@@ -2,14 +2,14 @@
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.models.transformer import Transformer, TransformerConfig
+from contrastive.models.transformer import Segments, Transformer, TransformerConfig
 from contrastive.option_types import Positive
 
 UNPADDED = (
@@ -32,6 +32,9 @@ class TextTowerConfig(TransformerConfig):
     """Attend to earlier positions only, as in CLIP."""
     pool: Literal["eos", "last", "average"] = "last"
     """The vector of a text: its end-of-text token (CLIP), the last position (SigLIP), or the mean of its tokens."""
+    attend_padding: bool = True
+    """Attend to the padding too, as SigLIP does; false: to a text's own tokens alone, which are then all that is
+    computed. Of no effect where no padding is seen or where it is pooled: with causal, or pool=last."""
     projection: bool = True
     """Linear projection to embed_dim after pooling; without it width must equal embed_dim."""
     projection_bias: bool = True
@@ -46,12 +49,31 @@ class TextTowerConfig(TransformerConfig):
         super().check()
         if self.vocab_size is None:
             raise UserError("model.text.vocab_size is not set: give the size of the tokenizer's vocabulary")
+        if not self.attend_padding and (self.causal or self.pool == "last"):
+            why = "causal: padding follows the text" if self.causal else "pool last, which reads padding"
+            raise UserError(f"model.text.attend_padding false has no effect with model.text.{why}; leave it out")
         for name, pool in (("eos_id", "eos"), ("pad_id", "average")):
             token_id = getattr(self, name)
             if token_id is None and self.pool == pool:
                 raise UserError(f"model.text.pool '{pool}' needs model.text.{name}: give the tokenizer's")
             if token_id is not None and not 0 <= token_id < self.vocab_size:
                 raise UserError(f"model.text.{name} {token_id} is outside the vocabulary of {self.vocab_size}")
+
+
+class PackedTokens(NamedTuple):
+    """B texts without what follows their ends, one behind the other in rising order of length: T tokens in all."""
+
+    ids: torch.Tensor
+    """(T,) int64."""
+    positions: torch.Tensor
+    """(T,) int64, from 0 in each text."""
+    places: torch.Tensor
+    """(B,) int64: the number of each text in this order."""
+    segments: Segments
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTokens":
+        """Return them on a device, as a tensor's `to` does."""
+        return PackedTokens(*(part.to(device, non_blocking=non_blocking) for part in self))
 
 
 class TextTower(nn.Module):
@@ -85,22 +107,42 @@ class TextTower(nn.Module):
         self.config = replace(self.config, context_length=length)
         return f"the first {length} are kept" if kept else f"resampled for {length} tokens"
 
-    def forward_features(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens after the last block and the final LayerNorm: ids (B, N) to (B, N, D).
+    def pack(self, tokens: torch.Tensor) -> torch.Tensor | PackedTokens:
+        """Return ids (B, N), on the CPU, without what has no part in the embeddings; unchanged where all has.
+
+        The embeddings are the same but for rounding. A text ends with its first eos (pool eos) or with its last token
+        that is not padding (average). With attention to padding, or the last position pooled, nothing can be left out.
+        """
+        if self.config.pool == "last" or (self.config.attend_padding and not self.config.causal):
+            return tokens
+        self._check_length(tokens)
+        lengths, order = self._lengths(tokens).sort(stable=True)
+        inside = torch.arange(tokens.shape[1]) < lengths[:, None]
+        segments = Segments.of(lengths, longest=self.config.context_length)
+        return PackedTokens(tokens[order][inside], inside.nonzero()[:, 1], order.argsort(), segments)
+
+    def forward_features(self, tokens: torch.Tensor | PackedTokens) -> torch.Tensor:
+        """Tokens after the last block and the final LayerNorm: ids (B, N) to (B, N, D), packed ones to (T, D).
 
         N may be shorter than context_length, never longer (UserError).
         """
-        if tokens.shape[1] > self.config.context_length:
-            raise UserError(
-                f"{tokens.shape[1]} tokens per text, but the model's context_length is {self.config.context_length}"
-            )
+        if isinstance(tokens, PackedTokens):
+            x = self.token_embedding(tokens.ids) + F.embedding(tokens.positions, self.position_embedding)
+            return self.norm(self.transformer(x, tokens.segments))
+        self._check_length(tokens)
         x = self.token_embedding(tokens) + self.position_embedding[: tokens.shape[1]]
-        return self.norm(self.transformer(x))
+        attended = None
+        if not self.config.attend_padding:
+            inside = torch.arange(tokens.shape[1], device=tokens.device) < self._lengths(tokens)[:, None]
+            attended = inside[:, None, None]  # (B, 1, 1, N): for all heads and queries
+        return self.norm(self.transformer(x, attended))
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, N) int64 ids to (B, E), not L2-normalised."""
+    def forward(self, tokens: torch.Tensor | PackedTokens) -> torch.Tensor:
+        """(B, N) int64 ids, or what `pack` makes of them, to (B, E), not L2-normalised."""
         x = self.forward_features(tokens)
-        if self.config.pool == "eos":
+        if isinstance(tokens, PackedTokens):
+            x = self._pool_packed(x, tokens)
+        elif self.config.pool == "eos":
             x = pool_eos(x, tokens, self.config.eos_id)
         elif self.config.pool == "last":
             if tokens.shape[1] < self.config.context_length:
@@ -110,11 +152,39 @@ class TextTower(nn.Module):
             x = pool_average(x, tokens, self.config.pad_id)
         return x if self.projection is None else self.projection(x)
 
+    def _check_length(self, tokens: torch.Tensor) -> None:
+        length, most = tokens.shape[1], self.config.context_length
+        if length > most:
+            raise UserError(f"{length} tokens per text, but the model's context_length is {most}")
+
+    def _lengths(self, tokens: torch.Tensor) -> torch.Tensor:
+        """How many tokens each text has up to its end: ids (B, N) to (B,) int64, 1 or more."""
+        if self.config.pool == "eos":
+            return first_eos(tokens, self.config.eos_id) + 1
+        count = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        return (count * (tokens != self.config.pad_id)).amax(dim=1).clamp(min=1)
+
+    def _pool_packed(self, x: torch.Tensor, tokens: PackedTokens) -> torch.Tensor:
+        """(T, D) to (B, D), in the caller's order."""
+        boundaries = tokens.segments.boundaries
+        if self.config.pool == "eos":
+            return x[boundaries[1:][tokens.places] - 1]
+        kept = (tokens.ids != self.config.pad_id).unsqueeze(-1).to(x.dtype)
+        total, count = (
+            torch.segment_reduce(part, "sum", offsets=boundaries, unsafe=True)  # unsafe: no check that waits for a GPU
+            for part in (x * kept, kept)
+        )
+        return (total / count.clamp(min=1))[tokens.places]
+
+
+def first_eos(tokens: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Return the first end-of-text position of each text, 0 where there is none: ids (B, N) to (B,)."""
+    return (tokens == eos_id).int().argmax(dim=1)
+
 
 def pool_eos(x: torch.Tensor, tokens: torch.Tensor, eos_id: int) -> torch.Tensor:
     """Return the token at the first end-of-text position: (B, N, D) and ids (B, N) to (B, D)."""
-    position = (tokens == eos_id).int().argmax(dim=1)
-    return x[torch.arange(x.shape[0], device=x.device), position]
+    return x[torch.arange(x.shape[0], device=x.device), first_eos(tokens, eos_id)]
 
 
 def pool_average(x: torch.Tensor, tokens: torch.Tensor, pad_id: int) -> torch.Tensor:

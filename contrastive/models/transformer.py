@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -117,11 +117,36 @@ class _OneDNNLinear(torch.autograd.Function):
         )
 
 
+class Segments(NamedTuple):
+    """Sequences without padding, one behind the other in rising order of length: S of them in (T, D)."""
+
+    runs: tuple[tuple[int, int], ...]
+    """(length, how many have it), the lengths rising."""
+    boundaries: torch.Tensor
+    """(S + 1,) int32: where each begins, and T."""
+    longest: int
+    """None is longer."""
+
+    @classmethod
+    def of(cls, lengths: torch.Tensor, longest: int) -> "Segments":
+        """Describe sequences of these lengths, (S,) int64 on the CPU, rising."""
+        runs = zip(*(part.tolist() for part in lengths.unique_consecutive(return_counts=True)), strict=True)
+        return cls(tuple(runs), F.pad(lengths.cumsum(0), (1, 0)).int(), longest)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
+        return self._replace(boundaries=self.boundaries.to(device, non_blocking=non_blocking))
+
+
+Extent = Segments | torch.Tensor | None
+"""What attention stays within: the segments of packed tokens (T, D); or of (B, N, D) the tokens that are attended to,
+True in a bool tensor that broadcasts to (B, H, M, N); None: all of them."""
+
+
 class Attention(nn.Module):
     """Scaled dot-product attention with H heads (Vaswani et al. 2017, section 3.2.2).
 
     Queries, keys, values and output are separate Linear layers, so that LoRA and weight import reach each.
-    No mask is ever materialised: causal attention uses `is_causal`, which keeps flash kernels eligible.
+    No causal mask is ever materialised: `is_causal` keeps flash kernels eligible.
     """
 
     def __init__(self, width: int, num_heads: int, dropout: float = 0.0):
@@ -133,16 +158,55 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, width)
         self.out_proj = Linear(width, width)
 
-    def forward(self, x: torch.Tensor, query: torch.Tensor | None = None, is_causal: bool = False):
-        """Attend from `query` (B, M, D), or from x itself, to x (B, N, D). Returns (B, M, D)."""
+    def forward(
+        self, x: torch.Tensor, query: torch.Tensor | None = None, is_causal: bool = False, extent: Extent = None
+    ) -> torch.Tensor:
+        """Attend from `query` (B, M, D), or from x itself, to x (B, N, D). Returns (B, M, D).
+
+        With segments as `extent`, x is (T, D) and so is what is returned, and there is no query but x.
+        """
         query = x if query is None else query
         q, k, v = (
-            projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D/H)
+            projected.unflatten(-1, (self.num_heads, -1))  # (B, N, H, D/H), packed (T, H, D/H)
             for projected in (self.q_proj(query), self.k_proj(x), self.v_proj(x))
         )
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+        if isinstance(extent, Segments):
+            attended = attend_within(q, k, v, extent, dropout, is_causal)
+        else:
+            attended = _attend(q, k, v, dropout, is_causal, mask=extent)
+        return self.out_proj(attended.flatten(-2))
+
+
+def _attend(q, k, v, dropout: float, is_causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, N, D/H)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+    return attended.transpose(1, 2)
+
+
+def attend_within(q, k, v, segments: Segments, dropout: float, is_causal: bool) -> torch.Tensor:
+    """Attention of each segment to itself alone: (T, H, D/H) each, to the same.
+
+    By one kernel where there is one; else segments of equal length, which lie together, are a batch without padding.
+    """
+    if _has_varlen_kernel(q, dropout):
+        from torch.nn.attention.varlen import varlen_attn  # which imports much
+
+        window = (-1, 0 if is_causal else -1)
+        ends, longest = segments.boundaries, segments.longest
+        return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=window)
+    sizes = [length * number for length, number in segments.runs]
+    attended = []
+    for (length, number), *run in zip(segments.runs, *(part.split(sizes) for part in (q, k, v)), strict=True):
+        batch = (part.unflatten(0, (number, length)) for part in run)
+        attended.append(_attend(*batch, dropout, is_causal).flatten(0, 1))
+    return torch.cat(attended)
+
+
+def _has_varlen_kernel(q: torch.Tensor, dropout: float) -> bool:
+    """Whether torch's flash attention over packed sequences can be had for queries (T, H, D/H)."""
+    fits = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return fits and not dropout and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 class MLP(nn.Module):
@@ -171,13 +235,13 @@ class Block(nn.Module):
         self.mlp = MLP(width, options.mlp_dim, options.activation, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), is_causal=is_causal))
+    def forward(self, x: torch.Tensor, is_causal: bool = False, extent: Extent = None) -> torch.Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), is_causal=is_causal, extent=extent))
         return x + self.mlp(self.norm2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks: (B, N, D) to (B, N, D).
+    """A stack of blocks: (B, N, D) to (B, N, D), or packed (T, D) to (T, D) with their `extent`.
 
     With the option `gradient_checkpointing` each block is recomputed in backward, wherever gradients are recorded.
     """
@@ -188,9 +252,9 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = options.gradient_checkpointing
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.depth))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, extent: Extent = None) -> torch.Tensor:
         for block in self.blocks:
-            x = self._through(block, x)
+            x = self._through(block, x, extent)
         return x
 
     def states(self, x: torch.Tensor, wanted: Collection[int]) -> dict[int, torch.Tensor]:
@@ -202,10 +266,10 @@ class Transformer(nn.Module):
                 kept[number] = x
         return kept
 
-    def _through(self, block: Block, x: torch.Tensor) -> torch.Tensor:
+    def _through(self, block: Block, x: torch.Tensor, extent: Extent = None) -> torch.Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, self.is_causal, use_reentrant=False)
-        return block(x, self.is_causal)
+            return checkpoint(block, x, self.is_causal, extent, use_reentrant=False)
+        return block(x, self.is_causal, extent)
 
 
 class AttentionPooling(nn.Module):

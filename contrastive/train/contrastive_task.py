@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -23,7 +24,7 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.interop.bundle import save_model
 from contrastive.losses import LOSSES, LossConfig
-from contrastive.models import DualEncoder, Features, ModelConfig
+from contrastive.models import DualEncoder, Features, ModelConfig, PackedTokens
 from contrastive.train.options import RunConfig, check_run, resolve_run
 from contrastive.train.task import Curriculum, Inputs, TrainingTask, Weights, describe_image_tower, millions, seed_step
 
@@ -165,7 +166,9 @@ class ContrastiveTask(TrainingTask):
         return PairDataset(self.source, order, self.tokenizer, size, data.augment, *captions)
 
     def inputs(self, batch: dict) -> Inputs:
-        return {name: batch[name] for name in ("image", "tokens", "caption_id")}
+        parts = batch["tokens"].chunk(self.config.train.accumulate)
+        texts = [self.model.text_tower.pack(part.flatten(0, -2)) for part in parts]
+        return {"image": batch["image"], "texts": texts, "caption_id": batch["caption_id"]}
 
     def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> torch.Tensor:
         _, self.model.image_tower.patch_dropout = self.curriculum.at(step)
@@ -173,9 +176,8 @@ class ContrastiveTask(TrainingTask):
             wrapped,
             self.loss,
             self.preprocess.normalize(inputs["image"]),
-            inputs["tokens"],
+            inputs["texts"],
             inputs["caption_id"],
-            accumulate=self.config.train.accumulate,
             seed=(self.config.train.seed, step),
             runtime=runtime,
         )
@@ -222,33 +224,32 @@ def forward_backward(
     model: nn.Module,
     loss: nn.Module,
     pixels: torch.Tensor,
-    tokens: torch.Tensor,
+    texts: Sequence[torch.Tensor | PackedTokens],
     caption_ids: torch.Tensor,
     *,
-    accumulate: int,
     seed: tuple[int, int],
     runtime: Runtime,
 ) -> torch.Tensor:
     """Add the gradient of the loss over the global batch; return this rank's loss, a detached scalar.
 
-    With `accumulate` above 1 the loss and gradient are the same, with the activations of one micro-batch at a time.
+    With several micro-batches the loss and gradient are the same, with the activations of one at a time.
     A contrastive loss is not a sum over micro-batches: all are embedded first without a graph, the loss of the whole
     batch gives each feature its gradient, and each micro-batch is embedded again, with the same random numbers, to
     carry it into the towers (Gao et al. 2021, "GradCache").
 
     Args:
-        model: the wrapped dual encoder. pixels: (b, 3, H, W) normalised. tokens: (b, L), or (b, K, L) for K captions
-            of each image. caption_ids: (b,) or (b, K).
-        accumulate: number of micro-batches that the local batch b is embedded in; must divide b.
+        model: the wrapped dual encoder. pixels: (b, 3, H, W) normalised. caption_ids: (b,), or (b, K) for K captions
+            of each image.
+        texts: those of each of the n micro-batches that the local batch is embedded in: ids (b·K / n, L), or packed.
         seed: (run seed, step), for dropout.
     """
-    parts = list(zip(pixels.chunk(accumulate), tokens.chunk(accumulate), strict=True))
+    accumulate = len(texts)
+    parts = list(zip(pixels.chunk(accumulate), texts, strict=True))
 
     def embed(part: int) -> Features:
         seed_step(*seed, runtime.rank, part)
-        pixels, tokens = parts[part]
-        features = model(pixels, tokens.flatten(0, -2))
-        return features._replace(text=features.text.unflatten(0, tokens.shape[:-1]))
+        features = model(*parts[part])
+        return features._replace(text=features.text.unflatten(0, (-1, *caption_ids.shape[1:])))
 
     if accumulate == 1:
         value = mean_loss(loss, *embed(0), caption_ids)

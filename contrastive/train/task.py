@@ -5,6 +5,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from contrastive.models.image_tower import ImageTower
 from contrastive.train.options import RunConfig, Stage
 
 Weights = Mapping[str, torch.Tensor]
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, Any]  # tensors, or lists and named tuples of them
 
 
 class Curriculum:

@@ -28,6 +28,7 @@ class ColourModel(nn.Module):
         self.config = SimpleNamespace(embed_dim=3)
         self.towers = nn.ModuleList([nn.Dropout(0.5), nn.Dropout(0.5)])
         self.collapsed = collapsed
+        self.text_tower = SimpleNamespace(pack=lambda tokens: tokens)
 
     def encode_image(self, pixels):
         assert not self.training and not torch.is_grad_enabled()

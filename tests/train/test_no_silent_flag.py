@@ -119,6 +119,7 @@ BESIDE = {  # what else it takes for it to matter
     "data.lanes": "--data.window 100",
     "data.preprocess.cut": "--data.preprocess.resize crop --data.preprocess.short_side 11",
     "model.image.pool": "--model.image.class_token",
+    "model.text.attend_padding": "--model.text.pool average",
 }
 SAID = {"train.epochs": "train.steps", "train.samples": "train.steps"}  # as what an option stands in config.yaml
 FILLED_IN = {"init_key", "resume", "dry_run", "run_folder"}  # which need no value of their own, or have tests of theirs
