@@ -117,7 +117,6 @@ class Pair:
         if compiled:
             compile_blocks(model)
         optimizers, wrapped = self.config.optimizer.build(model), runtime.wrap(model)
-
         batches = runtime.on_device(itertools.cycle(self.batches), task.inputs)
 
         def step() -> torch.Tensor:

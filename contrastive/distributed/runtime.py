@@ -114,7 +114,7 @@ class Runtime:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(copying)
             # Their memory is free again when the step is done with them.
-            recursively_apply(lambda tensor: tensor.record_stream(computing), moved)
+            recursively_apply(torch.Tensor.record_stream, moved, computing)
             yield batch, moved
 
     def without_gradient_sync(self, model: nn.Module):

@@ -108,16 +108,17 @@ class TextTower(nn.Module):
         return f"the first {length} are kept" if kept else f"resampled for {length} tokens"
 
     def pack(self, tokens: torch.Tensor) -> torch.Tensor | PackedTokens:
-        """Return ids (B, N), on the CPU, without what has no part in the embeddings; unchanged where all has.
+        """Return ids (B, N) without what has no part in the embeddings; themselves where all has.
 
         The embeddings are the same but for rounding. A text ends with its first eos (pool eos) or with its last token
         that is not padding (average). With attention to padding, or the last position pooled, nothing can be left out.
+        Call it before they are on a GPU, which would be waited for.
         """
         if self.config.pool == "last" or (self.config.attend_padding and not self.config.causal):
             return tokens
         self._check_length(tokens)
         lengths, order = self._lengths(tokens).sort(stable=True)
-        inside = torch.arange(tokens.shape[1]) < lengths[:, None]
+        inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         segments = Segments.of(lengths, longest=self.config.context_length)
         return PackedTokens(tokens[order][inside], inside.nonzero()[:, 1], order.argsort(), segments)
 

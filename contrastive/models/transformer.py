@@ -1,5 +1,6 @@
 """The pre-norm transformer that both towers share, and its parts. B batch, N tokens, D width, H heads."""
 
+import functools
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -117,6 +118,10 @@ class _OneDNNLinear(torch.autograd.Function):
         )
 
 
+# Compiled, what has another shape for every batch would be compiled for each. Loaded late, as it takes a second.
+_uncompiled = functools.cache(torch.compiler.disable)
+
+
 class Segments(NamedTuple):
     """Sequences without padding, one behind the other in rising order of length: S of them in (T, D)."""
 
@@ -195,6 +200,11 @@ def attend_within(q, k, v, segments: Segments, dropout: float, is_causal: bool) 
         window = (-1, 0 if is_causal else -1)
         ends, longest = segments.boundaries, segments.longest
         return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=window)
+    by_length = _uncompiled(_attend_by_length) if torch.compiler.is_compiling() else _attend_by_length
+    return by_length(q, k, v, segments, dropout, is_causal)
+
+
+def _attend_by_length(q, k, v, segments: Segments, dropout: float, is_causal: bool) -> torch.Tensor:
     sizes = [length * number for length, number in segments.runs]
     attended = []
     for (length, number), *run in zip(segments.runs, *(part.split(sizes) for part in (q, k, v)), strict=True):

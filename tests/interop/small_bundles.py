@@ -42,7 +42,8 @@ def small_bundle(kind, image_size=32, patch_size=8, seed=0):
         preprocess = PreprocessConfig(image_size=image_size, resize="crop", mean=CLIP_MEAN, std=CLIP_STD)
     elif kind == "average":
         image = replace(image, pool="average", position="sincos", activation="gelu", projection=True)
-        config = replace(siglip, image=image, text=replace(text, pool="average", activation="gelu"))
+        text = replace(text, pool="average", attend_padding=False, activation="gelu")
+        config = replace(siglip, image=image, text=text)
     elif kind == "classifier":
         config = ClassifierConfig(replace(image, pool="average", class_token=True), 32, num_classes=5)
     elif kind == "image":

@@ -295,11 +295,16 @@ def test_resized_by_us(make, larger, tmp_path):
 
 
 def test_all_that_cannot_be_expressed_is_named(tmp_path):
-    bundle = siglip_bundle(text={"pool": "average"}, norm_eps=1e-4)
+    bundle = siglip_bundle(text={"pool": "average", "attend_padding": False}, norm_eps=1e-4)
     preprocess = replace(bundle.preprocess.config, resize="crop", short_side=44)
     with pytest.raises(UserError) as caught:
         writing.write(replace(bundle, preprocess=Preprocess(preprocess)), tmp_path, tmp_path)
-    for part in ("model.text.pool 'average'", "model.image.norm_eps 0.0001", "short_side 44"):
+    for part in (
+        "model.text.pool 'average'",
+        "model.text.attend_padding false",
+        "model.image.norm_eps 0.0001",
+        "short_side 44",
+    ):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 

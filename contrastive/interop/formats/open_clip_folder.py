@@ -133,7 +133,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     problems = [] if native else timm_problems(image)
     if text.pool == "average":
         problems.append("model.text.pool 'average' (its text towers pool at one token; train with 'eos' or 'last')")
-    elif not text.attend_padding:
+    if not text.attend_padding:
         problems.append("model.text.attend_padding false (its bidirectional text towers attend to padding)")
     preprocess, unlike = checked_preprocess(bundle, scales=False)
     problems += unlike
