@@ -8,11 +8,15 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from contrastive.distributed.runtime import Runtime, has_gpu
 from contrastive.evaluate import report
 from contrastive.losses import checks
+from contrastive.optim import ExponentialMovingAverage, MuonConfig, step_unless
 from contrastive.train import first_look, run
 from contrastive.train.classify import TrainClassifierConfig, train_classifier
 from contrastive.train.loop import Trainer
@@ -42,9 +46,12 @@ class Waits(TorchDispatchMode):
 
 
 @contextmanager
-def no_waiting():
+def no_waiting(first: bool):
     with ExitStack() as stack:
         if has_gpu():
+            if first:  # constants are made, kernels chosen: that may take its time
+                yield
+                return
             torch.cuda.set_sync_debug_mode("error")
             stack.callback(torch.cuda.set_sync_debug_mode, "default")
         else:
@@ -62,7 +69,7 @@ def watched(tmp_path, monkeypatch):
 
         def inside(self, *args):
             met.append(name)
-            with no_waiting():
+            with no_waiting(first=met.count(name) == 1):
                 return original(self, *args)
 
         monkeypatch.setattr(cls, name, inside)
@@ -124,3 +131,30 @@ def test_batches_reach_the_device_in_order_and_not_ahead():
     for number, (batch, inputs) in enumerate(runtime.on_device(loader(), lambda batch: {"image": batch["image"]})):
         assert fetched == list(range(number + 1)) and batch["bad"] == [number]
         assert inputs["image"].device.type == runtime.device.type and torch.all(inputs["image"] == number)
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Fails on what takes or gives tensors of two devices: numbers of the host that travel, and are waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {str(t.device) for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
+        assert len(devices) <= 1, f"{func} is on {devices}"
+        return out
+
+
+def test_an_update_copies_nothing_from_the_host():
+    """On a GPU that need not be there: torch's fake tensors say where each operation would run."""
+    with FakeTensorMode():
+        model = nn.Module()
+        model.logit_scale = nn.Parameter(torch.ones((), device="cuda"))
+        model.transformer = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4, device="cuda")] * 2)})
+        optimizers, average = MuonConfig().build(model), ExponentialMovingAverage(model, 0.9)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        assert len(optimizers) == 2
+        with OnOneDevice():
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                step_unless(~norm.isfinite(), optimizer)
+            average.update(model, step=3, skipped=~norm.isfinite())
