@@ -115,7 +115,8 @@ class Pair:
         task, runtime, numbers = self.task(), self.runtime, itertools.count()
         model = task.model.to(runtime.device).train()
         if compiled:
-            compile_blocks(model)
+            for tower in (model.image_tower, model.text_tower):
+                tower.transformer.compile_blocks()
         optimizers, wrapped = self.config.optimizer.build(model), runtime.wrap(model)
         batches = runtime.on_device(itertools.cycle(self.batches), task.inputs)
 
@@ -177,13 +178,6 @@ class Pair:
         with tempfile.TemporaryDirectory() as folder:
             open_clip_folder.write(bundle, Path(folder), Path(folder))
             return open_clip.create_model(f"local-dir:{folder}")
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile each block of both towers in place; equal ones share their code."""
-    for tower in (model.image_tower, model.text_tower):
-        for block in tower.transformer.blocks:
-            block.compile()
 
 
 def main(options: Options) -> None:

@@ -77,7 +77,7 @@ def test_the_common_ones_are_short(cls):
         ("--save_steps 500", "is --checkpoint.every 500 here."),
         ("--logging_steps 10", "is --train.log_every 10 here."),
         ("--force-patch-dropout 0.5", "is --model.image.patch_dropout 0.5 here."),
-        ("--torchcompile", "--dynamo_backend inductor"),
+        ("--torchcompile", "--train.compile on"),
         (
             "--name exp1 --logs l",
             "--name exp1 is --run_folder exp1 here. --logs l is --run_folder l/NAME",

@@ -29,10 +29,12 @@ from torch import nn
 
 from contrastive.command_line import chosen_device
 from contrastive.distributed import end_with_parent
-from contrastive.errors import UserError
+from contrastive.errors import UserError, reason_of
+from contrastive.log import warn
 from contrastive.words import answers
 
 Precision = Literal["auto", "fp32", "bf16"]
+Compile = Literal["auto", "on", "off"]
 # What `accelerate launch` can be told that changes nothing here: groups of its flags.
 _NOT_OURS = ("Training Paradigm", "TPU", "DeepSpeed", "FSDP", "Megatron-LM", "FP8", "AWS", "ParallelismConfig")
 
@@ -116,6 +118,27 @@ class Runtime:
             # Their memory is free again when the step is done with them.
             recursively_apply(torch.Tensor.record_stream, moved, computing)
             yield batch, moved
+
+    def compiles(self, asked: Compile) -> bool:
+        """Whether to compile; where that may be, it is tried first on next to nothing, which takes seconds.
+
+        Args:
+            asked: `auto` is on a GPU where it works.
+
+        Raises:
+            UserError: `on`, and it does not work.
+        """
+        if asked == "off" or (asked == "auto" and self.device.type == "cpu"):
+            return False
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=self.device))
+        except Exception as error:  # no C++ compiler, no Triton, one that is too old: all kinds
+            why = f"torch.compile does not work here: {reason_of(error)}"
+            if asked == "on":
+                raise UserError(f"train.compile 'on': {why}; install a compiler, or leave it out") from None
+            warn(f"not compiled, which is slower: {why}")
+            return False
+        return True
 
     def without_gradient_sync(self, model: nn.Module):
         """A context whose backward passes keep gradients local: all but the last micro-batch."""
@@ -221,11 +244,10 @@ def _check_flags() -> None:
 
     groups = launch_command_parser()._action_groups
     unused = {a.dest for group in groups if group.title.startswith(_NOT_OURS) for a in group._group_actions} | {"tpu"}
-    if flags.dynamo_backend in (None, "no"):
-        unused |= {name for name in vars(flags) if name.startswith("dynamo_") and name != "dynamo_backend"}
+    unused |= {name for name in vars(flags) if name.startswith("dynamo_")}
     for name in sorted(flags.nondefault & unused):
         value = getattr(flags, name)
-        if name != "gradient_accumulation_steps" or value != 1:
+        if (name, value) not in (("gradient_accumulation_steps", 1), ("dynamo_backend", "no")):
             told = "" if value is True else f" {value}"
             ours = answers("flag", name, str(value))
             how = f"use {ours[0].rstrip(',')}" if ours else "leave it out"

@@ -159,7 +159,8 @@ class ImageTrunk(nn.Module):
             raise UserError(f"image of {tuple(pixels.shape[-2:])} pixels: both must be multiples of {patch}")
         x = self.patch_embed(pixels)
         grid = (x.shape[-2], x.shape[-1])
-        x = x.flatten(2).transpose(1, 2)  # (B, N, D)
+        # (B, N, D), laid out so: else the blocks' sums keep the convolution's layout, and every LayerNorm copies them.
+        x = x.flatten(2).transpose(1, 2).contiguous()
         prefix, patches = self.position_embedding.tensor_split([self.num_prefix_tokens])
         if self.architecture.position == "learned":
             patches = interpolate_position_embedding(patches, self.grid, grid)

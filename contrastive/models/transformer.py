@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -89,14 +89,20 @@ class Linear(nn.Linear):
 
 
 @torch.library.custom_op("contrastive::product", mutates_args=())  # as such it is left whole by torch.compile
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x · weightᵀ + bias by oneDNN: (..., D) and (E, D) to (..., E)."""
+def _opaque_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@_product.register_fake
+@_opaque_product.register_fake
 def _(x, weight, bias=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x · weightᵀ + bias by oneDNN: (..., D) and (E, D) to (..., E)."""
+    if torch.compiler.is_compiling():
+        return _opaque_product(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -260,6 +266,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.is_causal = is_causal
         self.gradient_checkpointing = options.gradient_checkpointing
+        self._compiled: Callable | None = None
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.depth))
 
     def forward(self, x: torch.Tensor, extent: Extent = None) -> torch.Tensor:
@@ -276,10 +283,22 @@ class Transformer(nn.Module):
                 kept[number] = x
         return kept
 
+    def compile_blocks(self) -> None:
+        """Run the blocks compiled in training, all by one code; in evaluation, whose batches have other sizes, plainly.
+
+        The weights keep their names. Dropout draws what it draws uncompiled, so that it can be replayed.
+        """
+        self._compiled = torch.compile(_run, options={"fallback_random": True})
+
     def _through(self, block: Block, x: torch.Tensor, extent: Extent = None) -> torch.Tensor:
+        run = self._compiled if self._compiled is not None and self.training else _run
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, self.is_causal, extent, use_reentrant=False)
-        return block(x, self.is_causal, extent)
+            return checkpoint(run, block, x, self.is_causal, extent, use_reentrant=False)
+        return run(block, x, self.is_causal, extent)
+
+
+def _run(block: Block, *inputs) -> torch.Tensor:
+    return block(*inputs)
 
 
 class AttentionPooling(nn.Module):

@@ -19,6 +19,7 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.log import MetricsLog, say, warn
 from contrastive.losses import NonFiniteFeatures
+from contrastive.models.transformer import Transformer
 from contrastive.optim import ExponentialMovingAverage, set_learning_rates, step_unless
 from contrastive.results import key_parts
 from contrastive.train.checkpoint import load_checkpoint, read_cursor, save_checkpoint
@@ -40,6 +41,9 @@ class Trainer:
         self.config = config = task.config
         self.task, self.order, self.runtime, self.folder = task, order, runtime, folder
         self.model = task.model.to(runtime.device)
+        if runtime.compiles(config.train.compile):
+            for module in [part for part in self.model.modules() if isinstance(part, Transformer)]:
+                module.compile_blocks()
         self.optimizers = config.optimizer.build(self.model)
         decay = config.train.ema_decay
         self.ema = None if decay is None else ExponentialMovingAverage(self.model, decay)

@@ -66,6 +66,7 @@ VALUES = {  # where another value of the type would be wrong, as the words after
     "train.global_batch_size": "4",
     "train.accumulate": "2",
     "train.precision": "bf16",
+    "train.compile": "off",
     "train.ema_decay": "0.05",
     "train.max_grad_norm": "0.01",
     "evaluation.every": "1",
@@ -123,7 +124,10 @@ BESIDE = {  # what else it takes for it to matter
 }
 SAID = {"train.epochs": "train.steps", "train.samples": "train.steps"}  # as what an option stands in config.yaml
 FILLED_IN = {"init_key", "resume", "dry_run", "run_folder"}  # which need no value of their own, or have tests of theirs
-NOT_SEEN = {"train.max_skipped": "tests/train/test_loop.py"}  # and where it shows
+NOT_SEEN = {
+    "train.max_skipped": "tests/train/test_loop.py",
+    "train.compile": "tests/train/test_compile.py",
+}  # and where it shows
 
 
 def another(name: str, annotation, value) -> list[str]:
