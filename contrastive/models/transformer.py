@@ -1,10 +1,8 @@
 """The pre-norm transformer that both towers share, and its parts. B batch, N tokens, D width, H heads."""
 
 import functools
-import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,8 +11,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from contrastive import products
 from contrastive.errors import UserError
 from contrastive.option_types import Positive, Probability
+from contrastive.products import product
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
@@ -63,53 +63,26 @@ class TransformerConfig:
             raise UserError(f"{own}.width {self.width} is not a multiple of {own}.num_heads {self.num_heads}")
 
 
-def _prefers_onednn() -> bool:
-    """Whether oneDNN's float32 products are faster than MKL's: on processors not of Intel's make.
-
-    MKL runs AVX2 code there at the most; oneDNN uses what the processor has, AVX-512 at twice the rate.
-    """
-    described = Path("/proc/cpuinfo")
-    maker = described.read_text() if described.exists() else os.environ.get("PROCESSOR_IDENTIFIER", "")
-    return "AuthenticAMD" in maker and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-
-
-ONEDNN = _prefers_onednn()
-
-
 class Linear(nn.Linear):
     """nn.Linear whose float32 products on a CPU, forward and backward, are oneDNN's where those are faster."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plain = (
-            not ONEDNN or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting()
+            not products.ONEDNN
+            or x.device.type != "cpu"
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_exporting()
         )
         if plain or not x.dtype == self.weight.dtype == torch.float32:
             return super().forward(x)
         return _OneDNNLinear.apply(x, self.weight, self.bias)
 
 
-@torch.library.custom_op("contrastive::product", mutates_args=())  # as such it is left whole by torch.compile
-def _opaque_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-@_opaque_product.register_fake
-def _(x, weight, bias=None):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x · weightᵀ + bias by oneDNN: (..., D) and (E, D) to (..., E)."""
-    if torch.compiler.is_compiling():
-        return _opaque_product(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -118,8 +91,8 @@ class _OneDNNLinear(torch.autograd.Function):
         for_x, for_weight, for_bias = ctx.needs_input_grad
         rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
         return (
-            _product(grad, weight.t()) if for_x else None,
-            _product(grads.t(), rows.t()) if for_weight else None,
+            product(grad, weight.t()) if for_x else None,
+            product(grads.t(), rows.t()) if for_weight else None,
             grads.sum(0) if for_bias else None,
         )
 

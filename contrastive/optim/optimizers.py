@@ -2,12 +2,14 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 import torch
 from torch import nn
 
+from contrastive import products
 from contrastive.option_types import Bound, Positive
 from contrastive.registry import Registry
 
@@ -187,8 +189,17 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     if x.shape[1] > x.shape[2]:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if products.ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:  # which knows no stacks
+        x = torch.stack([_newton_schulz(each, products.product) for each in x])
+    else:
+        x = _newton_schulz(x, lambda left, right: left @ right.mT)
+    return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)
+
+
+def _newton_schulz(x: torch.Tensor, times: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The rounds, for one matrix or a stack; `times` multiplies the first with the second transposed."""
     a, b, c = NEWTON_SCHULZ
     for _ in range(ROUNDS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)
+        gram = times(x, x)  # symmetric, so its square is gram · gramᵀ
+        x = a * x + times(b * gram + c * times(gram, gram), x.mT)
+    return x

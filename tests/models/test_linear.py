@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from contrastive.models import transformer
+from contrastive import products
 from contrastive.models.transformer import Linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture(autouse=True)
 def on_any_processor(monkeypatch):
-    monkeypatch.setattr(transformer, "ONEDNN", True)
+    monkeypatch.setattr(products, "ONEDNN", True)
 
 
 def results(layer: nn.Linear, x: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
@@ -30,7 +30,7 @@ def test_equals_the_plain_layer_with_its_gradients(shape, bias, monkeypatch):
     torch.manual_seed(0)
     layer, x, upstream = Linear(24, 40, bias=bias), torch.randn(shape), torch.randn(*shape[:-1], 40)
     found = results(layer, x, upstream)
-    monkeypatch.setattr(transformer, "ONEDNN", False)
+    monkeypatch.setattr(products, "ONEDNN", False)
     torch.testing.assert_close(found, results(layer, x, upstream), rtol=1e-5, atol=1e-5, check_stride=True)
 
 
@@ -39,7 +39,7 @@ def test_takes_strided_and_expanded_rows_and_gradients(monkeypatch):
     layer, upstream = Linear(24, 40), torch.randn(40, 3, 4).permute(2, 1, 0)
     inputs = [torch.randn(1, 1, 24).expand(4, 3, 24), torch.randn(24, 3, 4).permute(2, 1, 0)]
     found = [results(layer, x, upstream) for x in inputs]
-    monkeypatch.setattr(transformer, "ONEDNN", False)
+    monkeypatch.setattr(products, "ONEDNN", False)
     torch.testing.assert_close(found, [results(layer, x, upstream) for x in inputs], rtol=1e-5, atol=1e-5)
 
 

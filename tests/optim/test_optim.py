@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from contrastive import products
 from contrastive.errors import UserError
 from contrastive.models import (
     ClassifierConfig,
@@ -72,6 +73,16 @@ def test_orthogonalise_brings_singular_values_near_one(shape):
     # The singular vectors stay: U and V still bring it to diagonal form.
     diagonal = u.mT @ result @ v.mT
     assert (diagonal - torch.diag_embed(diagonal.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 12), (2, 12, 4)])
+def test_orthogonalise_gives_the_same_by_either_library(shape, monkeypatch):
+    matrices, found = torch.randn(shape), []
+    for by_onednn in (True, False):
+        monkeypatch.setattr(products, "ONEDNN", by_onednn)
+        found.append(orthogonalise(matrices))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
 def test_muon_agrees_with_torch():
