@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # for editors, which do not run __getattr__
     from contrastive.models.image_encoder import ImageEncoder as ImageEncoder
 
 # OpenMP reads this as torch loads it. By default a thread that is done spins until the others are, and on a busy
-# machine holds the very core that they need: a step takes four times as long. A thousand spins cost a quiet one nothing,
-# none at all cost it a sixth. What the user has set stands.
+# machine holds the very core that they need: a step takes four times as long. A thousand spins cost a quiet machine
+# nothing, none at all cost it a sixth. What the user has set stands.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -61,14 +61,17 @@ class TextTowerConfig(TransformerConfig):
 
 
 class PackedTokens(NamedTuple):
-    """B texts without what follows their ends, one behind the other in rising order of length: T tokens in all."""
+    """B texts without what follows their ends, one behind the other in rising order of length: T tokens in all.
+
+    A few texts of one token may precede them, see `pack`.
+    """
 
     ids: torch.Tensor
     """(T,) int64."""
     positions: torch.Tensor
     """(T,) int64, from 0 in each text."""
     places: torch.Tensor
-    """(B,) int64: the number of each text in this order."""
+    """(B,) int64: the number of each text in this order, those before them counted."""
     segments: Segments
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTokens":
@@ -119,8 +122,13 @@ class TextTower(nn.Module):
         self._check_length(tokens)
         lengths, order = self._lengths(tokens).sort(stable=True)
         inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        segments = Segments.of(lengths, longest=self.config.context_length)
-        return PackedTokens(tokens[order][inside], inside.nonzero()[:, 1], order.argsort(), segments)
+        # Texts of one token that nobody asked for make T a multiple of about a sixteenth of itself: products, kernels and
+        # memory are then met again. Of any T, oneDNN makes a new program at each step, and freed memory does not fit.
+        total = int(lengths.sum())
+        extra = -total % max(1, 2 ** (total.bit_length() - 5))
+        segments = Segments.of(F.pad(lengths, (extra, 0), value=1), longest=self.config.context_length)
+        ids, positions = (F.pad(part, (extra, 0)) for part in (tokens[order][inside], inside.nonzero()[:, 1]))
+        return PackedTokens(ids, positions, order.argsort() + extra, segments)
 
     def forward_features(self, tokens: torch.Tensor | PackedTokens) -> torch.Tensor:
         """Tokens after the last block and the final LayerNorm: ids (B, N) to (B, N, D), packed ones to (T, D).
