@@ -122,8 +122,8 @@ class TextTower(nn.Module):
         self._check_length(tokens)
         lengths, order = self._lengths(tokens).sort(stable=True)
         inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        # Texts of one token that nobody asked for make T a multiple of about a sixteenth of itself: products, kernels and
-        # memory are then met again. Of any T, oneDNN makes a new program at each step, and freed memory does not fit.
+        # Texts of one token that nobody asked for make T a multiple of about a sixteenth of itself: products, kernels
+        # and memory are then met again. Of any T, oneDNN makes a new program every step, and freed memory fits nothing.
         total = int(lengths.sum())
         extra = -total % max(1, 2 ** (total.bit_length() - 5))
         segments = Segments.of(F.pad(lengths, (extra, 0), value=1), longest=self.config.context_length)
