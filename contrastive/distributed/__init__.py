@@ -5,6 +5,7 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def end_with_parent(number: signal.Signals) -> None:
@@ -14,3 +15,14 @@ def end_with_parent(number: signal.Signals) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what tensors free, up to 2 GiB, for those of the next step (glibc; elsewhere nothing happens).
+
+    Given back to the kernel it returns as zeros, a page fault at a time: a sixth of a small model's step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30)

@@ -28,7 +28,7 @@ from accelerate.utils import (
 from torch import nn
 
 from contrastive.command_line import chosen_device
-from contrastive.distributed import end_with_parent
+from contrastive.distributed import end_with_parent, keep_freed_memory
 from contrastive.errors import UserError, reason_of
 from contrastive.log import warn
 from contrastive.words import answers
@@ -57,6 +57,8 @@ class Runtime:
 
     def __init__(self, precision: Precision = "auto", trackers: tuple[str, ...] = (), folder: Path | None = None):
         on_gpu = has_gpu()
+        if not on_gpu:
+            keep_freed_memory()
         has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not has_bf16:
             raise UserError("train.precision 'bf16': this GPU has no bf16; use --train.precision fp32")
