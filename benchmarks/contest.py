@@ -8,8 +8,8 @@ scripts/pretrain.py with that recipe. Each has the learning rate that is best fo
 one, by shorter runs on all shards but the last, scored on the last. Then each trains with every seed on all shards and
 is scored on the held-out ones: recall at 1, 5 and 10 in percent both ways, with all captions, and their mean.
 
-Runs are processes of `--threads` threads, `--side_by_side` of them at once, rivals next to each other. What is done
-already in `--work` is not done again. A row for every run goes to results/contest.jsonl.
+Runs are processes of `--threads` threads, `--side_by_side` of them at once, rivals next to each other. What lies in
+`--work`, done with the same options and recipe, is not done again. A row for every run goes to results/contest.jsonl.
 """
 
 import itertools
@@ -46,11 +46,11 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     """A run for each."""
     samples: int = 60_000
-    """Photographs seen in a run."""
+    """Photographs seen in a run; whole epochs of all captions."""
     grid: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Factors of a rival's own learning rate; a single one is taken as it is."""
     grid_samples: int = 25_000
-    """Photographs seen in a run that chooses one."""
+    """Photographs seen in a run that chooses one; whole epochs of the captions without the last shard's."""
     batch: int = 128
     """Pairs in a step."""
     threads: int = 1
@@ -73,6 +73,9 @@ def main(options: Options) -> None:
 def chosen_runs(options: Options, progress: Progress) -> list[Run]:
     """The runs that count, each rival at the learning rate that is best for it."""
     shards = sorted(glob(options.data))
+    for flag, pattern in (("data", options.data), ("dev", options.dev)):
+        if not glob(pattern):
+            raise UserError(f"--{flag} {pattern}: no such shards")
     if len(shards) < 2 and len(options.grid) > 1:
         raise UserError(f"--data {options.data}: {len(shards)} shards; it takes two, one to choose learning rates by")
     work = Path(options.work).resolve()

@@ -1,6 +1,6 @@
 """The trainers that benchmarks/contest.py compares, and what their models make of held-out photographs.
 
-python benchmarks/contest_rivals.py open_clip '{"loss": "softmax", ...}'      # trains, in a process of its own
+python benchmarks/contest_rivals.py '{"rival": "open_clip", ...}'      # trains, in a process of its own
 """
 
 import csv
@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from glob import glob
 from pathlib import Path
 from typing import Literal, get_args
@@ -40,7 +40,7 @@ class Run:
     """One training run.
 
     lr_factor: multiplies the rival's own learning rate. samples: photographs seen, each with one caption, or with as
-    many as the recipe shows at once. data: shards. work: a folder for files. extra: more options of ours.
+    many as the recipe shows at once. data: shards. work: a folder for files.
     """
 
     rival: RivalName
@@ -51,7 +51,6 @@ class Run:
     batch: int
     data: str
     work: str
-    extra: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -60,18 +59,23 @@ class Run:
 
 
 def train(run: Run, threads: int) -> dict[str, float]:
-    """Train in a process of its own, unless that was done; return its wall_seconds and cpu_seconds."""
-    timing = run.folder / "timing.json"
-    if not timing.exists():
-        shutil.rmtree(run.folder, ignore_errors=True)
-        run.folder.mkdir(parents=True)
-        code = [sys.executable, __file__, json.dumps(asdict(run))]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)}
-        with (run.folder / "train.log").open("w") as log:
-            status = subprocess.run(code, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-        if status:
-            raise UserError(f"{run.folder.name} ended with status {status}; {run.folder / 'train.log'} says why")
-    return json.loads(timing.read_text())
+    """Train in a process of its own, on the CPU, unless that was done so; return its wall_seconds and cpu_seconds."""
+    asked, done = {**asdict(run), "threads": threads, "recipe": RECIPE.read_text()}, run.folder / "done.json"
+    kept = json.loads(done.read_text()) if done.exists() else {}
+    if kept.get("asked") == asked:
+        return kept["timing"]
+    shutil.rmtree(run.folder, ignore_errors=True)
+    run.folder.mkdir(parents=True)
+    code = [sys.executable, __file__, json.dumps(asdict(run))]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    with (run.folder / "train.log").open("w") as log:
+        status = subprocess.run(code, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    if status:
+        raise UserError(f"{run.folder.name} ended with status {status}; {run.folder / 'train.log'} says why")
+    timing = json.loads((run.folder / "timing.json").read_text())
+    done.write_text(json.dumps({"asked": asked, "timing": timing}))
+    return timing
 
 
 def train_ours(run: Run) -> None:
@@ -81,7 +85,7 @@ def train_ours(run: Run) -> None:
         **{"config": RECIPE, "loss": run.loss, "data.train": run.data, "run_folder": run.folder / "run"},
         **{"optimizer.lr": recipe.lr * run.lr_factor, "optimizer.muon_lr": recipe.muon_lr * run.lr_factor},
         **{"train.samples": run.samples, "train.global_batch_size": run.batch, "train.seed": run.seed},
-        **{"train.log_every": 50, **run.extra},
+        "train.log_every": 50,
     }
     flags = [text for name, value in options.items() for text in (f"--{name}", *str(value).split())]
     subprocess.run([sys.executable, REPOSITORY / "scripts/pretrain.py", *flags], check=True)
@@ -92,10 +96,12 @@ def train_open_clip(run: Run) -> None:
     from open_clip_train.main import main
 
     table, rows = unpacked(run)
+    if run.samples % rows:
+        raise UserError(f"{run.samples} samples are no whole number of epochs of {rows} captions, as open_clip counts")
     _add_model()
     options = {
         **{"train-data": table, "dataset-type": "csv", "workers": 0, "device": "cpu", "precision": "fp32"},
-        **{"model": "contest", "batch-size": run.batch, "epochs": max(1, round(run.samples / rows))},
+        **{"model": "contest", "batch-size": run.batch, "epochs": run.samples // rows},
         **{"lr": 1e-3 * run.lr_factor, "warmup": run.samples // run.batch // 10, "grad-clip-norm": 1.0},
         **{"seed": run.seed, "logs": run.folder, "name": "run", "save-frequency": 0, "log-every-n-steps": 50},
     }
@@ -104,19 +110,17 @@ def train_open_clip(run: Run) -> None:
 
 
 def unpacked(run: Run) -> tuple[Path, int]:
-    """Lay the photographs out as files, once, beside a table with a row for each caption; return it and its rows."""
-    folder = Path(run.work) / "photographs"
+    """Lay the run's photographs out as files beside a table with a row for each caption; return it and its rows."""
+    folder = run.folder / "photographs"
+    folder.mkdir()
+    rows = []
+    for name, photograph, captions in photographs(run.data):
+        (folder / name).write_bytes(photograph)
+        rows += [(str(folder / name), caption) for caption in captions]
     table = folder / "captions.csv"
-    if not table.exists():
-        folder.mkdir(parents=True)
-        rows = []
-        for name, photograph, captions in photographs(run.data):
-            (folder / name).write_bytes(photograph)
-            rows += [(str(folder / name), caption) for caption in captions]
-        with table.open("w", newline="") as file:
-            csv.writer(file, delimiter="\t").writerows([("filepath", "title"), *rows])
-    with table.open(newline="") as file:
-        return table, sum(1 for _ in csv.reader(file, delimiter="\t")) - 1
+    with table.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([("filepath", "title"), *rows])
+    return table, len(rows)
 
 
 def photographs(shards: str):

@@ -16,16 +16,16 @@ class ExponentialMovingAverage:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        parameters = dict(model.named_parameters())
-        self._all = _in_a_row(model)
-        parts = self._all.split([p.numel() for p in parameters.values()])
-        self.average = {name: part.view_as(p) for (name, p), part in zip(parameters.items(), parts, strict=True)}
+        self.average = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, skipped: torch.Tensor) -> None:
         """Move the averages towards the weights; where `skipped` (bool, 0-dim, on their device) leave them."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        self._all.lerp_(_in_a_row(model), torch.where(skipped, 0.0, 1 - decay))
+        averages = list(self.average.values())
+        moved = torch._foreach_sub([p.detach().float() for _, p in model.named_parameters()], averages)
+        torch._foreach_mul_(moved, torch.where(skipped, 0.0, 1 - decay))
+        torch._foreach_add_(averages, moved)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
@@ -34,9 +34,3 @@ class ExponentialMovingAverage:
             weight = parameter.detach().clone()
             parameter.copy_(self.average[name])
             self.average[name].copy_(weight)
-
-
-@torch.no_grad()
-def _in_a_row(model: nn.Module) -> torch.Tensor:
-    """All weights one after another in one float32 tensor, which one operation can average."""
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).float()

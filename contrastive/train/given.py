@@ -131,9 +131,12 @@ def check_steps_done(task: TrainingTask, before: dict[str, Any], done: int) -> N
     stages = as_option("curriculum", tuple[Stage, ...], before.get("curriculum", []))
     mend = "until counts in shares of train.steps: give such as leave the steps done as they were"
     then, now = Curriculum(stages, length, task.model.image_tower).at, task.curriculum.at
-    compared = [("curriculum", "image size and patch dropout", then, now, mend)]
-    if schedule.decay in COOLED_DOWN:  # with the others, a run of another length is another one from its start
-        old = ScheduleConfig(**{name: before.get(f"schedule.{name}") for name in vars(schedule)})
+    compared = []
+    if (stages, length) != (task.config.curriculum, steps):
+        compared.append(("curriculum", "image size and patch dropout", then, now, mend))
+    old = ScheduleConfig(**{name: before.get(f"schedule.{name}") for name in vars(schedule)})
+    # With the other decays a run of another length is another one from its start.
+    if schedule.decay in COOLED_DOWN and (old, length) != (schedule, steps):
         then, now = partial(old.factor, total_steps=length), partial(schedule.factor, total_steps=steps)
         mend = f"keep the warm-up, and begin the cooldown at step {done} or later: train.steps, schedule.cooldown_steps"
         compared.append(("schedule", "a share of the learning rate of", then, now, mend))
