@@ -96,6 +96,7 @@ class PairDataset(SampleDataset):
     Args:
         caption_templates: one is drawn for each caption, and '{}' in it becomes the caption.
         captions_per_image: K; an image with fewer shows some of them again.
+        token_dropout: share of the tokens that are left out of each.
     """
 
     def __init__(
@@ -107,14 +108,18 @@ class PairDataset(SampleDataset):
         augment: AugmentConfig,
         caption_templates: tuple[str, ...] = ("{}",),
         captions_per_image: int = 1,
+        token_dropout: float = 0.0,
     ):
         super().__init__(source, order, image_size, augment)
         self.tokenizer = tokenizer
         self.caption_templates, self.captions_per_image = caption_templates, captions_per_image
+        self.token_dropout = token_dropout
 
     def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> dict[str, Any]:
         captions = self._draw_captions(record, rng, bad)
         tokens = self.tokenizer.tokenize_clean(captions)
+        if self.token_dropout:
+            tokens = self._without_some(tokens, rng)
         ids = [caption_id(record.caption_group or caption) for caption in captions]
         if self.captions_per_image == 1:
             return {"tokens": tokens[0], "caption_id": ids[0]}
@@ -140,3 +145,12 @@ class PairDataset(SampleDataset):
             template = templates[int(rng.random() * len(templates))] if len(templates) > 1 else templates[0]
             drawn.append(self.tokenizer.cleaned(template.replace("{}", caption)))
         return drawn
+
+    def _without_some(self, tokens: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """Leave tokens (K, L) out at random, but not the first, the end or padding; the others move up."""
+        pad_id, eos_id = self.tokenizer.pad_id, self.tokenizer.eos_id
+        dropped = torch.from_numpy(rng.random(tokens.shape) < self.token_dropout)
+        dropped[:, 0] = False
+        dropped &= (tokens != eos_id) & (tokens != pad_id)
+        kept_first = dropped.to(torch.uint8).sort(dim=1, stable=True).indices
+        return tokens.masked_fill(dropped, pad_id).gather(1, kept_first)

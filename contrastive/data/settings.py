@@ -8,7 +8,7 @@ from contrastive.data.preprocess import PreprocessOptions
 from contrastive.data.record import Source
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from contrastive.errors import UserError
-from contrastive.option_types import NotNegative, Positive, Share
+from contrastive.option_types import NotNegative, Positive, Probability, Share
 
 CONTEXT_LENGTH = 64
 
@@ -99,6 +99,8 @@ class DataConfig(CaptionOptions, ImageDataConfig):
     captions_per_image: Positive[int] = 1
     """Captions of an image in one step, each a pair with it among the others' captions: the loss is their mean. The
     image is embedded once, so where texts are short a step learns more for little more time."""
+    token_dropout: Probability[float] = 0.0
+    """Share of a caption's tokens left out in training, drawn anew each time. 0.1 to 0.3 where captions are few."""
     RENAMED = ImageDataConfig.RENAMED | CaptionOptions.RENAMED
     tokenizer: str = "auto"
     """bpe trained on the captions, clip, or a tokenizer folder; auto: clip for models with its vocabulary, else bpe."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import nn
 
 from contrastive.errors import UserError
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
-from contrastive.models.init import initialise_tower
+from contrastive.models.init import InitStyle, initialise_tower
 from contrastive.models.text_tower import PackedTokens, TextTower, TextTowerConfig
 from contrastive.option_types import Positive
 from contrastive.words import no_attribute
@@ -24,8 +24,9 @@ class ModelConfig:
     """Channels of the shared embedding space."""
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
-    init: Literal["clip", "siglip"] = "siglip"
-    """Initialisation of the weights: as OpenAI's CLIP or as big_vision's SigLIP."""
+    init: InitStyle = "siglip"
+    """Initialisation of the weights: as OpenAI's CLIP, as big_vision's SigLIP, or like that with mimetic attention,
+    which starts near what trained towers have (Trockman & Kolter 2023): for few samples."""
     init_logit_scale: Positive[float | None] = None
     """Initial factor on the cosine similarities (10 for SigLIP, 14.3 for CLIP); none: as the loss prescribes."""
     init_logit_bias: float | None = None

@@ -1,5 +1,6 @@
 """Pretraining as a task: its options, its loss over the global batch of pairs, a step's gradient."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from contrastive.errors import UserError
 from contrastive.interop.bundle import save_model
 from contrastive.losses import LOSSES, LossConfig
 from contrastive.models import DualEncoder, Features, ModelConfig, PackedTokens
+from contrastive.option_types import NotNegative
 from contrastive.train.options import RunConfig, check_run, resolve_run
 from contrastive.train.task import Curriculum, Inputs, TrainingTask, Weights, describe_image_tower, millions, seed_step
 
@@ -41,6 +43,9 @@ class PretrainConfig(RunConfig):
     loss: LossConfig = slot(LOSSES, "sigmoid")
     model: ModelConfig = preset(lambda name: models.model_config(name), ModelConfig, lambda: models.model_table())
     data: DataConfig = field(default_factory=DataConfig)
+    between_captions: NotNegative[float] = 0.0
+    """Weight of the same loss between each two captions of an image, which data.captions_per_image brings together; 0.3
+    to 1 where captions are few."""
     init: str | None = None
     """Start from this model's weights, with its architecture, tokenizer and preprocessing: a run or model folder."""
     init_image: str | None = None
@@ -63,6 +68,8 @@ def check(config: PretrainConfig) -> None:
         config.model.image.check()
     if config.model.init_logit_bias is not None and config.loss.initial_logits(2)[1] is None:
         raise UserError("model.init_logit_bias is for losses with a bias (sigmoid); leave it out")
+    if config.between_captions and config.data.captions_per_image == 1:
+        raise UserError("between_captions needs several captions of an image in a step: give --data.captions_per_image")
     if config.init and config.init_image:
         raise UserError("give --init or --init_image, not both: --init starts both towers")
     if config.lock == "image" and not (config.init or config.init_image):
@@ -75,13 +82,19 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
     """Fill in what follows from the data and the tokenizer.
 
     Raises:
-        UserError: the tokenizer does not fit the model, or there are fewer samples than one batch.
+        UserError: the tokenizer does not fit the model, options do not fit together, or there are fewer samples than
+            one batch.
     """
     config = resolve_run(config, source)
     loss, model = config.loss, config.model
     if loss.duplicates == "auto":
         named = any(part.class_names for part in source.parts)
         loss = replace(loss, duplicates="positive" if named else "negative")
+    if config.between_captions and loss.duplicates != "negative":
+        raise UserError(
+            f"between_captions with loss.duplicates {loss.duplicates}: captions of an image differ, and match; use "
+            "--loss.duplicates negative, or leave between_captions out"
+        )
     scale, bias = loss.initial_logits(num_distinct(loss, source, config.train.global_batch_size))
     model = replace(
         model,
@@ -158,11 +171,11 @@ class ContrastiveTask(TrainingTask):
         batch = config.train.global_batch_size
         # With many matches in a row the loss of guessing is another one for each loss: no advice is given then.
         few = num_distinct(config.loss, source, batch) < batch
-        self.chance_loss = math.inf if few else config.loss.chance_loss(batch)
+        self.chance_loss = math.inf if few else config.loss.chance_loss(batch) * (1 + config.between_captions)
 
     def dataset(self, order: SampleOrder) -> PairDataset:
         data, size = self.config.data, self.curriculum.image_size
-        captions = data.caption_templates, data.captions_per_image
+        captions = data.caption_templates, data.captions_per_image, data.token_dropout
         return PairDataset(self.source, order, self.tokenizer, size, data.augment, *captions)
 
     def inputs(self, batch: dict) -> Inputs:
@@ -178,6 +191,7 @@ class ContrastiveTask(TrainingTask):
             self.preprocess.normalize(inputs["image"]),
             inputs["texts"],
             inputs["caption_id"],
+            between=self.config.between_captions,
             seed=(self.config.train.seed, step),
             runtime=runtime,
         )
@@ -227,6 +241,7 @@ def forward_backward(
     texts: Sequence[torch.Tensor | PackedTokens],
     caption_ids: torch.Tensor,
     *,
+    between: float = 0.0,
     seed: tuple[int, int],
     runtime: Runtime,
 ) -> torch.Tensor:
@@ -241,7 +256,7 @@ def forward_backward(
         model: the wrapped dual encoder. pixels: (b, 3, H, W) normalised. caption_ids: (b,), or (b, K) for K captions
             of each image.
         texts: those of each of the n micro-batches that the local batch is embedded in: ids (b·K / n, L), or packed.
-        seed: (run seed, step), for dropout.
+        between: weight of the loss between captions. seed: (run seed, step), for dropout.
     """
     accumulate = len(texts)
     parts = list(zip(pixels.chunk(accumulate), texts, strict=True))
@@ -252,14 +267,14 @@ def forward_backward(
         return features._replace(text=features.text.unflatten(0, (-1, *caption_ids.shape[1:])))
 
     if accumulate == 1:
-        value = mean_loss(loss, *embed(0), caption_ids)
+        value = mean_loss(loss, *embed(0), caption_ids, between)
         value.backward()
         return value.detach()
     with torch.no_grad():
         cached = [embed(part) for part in range(accumulate)]
     image, text = (torch.cat([part[i] for part in cached]).requires_grad_() for i in (0, 1))
     logits = [None if scalar is None else scalar.detach().clone().requires_grad_() for scalar in cached[0][2:]]
-    value = mean_loss(loss, image, text, *logits, caption_ids)
+    value = mean_loss(loss, image, text, *logits, caption_ids, between)
     value.backward()
 
     image_grads, text_grads = image.grad.chunk(accumulate), text.grad.chunk(accumulate)
@@ -276,9 +291,20 @@ def forward_backward(
     return value.detach()
 
 
-def mean_loss(loss: nn.Module, image, text, logit_scale, logit_bias, caption_ids: torch.Tensor) -> torch.Tensor:
-    """Return the loss of images (b, E) with their texts (b, E), or its mean over K texts of each, (b, K, E)."""
+def mean_loss(
+    loss: nn.Module, image, text, logit_scale, logit_bias, caption_ids: torch.Tensor, between: float = 0.0
+) -> torch.Tensor:
+    """Return the loss of images (b, E) with their texts (b, E), or its mean over K texts of each, (b, K, E).
+
+    Then its mean over each two of the K, which match as an image and a text do, is added `between` times.
+    """
     if text.ndim == 2:
         return loss(image, text, logit_scale, logit_bias, caption_ids=caption_ids)
-    each = zip(text.unbind(1), caption_ids.unbind(1), strict=True)
-    return sum(loss(image, one, logit_scale, logit_bias, caption_ids=ids) for one, ids in each) / text.shape[1]
+    texts = list(zip(text.unbind(1), caption_ids.unbind(1), strict=True))
+    each = [loss(image, one, logit_scale, logit_bias, caption_ids=ids) for one, ids in texts]
+    value = sum(each) / len(each)
+    if between:
+        both = itertools.combinations(texts, 2)
+        each = [loss(one, two, logit_scale, logit_bias, caption_ids=ids) for (one, ids), (two, _) in both]
+        value = value + between * sum(each) / len(each)
+    return value

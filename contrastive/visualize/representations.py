@@ -3,14 +3,14 @@
 B images, P patches, T texts, D width, E embed_dim, p patch size.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from contrastive.models.encoders import unit_length
 from contrastive.models.image_tower import ImageTower
-from contrastive.models.init import initialise_tower
+from contrastive.models.init import InitStyle, initialise_tower
 
 OUTLIERS = 0.01
 """Share of patches at each end of a component that get the end's colour: one odd patch shall not fade all others."""
@@ -136,7 +136,7 @@ def strongest_filters(tower: ImageTower, most: int) -> torch.Tensor:
     return filters[filters.flatten(1).norm(dim=1).argsort(descending=True)[:most]]
 
 
-def random_tower(tower: ImageTower, style: Literal["clip", "siglip"] = "siglip", seed: int = 0) -> ImageTower:
+def random_tower(tower: ImageTower, style: InitStyle = "siglip", seed: int = 0) -> ImageTower:
     """Return an untrained tower of the same options, drawn as training would begin, in eval mode on the same device.
 
     torch's global generator is left as it was.

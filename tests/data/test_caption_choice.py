@@ -95,8 +95,8 @@ class Memory(Source):
         return Record(f"key{index}", jpeg(), self.words, None, self.caption_weights)
 
 
-def texts(source, tokenizer, templates=("{}",), captions_per_image=1):
-    dataset = PairDataset(source, Order(64, 8, 0), tokenizer, 16, AugmentConfig(), templates, captions_per_image)
+def texts(source, tokenizer, templates=("{}",), *options):
+    dataset = PairDataset(source, Order(64, 8, 0), tokenizer, 16, AugmentConfig(), templates, *options)
     return [dataset[position] for position in range(64)]
 
 
@@ -119,15 +119,36 @@ def test_several_captions_of_an_image_at_once():
     """Different ones while there are any; the first is the one drawn alone, and unusable ones are passed over."""
     words = train_bpe(["one two three"] * 2, 300, 32)
     source = Memory(["one", "two", "three", ""])
-    for alone, sample in zip(texts(source, words), texts(source, words, captions_per_image=3), strict=True):
+    for alone, sample in zip(texts(source, words), texts(source, words, ("{}",), 3), strict=True):
         assert torch.equal(sample["tokens"][0], alone["tokens"]) and torch.equal(sample["image"], alone["image"])
         read = [words.decode(row) for row in sample["tokens"]]
         assert set(read) == {"one", "two", "three"}
         assert sample["caption_id"].tolist() == [caption_id(text) for text in read]
-    again = texts(Memory(["one", "two"]), words, ("{}", "{} three"), captions_per_image=4)
+    again = texts(Memory(["one", "two"]), words, ("{}", "{} three"), 4)
     firsts = [[words.decode(row).split()[0] for row in sample["tokens"]] for sample in again]
     assert all(sorted(four) == ["one", "one", "two", "two"] for four in firsts)
     assert len({tuple(map(words.decode, sample["tokens"])) for sample in again}) > 2  # a template for each
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "clip"])
+def test_some_tokens_left_out(tokenizer):
+    """In their order, with the end after them and padding after that; drawn anew for each sample, and image."""
+    words = "one two three four five six seven eight"
+    tokenizer = train_bpe([words] * 2, 400, 16) if tokenizer == "bpe" else load_tokenizer("clip", 16)
+    source = Memory([words])
+    whole, thinned = (texts(source, tokenizer, ("{}",), 1, share) for share in (0.0, 0.25))
+    kept = []
+    for before, after in zip(whole, thinned, strict=True):
+        assert after["caption_id"] == before["caption_id"] and after["tokens"].shape == before["tokens"].shape
+        length = after["tokens"].tolist().index(tokenizer.eos_id)
+        assert after["tokens"][0] == before["tokens"][0] and (after["tokens"][length + 1 :] == tokenizer.pad_id).all()
+        left = iter(before["tokens"].tolist())
+        assert all(token in left for token in after["tokens"][: length + 1].tolist())  # as a subsequence
+        kept.append(length - 1)
+    most = whole[0]["tokens"].tolist().index(tokenizer.eos_id) - 1
+    assert 0.65 * most < sum(kept) / 64 < 0.85 * most and len({tuple(s["tokens"].tolist()) for s in thinned}) > 32
+    again = texts(source, tokenizer, ("{}",), 1, 0.25)
+    assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(thinned, again, strict=True))
 
 
 @pytest.mark.parametrize("clean", ["none", "canonicalize"])

@@ -187,7 +187,23 @@ def test_dual_encoder_normalises_and_has_a_bias_only_when_asked():
     assert DualEncoder(replace(config, init_logit_bias=None)).logit_bias is None
 
 
-@pytest.mark.parametrize("init", ["clip", "siglip"])
+def test_mimetic_attention_reads_what_is_alike_and_puts_out_its_opposite():
+    torch.manual_seed(0)
+    model = DualEncoder(ModelConfig(embed_dim=32, image=IMAGE, text=TEXT, init="mimetic"))
+    for tower in (model.image_tower, model.text_tower):
+        for attention in (block.attention for block in tower.transformer.blocks):
+            heads = zip(
+                attention.q_proj.weight.chunk(attention.num_heads),
+                attention.k_proj.weight.chunk(attention.num_heads),
+                strict=True,
+            )
+            for q, k in heads:  # (D / H, D): the best W of that rank, whose trace the rank cuts to about its share
+                assert (q.T @ k).trace() > 0.5 * 0.7 * len(q)
+            put_out = attention.out_proj.weight @ attention.v_proj.weight  # −0.4 I and noise of size 0.4
+            assert -0.6 < put_out.trace() / len(put_out) < -0.2
+
+
+@pytest.mark.parametrize("init", ["clip", "siglip", "mimetic"])
 def test_initial_features_are_alive(init):
     torch.manual_seed(0)
     model = DualEncoder(ModelConfig(embed_dim=32, image=IMAGE, text=TEXT, init=init))

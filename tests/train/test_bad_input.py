@@ -33,6 +33,12 @@ def main():
         (["--train.samples", "9", "--train.epochs", "1"], "give --train.epochs or --train.samples, not both"),
         (["--data.lanes", "5"], "data.lanes 5 does not divide the batch of 16; use a divisor of it, such as 16"),
         (["--data.window", "0"], "data.window is 0; it must be above 0"),
+        (["--between_captions", "0.5"], "between_captions needs several captions .* give --data.captions_per_image"),
+        (
+            ["--between_captions", "0.5", "--data.captions_per_image", "2", "--loss.duplicates", "ignore"],
+            "between_captions with loss.duplicates ignore: .* use --loss.duplicates negative",
+        ),
+        (["--data.token_dropout", "1"], "data.token_dropout is 1.0; it must be at least 0 and below 1"),
         (["--report_to", "none"], "tracker none is unknown or not installed.*; for no tracker leave --trackers out"),
         (["--data.replacement", "--data.window", "9"], "data.window and data.lanes mean nothing with data.replacement"),
         (["--data.train", "digits=0,scenes=1"], "weight '0' is not a number above 0"),

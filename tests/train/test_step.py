@@ -10,6 +10,7 @@ from rank_processes import run_on_ranks
 
 from contrastive.distributed.runtime import Runtime
 from contrastive.losses import LOSSES, NonFiniteFeatures
+from contrastive.losses.reference import pair_labels, sigmoid_loss, softmax_loss
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, PackedTokens, TextTowerConfig
 from contrastive.train.contrastive_task import forward_backward
 from contrastive.train.task import seed_step
@@ -79,6 +80,39 @@ def test_several_captions_of_an_image_are_the_mean_of_steps_with_one(loss_name):
         for name, grad in grads.items():
             expected = sum(one[name] for _, one in each) / 3
             torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("loss_name", ["sigmoid", "softmax"])
+def test_captions_of_an_image_match_each_other(loss_name):
+    """The loss that image and text have, between each two captions: by the full matrices, and in micro-batches."""
+    runtime, loss = Runtime("fp32"), LOSSES.get(loss_name)().build()
+    bias = -3.0 if loss_name == "sigmoid" else None
+    model = DualEncoder(replace(CONFIG, init_logit_bias=bias)).double()
+    pixels, tokens = torch.randn(12, 3, 16, 16, dtype=torch.float64), torch.randint(0, 20, (12, 3, 6))
+
+    def step(accumulate, between):
+        model.zero_grad()
+        texts = [part.flatten(0, -2) for part in tokens.chunk(accumulate)]
+        options = {"between": between, "seed": (0, 5), "runtime": runtime}
+        value = forward_backward(model, loss, pixels, texts, tokens[..., 0], **options)
+        return value, {name: p.grad for name, p in model.named_parameters()}
+
+    def reference(left, right):
+        labels = pair_labels(torch.arange(12), "negative")
+        if loss_name == "softmax":
+            return softmax_loss(left, right, model.logit_scale.exp(), *labels)
+        return sigmoid_loss(left, right, model.logit_scale.exp(), model.logit_bias, *labels)
+
+    image, texts = model.encode_image(pixels), [model.encode_text(tokens[:, k]) for k in range(3)]
+    each = sum(reference(image, text) for text in texts) / 3
+    pairs = sum(reference(texts[a], texts[b]) for a, b in ((0, 1), (0, 2), (1, 2))) / 3
+    expected = torch.autograd.grad(each + 0.7 * pairs, list(model.parameters()))
+    for accumulate in (1, 4):
+        value, grads = step(accumulate, 0.7)
+        torch.testing.assert_close(value, (each + 0.7 * pairs).detach(), rtol=1e-12, atol=0)
+        for (name, grad), wanted in zip(grads.items(), expected, strict=True):
+            torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-13, msg=name)
+    assert step(1, 0.0)[0] == pytest.approx(each.item(), rel=1e-12)
 
 
 def test_packed_texts_give_the_same_loss_and_gradient():
