@@ -27,9 +27,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# One thread: models of a few thousand weights are slower on two, and a loaded machine makes that worse.
+# Processes of one thread: models of a few thousand weights are slower on two, and a loaded machine makes that worse.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 quickstart: setup
 	$(BIN)/accelerate launch $(ONE_PROCESS) scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN) $(ARGS)
