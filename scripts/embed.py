@@ -15,7 +15,8 @@ import contrastive
 from contrastive.command_line import Parser, at_least
 from contrastive.data.sources import announce, open_source
 from contrastive.data.sources.columns import check_columns
-from contrastive.distributed.runtime import joined_ranks, prepare_process
+from contrastive.distributed.launching import prepare_process
+from contrastive.distributed.runtime import joined_ranks
 from contrastive.errors import UserError
 from contrastive.evaluate.embedding_store import SAMPLES_PER_SHARD, StoreOptions, claim_store, store_config
 from contrastive.evaluate.evaluated_model import check_texts, fill_store, has_captions, model_identity

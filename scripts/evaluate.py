@@ -22,7 +22,8 @@ import yaml
 
 import contrastive
 from contrastive.command_line import Parser, at_least
-from contrastive.distributed.runtime import joined_ranks, launched, prepare_process
+from contrastive.distributed.launching import launched, prepare_process
+from contrastive.distributed.runtime import joined_ranks
 from contrastive.errors import UserError
 from contrastive.evaluate.comparison import ModelEntry, claim_output, print_comparison, write_output
 from contrastive.evaluate.evaluated_model import EvaluatedModel

@@ -8,7 +8,7 @@ weights where the model has a text tower.
 
 from pathlib import Path
 
-from contrastive.distributed.runtime import prepare_process
+from contrastive.distributed.launching import prepare_process
 from contrastive.log import run_script
 
 DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "finetune.yaml"

@@ -7,7 +7,7 @@ accelerate launch scripts/pretrain.py --init_image runs/vit --lock image --data.
 
 from pathlib import Path
 
-from contrastive.distributed.runtime import prepare_process
+from contrastive.distributed.launching import prepare_process
 from contrastive.log import run_script
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"

@@ -6,7 +6,7 @@ accelerate launch scripts/train_classifier.py --config configs/classifier-cifar1
 
 from pathlib import Path
 
-from contrastive.distributed.runtime import prepare_process
+from contrastive.distributed.launching import prepare_process
 from contrastive.log import run_script
 
 DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "classifier.yaml"

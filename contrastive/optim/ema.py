@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from contrastive.distributed.sharding import local
+
 
 class ExponentialMovingAverage:
     """average ← decay · average + (1 − decay) · weight after every step, in float32.
@@ -22,8 +24,8 @@ class ExponentialMovingAverage:
     def update(self, model: nn.Module, step: int, skipped: torch.Tensor) -> None:
         """Move the averages towards the weights; where `skipped` (bool, 0-dim, on their device) leave them."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages = list(self.average.values())
-        moved = torch._foreach_sub([p.detach().float() for _, p in model.named_parameters()], averages)
+        averages = [local(average) for average in self.average.values()]
+        moved = torch._foreach_sub([local(p.detach()).float() for _, p in model.named_parameters()], averages)
         torch._foreach_mul_(moved, torch.where(skipped, 0.0, 1 - decay))
         torch._foreach_add_(averages, moved)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from contrastive import products
+from contrastive.distributed.sharding import by_whole_matrices, local
 from contrastive.option_types import Bound, Positive
 from contrastive.registry import Registry
 
@@ -82,13 +83,14 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _adamw(parameters: dict[str, nn.Parameter], config: AdamWConfig, factors: dict[str, float]) -> torch.optim.AdamW:
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         factor = config.logit_lr_factor if name in LOGIT_PARAMETERS else factors[name]
         decay = config.weight_decay if parameter.ndim >= 2 else 0.0  # not for biases, norms, tokens and scalars
-        groups.setdefault((decay, config.lr * factor), []).append(parameter)
+        # Scalars by themselves: they are whole where the rest is sharded, and fused kernels take only one kind.
+        groups.setdefault((decay, config.lr * factor, parameter.ndim == 0), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": group, "weight_decay": decay, "peak_lr": lr} for (decay, lr), group in groups.items()],
+        [{"params": group, "weight_decay": decay, "peak_lr": lr} for (decay, lr, _), group in groups.items()],
         lr=config.lr,
         betas=(0.9, config.beta2),
         eps=config.eps,
@@ -134,7 +136,7 @@ def _layers_below_top(name: str, depths: dict[str, int]) -> int:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum whose matrices are orthogonalised.
 
-    For two-dimensional parameters, with decoupled weight decay.
+    For two-dimensional parameters, with decoupled weight decay. Of sharded ones each rank orthogonalises some, whole.
 
     Differs from torch.optim.Muon in two ways: matrices of one shape are orthogonalised together, which is
     faster for the many small ones of a transformer; and on a CPU that runs in float32, because in bfloat16
@@ -163,19 +165,24 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             kept = torch.where(skipped, 1.0, 1 - group["lr"] * group["weight_decay"])
             for shape, parameters in by_shape.items():
-                updates = orthogonalise(self._nesterov(parameters, group["momentum"], skipped)) * ~skipped
+                moves = self._nesterov(parameters, group["momentum"], skipped)
+                updates = by_whole_matrices(orthogonalise, moves, parameters[0]) * ~skipped
                 rate = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
-                torch._foreach_mul_(parameters, kept)
-                torch._foreach_add_(parameters, list(updates.unbind()), alpha=-rate)
+                own = [local(parameter) for parameter in parameters]
+                torch._foreach_mul_(own, kept)
+                torch._foreach_add_(own, list(updates.unbind()), alpha=-rate)
 
     def _nesterov(self, parameters: list[torch.Tensor], momentum: float, skipped: torch.Tensor) -> torch.Tensor:
-        """Update the averages of k matrices (m, n) with their gradients; return what to move by, (k, m, n)."""
+        """Update the averages of k matrices (m, n) with their gradients; return what to move by, (k, m, n).
+
+        Of sharded ones it is this rank's rows of each.
+        """
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        averages = [self.state[parameter]["momentum"] for parameter in parameters]
+        averages = [local(self.state[parameter]["momentum"]) for parameter in parameters]
         # A gradient that equals its average leaves it as it is.
-        gradients = torch.where(skipped, torch.stack(averages), torch.stack([p.grad for p in parameters]))
+        gradients = torch.where(skipped, torch.stack(averages), torch.stack([local(p.grad) for p in parameters]))
         torch._foreach_lerp_(averages, list(gradients.unbind()), 1 - momentum)
         return gradients.lerp(torch.stack(averages), momentum)
 

@@ -3,6 +3,7 @@
     model.safetensors, config.json, ...          a model folder, as interop.bundle writes it
     ema.safetensors                              averaged weights, where the run keeps them
     optimizer.safetensors                        NUMBER/PARAMETER/STATE for each optimizer in turn
+    optimizer/shard-*.safetensors                or that, each rank's part, where FSDP shards it
     state.json                                   the data cursor, step included
     manifest.json                                sha256 of every file
 
@@ -15,10 +16,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from contrastive.distributed.collectives import rank, world_size
+from contrastive.distributed.sharding import like, whole_tensors
 from contrastive.errors import UserError
 from contrastive.files import write_folder
 from contrastive.interop.bundle import load_weights, newest_whole
@@ -26,7 +32,8 @@ from contrastive.log import warn
 from contrastive.optim import ExponentialMovingAverage
 
 Optimizers = list[torch.optim.Optimizer]
-SaveModel = Callable[[Path, Mapping[str, torch.Tensor] | None], None]
+Tensors = Mapping[str, torch.Tensor]
+SaveModel = Callable[[Path, Tensors, Tensors | None], None]
 
 
 def save_checkpoint(
@@ -39,32 +46,46 @@ def save_checkpoint(
     keep: int,
     save_model: SaveModel,
 ) -> Path:
-    """Write `checkpoints/step-NNNNNNNN`, then delete all but the `keep` newest.
+    """Write `checkpoints/step-NNNNNNNN` from the first rank, then delete all but the `keep` newest; all ranks call.
 
     Args:
-        save_model: writes the model folder, given the folder and the averaged weights or None.
+        save_model: writes the model folder, given the folder, the weights and the averaged ones or None.
 
     Raises:
         UserError: the disk is full or cannot be written; earlier checkpoints are as they were.
     """
-    folder = checkpoints / f"step-{cursor['step']:08d}"
+    folder, shards = checkpoints / f"step-{cursor['step']:08d}", checkpoints / ".tmp-optimizer"
+    is_first, is_sharded = rank() == 0, any(isinstance(p, DTensor) for p in model.parameters())
+    weights = whole_tensors(model.state_dict(), keep=is_first)
+    average = None if ema is None else whole_tensors(ema.average, keep=is_first)
+    state = _optimizer_tensors(model, optimizers)
 
     def fill(temporary: Path) -> None:
-        average = None if ema is None else ema.average
-        save_model(temporary, average)
-        save_file(_optimizer_tensors(model, optimizers), temporary / "optimizer.safetensors")
+        save_model(temporary, weights, average)
+        if is_sharded:
+            shards.rename(temporary / "optimizer")
+        else:
+            whole = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+            save_file(whole, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(cursor, indent=1))
 
     try:
-        write_folder(folder, fill)
-    except (OSError, SafetensorError) as error:
+        if is_sharded:
+            if is_first:
+                shutil.rmtree(shards, ignore_errors=True)
+                shards.mkdir(parents=True)
+            dist.barrier()
+            dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(shards), save_distributed=True))
+        if is_first:
+            write_folder(folder, fill)
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
         raise UserError(
             f"cannot save {folder}: {getattr(error, 'strerror', None) or error}; earlier checkpoints are intact, "
             "make room and continue with --resume"
         ) from error
     # Newer ones than this are damaged: the run was resumed from before them. They count for nothing here.
     until_now = [path for path in sorted(checkpoints.glob("step-*")) if path.name <= folder.name]
-    for old in until_now[:-keep]:
+    for old in until_now[:-keep] if is_first else []:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -89,28 +110,55 @@ def read_cursor(folder: Path) -> dict:
     return json.loads((folder / "state.json").read_text())
 
 
-def load_checkpoint(
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Fill the model, not sharded yet, from a verified checkpoint; UserError where it is another."""
+    load_weights(model, folder / "model.safetensors")
+
+
+def load_training_state(
     folder: Path, model: nn.Module, optimizers: Optimizers, ema: ExponentialMovingAverage | None
 ) -> None:
-    """Fill model, optimizers and average in place from a verified checkpoint.
+    """Fill optimizers and average in place from a verified checkpoint, by however many ranks it was written.
 
     Raises:
         UserError: they differ from what the run was started with.
     """
-    load_weights(model, folder / "model.safetensors")
     if ema is not None:
         if not (folder / "ema.safetensors").exists():
             raise UserError(f"{folder} has no averaged weights; resume with the train.ema_decay it was started with")
         saved = load_file(folder / "ema.safetensors")
         for name, tensor in ema.average.items():
-            tensor.copy_(saved[name])
-    tensors = load_file(folder / "optimizer.safetensors")
+            tensor.copy_(like(saved[name].to(tensor.device), tensor))
     names = _names(model)
+    tensors = _read_optimizer(folder, {name: parameter for parameter, name in names.items()})
     own = {f"{n}/{names[p]}" for n, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
     if tensors and {key.rpartition("/")[0] for key in tensors} != own:
         raise UserError(f"{folder}: its optimizer state is of another optimizer or model; resume with the same")
     for number, optimizer in enumerate(optimizers):
         _fill_optimizer(optimizer, names, f"{number}/", tensors)
+
+
+def _read_optimizer(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return the saved state of the optimizers, as sharded as the parameters are."""
+
+    def of_parameter(key: str, shape: torch.Size) -> torch.Tensor | None:
+        parameter = parameters.get(key.partition("/")[2].rpartition("/")[0])
+        return parameter.detach() if parameter is not None and parameter.shape == shape else None
+
+    if not (folder / "optimizer").exists():
+        tensors = load_file(folder / "optimizer.safetensors")
+        found = {key: of_parameter(key, tensor.shape) for key, tensor in tensors.items()}
+        return {
+            key: tensor if found[key] is None else like(tensor.to(found[key].device), found[key])
+            for key, tensor in tensors.items()
+        }
+    reader = dcp.HuggingFaceStorageReader(str(folder / "optimizer"))
+    tensors = {}
+    for key, saved in reader.read_metadata().state_dict_metadata.items():
+        parameter = of_parameter(key, saved.size)
+        tensors[key] = torch.zeros(saved.size) if parameter is None else torch.zeros_like(parameter)
+    dcp.load(tensors, storage_reader=reader, no_dist=world_size() == 1)
+    return tensors
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
@@ -120,7 +168,7 @@ def _names(model: nn.Module) -> dict[nn.Parameter, str]:
 def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, torch.Tensor]:
     names = _names(model)
     return {
-        f"{number}/{names[parameter]}/{key}": tensor.detach().cpu().contiguous()
+        f"{number}/{names[parameter]}/{key}": tensor.detach()
         for number, optimizer in enumerate(optimizers)
         for parameter, state in optimizer.state.items()
         for key, tensor in state.items()

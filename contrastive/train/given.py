@@ -12,7 +12,7 @@ from typing import Any
 from contrastive.config import flatten, to_dict, written_options
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.sources.columns import check_columns
-from contrastive.distributed.runtime import has_gpu, launched
+from contrastive.distributed.launching import has_gpu, launched
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Bundle
 from contrastive.interop.loading import load

@@ -1,5 +1,6 @@
 """The training loop: data in, one loss over the global batch, an update, now and then a look and a save."""
 
+import copy
 import math
 import signal
 from collections import deque
@@ -8,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from contrastive.data.loader import train_loader
@@ -16,13 +16,14 @@ from contrastive.data.order import SampleOrder, check_cursor
 from contrastive.data.record import FaultCounts
 from contrastive.distributed.collectives import all_reduce_sum, gather_objects
 from contrastive.distributed.runtime import Runtime
+from contrastive.distributed.sharding import average_whole_gradients, clip_gradients, unsharded
 from contrastive.errors import UserError
 from contrastive.log import MetricsLog, say, warn
 from contrastive.losses import NonFiniteFeatures
 from contrastive.models.transformer import Transformer
 from contrastive.optim import ExponentialMovingAverage, set_learning_rates, step_unless
 from contrastive.results import key_parts
-from contrastive.train.checkpoint import load_checkpoint, read_cursor, save_checkpoint
+from contrastive.train.checkpoint import load_model, load_training_state, read_cursor, save_checkpoint
 from contrastive.train.options import num_workers
 from contrastive.train.progress import Advice, LateFigures, ProgressBar, StepTimer
 from contrastive.train.task import TrainingTask
@@ -40,10 +41,15 @@ class Trainer:
     def __init__(self, task: TrainingTask, order: SampleOrder, runtime: Runtime, folder: Path, checkpoint: Path | None):
         self.config = config = task.config
         self.task, self.order, self.runtime, self.folder = task, order, runtime, folder
+        self._plain = copy.deepcopy(task.model).to("meta") if runtime.shards else None
         self.model = task.model.to(runtime.device)
+        if checkpoint is not None:
+            load_model(checkpoint, self.model)
+        transformers = [part for part in self.model.modules() if isinstance(part, Transformer)]
         if runtime.compiles(config.train.compile):
-            for module in [part for part in self.model.modules() if isinstance(part, Transformer)]:
-                module.compile_blocks()
+            for transformer in transformers:
+                transformer.compile_blocks()
+        self.wrapped = runtime.wrap(self.model, [block for part in transformers for block in part.blocks])
         self.optimizers = config.optimizer.build(self.model)
         decay = config.train.ema_decay
         self.ema = None if decay is None else ExponentialMovingAverage(self.model, decay)
@@ -55,7 +61,7 @@ class Trainer:
             cursor = read_cursor(checkpoint)
             self.step = cursor["step"]
             check_cursor(cursor, self._cursor())
-            load_checkpoint(checkpoint, self.model, self.optimizers, self.ema)
+            load_training_state(checkpoint, self.model, self.optimizers, self.ema)
             say(f"resuming {folder} from {checkpoint.name}")
 
     def fit(self) -> bool:
@@ -66,7 +72,7 @@ class Trainer:
                 written.
         """
         config, total = self.config, self.config.train.steps
-        wrapped, batches = self.runtime.wrap(self.model), self.runtime.on_device(self._loader(), self.task.inputs)
+        batches = self.runtime.on_device(self._loader(), self.task.inputs)
         timer, bar = StepTimer(config.train.global_batch_size), ProgressBar(self.step, total)
         advice = Advice(self.task.chance_loss, self.task.advice, total)
         log = MetricsLog(self.folder / "metrics.jsonl", self.step) if self.runtime.is_main else nullcontext()
@@ -83,7 +89,7 @@ class Trainer:
             elif not gather_objects(self.metrics is not None and self.metrics.has("eval", self.step))[0]:
                 self._evaluate_if_due()  # a kill came between the save and the evaluation
             for batch, inputs in timer.waiting_for(batches):
-                row, stopping = self._one_step(wrapped, batch, inputs, stops)
+                row, stopping = self._one_step(batch, inputs, stops)
                 timer.step_done()
                 if self.step % config.train.log_every == 0 or self.step == total:
                     row |= {"samples_per_second": timer.samples_per_second, "data_wait": timer.data_wait}
@@ -96,7 +102,7 @@ class Trainer:
                 self._evaluate_if_due()
         return True
 
-    def _one_step(self, wrapped: nn.Module, batch: dict, inputs: dict, stops: list[int]) -> tuple[dict, bool]:
+    def _one_step(self, batch: dict, inputs: dict, stops: list[int]) -> tuple[dict, bool]:
         """Queue one optimizer step; return its row for the log, with tensors, and whether any rank was asked to stop.
 
         The host waits for the other hosts, but not for the device: it computes this step while the next is prepared.
@@ -109,11 +115,13 @@ class Trainer:
         own = [len(stops), int(batch["replaced"].numpy().sum())]
         requests, replaced = runtime.summed(own, self.step, config.data.timeout)
         try:
-            loss = self.task.forward_backward(wrapped, inputs, self.step, runtime)
+            loss = self.task.forward_backward(self.wrapped, inputs, self.step, runtime)
         except NonFiniteFeatures as error:  # raised on all ranks alike, which skip this step
             warn(f"step {self.step + 1}: {error}")
             loss = torch.tensor(math.nan, device=runtime.device)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm)
+        if runtime.shards:
+            average_whole_gradients(self.model.parameters())
+        norm = clip_gradients(self.model.parameters(), config.train.max_grad_norm)
         mean_loss = all_reduce_sum(loss.double()) / runtime.world_size
         self._update(mean_loss, norm)
         self.step += 1
@@ -138,11 +146,8 @@ class Trainer:
         if self.step % self.config.evaluation.every and self.step != self.config.train.steps:
             return
         self.figures.flush()
-        if self.ema is not None:
-            self.ema.swap(self.model)
-        figures = self.task.evaluate(self.runtime)
-        if self.ema is not None:
-            self.ema.swap(self.model)
+        with self.evaluated_model():
+            figures = self.task.evaluate(self.runtime)
         if figures:
             self._log("eval", {"step": self.step, **figures})
             by_source: dict[str, list[str]] = {}
@@ -153,19 +158,30 @@ class Trainer:
             for source, shown in by_source.items():
                 say(f"step {self.step}  {source}: {'  '.join(shown)}")
 
+    @contextmanager
+    def evaluated_model(self) -> Iterator[None]:
+        """Meanwhile the task's model is what a run gives: averaged, where it keeps averages, and not sharded."""
+        if self.ema is not None:
+            self.ema.swap(self.model)
+        if self._plain is not None:
+            self.task.model = unsharded(self.model, self._plain, self.runtime.device)
+        yield
+        self.task.model = self.model
+        if self.ema is not None:
+            self.ema.swap(self.model)
+
     def _save(self) -> None:
-        """Write a checkpoint from the first rank; the others wait, so that none runs ahead of a failure."""
+        """Write a checkpoint; all ranks wait for the first, so that none runs ahead of a failure."""
         self._log_bad_samples()
-        if self.runtime.is_main:
-            save_checkpoint(
-                self.folder / "checkpoints",
-                model=self.model,
-                optimizers=self.optimizers,
-                ema=self.ema,
-                cursor=self._cursor(),
-                keep=self.config.checkpoint.keep,
-                save_model=lambda folder, average: self.task.save(folder, self.model.state_dict(), average),
-            )
+        save_checkpoint(
+            self.folder / "checkpoints",
+            model=self.model,
+            optimizers=self.optimizers,
+            ema=self.ema,
+            cursor=self._cursor(),
+            keep=self.config.checkpoint.keep,
+            save_model=self.task.save,
+        )
         self.runtime.barrier()
 
     def _cursor(self) -> dict:

@@ -19,7 +19,8 @@ import yaml
 from contrastive.config import flatten, parse, rename_flags, take_option, to_dict, written_options
 from contrastive.data.order_choice import order_for
 from contrastive.distributed.collectives import gather_objects
-from contrastive.distributed.runtime import Runtime, launched
+from contrastive.distributed.launching import launched
+from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.files import locked, write_folder, write_whole
 from contrastive.log import is_main_process, read_metrics, say, warn
@@ -166,7 +167,8 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
         runtime.start_trackers(folder.name, flatten(to_dict(config)))
         finished = trainer.fit()
         if finished:
-            _finish(trainer)
+            with trainer.evaluated_model():
+                _finish(trainer)
         runtime.barrier()  # the others wait for the first rank's files
         runtime.close()
     return finished
@@ -178,8 +180,6 @@ def _finish(trainer: Trainer) -> None:
     from contrastive.evaluate.report import write_report
 
     task, folder = trainer.task, trainer.folder
-    if trainer.ema is not None:
-        trainer.ema.swap(task.model)
     task.conclude(folder, trainer.runtime)
     if not trainer.runtime.is_main:
         return

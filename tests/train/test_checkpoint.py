@@ -15,7 +15,7 @@ from contrastive.files import locked, problem, write_folder
 from contrastive.interop.bundle import save_model
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig, ExponentialMovingAverage, MuonConfig
-from contrastive.train.checkpoint import find_checkpoint, load_checkpoint, read_cursor, save_checkpoint
+from contrastive.train.checkpoint import find_checkpoint, load_model, load_training_state, read_cursor, save_checkpoint
 from contrastive.train.run import LOCK, check_folder
 
 
@@ -50,10 +50,15 @@ def save(checkpoints, step, tokenizer, parts, keep=3):
         ema=ema,
         cursor={"step": step},
         keep=keep,
-        save_model=lambda folder, average: save_model(
-            folder, model.state_dict(), model.config, PreprocessConfig(16), tokenizer, average
+        save_model=lambda folder, weights, average: save_model(
+            folder, weights, model.config, PreprocessConfig(16), tokenizer, average
         ),
     )
+
+
+def load(folder, model, optimizers, ema):
+    load_model(folder, model)
+    load_training_state(folder, model, optimizers, ema)
 
 
 @pytest.mark.parametrize("optimizer", [AdamWConfig(), MuonConfig()])
@@ -62,7 +67,7 @@ def test_everything_comes_back(tokenizer, tmp_path, optimizer):
     folder = save(tmp_path, 7, tokenizer, parts)
     assert find_checkpoint(tmp_path) == folder and read_cursor(folder)["step"] == 7
     other, other_optimizers, other_ema = build(tokenizer, 1, optimizer)
-    load_checkpoint(folder, other, other_optimizers, other_ema)
+    load(folder, other, other_optimizers, other_ema)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(ema.average[name], other_ema.average[name]) for name in ema.average)
     # The next step is the same to the bit, so every state of the optimizers is.
@@ -133,12 +138,12 @@ def test_failing_write_leaves_the_old_folder(tmp_path):
 def test_another_optimizer_or_model_is_refused(tokenizer, tmp_path):
     folder = save(tmp_path, 1, tokenizer, build(tokenizer))
     with pytest.raises(UserError, match="of another optimizer or model"):
-        load_checkpoint(folder, *build(tokenizer, 0, MuonConfig()))
+        load(folder, *build(tokenizer, 0, MuonConfig()))
     model, optimizers, _ = build(tokenizer)
     shutil.rmtree(tmp_path)
     parts = save(tmp_path, 1, tokenizer, (model, optimizers, None))
     with pytest.raises(UserError, match="no averaged weights"):
-        load_checkpoint(parts, *build(tokenizer))
+        load(parts, *build(tokenizer))
 
 
 def test_load_refuses_what_is_not_a_whole_model(tokenizer, tmp_path):

@@ -9,8 +9,9 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from rank_processes import script_on_ranks
 
-from contrastive.distributed import runtime
-from contrastive.distributed.runtime import Runtime, prepare_process
+from contrastive.distributed import launching
+from contrastive.distributed.launching import prepare_process
+from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 
 
@@ -20,7 +21,7 @@ def launched_with(monkeypatch):
 
     def pretend(*words, **environment):
         flags = launch_command_parser().parse_known_args([*words, "pretrain.py", "--train.steps", "3"])[0]
-        monkeypatch.setattr(runtime, "launch_flags", lambda: flags)
+        monkeypatch.setattr(launching, "launch_flags", lambda: flags)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
 
@@ -102,9 +103,9 @@ def test_what_takes_effect_is_taken(launched_with):
     launched_with("--gradient_accumulation_steps", "1", "--num_cpu_threads_per_process", "2", "--debug")
     prepare_process()
     launched_with("--mixed_precision", "bf16", ACCELERATE_MIXED_PRECISION="bf16", ACCELERATE_USE_CPU="true")
-    assert runtime._asked_precision() == "bf16"
+    assert launching.asked_precision() == "bf16"
     launched_with(ACCELERATE_MIXED_PRECISION="no")  # accelerate's own default, which nobody chose
-    assert runtime._asked_precision() is None
+    assert launching.asked_precision() is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is what the processes would take")

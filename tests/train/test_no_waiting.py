@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from contrastive.distributed.runtime import Runtime, has_gpu
+from contrastive.distributed.launching import has_gpu
+from contrastive.distributed.runtime import Runtime
 from contrastive.evaluate import report
 from contrastive.losses import checks
 from contrastive.optim import ExponentialMovingAverage, MuonConfig, step_unless
