@@ -67,7 +67,7 @@ def test_the_common_ones_are_short(cls):
         ("--val-num-samples 5000", "not needed"),
         ("--cache-dir /c", "HF_HOME=/c"),
         ("--model_name_or_path m", "is --init m here."),
-        ("--grad-checkpointing", "--model.image.gradient_checkpointing"),
+        ("--grad-checkpointing", "is --train.gradient_checkpointing 1 here."),
         ("--dataset-type webdataset", "not needed"),
         ("--csv-img-key path", "is --data.image_column path here."),
         ("--csv-caption-key title", "is --data.caption_column title here."),

@@ -11,11 +11,20 @@ import psutil
 import torch
 
 from contrastive.distributed import end_with_parent
+from contrastive.distributed.sharding import asked_to_shard
 from contrastive.errors import UserError
 from contrastive.words import answers
 
-# What `accelerate launch` can be told that changes nothing here: groups of its flags.
-_NOT_OURS = ("Training Paradigm", "TPU", "DeepSpeed", "Megatron-LM", "FP8", "AWS", "ParallelismConfig")
+# What `accelerate launch` can be told that changes nothing here: groups of its flags, but for those with an effect and
+# values that say what is done anyway.
+_NOT_OURS = ("Training Paradigm", "TPU", "DeepSpeed", "FSDP", "Megatron-LM", "FP8", "AWS", "ParallelismConfig")
+_WITH_EFFECT = ("use_fsdp", "fsdp_version", "fsdp_reshard_after_forward")
+_DONE_ANYWAY = (
+    ("gradient_accumulation_steps", 1),
+    ("dynamo_backend", "no"),
+    ("fsdp_state_dict_type", "SHARDED_STATE_DICT"),
+    ("fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+)
 
 
 def has_gpu() -> bool:
@@ -53,9 +62,9 @@ def _check_flags() -> None:
     groups = launch_command_parser()._action_groups
     unused = {a.dest for group in groups if group.title.startswith(_NOT_OURS) for a in group._group_actions} | {"tpu"}
     unused |= {name for name in vars(flags) if name.startswith("dynamo_")}
-    for name in sorted(flags.nondefault & unused):
+    for name in sorted((flags.nondefault & unused).difference(_WITH_EFFECT)):
         value = getattr(flags, name)
-        if (name, value) not in (("gradient_accumulation_steps", 1), ("dynamo_backend", "no")):
+        if (name, value) not in _DONE_ANYWAY:
             told = "" if value is True else f" {value}"
             ours = answers("flag", name, str(value))
             how = f"use {ours[0].rstrip(',')}" if ours else "leave it out"
@@ -69,6 +78,7 @@ def check_environment() -> None:
         if given(f"ACCELERATE_USE_{name}", "").lower() == "true":
             flag = f"--use_{name.lower()}"
             raise UserError(f"{flag} of accelerate launch (or its configuration) is not supported; leave it out")
+    asked_to_shard()
     steps = given("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":
         raise UserError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS has no effect here; use --train.accumulate {steps}")

@@ -66,7 +66,7 @@ class ImageEncoder(ImageTrunk):
         if keep_prefix and (pool is not None or not options.class_token):
             reason = "pooled features have no tokens" if pool is not None else "this tower has no class token"
             raise UserError(f"keep_prefix has nothing to keep: {reason}; leave it out")
-        kept = replace(options, depth=max(numbers), dropout=0.0, patch_dropout=0.0, gradient_checkpointing=False)
+        kept = replace(options, depth=max(numbers), dropout=0.0, patch_dropout=0.0)
         with torch.device("meta"):  # no weights are drawn: they are the tower's
             super().__init__(kept)
             self.norm = nn.LayerNorm(kept.width, eps=kept.norm_eps) if norm else None
@@ -245,7 +245,7 @@ class ImageEncoder(ImageTrunk):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass: less memory, about a third more time; timm's name."""
-        self.transformer.gradient_checkpointing = enable
+        self.transformer.gradient_checkpointing = float(enable)
 
     @property
     def num_trainable_parameters(self) -> int:

@@ -29,9 +29,8 @@ from contrastive.train.task import Curriculum, TrainingTask
 MAY_CHANGE = re.compile(
     r"trackers|init_key|curriculum|(schedule|evaluation|checkpoint|wise_ft)\..*|"
     r"optimizer\.(lr|muon_lr|weight_decay|logit_lr_factor|layer_decay|beta2|eps)|"
-    r"train\.(steps|seed|global_batch_size|accumulate|precision|compile|max_grad_norm|log_every|max_skipped)|"
-    r"data\.(train|eval|window|lanes|replacement|num_workers|timeout|max_bad_share|bad_window)|"
-    r"model\.(image|text)\.gradient_checkpointing"
+    r"train\.(steps|seed|global_batch_size|accumulate|precision|compile|gradient_checkpointing|max_grad_norm|log_every|max_skipped)|"
+    r"data\.(train|eval|window|lanes|replacement|num_workers|timeout|max_bad_share|bad_window)"
 )
 # Options that another one leaves without any effect: which, the other one, and its value then.
 NO_EFFECT = (

@@ -46,8 +46,10 @@ class Trainer:
         if checkpoint is not None:
             load_model(checkpoint, self.model)
         transformers = [part for part in self.model.modules() if isinstance(part, Transformer)]
-        if runtime.compiles(config.train.compile):
-            for transformer in transformers:
+        compiles = runtime.compiles(config.train.compile)
+        for transformer in transformers:
+            transformer.gradient_checkpointing = config.train.gradient_checkpointing
+            if compiles:
                 transformer.compile_blocks()
         self.wrapped = runtime.wrap(self.model, [block for part in transformers for block in part.blocks])
         self.optimizers = config.optimizer.build(self.model)

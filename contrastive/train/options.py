@@ -11,11 +11,11 @@ from contrastive.data.settings import ImageDataConfig
 from contrastive.distributed.runtime import Compile, Precision
 from contrastive.errors import UserError
 from contrastive.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig
-from contrastive.option_types import Bound, Positive, Probability, check_bounds
+from contrastive.option_types import Bound, Positive, Probability, Share, check_bounds
 
 # Three ways to say how long to train; one of them is given.
 LENGTHS = ("steps", "epochs", "samples")
-ONLY_IN_TRAINING = ("dropout", "patch_dropout", "gradient_checkpointing")  # of a tower, and no part of its architecture
+ONLY_IN_TRAINING = ("dropout", "patch_dropout")  # of a tower, and no part of its architecture
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class TrainConfig:
     """bf16 or fp32 towers; the loss is fp32. auto: bf16 on a GPU that has it."""
     compile: Compile = "auto"
     """Compile the blocks of the towers with torch.compile. auto: on a GPU; on a CPU it takes a minute to gain 5 %."""
+    gradient_checkpointing: Share[float] = 0.0
+    """Share of each tower's blocks that are recomputed in backward: less memory, about a third more time with 1."""
     max_grad_norm: Positive[float] = 1.0
     """Clip the gradient's norm to this."""
     ema_decay: Probability[float | None] = None
@@ -87,7 +89,9 @@ class Stage:
 class RunConfig:
     """What every kind of run can be told; each kind adds its `model`, and has `data` of its own."""
 
-    RENAMED = {"optimizer.beta1": Gone(0.9), "optimizer.momentum": Gone(0.95)}
+    RENAMED = {"optimizer.beta1": Gone(0.9), "optimizer.momentum": Gone(0.95)} | {
+        f"model.{tower}.gradient_checkpointing": "train.gradient_checkpointing" for tower in ("image", "text")
+    }
     SHORT_FLAGS = {  # flags that stand for longer ones
         "data": "data.train",
         "train_data": "data.train",

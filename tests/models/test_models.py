@@ -165,13 +165,19 @@ def test_patch_dropout_keeps_tokens_whole():
 
 def test_gradient_checkpointing_changes_no_gradient():
     pixels = torch.randn(2, 3, 32, 32)
-    grads = []
-    for on in (False, True):
+    grads, kept = [], []
+    for share in (0.0, 0.5, 1.0):
         torch.manual_seed(0)
-        tower = ImageTower(replace(IMAGE, gradient_checkpointing=on), 32)
-        tower(pixels).square().sum().backward()
+        tower = ImageTower(replace(IMAGE, depth=2), 32)
+        tower.transformer.gradient_checkpointing = share
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t.numel()) or t, lambda t: t):
+            loss = tower(pixels).square().sum()
+        loss.backward()
         grads.append([p.grad for p in tower.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        kept.append(sum(saved))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
+    assert kept[0] > kept[1] > kept[2]
 
 
 def test_dual_encoder_normalises_and_has_a_bias_only_when_asked():

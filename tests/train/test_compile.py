@@ -31,7 +31,7 @@ def traced(monkeypatch):
     counters.clear()
 
 
-@pytest.mark.parametrize("flags", [(), ("--train.accumulate", "2", "--model.image.gradient_checkpointing")])
+@pytest.mark.parametrize("flags", [(), ("--train.accumulate", "2", "--train.gradient_checkpointing", "1")])
 def test_a_compiled_run_is_an_uncompiled_one(flags, tiny, tmp_path, traced):
     expected, weights = trained(tiny, tmp_path / "plain", *flags, "--train.compile", "off")
     assert not counters["stats"]

@@ -76,7 +76,7 @@ def test_words_that_are_no_stage(words, message, tiny, tmp_path):
 def test_a_run_in_one_stage_is_the_run_at_its_size(tiny, tmp_path):
     """In every bit, in micro-batches with their activations computed twice; fixed positions need no resampling."""
     flags = ("--config", tiny, "--model.image.position", "sincos", "--train.steps", "3", "--train.accumulate", "2")
-    flags += ("--model.image.patch_size", "4", "--model.image.gradient_checkpointing", "--evaluation.limit", "8")
+    flags += ("--model.image.patch_size", "4", "--train.gradient_checkpointing", "1", "--evaluation.limit", "8")
     stage = "until=1,image_size=8,patch_dropout=0.5"
     pretrain_here(*flags, "--curriculum", stage, "--run_folder", tmp_path / "stage")
     own = ("--model.image.image_size", "8", "--model.image.patch_dropout", "0.5")

@@ -14,7 +14,7 @@ SCRIPT = "scripts/pretrain.py"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 TOGETHER = (
     *("--optimizer", "muon", "--train.ema_decay", "0.5", "--train.accumulate", "2", "--train.max_grad_norm", "0.1"),
-    *("--model.image.gradient_checkpointing", "--evaluation.every", "6", "--checkpoint.every", "3"),
+    *("--train.gradient_checkpointing", "0.5", "--evaluation.every", "6", "--checkpoint.every", "3"),
     *("--train.log_every", "1", "--train.steps", "6", "--model.image.dropout", "0"),
 )
 

@@ -14,6 +14,10 @@ from contrastive.distributed.launching import prepare_process
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+MEETING = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+FSDP2 = FSDP | MEETING | {"FSDP_VERSION": "2"}
+
 
 @pytest.fixture
 def launched_with(monkeypatch):
@@ -41,8 +45,8 @@ def launched_with(monkeypatch):
         ("--gradient_clipping 0.5", "use --train.max_grad_norm 0.5"),
         ("--use_deepspeed", "--use_deepspeed has no effect here; leave it out"),
         ("--zero_stage 2", "--zero_stage 2 has no effect"),
-        ("--use_fsdp --num_processes 2", "--use_fsdp has no effect"),
-        ("--fsdp_version 2", "--fsdp_version 2 has no effect"),
+        ("--use_fsdp --fsdp_version 2 --fsdp_offload_params true", "--fsdp_offload_params true has no effect"),
+        ("--use_fsdp --fsdp_activation_checkpointing true", "use --train.gradient_checkpointing 1"),
         ("--use_megatron_lm", "--use_megatron_lm has no effect"),
         ("--fp8_format E4M3", "--fp8_format E4M3 has no effect"),
         ("--dynamo_mode max-autotune", "--dynamo_mode max-autotune has no effect"),
@@ -59,7 +63,15 @@ def test_flags_of_accelerate_that_change_nothing(words, message, launched_with):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "--use_fsdp of accelerate launch .or its configuration. is not supported"),
+        (FSDP, "FSDP1 is not supported; use fsdp_version: 2"),
+        (FSDP | {"FSDP_VERSION": "2"}, "FSDP with one process shards nothing; leave --use_fsdp out"),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params true is not supported; leave it out"),
+        (
+            FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "true is not supported; use --train.gradient_checkpointing",
+        ),
+        (FSDP2 | {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, "FULL_STATE_DICT is not supported; checkpoints are"),
+        (FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, "NO_WRAP is not supported; the blocks of the towers are"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "--use_deepspeed of accelerate launch"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm of accelerate launch"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, "use --train.accumulate 8"),
