@@ -53,10 +53,6 @@ def preset(default_for: Callable[[str], Any], default: Callable[[], Any], table:
     return dataclasses.field(default_factory=default, metadata={"choice": NamedSection(default_for, table=table)})
 
 
-ONLY_OF_OLD_RUNS = ("gradient_checkpointing",)
-"""Keys in the config.json of models saved when towers had them: they say nothing of the architecture."""
-
-
 @dataclass(frozen=True)
 class Gone:
     """What becomes of an option in RENAMED that nobody used: it has one value for all."""
@@ -203,7 +199,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
-        if key in ONLY_OF_OLD_RUNS:
+        if key == "gradient_checkpointing":  # of models saved when towers had it; it says nothing of what they are
             continue
         if key not in hints:
             raise UserError(f"{where}: unknown key '{key}'.{did_you_mean(key, hints)}")
@@ -310,7 +306,7 @@ def _with_new_names(
         if not written:
             raise UserError(f"{file}: {_old_name(name, new)}")
         if not isinstance(new, Gone):
-            # Two old switches, one for each tower, became a share: the larger one counts.
+            # Two old switches became one share: the larger counts.
             moved[new] = max(float(value), moved.get(new, 0.0)) if isinstance(value, bool) else value
         elif value != new.value:
             raise UserError(f"{file}: {name} is {value}, but is no option any more: it is always {new.value}")

@@ -1,5 +1,7 @@
 """FSDP2 over gloo: the losses and weights of one process, whatever the number of ranks that saved and went on."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from launching import rows
@@ -10,7 +12,7 @@ import contrastive
 from contrastive.data.sources import open_source
 from contrastive.evaluate.classification import zero_shot
 
-SCRIPT = "scripts/pretrain.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts/pretrain.py"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 TOGETHER = (
     *("--optimizer", "muon", "--train.ema_decay", "0.5", "--train.accumulate", "2", "--train.max_grad_norm", "0.1"),
