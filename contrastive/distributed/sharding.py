@@ -61,6 +61,15 @@ def shard(model: nn.Module, units: Iterable[nn.Module], device: torch.device, bf
     fully_shard(model, ignored_params={p for p in model.parameters() if p.ndim == 0}, **how)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of what a forward pass has gathered that no backward pass follows."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average over ranks the gradients of what is not sharded, as those of the rest have been in backward."""
     for parameter in parameters:
@@ -120,7 +129,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
     norm = nn.utils.get_total_norm(rest)
     if parts:
         norm = (norm**2 + all_reduce_sum(nn.utils.get_total_norm(parts) ** 2)).sqrt()
-    torch._foreach_mul_(parts + rest, (max_norm / (norm + 1e-6)).clamp(max=1))
+    if gradients:  # a loss that was refused leaves none
+        torch._foreach_mul_(parts + rest, (max_norm / (norm + 1e-6)).clamp(max=1))
     return norm
 
 

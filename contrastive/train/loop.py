@@ -16,7 +16,7 @@ from contrastive.data.order import SampleOrder, check_cursor
 from contrastive.data.record import FaultCounts
 from contrastive.distributed.collectives import all_reduce_sum, gather_objects
 from contrastive.distributed.runtime import Runtime
-from contrastive.distributed.sharding import average_whole_gradients, clip_gradients, unsharded
+from contrastive.distributed.sharding import average_whole_gradients, clip_gradients, reshard, unsharded
 from contrastive.errors import UserError
 from contrastive.log import MetricsLog, say, warn
 from contrastive.losses import NonFiniteFeatures
@@ -121,6 +121,8 @@ class Trainer:
         except NonFiniteFeatures as error:  # raised on all ranks alike, which skip this step
             warn(f"step {self.step + 1}: {error}")
             loss = torch.tensor(math.nan, device=runtime.device)
+            if runtime.shards:
+                reshard(self.model)
         if runtime.shards:
             average_whole_gradients(self.model.parameters())
         norm = clip_gradients(self.model.parameters(), config.train.max_grad_norm)
