@@ -4,7 +4,7 @@ A loss over pairs asks this rank's images (B/W, E) against the texts of every ra
 memory is linear in the batch. B batch, W ranks, E width:
 
     pairs = AllPairs(image_features, text_features, logit_scale, logit_bias, caption_ids, duplicates)  # and checks them
-    for tile in pairs.tiles(gradients=True):       # (r, c) logits each
+    for tile in pairs.tiles(sigmoid_tile, gradients=True):  # (r, c) logits each
         ...                                        # the tile's part of the loss, and G, its gradient by the logits
         tile.add_gradient(g)                       # G·text and Gᵀ·image, summed
     return pairs.differentiable(loss_sum)
@@ -28,6 +28,8 @@ CPU_TILE = 1024
 """Rows and columns: 4 MiB of float32, near the top speed of a matrix product and small enough for its cache."""
 GPU_TILE = 8192
 """128 MiB of bfloat16: few enough launches, and each product runs at the device's full rate."""
+PLAIN_GPU_TILE = 4096
+"""Where the kernels do not work: 64 MiB of float32, and plain torch takes up to five."""
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
@@ -63,7 +65,7 @@ class Tile:
     buffers: list[torch.Tensor] = field(default_factory=list)
     """Memory that the tiles of a sweep share, lest it grow with the batch; the first tile is the largest."""
     kernels: Any = None
-    """`TritonTiles` on a GPU, which compute a tile's logits and all that comes of them at once; else None."""
+    """`TritonTiles` on a GPU where they work, which compute logits and all that comes of them at once; else None."""
 
     def matrices(self, count: int) -> list[torch.Tensor]:
         """Return matrices of the size and type of the tile, which the next tile overwrites."""
@@ -140,20 +142,22 @@ class AllPairs:
         self.text_sum: torch.Tensor | None = None
         """Σ over the images of all ranks of Gᵀ·image, (B/W, E)."""
 
-    def tiles(self, gradients: bool = False) -> Iterator[Tile]:
-        """Yield all tiles of the logits; each is valid until the next.
+    def tiles(self, of: Callable, gradients: bool = False) -> Iterator[Tile]:
+        """Yield all tiles of the logits, for the function `of`; each is valid until the next.
 
         With `gradients`, those that are wanted are summed over what is given to `Tile.add_gradient`, in float32 at
         least. After the last tile they are sums over ranks too, and ready for `differentiable`.
         """
         sum_images, sum_texts = (gradients and wanted for wanted in self.wants)
-        on_gpu = self.image.is_cuda and self.image.dtype != torch.float64
-        size = GPU_TILE if on_gpu else CPU_TILE
-        buffers, kernels = [], None
-        if on_gpu:
-            from contrastive.losses.triton_tiles import TritonTiles  # needs a GPU, and takes a while to import
+        size, buffers, kernels = CPU_TILE, [], None
+        if _takes_kernels(self.image):
+            from contrastive.losses.kernel_check import checked_kernels
 
-            kernels = TritonTiles(self.image, min(size, len(self.image)), min(size, world_size() * len(self.text)))
+            most = (min(GPU_TILE, n) for n in (len(self.image), world_size() * len(self.text)))
+            kernels = checked_kernels(of, self.image, *most, self.duplicates, gradients and any(self.wants))
+            size = GPU_TILE if kernels else PLAIN_GPU_TILE
+        # Plain torch stores logits in the type of the features, and bfloat16 has no room for their digits.
+        kind = self.image.dtype if kernels else self.scale.dtype
         self.image_sum = _zeros_like(self.image) if sum_images else None
         blocks = every_block(self.text)
         for first, block in blocks:
@@ -162,8 +166,8 @@ class AllPairs:
                 for part in _parts(len(block), size):
                     columns = slice(first + part.start, first + part.stop)
                     yield Tile(
-                        x=self.image[rows],
-                        y=block[part],
+                        x=self.image[rows].to(kind),
+                        y=block[part].to(kind),
                         diagonal=self.own.start + rows.start - columns.start,
                         duplicates=self.duplicates,
                         row_ids=None if self.row_ids is None else self.row_ids[rows],
@@ -301,6 +305,10 @@ def _product_type(image: torch.Tensor, text: torch.Tensor) -> torch.dtype:
     if device == "cuda" and (kind == torch.bfloat16 or (under_bf16 and kind == torch.float32)):
         return torch.bfloat16
     return torch.promote_types(kind, torch.float32)
+
+
+def _takes_kernels(features: torch.Tensor) -> bool:
+    return features.is_cuda and features.dtype != torch.float64
 
 
 def _parts(length: int, size: int) -> Iterator[slice]:

@@ -24,7 +24,7 @@ class SigmoidLoss(PairLoss):
         """
         loss_sum = torch.zeros((), dtype=torch.float64, device=pairs.image.device)
         bias_sum = torch.zeros_like(loss_sum)
-        for tile in pairs.tiles(gradients=True):
+        for tile in pairs.tiles(sigmoid_tile, gradients=True):
             loss, logit_gradient_sum, logit_gradient = sigmoid_tile(tile, pairs.scale, pairs.bias, any(pairs.wants))
             loss_sum += loss
             if logit_gradient is not None:

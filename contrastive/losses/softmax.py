@@ -45,7 +45,7 @@ class SoftmaxLoss(PairLoss):
             matched = -margins.sigmoid().mean(dim=0)
         if any(pairs.wants):
             row_lse, column_lse, matched = (vector.to(pairs.scale.dtype) for vector in (row_lse, column_lse, matched))
-            for tile in pairs.tiles(gradients=True):
+            for tile in pairs.tiles(gradient_tile, gradients=True):
                 lse = row_lse[tile.rows], column_lse[tile.columns]
                 tile.add_gradient(gradient_tile(tile, pairs.scale, *lse, matched[tile.rows]))
         return (loss_sum,)
@@ -60,7 +60,7 @@ def _log_sum_exps(pairs: AllPairs):
     row_lse = torch.full((len(pairs.image),), -torch.inf, **nothing)
     column_lse = torch.full((world_size() * len(pairs.text),), -torch.inf, **nothing)
     matched = torch.zeros(len(pairs.image), **nothing)
-    for tile in pairs.tiles():
+    for tile in pairs.tiles(statistics_tile):
         of_rows, of_columns, tile_matched = statistics_tile(tile, pairs.scale)
         row_lse[tile.rows] = torch.logaddexp2(row_lse[tile.rows], of_rows)
         column_lse[tile.columns] = torch.logaddexp2(column_lse[tile.columns], of_columns)

@@ -54,7 +54,7 @@ MIN_BLOCK = min(min(c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"]) for c in CONFIGURA
 """What the slots of partial results are counted by."""
 
 
-def _suitable(configs: list[triton.Config], _, x: torch.Tensor, **__) -> list[triton.Config]:
+def suitable(configs: list[triton.Config], _, x: torch.Tensor, **__) -> list[triton.Config]:
     """Keep the configurations whose BLOCK_K fits the type of the features."""
     return [c for c in configs if c.kwargs["BLOCK_K"] * x.element_size() == SWIZZLE_BYTES]
 
@@ -67,7 +67,7 @@ def _tuned(kernel):
     return triton.autotune(
         configs=CONFIGURATIONS,
         key=[a for a in ("size_class", "EMBED_DIM", "DUPLICATES", "GRADIENT") if a in kernel.arg_names],  # and types
-        prune_configs_by={"early_config_prune": _suitable},
+        prune_configs_by={"early_config_prune": suitable},
     )(kernel)
 
 

@@ -1,7 +1,12 @@
 """Tiles on a GPU: each call is one matrix product, and all that a loss needs is taken from its accumulator."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
+from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from contrastive.losses.all_pairs import Tile
 from contrastive.losses.triton_kernels import (
@@ -10,7 +15,17 @@ from contrastive.losses.triton_kernels import (
     sigmoid_kernel,
     softmax_gradient_kernel,
     softmax_statistics_kernel,
+    suitable,
 )
+
+KERNELS = {
+    "sigmoid_tile": sigmoid_kernel,
+    "statistics_tile": softmax_statistics_kernel,
+    "gradient_tile": softmax_gradient_kernel,
+}
+"""The kernel behind each method of TritonTiles."""
+TOO_LARGE = (OutOfResources, CompileTimeAssertionFailure, PTXASError)
+"""What a configuration that this GPU has no room for ends with: Triton then chooses among the others."""
 
 GRADIENT_ALIGNMENT = 16
 """Columns that a row of the gradient is padded up to: wide stores here, aligned products after."""
@@ -73,6 +88,23 @@ class TritonTiles:
         rows, columns = len(tile.x), len(tile.y)
         stride = _padded(columns)
         return self._gradient[: rows * stride].view(rows, stride)[:, :columns]
+
+
+def configurations(method: str, like: torch.Tensor) -> list[triton.Config]:
+    """Return those of a method's kernel that may be chosen for the type of `like`."""
+    every = KERNELS[method].configs
+    return every if len(every) == 1 else suitable(every, None, like)
+
+
+@contextmanager
+def configured(method: str, configuration: triton.Config) -> Iterator[None]:
+    """Let a method's kernel have this one configuration, which is then not timed."""
+    kernel, every = KERNELS[method], KERNELS[method].configs
+    kernel.configs = [configuration]
+    try:
+        yield
+    finally:
+        kernel.configs = every
 
 
 def _padded(columns: int) -> int:

@@ -11,10 +11,11 @@ import pytest
 import torch
 import triton
 
-from contrastive.losses import triton_kernels
+from contrastive.losses import kernel_check, triton_kernels
 from contrastive.losses.all_pairs import Tile
 from contrastive.losses.sigmoid import sigmoid_tile
 from contrastive.losses.softmax import gradient_tile, statistics_tile
+from contrastive.losses.triton_tiles import KERNELS as KERNEL_OF
 from contrastive.losses.triton_tiles import TritonTiles
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -44,6 +45,9 @@ def one_configuration(monkeypatch):
     """Use the last configuration alone, so that few kernels are compiled."""
     for kernel in KERNELS:
         monkeypatch.setattr(kernel, "configs", kernel.configs[-1:])
+    if INTERPRETED:  # its blocks are smaller, and slower
+        monkeypatch.setattr(kernel_check, "ROWS", 40)
+        monkeypatch.setattr(kernel_check, "COLUMNS", 70)
 
 
 def features(rows, columns, dim, dtype=torch.float32):
@@ -212,6 +216,31 @@ def test_nan_reaches_the_results():
     assert loss.isnan() and total.isnan() and gradient[3].isnan().all() and not gradient[4].isnan().any()
     rows, columns, _ = TritonTiles(x, 20, 40).statistics_tile(tile, scalar(10.0))
     assert rows[3].isnan() and columns.isnan().sum() == 39  # all but its own, which is left out
+
+
+@needs_numbers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("duplicates", DUPLICATES)
+@pytest.mark.parametrize("function", [sigmoid_tile, statistics_tile, gradient_tile])
+def test_the_check_finds_nothing_wrong(function, duplicates, dtype):
+    assert kernel_check._problem(function, features(4, 4, 20, dtype)[0], duplicates, True) is None
+
+
+@needs_numbers
+@pytest.mark.parametrize("function", [sigmoid_tile, statistics_tile, gradient_tile])
+def test_the_check_finds_what_does_not_compile(function, monkeypatch):
+    wrong = triton.Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 12})  # no power of two
+    monkeypatch.setattr(KERNEL_OF[function.__name__], "configs", [wrong])
+    problem = kernel_check._problem(function, features(4, 4, 20)[0], "negative", True)
+    assert problem.startswith(f"{function.__name__}: ") and "\n" not in problem
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compiled code keeps its constants")
+@pytest.mark.parametrize("function", [sigmoid_tile, statistics_tile, gradient_tile])
+def test_the_check_finds_wrong_numbers(function, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "LOG2_E", triton.language.constexpr(1.0))
+    problem = kernel_check._problem(function, features(4, 4, 20)[0], "negative", True)
+    assert problem.startswith(f"{function.__name__} gives wrong numbers with BLOCK_M: 16")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="is about the interpreter")
