@@ -5,14 +5,14 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from contrastive.config import parse
+from contrastive.config import parse, rename_flags
 from contrastive.log import run_script
 
 T = TypeVar("T")
@@ -21,9 +21,18 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "accelerate", "numpy")
 
 
-def run_benchmark(prog: str, options: type[T], description: str, main: Callable[[T], None]) -> None:
-    """Run `main` with the command line's `options`; a wrong flag or value is one line and exit status 2."""
-    run_script(prog, lambda args: main(parse(options, args, prog=prog, description=description)))
+def run_benchmark(
+    prog: str, options: type[T], description: str, main: Callable[[T], None], short: Mapping[str, str] | None = None
+) -> None:
+    """Run `main` with the command line's `options`; a wrong flag or value is one line and exit status 2.
+
+    short: flags that stand for others: {"continue": "resume"}, where an option cannot have the name.
+    """
+
+    def start(args: list[str]) -> None:
+        main(parse(options, rename_flags(args, short or {}), prog=prog, description=description))
+
+    run_script(prog, start)
 
 
 def append(name: str, row: dict, command: str) -> dict:

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --data 'flickr8k/train-000000.tar'
     python benchmarks/step.py --data 'flickr8k/train-000000.tar' --models ViT-S-16 --sizes 224 --compile both
+    python benchmarks/step.py --data scenes --models ViT-B-16 --sizes 224 --precision bf16 --rivals ours  # and its MFU
 
 Both train the same towers from the same weights on the same real pairs, which lie decoded in memory: uint8 images for
 ours, as a run's loader yields them and normalised in the step, floats for open_clip, as its own does; texts by CLIP's
@@ -11,8 +12,13 @@ open_clip's is what `open_clip_train` does in a step, with fused AdamW, which it
 Rivals take turns of `--steps` steps in one process, so that the machine's drift hits all alike; medians over the
 rounds, and the ratio is the median of the rounds' ratios. With `--compile` the faster of eager and compiled counts.
 `loss_difference` is that of the first step, relative. A row for each model and size goes to results/step.jsonl.
+
+`mfu`: the matrix products of the towers' blocks that a step of these pairs takes, three times forward's, without
+padding and recomputation, over our time and the GPU's dense bf16 peak; null where that is not known here, or in fp32.
+Alone (`--rivals ours`) open_clip need not be installed: texts are then split by a vocabulary learned from the data.
 """
 
+import importlib.util
 import itertools
 import shlex
 import statistics
@@ -34,18 +40,23 @@ from contrastive.data.loader import train_loader
 from contrastive.data.order import Order
 from contrastive.data.record import Source
 from contrastive.data.sources import open_source
-from contrastive.data.tokenizer import clip_tokenizer
+from contrastive.data.tokenizer import clip_tokenizer, train_bpe
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Bundle
 from contrastive.interop.formats import open_clip_folder
 from contrastive.losses import LOSSES
+from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.models.presets import model_config
 from contrastive.optim.optimizers import AdamWConfig
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig, resolve
 from contrastive.train.options import TrainConfig
 
-ModelName = Literal["ViT-Ti-16", "ViT-S-16", "ViT-B-16", "ViT-Ti-16-SigLIP", "ViT-S-16-SigLIP", "ViT-B-16-SigLIP"]
+CLIP_MODELS = "ViT-Ti-16", "ViT-S-16", "ViT-B-32", "ViT-B-16"
+ModelName = Literal[(*CLIP_MODELS, "ViT-Ti-16-SigLIP", "ViT-S-16-SigLIP", "ViT-B-16-SigLIP")]
+RivalName = Literal["ours", "open_clip"]
+PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
+"""A second, dense bf16, by a part of the GPU's name: NVIDIA's data sheets."""
 NUM_BATCHES = 4  # different ones, in turn
 MAX_GRAD_NORM = 1.0
 Step = Callable[[], torch.Tensor]  # one step; returns its loss
@@ -57,6 +68,8 @@ class Options:
     """Image-text pairs: a shard of Flickr8k, or any other source."""
     models: tuple[ModelName, ...] = ("ViT-Ti-16", "ViT-S-16", "ViT-Ti-16-SigLIP", "ViT-S-16-SigLIP")
     """Towers. CLIP's train with the softmax loss, SigLIP's with the sigmoid loss."""
+    rivals: tuple[RivalName, ...] = ("ours", "open_clip")
+    """Who is measured; ours always is."""
     sizes: tuple[int, ...] = (112, 224)
     """Height and width of the images in pixels."""
     batch: int = 64
@@ -83,7 +96,10 @@ class Pair:
         self.is_siglip = "SigLIP" in name
         config = model_config(name)
         length = config.text.context_length
-        tokenizer = clip_tokenizer(length)
+        if importlib.util.find_spec("open_clip"):
+            tokenizer = clip_tokenizer(length)
+        else:
+            tokenizer = train_bpe((text for n in range(1000) for text in source.captions(n)), context_length=length)
         text = replace(config.text, vocab_size=tokenizer.vocab_size, eos_id=None, pad_id=None)
         config = PretrainConfig(
             loss=LOSSES.get("sigmoid" if self.is_siglip else "softmax")(),
@@ -193,16 +209,18 @@ def main(options: Options) -> None:
         row = _measure(Pair(name, size, source, options, runtime))
         append(options.results, row, shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]]))
         found = "  ".join(f"{rival} {rate}" for rival, rate in row["samples_per_second"].items())
-        print(f"{name} {size} px, {row['parameters']:,} parameters: {found}  ratio {row['ratio']}", flush=True)
+        print(f"{name} {size} px, {row['parameters']:,} parameters: {found}{_told(row)}", flush=True)
 
 
 def _measure(pair: Pair) -> dict:
     """Return the row of one model at one size."""
     options, device = pair.options, pair.runtime.device
-    steps = {"ours": pair.ours(False), "open_clip": pair.open_clip(False)}
+    steps = {"ours": pair.ours(False)}
+    if "open_clip" in options.rivals:
+        steps["open_clip"] = pair.open_clip(False)
     if options.compile != "none":
         steps["ours_compiled"] = pair.ours(True)
-    if options.compile == "both":
+    if options.compile == "both" and "open_clip" in options.rivals:
         steps["open_clip_compiled"] = pair.open_clip(True)
     first = {name: step().item() for name, step in steps.items()}
     for step in steps.values():  # a second one: the optimizer has its state now
@@ -213,9 +231,24 @@ def _measure(pair: Pair) -> dict:
             seconds[name].append(_seconds(step, options.steps, device))
     best = {
         side: min((name for name in steps if name.startswith(side)), key=lambda name: statistics.median(seconds[name]))
-        for side in ("ours", "open_clip")
+        for side in dict.fromkeys(("ours", *options.rivals))
     }
-    ratios = [theirs / ours for ours, theirs in zip(seconds[best["ours"]], seconds[best["open_clip"]], strict=True)]
+    row = _row(
+        pair, {name: round(options.batch / statistics.median(times), 1) for name, times in seconds.items()}, best
+    )
+    flops = block_flops(pair.config.model, options.batch, [(ids != pair.tokenizer.pad_id).sum(1) for ids in pair.texts])
+    row["block_tflop"] = float(f"{flops / 1e12:.4g}")
+    row["mfu"] = _mfu(flops / statistics.median(seconds[best["ours"]]), pair.runtime)
+    if "open_clip" in options.rivals:
+        ratios = [theirs / ours for ours, theirs in zip(seconds[best["ours"]], seconds[best["open_clip"]], strict=True)]
+        row["ratio"] = round(statistics.median(ratios), 3)
+        row["loss_difference"] = float(f"{abs(first['ours'] / first['open_clip'] - 1):.1e}")
+        row["open_clip"] = version("open_clip_torch")
+    return row
+
+
+def _row(pair: Pair, rates: dict[str, float], best: dict[str, str]) -> dict:
+    options = pair.options
     filled = torch.cat(pair.texts) != pair.tokenizer.pad_id
     return {
         "what": "a training step of prepared pairs: forward, loss, backward, clip, AdamW",
@@ -229,12 +262,39 @@ def _measure(pair: Pair) -> dict:
         "rounds": options.rounds,
         "steps": options.steps,
         "parameters": pair.parameters,
-        "loss_difference": float(f"{abs(first['ours'] / first['open_clip'] - 1):.1e}"),
-        "samples_per_second": {name: round(options.batch / statistics.median(seconds[name]), 1) for name in steps},
+        "samples_per_second": rates,
         "best": best,
-        "ratio": round(statistics.median(ratios), 3),
-        "open_clip": version("open_clip_torch"),
     }
+
+
+def block_flops(model: ModelConfig, batch: int, lengths: list[torch.Tensor]) -> float:
+    """Return the FLOPs of a step's products in the blocks of both towers, forward and backward.
+
+    Args:
+        lengths: tokens of each text of several batches (B,), of which the mean is taken.
+    """
+    images = torch.full((batch,), model.image.num_patches + model.image.class_token)
+    return _tower_flops(model.image, images) + sum(_tower_flops(model.text, n) for n in lengths) / len(lengths)
+
+
+def _tower_flops(tower: ImageTowerConfig | TextTowerConfig, lengths: torch.Tensor) -> float:
+    weights = 4 * tower.width**2 + 2 * tower.width * tower.mlp_dim
+    # Queries by keys, and weights by values; what causal attention leaves out of a short text does not show.
+    attention = 2 * tower.width * lengths.double().square().sum().item()
+    return 3 * 2 * tower.depth * (weights * lengths.sum().item() + attention)
+
+
+def _mfu(flops_per_second: float, runtime: Runtime) -> float | None:
+    """Return the share of the GPU's peak, where it is known."""
+    if runtime.device.type != "cuda" or runtime.precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name()
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return peak and round(flops_per_second / peak, 4)
+
+
+def _told(row: dict) -> str:
+    return "".join(f"  {name} {row[name]}" for name in ("ratio", "mfu") if row.get(name) is not None)
 
 
 def _seconds(step: Step, steps: int, device: torch.device) -> float:

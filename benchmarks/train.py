@@ -3,7 +3,8 @@
     python benchmarks/train.py quickstart pretrain.py --loss sigmoid --run_folder runs/bench-sigmoid
     python benchmarks/train.py classifier train_classifier.py --data mnist --run_folder runs/bench-mnist
 
-The first word names results/NAME.jsonl, the second is the script; the rest is for the script.
+The first word names results/NAME.jsonl, the second is the script; the rest is for the script, but for --launch, which
+has flags of `accelerate launch` in one word: '--num_processes 2 --use_fsdp --fsdp_version 2'.
 """
 
 import resource
@@ -22,9 +23,14 @@ from contrastive.log import read_metrics
 
 def main(name: str, script: str, flags: list[str]) -> None:
     _, run_folder = take_option(flags, "run_folder")
-    command = ["accelerate", "launch", f"scripts/{script}", *flags]
+    flags, launch = take_option(flags, "launch")
+    command = ["accelerate", "launch", *shlex.split(launch or ""), f"scripts/{script}", *flags]
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]], check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", *command[2:]]
+    )
+    if done.returncode:
+        sys.exit(done.returncode)  # the script has said why
     seconds = time.perf_counter() - started
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     metrics = read_metrics(Path(run_folder) / "metrics.jsonl")
