@@ -41,7 +41,7 @@ from contrastive.files import read_json, write_json
 from contrastive.option_types import Positive
 
 ROOT = Path(__file__).resolve().parents[1]
-TOY_MINUTES = 1.0
+TOY_MINUTES = 5.0  # seconds of work, but perhaps on a core that many share
 GRACE = 5.0  # seconds that a part has to end when told to, and then a second for its children
 END = 2 * GRACE  # what is left of the minutes for that, and for the table
 

@@ -38,8 +38,9 @@ def run_benchmark(
 def append(name: str, row: dict, command: str) -> dict:
     """Append `row` to results/NAME.jsonl with device, versions, commit, date and the command; return all of it."""
     full = {**row, "command": command, **_surroundings()}
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a") as file:
+    path = RESULTS / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
         file.write(json.dumps(full) + "\n")
     return full
 

@@ -3,8 +3,8 @@
     python benchmarks/train.py quickstart pretrain.py --loss sigmoid --run_folder runs/bench-sigmoid
     python benchmarks/train.py classifier train_classifier.py --data mnist --run_folder runs/bench-mnist
 
-The first word names results/NAME.jsonl, the second is the script; the rest is for the script, but for --launch, which
-has flags of `accelerate launch` in one word: '--num_processes 2 --use_fsdp --fsdp_version 2'.
+The first word names results/NAME.jsonl, the second is the script; the rest is for the script, but for flags of
+`accelerate launch`, all in one word: '--launch=--num_processes 2 --use_fsdp --fsdp_version 2'.
 """
 
 import resource

@@ -25,7 +25,7 @@ def parts(monkeypatch):
 def run(tmp_path, *flags):
     where = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "rows")]
     command = [sys.executable, str(SCRIPT), *where, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=1200)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -87,10 +87,10 @@ def test_what_has_no_time_is_not_started_and_later_gone_on_with(tmp_path, monkey
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # set by --toy: so it is undone here
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    _, told, _ = call(monkeypatch, capsys, *where, "--minutes", "0.1")
+    _, told, _ = call(monkeypatch, capsys, *where, "--toy", "--only", "probe", "copies", "--minutes", "0.1")
     assert told.count("not started: no time left") == 2 and "not run" in told
     assert not (tmp_path / "work" / "state.json").exists() and not (tmp_path / "rows").exists()
-    run(tmp_path, "--toy", "--only", "probe", "--minutes", "5")
+    run(tmp_path, "--toy", "--only", "probe", "--minutes", "15")
     told = run(tmp_path, "--toy", "--only", "probe", "copies", "--continue")
     assert "copies: done" in told and "probe: done" not in told
     assert ended(tmp_path) == {"probe": "done", "copies": "done"} and len(rows(tmp_path, "probe")) == 1
