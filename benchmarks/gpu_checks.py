@@ -34,6 +34,7 @@ from contrastive.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 CheckName = Literal["tests", "copies", "packed", "curriculum", "encoder", "captioner", "resume", "onnx"]
+QUICKSTART = ("--loss", "sigmoid")  # the flags of gpu_parts.py's quickstart
 LAUNCH = ("-m", "accelerate.commands.accelerate_cli", "launch")
 
 
@@ -202,15 +203,15 @@ def captioner(options: Options) -> Iterator[dict]:
 
 def resume(options: Options) -> Iterator[dict]:
     first, folder = Path(options.work, "quickstart"), Path(options.work, "resume")
-    undisturbed, flags = _losses(first), ["--config", str(first / "config.yaml"), "--run_folder", str(folder)]
+    undisturbed, flags = _losses(first), [*QUICKSTART, "--run_folder", str(folder)]
     process = subprocess.Popen([sys.executable, "scripts/pretrain.py", *flags], cwd=ROOT)
     while process.poll() is None and max(_losses(folder), default=0) < max(undisturbed) // 2:
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)  # it saves, and exits
     process.wait()
-    at = max(_losses(folder))
-    if at == max(undisturbed):
-        raise UserError(f"{folder}: the run was over before it could be killed")
+    at = max(_losses(folder), default=0)
+    if not 0 < at < max(undisturbed):
+        raise UserError(f"{folder}: the run was over before it could be killed half-way; it may have said why above")
     _call("scripts/pretrain.py", *flags, "--resume")
     after = _losses(folder)
     difference = max(abs(after[step] / undisturbed[step] - 1) for step in undisturbed)

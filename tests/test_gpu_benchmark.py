@@ -74,16 +74,7 @@ def call(monkeypatch, capsys, *flags):
 
 
 def test_what_has_no_time_is_not_started_and_later_gone_on_with(tmp_path, monkeypatch, capsys):
-    where = [
-        "--toy",
-        "--only",
-        "probe",
-        "copies",
-        "--work",
-        str(tmp_path / "work"),
-        "--results",
-        str(tmp_path / "rows"),
-    ]
+    where = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "rows")]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # set by --toy: so it is undone here
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("signal.signal", lambda *_: None)
