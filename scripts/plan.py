@@ -1,0 +1,86 @@
+"""Say what a pretraining run will need, before anyone pays: memory of a GPU, samples a second, hours, traffic.
+
+python scripts/plan.py --config configs/cc12m.yaml --gpus 8 --gpu h200
+python scripts/plan.py --config configs/cc12m.yaml --gpus 1 8 64 1024 --gpu h100 --num_samples 10900000
+python scripts/plan.py --config configs/cc12m.yaml --model siglip_vit_l_16 --train.accumulate 4 --gpus 8 --gpu a100
+"""
+
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from contrastive.log import run_script
+
+QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+
+
+def main(args: list[str]) -> None:
+    from contrastive.config import parse, rename_flags, take_option, written_options
+    from contrastive.train.options import LENGTHS
+    from contrastive.train.plan import PlanConfig, make_plan, suggested
+
+    args, chosen = take_option(rename_flags(args, PlanConfig.SHORT_FLAGS), "config")
+    file = Path(chosen) if chosen else QUICKSTART
+    lengths = tuple(f"train.{name}" for name in LENGTHS)
+    told = f"Say what a run needs. --config FILE.yaml (default {QUICKSTART.name}); all of pretrain.py's options count"
+    config = parse(PlanConfig, args, file, prog="plan.py", description=told, either=(lengths,), also=("config",))
+    plan = make_plan(config)
+    recipe_batch = written_options(PlanConfig, file).get("train.global_batch_size", config.train.global_batch_size)
+    console = Console()
+    console.print(_facts(config, plan, suggested(config, recipe_batch), recipe_batch))
+    console.print(_table(plan))
+
+
+def _facts(config, plan, suggestion, recipe_batch: int) -> Table:
+    weights, batch = plan.weights, config.train.global_batch_size
+    rate, warmup = suggestion
+    grown = "" if recipe_batch == batch else f", by the square root of the batch from {recipe_batch:,}"
+    warm = "" if warmup is None else f", {warmup:,} steps of warm-up"
+    facts = {
+        "parameters": f"{weights.all / 1e6:,.1f} M: image {weights.image / 1e6:,.1f}, text {weights.text / 1e6:,.1f}",
+        "FLOPs of a pair": f"{plan.model_flops / 1e9:,.1f} G forward and backward"
+        + ("" if plan.flops == plan.model_flops else f", {plan.flops / 1e9:,.1f} G with what is computed twice"),
+        "captions": f"{config.data.captions_per_image} of {plan.tokens} tokens each",
+        "GPU": f"{config.gpu}, {plan.room / 2**30:.1f} GiB after CUDA's own; {config.utilisation:.0%} of its bf16 rate",
+        "batch": f"{batch:,} pairs; suggested: learning rate {rate:.2g}{grown}{warm}",
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, fact in facts.items():
+        table.add_row(name, fact)
+    return table
+
+
+def _table(plan) -> Table:
+    """One column for each number of GPUs."""
+    table = Table("on GPUs", *(f"{each.gpus:,}" for each in plan.forecasts), box=SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def row(name: str, cells: list[str], **style) -> None:
+        table.add_row(name, *cells, **style)
+
+    row("pairs of a micro-batch", [f"{each.micro_batch:,}" for each in plan.forecasts])
+    for way, name in (("ddp", "DDP"), ("fsdp", "FSDP2")):
+        memory = [getattr(each, way) for each in plan.forecasts]
+        totals = ["" if parts is None else sum(parts.values()) for parts in memory]
+        row(f"{name}, GiB", ["" if n == "" else f"{n / 2**30:.1f}{_warning(n, plan)}" for n in totals], style="bold")
+        for part in dict.fromkeys(part for parts in memory if parts for part in parts):
+            values = ["" if parts is None else f"{parts.get(part, 0) / 2**30:.2f}" for parts in memory]
+            row(f"  {part}", values)
+        most = [getattr(each, f"{way}_batch") for each in plan.forecasts]
+        cells = ["" if parts is None else f"{n:,}" if n else "none" for n, parts in zip(most, memory, strict=True)]
+        row("  largest micro-batch", cells)
+    row("samples/s", [f"{each.samples_per_second:,.0f}" for each in plan.forecasts])
+    unknown = "give --num_samples"
+    row("hours", [unknown if each.hours is None else f"{each.hours:,.1f}" for each in plan.forecasts])
+    return table
+
+
+def _warning(total: float, plan) -> str:
+    return " (too much)" if total > plan.room else ""
+
+
+if __name__ == "__main__":
+    run_script("plan.py", main)
