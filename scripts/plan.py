@@ -61,25 +61,27 @@ def _table(plan) -> Table:
     def row(name: str, cells: list[str], **style) -> None:
         table.add_row(name, *cells, **style)
 
-    row("pairs of a micro-batch", [f"{each.micro_batch:,}" for each in plan.forecasts])
+    row("micro-batch", [f"{each.micro_batch:,}" for each in plan.forecasts])
     for way, name in (("ddp", "DDP"), ("fsdp", "FSDP2")):
-        memory = [getattr(each, way) for each in plan.forecasts]
-        totals = ["" if parts is None else sum(parts.values()) for parts in memory]
-        row(f"{name}, GiB", ["" if n == "" else f"{n / 2**30:.1f}{_warning(n, plan)}" for n in totals], style="bold")
-        for part in dict.fromkeys(part for parts in memory if parts for part in parts):
-            values = ["" if parts is None else f"{parts.get(part, 0) / 2**30:.2f}" for parts in memory]
-            row(f"  {part}", values)
-        most = [getattr(each, f"{way}_batch") for each in plan.forecasts]
-        cells = ["" if parts is None else f"{n:,}" if n else "none" for n, parts in zip(most, memory, strict=True)]
-        row("  largest micro-batch", cells)
+        found = [(each, getattr(each, way), getattr(each, f"{way}_batch")) for each in plan.forecasts]
+
+        def cells(value, found=found) -> list[str]:
+            return ["" if parts is None else value(each, parts, most) for each, parts, most in found]
+
+        row(f"{name}, GiB", cells(lambda _, parts, __: _total(sum(parts.values()), plan.room)), style="bold")
+        for part in dict.fromkeys(part for _, parts, _ in found for part in parts or ()):
+            row(f"  {part}", cells(lambda _, parts, __, part=part: f"{parts[part] / 2**30:.2f}"))
+        row("  micro-batch that fits", cells(lambda _, __, most: f"{most:,}" if most else "none"))
+        row("  with train.accumulate", cells(lambda each, _, most: f"{each.own_pairs // most:,}" if most else ""))
     row("samples/s", [f"{each.samples_per_second:,.0f}" for each in plan.forecasts])
-    unknown = "give --num_samples"
-    row("hours", [unknown if each.hours is None else f"{each.hours:,.1f}" for each in plan.forecasts])
+    hours = ["?" if each.hours is None else f"{each.hours:,.1f}" for each in plan.forecasts]
+    row("hours" if "?" not in hours else "hours: give --num_samples", hours)
+    table.caption = f"* more than the {plan.room / 2**30:.1f} GiB there are"
     return table
 
 
-def _warning(total: float, plan) -> str:
-    return " (too much)" if total > plan.room else ""
+def _total(size: float, room: float) -> str:
+    return f"{size / 2**30:.1f}{'*' if size > room else ''}"
 
 
 if __name__ == "__main__":

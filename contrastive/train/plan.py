@@ -112,6 +112,8 @@ class Forecast:
     """A run on a number of GPUs. Memory in bytes by part, for a micro-batch as configured."""
 
     gpus: int
+    own_pairs: int
+    """Of a rank, in a step."""
     micro_batch: int
     ddp: dict[str, float]
     fsdp: dict[str, float] | None
@@ -163,11 +165,13 @@ def make_plan(config: PlanConfig) -> Plan:
     room, samples = gpu.memory * GIB - CONTEXT, _samples(config)
 
     def forecast(gpus: int) -> Forecast:
-        micro_batch = config.train.global_batch_size // gpus // config.train.accumulate
+        own_pairs = config.train.global_batch_size // gpus
+        micro_batch = own_pairs // config.train.accumulate
         common = config, weights, gpus
         rate = gpus * gpu.teraflops * 1e12 * config.utilisation / flops
         return Forecast(
             gpus,
+            own_pairs,
             micro_batch,
             rank_memory(*common, micro_batch, tokens, bf16, False),
             rank_memory(*common, micro_batch, tokens, bf16, True) if gpus > 1 else None,
