@@ -71,6 +71,8 @@ def _table(plan) -> Table:
         row(f"{name}, GiB", cells(lambda _, parts, __: _total(sum(parts.values()), plan.room)), style="bold")
         for part in dict.fromkeys(part for _, parts, _ in found for part in parts or ()):
             row(f"  {part}", cells(lambda _, parts, __, part=part: f"{parts[part] / 2**30:.2f}"))
+        sent = f"{way}_sent"
+        row("  sent in a step", cells(lambda each, _, __, sent=sent: f"{getattr(each, sent) / 2**30:.2f}"))
         row("  micro-batch that fits", cells(lambda _, __, most: f"{most:,}" if most else "none"))
         row("  with train.accumulate", cells(lambda each, _, most: f"{each.own_pairs // most:,}" if most else ""))
     row("samples/s", [f"{each.samples_per_second:,.0f}" for each in plan.forecasts])

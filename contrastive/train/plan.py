@@ -3,13 +3,17 @@
 import math
 from dataclasses import dataclass, replace
 
+import torch
+
 from contrastive.distributed.collectives import GATHER_BYTES
 from contrastive.errors import UserError, did_you_mean
+from contrastive.models import DualEncoder
 from contrastive.option_types import Positive
 from contrastive.train.contrastive_task import PretrainConfig, check
 from contrastive.train.counting import Weights, count_weights, one_pass
 from contrastive.train.options import check_division
 from contrastive.train.pretrain import CLIP_VOCABULARY
+from contrastive.train.traffic import Exchange, step_traffic
 
 FLOAT, HALF = 4, 2  # bytes
 GIB = 2**30
@@ -48,7 +52,7 @@ class PlanConfig(PretrainConfig):
     gpus: Positive[tuple[int, ...]] = (8,)
     """How many, over all machines; several numbers are compared."""
     gpu: str = "h100"
-    """What kind; an unknown name lists them."""
+    """What kind; `help` lists them."""
     utilisation: Positive[float] = 0.4
     """Share of the GPU's bf16 rate that the towers reach (MFU): 0.3 to 0.5 is usual."""
     num_samples: Positive[int | None] = None
@@ -121,6 +125,9 @@ class Forecast:
     ddp_batch: int
     """Pairs of the largest micro-batch that fits; 0 where none does."""
     fsdp_batch: int
+    ddp_sent: float
+    """Bytes that a rank sends in a step."""
+    fsdp_sent: float
     samples_per_second: float
     hours: float | None
     """None where the length of the run is not known."""
@@ -147,7 +154,8 @@ def make_plan(config: PlanConfig) -> Plan:
     """
     if config.gpu not in GPUS:
         known = ", ".join(GPUS)
-        raise UserError(f"unknown GPU '{config.gpu}'.{did_you_mean(config.gpu, GPUS)} Known are {known}")
+        unknown = "" if config.gpu == "help" else f"unknown GPU '{config.gpu}'.{did_you_mean(config.gpu, GPUS)} "
+        raise UserError(f"{unknown}known are {known}")
     check(config)
     for gpus in config.gpus:
         check_division(config.train, gpus)
@@ -177,11 +185,37 @@ def make_plan(config: PlanConfig) -> Plan:
             rank_memory(*common, micro_batch, tokens, bf16, True) if gpus > 1 else None,
             fitting_batch(*common, tokens, bf16, False, room),
             fitting_batch(*common, tokens, bf16, True, room) if gpus > 1 else 0,
+            sum(traffic(config, gpus, bf16, False).values()),
+            sum(traffic(config, gpus, bf16, True).values()),
             rate,
             None if samples is None else samples / rate / 3600,
         )
 
     return Plan(weights, model_flops, flops, tokens, room, [forecast(gpus) for gpus in config.gpus])
+
+
+def traffic(config: PretrainConfig, gpus: int, bf16: bool, fsdp: bool) -> dict[str, float]:
+    """Return the bytes that each GPU sends in a step, by what for."""
+    with torch.device("meta"):
+        model = DualEncoder(config.model)
+        if config.lock == "image":
+            model.image_tower.requires_grad_(False)
+        optimizers = config.optimizer.build(model)
+    captions = config.data.captions_per_image
+    pairs_of_captions = captions * (captions - 1) // 2 if config.between_captions else 0
+    how = Exchange(
+        world_size=gpus,
+        sharded=fsdp,
+        bf16=bf16,
+        accumulate=config.train.accumulate,
+        loss=config.loss_name if config.loss_name in ("sigmoid", "softmax") else None,
+        num_losses=captions + pairs_of_captions,
+        duplicates="negative" if config.loss.duplicates == "auto" else config.loss.duplicates,
+        global_batch_size=config.train.global_batch_size,
+        embed_dim=config.model.embed_dim,
+        feature_bytes=HALF if bf16 else FLOAT,
+    )
+    return step_traffic(model, optimizers, how)
 
 
 def with_vocabulary(config: PlanConfig) -> PlanConfig:

@@ -15,7 +15,7 @@ from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextT
 from contrastive.optim import AdamWConfig, MuonConfig
 from contrastive.train.counting import count_weights, one_pass
 from contrastive.train.options import TrainConfig
-from contrastive.train.plan import FLOAT, PlanConfig, fitting_batch, make_plan, rank_memory, suggested
+from contrastive.train.plan import FLOAT, PlanConfig, fitting_batch, make_plan, rank_memory, suggested, traffic
 
 main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts/plan.py"))["main"]
 TINY = ModelConfig(
@@ -82,6 +82,14 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(fsdp):
     assert fitting_batch(CONFIG, weights, 2, 8, False, fsdp, 1e4) == 0
 
 
+def test_what_is_sent_is_the_gradient_and_what_the_loss_needs():
+    captions = replace(CONFIG, data=replace(CONFIG.data, captions_per_image=3), between_captions=1.0)
+    once, six = (traffic(config, 4, True, False) for config in (CONFIG, captions))
+    assert once["gradients"] == 2 * 3 / 4 * FLOAT * count_weights(CONFIG).all
+    assert six["gradients"] == once["gradients"] and six["loss"] == 6 * once["loss"] > 0
+    assert not any(traffic(CONFIG, 1, True, False).values())
+
+
 def test_hours_follow_from_the_rate():
     config = replace(CONFIG, gpus=(1, 4), gpu="a100", utilisation=0.5)
     plan = make_plan(config)
@@ -113,7 +121,7 @@ def test_the_script_says_it(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gpu", "h1000"], "unknown GPU 'h1000'. Did you mean 'h100'. Known are a100-40, "),
+        (["--gpu", "h1000"], "unknown GPU 'h1000'. Did you mean 'h100'. known are a100-40, "),
         (["--gpus", "3"], "global_batch_size 128 does not divide into 3 ranks"),
         (["--gpus", "0"], "gpus is 0; it must be above 0"),
         (["--tokens", "14", "--model", "siglip_vit_ti_32"], "tokens: this text tower computes its padding"),
