@@ -75,9 +75,7 @@ def one_pass(config: PretrainConfig, batch: int, tokens: int, bf16: bool, keeps:
     """
     image = config.model.image
     with _plain_products(), FakeTensorMode(), _default_dtype(torch.bfloat16 if sharded and bf16 else torch.float32):
-        model = DualEncoder(config.model).train()
-        if config.lock == "image":
-            model.image_tower.requires_grad_(False)
+        model = towers_of(config).train()
         for part in model.modules():
             if isinstance(part, Transformer):
                 part.gradient_checkpointing = config.train.gradient_checkpointing
@@ -114,9 +112,7 @@ class Weights:
 def count_weights(config: PretrainConfig) -> Weights:
     """Count the model's parameters, and what its optimizers make of them in a step."""
     with _plain_products(), FakeTensorMode():
-        model = DualEncoder(config.model)
-        if config.lock == "image":
-            model.image_tower.requires_grad_(False)
+        model = towers_of(config)
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizers = config.optimizer.build(model)
         for parameter in trainable:
@@ -130,6 +126,14 @@ def count_weights(config: PretrainConfig) -> Weights:
     towers = _numel(model.image_tower), _numel(model.text_tower), _numel(model)
     learning = sum(p.numel() for p in trainable)
     return Weights(*towers, learning, max(blocks), sum(blocks), kept, allocations.peak - kept)
+
+
+def towers_of(config: PretrainConfig) -> DualEncoder:
+    """Return the model of a run, with fresh weights; of a locked tower none learn."""
+    model = DualEncoder(config.model)
+    if config.lock == "image":
+        model.image_tower.requires_grad_(False)
+    return model
 
 
 def _numel(module: nn.Module) -> int:

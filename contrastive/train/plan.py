@@ -7,10 +7,9 @@ import torch
 
 from contrastive.distributed.collectives import GATHER_BYTES
 from contrastive.errors import UserError, did_you_mean
-from contrastive.models import DualEncoder
 from contrastive.option_types import Positive
 from contrastive.train.contrastive_task import PretrainConfig, check
-from contrastive.train.counting import Weights, count_weights, one_pass
+from contrastive.train.counting import Weights, count_weights, one_pass, towers_of
 from contrastive.train.options import check_division
 from contrastive.train.pretrain import CLIP_VOCABULARY
 from contrastive.train.traffic import Exchange, step_traffic
@@ -197,10 +196,7 @@ def make_plan(config: PlanConfig) -> Plan:
 def traffic(config: PretrainConfig, gpus: int, bf16: bool, fsdp: bool) -> dict[str, float]:
     """Return the bytes that each GPU sends in a step, by what for."""
     with torch.device("meta"):
-        model = DualEncoder(config.model)
-        if config.lock == "image":
-            model.image_tower.requires_grad_(False)
-        optimizers = config.optimizer.build(model)
+        model = towers_of(config)
     captions = config.data.captions_per_image
     pairs_of_captions = captions * (captions - 1) // 2 if config.between_captions else 0
     how = Exchange(
@@ -215,7 +211,7 @@ def traffic(config: PretrainConfig, gpus: int, bf16: bool, fsdp: bool) -> dict[s
         embed_dim=config.model.embed_dim,
         feature_bytes=HALF if bf16 else FLOAT,
     )
-    return step_traffic(model, optimizers, how)
+    return step_traffic(model, config.optimizer.build(model), how)
 
 
 def with_vocabulary(config: PlanConfig) -> PlanConfig:
