@@ -3,8 +3,12 @@ PYTHON ?= python3
 LOSS ?= sigmoid
 RUN ?= runs/quickstart-$(LOSS)
 BIN := .venv/bin
+# Without a GPU a process for each core, up to four: as fast as one with threads, which wait for each other on a busy
+# machine (benchmarks/busy.py).
+RANKS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || (nproc || sysctl -n hw.ncpu || echo 1) 2>/dev/null | \
+	awk '{print($$1 >= 4 ? 4 : $$1 >= 2 ? 2 : 1)}')
 # What accelerate would assume anyway: saying so spares a warning, and --quiet its traceback after our error line.
-ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+PLAIN := --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: help setup lint test quickstart vlm clean
 
@@ -32,13 +36,13 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 quickstart: setup
-	$(BIN)/accelerate launch $(ONE_PROCESS) scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN) $(ARGS)
+	$(BIN)/accelerate launch $(PLAIN) --num_processes $(RANKS) scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN) $(ARGS)
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:test
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:heldout
 
 vlm: setup
 	test -d $(RUN)/final || $(MAKE) quickstart
-	$(BIN)/accelerate launch $(ONE_PROCESS) examples/vlm/train.py $(RUN) $(ARGS)
+	$(BIN)/accelerate launch $(PLAIN) --num_processes 1 examples/vlm/train.py $(RUN) $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info
