@@ -24,8 +24,9 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.files import locked, write_folder, write_whole
 from contrastive.log import is_main_process, read_metrics, say, warn
+from contrastive.train.bad_samples import merged
 from contrastive.train.checkpoint import find_checkpoint, read_cursor
-from contrastive.train.loop import Trainer, merged
+from contrastive.train.loop import Trainer
 from contrastive.train.options import LENGTHS, RunConfig, check_division
 from contrastive.train.task import TrainingTask
 from contrastive.words import flags_of

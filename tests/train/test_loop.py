@@ -11,8 +11,9 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.losses import SoftmaxLossConfig
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig, MuonConfig, OptimizerConfig
+from contrastive.train.bad_samples import BadSamples, merged
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig
-from contrastive.train.loop import BadSamples, Trainer, merged
+from contrastive.train.loop import Trainer
 from contrastive.train.options import TrainConfig
 
 

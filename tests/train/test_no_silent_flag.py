@@ -22,9 +22,9 @@ from contrastive.log import read_metrics
 from contrastive.models import transformer
 from contrastive.optim import MuonConfig
 from contrastive.train import first_look, loop, run
+from contrastive.train.bad_samples import BadSamples
 from contrastive.train.classify import TrainClassifierConfig, train_classifier
 from contrastive.train.finetune import FinetuneConfig, finetune
-from contrastive.train.loop import BadSamples
 from contrastive.train.pretrain import PretrainConfig, pretrain
 from contrastive.train.task import TrainingTask
 
