@@ -3,10 +3,12 @@
 torch, safetensors and DCP all load a file with a flipped bit without a word; only a hash finds it.
 """
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from filelock import FileLock, Timeout
 from contrastive.errors import UserError
 
 MANIFEST = "manifest.json"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def cache_folder() -> str:
@@ -100,23 +103,44 @@ def read_yaml(path: Path, what: str) -> Any:
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make `folder` appear at once, complete, with a manifest of sha256 sums.
 
-    `fill` writes the files into a temporary sibling. What was there under the same name is replaced. When
-    `fill` or the disk fails, nothing under the final name has changed and the temporary folder is removed. It is
-    always called .tmp-NAME, so that what a kill leaves behind is found.
+    `fill` writes the files into a temporary sibling. What was there under the same name is replaced and at no moment
+    absent; where the file system cannot exchange two names, it is .old-NAME for a moment. When `fill` or the disk
+    fails, nothing under the final name has changed and the temporary folder is removed. It is always called .tmp-NAME,
+    so that what a kill leaves behind is found.
     """
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
+    mend_folder(folder)
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         write_json(temporary / MANIFEST, {"sha256": {str(path.relative_to(temporary)): sha256(path) for path in files}})
-        _sync_all(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        _rename(temporary, folder)
+        _settle(temporary)
+        if not (folder.exists() and _exchange(temporary, folder)):
+            if folder.exists():
+                os.rename(folder, _old(folder))
+            os.rename(temporary, folder)
+        _sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        mend_folder(folder)
+
+
+def mend_folders(parent: Path) -> None:
+    """Put right what a kill left of `write_folder` in `parent`: halves go, what was moved aside comes back."""
+    for half in parent.glob(".tmp-*"):
+        shutil.rmtree(half, ignore_errors=True)
+    for manifest in parent.glob(f".old-*/{MANIFEST}"):
+        mend_folder(parent / manifest.parent.name.removeprefix(".old-"))
+
+
+def mend_folder(folder: Path) -> None:
+    """Bring back what `write_folder` moved aside for `folder` and did not replace; remove what it replaced."""
+    old = _old(folder)
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_new_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -130,8 +154,9 @@ def write_new_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         temporary = aside / folder.name  # with the permissions of a new folder, which mkdtemp's has not
         temporary.mkdir()
         fill(temporary)
-        _sync_all(temporary)
-        _rename(temporary, folder)
+        _settle(temporary)
+        os.rename(temporary, folder)
+        _sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -218,14 +243,24 @@ def _is_left_over(path: Path) -> bool:
     return path.name.endswith(".partial") or path.name in ("lock", ".lock")
 
 
-def _sync_all(folder: Path) -> None:
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".old-{folder.name}")
+
+
+def _settle(folder: Path) -> None:
+    """Flush all that is in a new folder, for those to read that the umask lets: safetensors writes for the owner."""
+    readers = folder.stat().st_mode & 0o666
     for path in [*sorted(folder.rglob("*")), folder]:
+        if path.is_file():
+            path.chmod(readers)
         _sync(path)
 
 
-def _rename(folder: Path, to: Path) -> None:
-    os.rename(folder, to)
-    _sync(to.parent)
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names at once; False where that cannot be done: Linux can, on most file systems."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    paths = os.fsencode(one), os.fsencode(other)
+    return swap is not None and swap(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0
 
 
 def _sync(path: Path) -> None:

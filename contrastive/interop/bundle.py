@@ -210,8 +210,9 @@ def native_folder(path: Path) -> Path | None:
         return path
     if (path / "config.json").exists() or (path / "open_clip_config.json").exists():
         return None
-    if (path / "final" / "config.json").exists():
-        return path / "final"
+    for final in (path / "final", path / ".old-final"):  # a kill may have come while it was replaced
+        if (final / "config.json").exists():
+            return final
     if not (path / "checkpoints").is_dir():
         return None
     newest, passed = newest_whole(path / "checkpoints")

@@ -6,7 +6,6 @@ The run folder is the interface between a run and everything that reads it:
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from contrastive.distributed.collectives import gather_objects
 from contrastive.distributed.launching import launched
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
-from contrastive.files import locked, write_folder, write_whole
+from contrastive.files import locked, mend_folders, write_folder, write_whole
 from contrastive.log import is_main_process, read_metrics, say, warn
 from contrastive.train.bad_samples import merged
 from contrastive.train.checkpoint import find_checkpoint, read_cursor
@@ -156,8 +155,8 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
     with locked(folder / LOCK, busy) if runtime.is_main else nullcontext():
         if runtime.is_main:
             check_folder(folder, config.resume)  # again: now nobody else can begin in it
-            for left_over in (folder / "checkpoints").glob(".tmp-*"):  # of a save that a kill cut short
-                shutil.rmtree(left_over, ignore_errors=True)
+            for place in (folder, folder / "checkpoints"):
+                mend_folders(place)  # a kill may have cut a save short
         seen = gather_objects(checkpoint and checkpoint.name)
         if len(set(seen)) > 1:
             raise UserError(f"ranks see different checkpoints in {folder}/checkpoints: {', '.join(map(str, seen))}")
