@@ -36,7 +36,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 quickstart: setup
-	$(BIN)/accelerate launch $(PLAIN) --num_processes $(RANKS) scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN) $(ARGS)
+	$(BIN)/python -m contrastive.distributed.start_ranks --nproc_per_node $(RANKS) scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN) $(ARGS)
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:test
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:heldout
 

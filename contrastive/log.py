@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -63,7 +64,14 @@ def run_script(prog: str, main: Callable[[list[str]], None]) -> None:
         if is_main_process() or met:
             where = f" [rank {os.environ['RANK']}]" if met else ""
             print(f"{prog}: error:{where} {error}", file=sys.stderr)
+        else:
+            time.sleep(2)  # a launcher ends the others when one has failed: the first has to speak before that
         sys.exit(2)
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):
+            raise
+        print(f"{prog}: error: [rank {os.environ['RANK']}] ended, because another rank is gone", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -124,7 +124,7 @@ def _start_all_processes() -> None:
     """Become as many processes as `accelerate launch --num_processes N` was asked for where there is no GPU.
 
     Without MPI accelerate 1.15 starts only one of them, and says nothing. It shows: an address to meet at is
-    set, but no rank. torchrun then replaces this process, with N read from accelerate's own command line.
+    set, but no rank. Our torchrun then replaces this process, with N read from accelerate's own command line.
     """
     ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
     by_accelerate = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
@@ -138,9 +138,11 @@ def _start_all_processes() -> None:
             f"accelerate launch --num_processes {flags.num_processes} starts one process where there is one GPU; give "
             "--num_processes 1, or --multi_gpu"
         )
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(flags.num_processes)]
+    torchrun = ["-m", "contrastive.distributed.start_ranks", "--nproc_per_node", str(flags.num_processes)]
+    torchrun += ["--max_restarts", str(flags.max_restarts or 0)]
     torchrun += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
     os.environ["ACCELERATE_USE_CPU"] = "true"
+    end_with_parent(signal.SIGTERM)
     os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
 
 
