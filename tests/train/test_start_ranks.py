@@ -11,7 +11,7 @@ from launching import ROOT, environment
 RANK = "import os, signal, sys, time\nrank = os.environ['RANK']\n"
 FAILS_SLOWLY = "time.sleep(0.3 * int(rank)); print('why', file=sys.stderr); sys.exit(2)"
 IS_KILLED = "if rank == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
-SAVES = """
+SAVES = r"""
 def save(number, frame):
     time.sleep(0.5)
     os.write(2, f'{rank} saved\n'.encode())
