@@ -15,7 +15,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -34,7 +33,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rows import RESULTS, run_benchmark
+from rows import RESULTS, run_benchmark, run_here
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.files import read_json, write_json
@@ -57,7 +56,7 @@ class Options:
     list: bool = False
     """Show the parts and end."""
     toy: bool = False
-    """Every part that has a toy size, at that size and on the CPU, to see that it runs."""
+    """Every part at a toy size and on the CPU, to see that it runs."""
     data: str | None = None
     """Folder with flickr8k/ and cifar10/; none: $CONTRASTIVE_DATA, or shared/data where that is there."""
     work: str = "runs/gpu"
@@ -209,8 +208,7 @@ def _run_here(command: list[str], log: int) -> None:
     os.dup2(log, 2)
     os.chdir(ROOT)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    script, *_ = sys.argv = [str(ROOT / command[0]), *command[1:]]
-    runpy.run_path(script, run_name="__main__")
+    run_here(str(ROOT / command[0]), command[1:])
 
 
 def _rows(path: Path) -> list[dict]:

@@ -10,10 +10,14 @@ encoder     the image encoder in bf16, compiled in one piece, beside float32 and
 captioner   examples/vlm on the run in WORK/quickstart
 resume      the quickstart killed half-way and resumed, beside the run in WORK/quickstart
 onnx        that run's float16 graphs by onnxruntime's CUDA provider, beside float32
+
+At toy size the run is not killed, but goes on from a copy of the one in WORK/quickstart without its last checkpoints,
+and onnxruntime computes on the CPU.
 """
 
 import json
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -26,7 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rows import append, run_benchmark
+from rows import append, in_a_copy, run_benchmark
 from torch.nn.functional import cosine_similarity
 
 from contrastive.errors import UserError
@@ -137,7 +141,7 @@ def curriculum(options: Options) -> Iterator[dict]:
         flags = "--model.image.width 16 --model.image.depth 1 --model.image.mlp_dim 32 --train.global_batch_size 8"
         flags += " --model.embed_dim 16 --train.steps 4 --evaluation.limit 8 --curriculum until=0.5,image_size=16"
     same = f"--data.train scenes --data.tokenizer bpe --train.log_every 1 --run_folder {shlex.quote(str(folder))}"
-    _call("scripts/pretrain.py", *shlex.split(f"{flags} {same}"))
+    _call(options, "scripts/pretrain.py", *shlex.split(f"{flags} {same}"))
     rates = [row["samples_per_second"] for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "train"]
     end = int(len(rates) * (0.5 if options.toy else 0.6))
     late = end // 2  # what compiles at the start of a stage is not its speed
@@ -191,10 +195,10 @@ def captioner(options: Options) -> Iterator[dict]:
     flags = "--steps 2000 --batch-size 256"
     if options.toy:
         flags = "--steps 2 --batch-size 4 --eval-images 4 --layer -1"
-    launch = () if options.toy else (*LAUNCH, "--mixed_precision", "bf16")
     run = Path(options.work, "quickstart")
     started = time.perf_counter()
-    _call("examples/vlm/train.py", str(run), *flags.split(), "--out", str(out), launch=launch)
+    launch = (*LAUNCH, "--mixed_precision", "bf16")
+    _call(options, "examples/vlm/train.py", str(run), *flags.split(), "--out", str(out), launch=launch)
     seconds = time.perf_counter() - started
     results = json.loads((out / "results.json").read_text())
     right = {result["data"]: round(100 * result["named_right"], 2) for result in results}
@@ -204,15 +208,24 @@ def captioner(options: Options) -> Iterator[dict]:
 def resume(options: Options) -> Iterator[dict]:
     first, folder = Path(options.work, "quickstart"), Path(options.work, "resume")
     undisturbed, flags = _losses(first), [*QUICKSTART, "--run_folder", str(folder)]
-    process = subprocess.Popen([sys.executable, "scripts/pretrain.py", *flags], cwd=ROOT)
-    while process.poll() is None and max(_losses(folder), default=0) < max(undisturbed) // 2:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)  # it saves, and exits
-    process.wait()
-    at = max(_losses(folder), default=0)
+    at = max(undisturbed) // 2
+    if options.toy:
+        shutil.copytree(first, folder)
+        shutil.rmtree(folder / "final")
+        for checkpoint in (folder / "checkpoints").iterdir():
+            if checkpoint.name > f"step-{at:08d}":
+                shutil.rmtree(checkpoint)
+        flags = flags[-2:]
+    else:
+        process = subprocess.Popen([sys.executable, "scripts/pretrain.py", *flags], cwd=ROOT)
+        while process.poll() is None and max(_losses(folder), default=0) < at:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)  # it saves, and exits
+        process.wait()
+        at = max(_losses(folder), default=0)
     if not 0 < at < max(undisturbed):
         raise UserError(f"{folder}: the run was over before it could be killed half-way; it may have said why above")
-    _call("scripts/pretrain.py", *flags, "--resume")
+    _call(options, "scripts/pretrain.py", *flags, "--resume")
     after = _losses(folder)
     difference = max(abs(after[step] / undisturbed[step] - 1) for step in undisturbed)
     yield {"resumed_at": at, "steps": max(after), "loss_difference": float(f"{difference:.1e}")}
@@ -229,23 +242,24 @@ def onnx(options: Options) -> Iterator[dict]:
 
     from contrastive.interop.export import export
 
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    provider = "CPUExecutionProvider" if options.toy else "CUDAExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
         raise UserError("onnxruntime has no CUDA provider here: pip install onnxruntime-gpu")
     folder, run = Path(options.work, "onnx"), Path(options.work, "quickstart")
     export(str(run), "onnx", folder)
     config, generator = json.loads((folder / "config.json").read_text()), torch.Generator().manual_seed(0)
     size, tokenizer = config["preprocess"]["size"], json.loads((folder / "tokenizer.json").read_text())
-    shape, words = (256, 3, *size), tokenizer["padding"]["strategy"]["Fixed"]
+    batch, words = 2 if options.toy else 256, tokenizer["padding"]["strategy"]["Fixed"]
     inputs = {
-        "image": {"pixels": torch.randn(shape, generator=generator).numpy()},
-        "text": {"tokens": torch.randint(1, 200, (256, words), generator=generator).numpy()},
+        "image": {"pixels": torch.randn((batch, 3, *size), generator=generator).numpy()},
+        "text": {"tokens": torch.randint(1, 200, (batch, words), generator=generator).numpy()},
     }
     row = {}
     for tower, given in inputs.items():
         half, exact = (
-            torch.from_numpy(onnxruntime.InferenceSession(str(path), providers=[provider]).run(None, given)[0]).float()
-            for path, provider in (
-                (folder / f"{tower}_tower_fp16.onnx", "CUDAExecutionProvider"),
+            torch.from_numpy(onnxruntime.InferenceSession(str(path), providers=[where]).run(None, given)[0]).float()
+            for path, where in (
+                (folder / f"{tower}_tower_fp16.onnx", provider),
                 (folder / f"{tower}_tower.onnx", "CPUExecutionProvider"),
             )
         )
@@ -253,10 +267,13 @@ def onnx(options: Options) -> Iterator[dict]:
     yield row
 
 
-def _call(script: str, *args: str, launch: tuple[str, ...] = ()) -> None:
+def _call(options: Options, script: str, *args: str, launch: tuple[str, ...] = ()) -> None:
     """Run a script of the repository. Raises UserError where it fails: it has said why."""
-    done = subprocess.run([sys.executable, *launch, script, *args], cwd=ROOT)
-    if done.returncode:
+    if options.toy:
+        status = in_a_copy(ROOT / script, args)
+    else:
+        status = subprocess.run([sys.executable, *launch, script, *args], cwd=ROOT).returncode
+    if status:
         raise UserError(f"{script} failed; what it said is above")
 
 

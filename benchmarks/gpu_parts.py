@@ -37,9 +37,8 @@ class Part:
     expected: str
     minutes: float
     """It is ended after so many."""
-    toy: str | None = None
+    toy: str
     """The same in seconds on a CPU."""
-    why_no_toy: str = ""
     rows: str = "gpu"
     """The file in results/ that it appends to."""
     told: tuple[str, ...] = ()
@@ -59,8 +58,6 @@ class Part:
 
     def missing(self, toy: bool, places: Places, gpus: Callable[[], int]) -> str | None:
         """Return what this machine lacks for it, or None."""
-        if toy and self.toy is None:
-            return f"no toy size: {self.why_no_toy}"
         if not toy and gpus() < self.gpus:
             return f"needs {self.gpus} GPUs, this machine has {gpus()}"
         if absent := [PIP_NAMES.get(name, name) for name in self.needs if importlib.util.find_spec(name) is None]:
@@ -93,6 +90,7 @@ STEP = "benchmarks/step.py --results {results}/step --data {pairs}"
 CHECK = "benchmarks/gpu_checks.py --results {results}/gpu --work {work}"
 TINY_PAIRS = "--model.embed_dim 16 --model.image.width 16 --model.image.depth 1 --model.image.mlp_dim 32"
 TOY_RUN = f"--train.steps 4 --train.global_batch_size 8 --evaluation.every 4 --evaluation.limit 8 {TINY_PAIRS}"
+TOY_TRAIN = f"{TRAIN} --launch none"
 TOLD_LOSS = ("loss", "batch", "rival", "ms_median", "peak_bytes")
 TOLD_STEP = ("model", "samples_per_second", "mfu", "ratio")
 TOLD_RUN = ("wall_seconds", "samples_per_second_median", "data_wait_median", "final_loss")
@@ -146,7 +144,7 @@ PARTS = (
         f"{LOSS} --dtype bf16 --dim 768 --batch 262144 1048576 --rivals ours siglip_kernel --repeats 2",
         "sigmoid ≤ 9 s (floor 6.4) and ≤ 12 GB at 1,048,576",
         5,
-        why_no_toy="its code is that of `losses`",
+        toy=f"{LOSS} --dim 16 --batch 64 --loss sigmoid --rivals ours --repeats 1 --device cpu",
         rows="loss",
         told=TOLD_LOSS,
     ),
@@ -156,7 +154,7 @@ PARTS = (
         f"{TRAIN} {B16} --train.epochs 0.1 --run_folder {{work}}/train",
         "loss falls, data wait < 0.1, > 310 samples/s (published for open_clip on an A100)",
         6,
-        why_no_toy="its code is that of `quickstart`",
+        toy=f"{TOY_TRAIN} --loss softmax {TOY_RUN} --run_folder {{work}}/train",
         told=TOLD_RUN,
         needs=DATA,
     ),
@@ -166,7 +164,8 @@ PARTS = (
         f"{CHECK} --check tests --files tests/train/test_no_waiting.py",
         "all pass",
         4,
-        why_no_toy="the suite runs these tests",
+        toy=f"{CHECK} --check tests --files tests/train/test_no_waiting.py"
+        "::test_batches_reach_the_device_in_order_and_not_ahead",
         told=("said",),
         needs=("pytest", *DATA),
     ),
@@ -187,7 +186,7 @@ PARTS = (
         " --data {data}/cifar10/train-*.parquet --data.eval {data}/cifar10/test.parquet --run_folder {work}/cifar10",
         "≥ 93 % in ≤ 5 minutes",
         8,
-        toy="benchmarks/train.py {results}/gpu train_classifier.py --data digits --train.steps 4"
+        toy="benchmarks/train.py {results}/gpu train_classifier.py --launch none --data digits --train.steps 4"
         " --train.global_batch_size 8 --evaluation.limit 8 --model.image.width 24 --model.image.depth 1"
         " --model.image.mlp_dim 32 --run_folder {work}/cifar10",
         told=(*TOLD_RUN, "acc1"),
@@ -200,7 +199,7 @@ PARTS = (
         f"{TRAIN} --loss sigmoid --run_folder {{work}}/quickstart",
         "the CPU's accuracy (96.5 / 92.0 %) within 2 points",
         5,
-        toy=f"{TRAIN} --loss sigmoid {TOY_RUN} --run_folder {{work}}/quickstart",
+        toy=f"{TOY_TRAIN} --loss sigmoid {TOY_RUN} --run_folder {{work}}/quickstart",
         told=(*TOLD_RUN, "scenes:test/acc1", "scenes:heldout/acc1"),
         needs=DATA,
     ),
@@ -230,7 +229,7 @@ PARTS = (
         f"{LOSS} --dtype fp32 --dim 768 --batch 16384",
         "if share_of_matmul is far below bf16's, AllPairs.tiles should leave float32 to plain torch",
         4,
-        why_no_toy="its code is that of `losses`",
+        toy=f"{LOSS} --dtype fp32 --dim 16 --batch 32 --loss softmax --rivals ours --repeats 1 --device cpu",
         rows="loss",
         told=("loss", "rival", "ms_median", "share_of_matmul"),
         environment=(("TRITON_PRINT_AUTOTUNING", "1"),),
@@ -272,7 +271,7 @@ PARTS = (
         f"{CHECK} --check resume",
         "largest difference of the loss ≤ 1e-3 (atomic adds keep it from being bit-exact)",
         6,
-        why_no_toy="a run of a few steps is over before it can be killed; tests/train has it",
+        toy=f"{CHECK} --check resume --toy",
         told=("loss_difference", "resumed_at"),
         needs=DATA,
         after="quickstart",
@@ -283,7 +282,7 @@ PARTS = (
         f"{CHECK} --check onnx",
         "cosine to fp32 ≥ 0.999: on a CPU float16 is computed largely in float32",
         4,
-        why_no_toy="the CUDA provider is the point of it",
+        toy=f"{CHECK} --check onnx --toy",
         told=("cosine_image", "cosine_text"),
         needs=("onnx", "onnxscript", "onnxruntime", *DATA),
         after="quickstart",
@@ -294,7 +293,7 @@ PARTS = (
         f"{LOSS} --ranks 2 --dtype bf16 --dim 768 --batch 65536 1048576",
         "decides GATHER_BYTES in contrastive/distributed/collectives.py, now a guess",
         6,
-        why_no_toy="NCCL takes 2 GPUs",
+        toy=f"{LOSS} --ranks 2 --dim 16 --batch 32 --loss sigmoid --rivals ours --repeats 1 --device cpu",
         rows="loss",
         told=TOLD_LOSS,
         gpus=2,
@@ -306,7 +305,8 @@ PARTS = (
         " '--launch=--multi_gpu --num_processes 2 --use_fsdp --fsdp_version 2'",
         "the loss of `train` at the same step, less memory a GPU",
         6,
-        why_no_toy="NCCL takes 2 GPUs; tests/train/test_fsdp.py shards over gloo",
+        toy=f"{TRAIN} --loss softmax {TOY_RUN} --run_folder {{work}}/fsdp"
+        " '--launch=--num_processes 2 --use_fsdp --fsdp_version 2'",
         told=TOLD_RUN,
         needs=DATA,
         gpus=2,
@@ -317,7 +317,7 @@ PARTS = (
         f"{CHECK} --check tests",
         "all pass",
         25,
-        why_no_toy="the suite would run itself",
+        toy=f"{CHECK} --check tests --files tests/test_config.py",
         told=("said",),
         needs=IN_SUITE,
     ),

@@ -83,7 +83,8 @@ class Job:
             with tempfile.TemporaryDirectory() as folder:
                 found = Path(folder, "found.json")
                 try:
-                    mp.spawn(measure, (case, rivals, parts, repeats, folder), nprocs=case.ranks)
+                    what = case, rivals, parts, repeats, folder
+                    mp.start_processes(measure, what, nprocs=case.ranks, start_method="forkserver")
                 except ProcessException:
                     # A gloo rank now and then aborts as it exits, after the last collective: then all is measured.
                     if not found.exists():
@@ -99,6 +100,8 @@ class Job:
 
 def main(options: Options) -> None:
     cases = _cases(options)
+    # Processes are forked from one that has loaded torch, and has no threads or CUDA context of a measurement.
+    mp.get_context("forkserver").set_forkserver_preload(["loss_measure"])
     (RESULTS / f"{options.results}.jsonl").parent.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 140)
     table = _table(options.ranks)

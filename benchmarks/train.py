@@ -4,7 +4,8 @@
     python benchmarks/train.py classifier train_classifier.py --data mnist --run_folder runs/bench-mnist
 
 The first word names results/NAME.jsonl, the second is the script; the rest is for the script, but for flags of
-`accelerate launch`, all in one word: '--launch=--num_processes 2 --use_fsdp --fsdp_version 2'.
+`accelerate launch`, all in one word: '--launch=--num_processes 2 --use_fsdp --fsdp_version 2'; `--launch none` runs the
+script in a copy of this process, without a start of its own.
 """
 
 import resource
@@ -15,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from rows import append
+from rows import append, in_a_copy
 
 from contrastive.config import take_option
 from contrastive.log import read_metrics
@@ -24,13 +25,16 @@ from contrastive.log import read_metrics
 def main(name: str, script: str, flags: list[str]) -> None:
     _, run_folder = take_option(flags, "run_folder")
     flags, launch = take_option(flags, "launch")
-    command = ["accelerate", "launch", *shlex.split(launch or ""), f"scripts/{script}", *flags]
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", *command[2:]]
-    )
-    if done.returncode:
-        sys.exit(done.returncode)  # the script has said why
+    if launch == "none":
+        command = ["python", f"scripts/{script}", *flags]
+        status = in_a_copy(command[1], flags)
+    else:
+        command = ["accelerate", "launch", *shlex.split(launch or ""), f"scripts/{script}", *flags]
+        launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+        status = subprocess.run([*launcher, *command[2:]]).returncode
+    if status:
+        sys.exit(status)  # the script has said why
     seconds = time.perf_counter() - started
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     metrics = read_metrics(Path(run_folder) / "metrics.jsonl")
