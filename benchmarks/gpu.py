@@ -75,6 +75,10 @@ def main(options: Options) -> None:
         os.environ.update(CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true")
     places = _places(options)
     state = _State(Path(places.work, "state.json"), options.toy)
+    if not options.toy and torch.cuda.device_count() == 0:
+        raise UserError(
+            "this machine has no GPU that torch can use; --toy runs every part on a CPU, to see that it runs"
+        )
     if options.resume:
         left = [part for part in parts if state.parts.get(part.name, {}).get("ended") != "done"]
         # One that failed, or takes long, must not keep those behind it from their turn.

@@ -17,6 +17,7 @@ import torch
 
 from contrastive.config import parse, rename_flags
 from contrastive.log import run_script
+from contrastive.option_types import check_bounds
 
 T = TypeVar("T")
 
@@ -33,7 +34,9 @@ def run_benchmark(
     """
 
     def start(args: list[str]) -> None:
-        main(parse(options, rename_flags(args, short or {}), prog=prog, description=description))
+        chosen = parse(options, rename_flags(args, short or {}), prog=prog, description=description)
+        check_bounds(chosen)
+        main(chosen)
 
     run_script(prog, start)
 

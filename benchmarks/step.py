@@ -49,6 +49,7 @@ from contrastive.losses import LOSSES
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.models.presets import model_config
 from contrastive.optim.optimizers import AdamWConfig
+from contrastive.option_types import Positive
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig, resolve
 from contrastive.train.options import TrainConfig
 
@@ -72,13 +73,13 @@ class Options:
     """Who is measured; ours always is."""
     sizes: tuple[int, ...] = (112, 224)
     """Height and width of the images in pixels."""
-    batch: int = 64
+    batch: Positive[int] = 64
     """Pairs in a step."""
-    rounds: int = 5
+    rounds: Positive[int] = 5
     """Turns of each rival."""
-    steps: int = 3
+    steps: Positive[int] = 3
     """Steps in a turn."""
-    threads: int | None = None
+    threads: Positive[int | None] = None
     """CPU threads; none: torch's own number."""
     compile: Literal["none", "ours", "both"] = "none"
     """Who is measured compiled too, and takes the faster of both."""
@@ -197,8 +198,6 @@ class Pair:
 
 
 def main(options: Options) -> None:
-    if min(options.rounds, options.steps) < 1:
-        raise UserError("--rounds and --steps must be at least 1")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     runtime = Runtime(options.precision)

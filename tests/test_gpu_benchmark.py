@@ -92,6 +92,16 @@ def test_an_unknown_part_is_one_line(tmp_path, monkeypatch, capsys):
     assert told == "gpu.py: error: --only stp: no such part. Did you mean 'step'? --list shows them\n"
 
 
+def test_no_time_and_no_gpu_are_one_line(tmp_path, monkeypatch, capsys):
+    where = ["--work", str(tmp_path / "work")]
+    assert (
+        call(monkeypatch, capsys, *where, "--minutes", "0")[2] == "gpu.py: error: minutes is 0.0; it must be above 0\n"
+    )
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    status, _, told = call(monkeypatch, capsys, *where)
+    assert status == 2 and told.startswith("gpu.py: error: this machine has no GPU") and told.count("\n") == 1
+
+
 def test_what_this_machine_lacks_is_said(parts, tmp_path):
     step, onnx = (next(part for part in parts.PARTS if part.name == name) for name in ("step", "onnx"))
     places = parts.Places("rows", str(tmp_path), "data", "scenes")
