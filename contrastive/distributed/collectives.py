@@ -1,6 +1,8 @@
 """Collective operations over the process group; each is the identity on one process. B batch, W ranks, E width."""
 
+import datetime
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -20,6 +22,22 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@contextmanager
+def waiting_at_most(seconds: float) -> Iterator[None]:
+    """Meanwhile what hosts exchange fails after so long; what GPUs exchange keeps the limit it began with."""
+    if world_size() == 1 or "cpu" not in dist.get_backend_config():
+        yield
+        return
+    backend, before = _host_backend(), _host_backend().options._timeout
+    backend._set_default_timeout(datetime.timedelta(seconds=seconds))
+    yield
+    backend._set_default_timeout(before)
+
+
+def _host_backend():
+    return dist.group.WORLD._get_backend(torch.device("cpu"))
 
 
 class _AllGather(torch.autograd.Function):
@@ -220,6 +238,8 @@ class _Transfer:
         self._works = dist.batch_isend_irecv(operations)  # over NCCL in one group: alone, they could wait for ever
 
     def received(self) -> torch.Tensor:
+        # Over NCCL the stream waits, not the host. What gloo sends from one to another knows of no limit set later.
+        limit = () if over_nccl(self._sent) else (_host_backend().options._timeout,)
         for work in self._works:
-            work.wait()  # over NCCL the stream waits, not the host
+            work.wait(*limit)
         return self._arriving

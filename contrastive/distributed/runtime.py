@@ -4,6 +4,7 @@ import datetime
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import nn
 
 from contrastive.command_line import chosen_device
 from contrastive.distributed import keep_freed_memory
+from contrastive.distributed.collectives import waiting_at_most
 from contrastive.distributed.launching import asked_precision, check_environment, has_gpu, launched
 from contrastive.distributed.sharding import asked_to_shard, shard
 from contrastive.errors import UserError, reason_of
@@ -43,13 +45,20 @@ class Runtime:
         precision: `bf16` runs the towers under autocast; `auto` is bf16 on a GPU that has it, else fp32.
         trackers: names Accelerate knows: tensorboard, wandb, trackio, ...
         folder: where trackers that write files put them.
+        patience: seconds that ranks wait for one another, except within `reaching`.
 
     Raises:
         UserError: bf16 asked of a device without it, a tracker that is not installed, a launch with FSDP1, DeepSpeed or
             fp16, or with another precision than asked for here.
     """
 
-    def __init__(self, precision: Precision = "auto", trackers: tuple[str, ...] = (), folder: Path | None = None):
+    def __init__(
+        self,
+        precision: Precision = "auto",
+        trackers: tuple[str, ...] = (),
+        folder: Path | None = None,
+        patience: float = 3600.0,
+    ):
         on_gpu = has_gpu()
         if not on_gpu:
             keep_freed_memory()
@@ -68,9 +77,11 @@ class Runtime:
             told = f"tracker {', '.join(sorted(absent))} is unknown or not installed: pip install it first"
             raise UserError(f"{told}; for no tracker leave --trackers out")
         handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        limit = {"timeout": datetime.timedelta(seconds=patience)}
         if on_gpu and "LOCAL_RANK" in os.environ:
             # gloo beside NCCL: small agreements between hosts need not wait for the GPUs.
-            handlers.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))
+            limit["backend"] = "cpu:gloo,cuda:nccl"
+        handlers.append(InitProcessGroupKwargs(**limit))
         check_environment()
         self.shards = asked_to_shard()
         if launched() and not on_gpu:
@@ -88,7 +99,7 @@ class Runtime:
         self.precision = "bf16" if wants_bf16 else "fp32"
         self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
         self.device, self.is_main = self._accelerator.device, self._accelerator.is_main_process
-        self._meeting = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self._meeting, self._asking = (dist.new_group(backend="gloo") if self.world_size > 1 else None for _ in "12")
 
     def wrap(self, model: nn.Module, units: Iterable[nn.Module] = ()) -> nn.Module:
         """Return the model on the device, such that backward averages gradients over ranks.
@@ -155,32 +166,63 @@ class Runtime:
     def barrier(self) -> None:
         self._accelerator.wait_for_everyone()
 
+    @contextmanager
+    def reaching(self, what: str, seconds: float) -> Iterator[None]:
+        """Meanwhile no host waits longer than `seconds` for another one; it is named if it does not come.
+
+        Kernels of GPUs wait for those of others as long as the process group was told at the start.
+
+        Args:
+            what: where all ranks should arrive, for the message: 'step 12'.
+
+        Raises:
+            UserError: a rank has ended, or did not come. It is named, instead of being waited for in silence.
+        """
+        try:
+            with waiting_at_most(seconds):
+                yield
+        except RuntimeError as error:
+            if self.world_size == 1 or not re.search("gloo|imed out|onnection (closed|reset)", str(error)):
+                raise
+            raise UserError(self._absent(what, seconds)) from error
+
     def summed(self, numbers: list[int], step: int, seconds: float) -> list[int]:
         """Return the sums over ranks of a few integers at the start of a step; no GPU is waited for.
 
         Raises:
-            UserError: a rank did not come within `seconds`. It is named, instead of being waited for in silence.
+            UserError: as of `reaching`.
         """
         if self.world_size == 1:
             return numbers
         total, limit = torch.tensor(numbers), datetime.timedelta(seconds=seconds)
-        try:
+        with self.reaching(f"step {step + 1}", seconds):
             dist.all_reduce(total, group=self._meeting, async_op=True).wait(limit)
-        except RuntimeError as error:
-            raise UserError(
-                f"{self._absent(limit)} did not reach step {step + 1} within {seconds:g} seconds; see what it hangs on"
-            ) from error
         return total.tolist()
 
-    def _absent(self, limit: datetime.timedelta) -> str:
-        """Ask all ranks, one by one from the first; return who does not answer."""
-        try:
-            dist.monitored_barrier(self._meeting, limit, wait_all_ranks=True)
-        except RuntimeError as error:
-            absent = re.search(r"[Rr]anks? ([\d, ]+) failed to pass", str(error))
-            if absent:
-                return f"rank {absent.group(1).strip(' ,')}"
-        return "a rank (the first rank's message says which)"
+    def _absent(self, what: str, seconds: float) -> str:
+        """Tell all ranks that this one waits for another, and hear who else does; return who does not, in a line."""
+        time.sleep(0.5)  # until it shows everywhere that a process has ended
+        works, ended, hanging = {}, [], []
+        for other in set(range(self.world_size)) - {self.rank}:
+            try:
+                note, answer = torch.zeros(1), torch.zeros(1)
+                works[other] = dist.isend(note, other, self._asking), dist.irecv(answer, other, self._asking)
+            except RuntimeError:
+                ended.append(other)
+        until = time.monotonic() + seconds
+        for other, pair in () if ended else works.items():
+            try:
+                for work in pair:
+                    work.wait(datetime.timedelta(seconds=max(0.01, until - time.monotonic())))
+            except RuntimeError as error:
+                (hanging if "imed out" in str(error) else ended).append(other)
+        named = ended or hanging
+        who = (
+            f"rank{'s' if len(named) > 1 else ''} {', '.join(map(str, named))}" if named else "no rank is lost, yet one"
+        )
+        if ended:
+            return f"{who} ended before {what}; its last lines say why"
+        return f"{who} did not reach {what} within {seconds:g} seconds; see what it hangs on, in stacks/ of the run"
 
     def start_trackers(self, name: str, config: dict) -> None:
         """Open the trackers' run `name` and record `config`, dotted names to numbers and text."""

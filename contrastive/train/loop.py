@@ -21,6 +21,7 @@ from contrastive.optim import ExponentialMovingAverage, set_learning_rates, step
 from contrastive.results import key_parts
 from contrastive.train.bad_samples import BadSamples
 from contrastive.train.checkpoint import load_model, load_training_state, read_cursor, save_checkpoint
+from contrastive.train.hang_watch import HangWatch
 from contrastive.train.options import num_workers
 from contrastive.train.progress import Advice, LateFigures, ProgressBar, StepTimer
 from contrastive.train.stopping import stop_requests
@@ -83,14 +84,20 @@ class Trainer:
             advice.consider(row)
 
         self.figures = LateFigures(config.train.max_skipped, write)
-        with log as self.metrics, stop_requests() as stops, bar, self.figures:
+        self.watch = HangWatch(self.folder, self.runtime.rank, config.health.hang_after, config.health.patience)
+        with log as self.metrics, stop_requests() as stops, bar, self.figures, self.watch:
             if self.step == 0:
                 self._save()  # so that --resume works from the first step on
             elif not gather_objects(self.metrics is not None and self.metrics.has("eval", self.step))[0]:
                 self._evaluate_if_due()  # a kill came between the save and the evaluation
+            first = self.step
             for batch, inputs in timer.waiting_for(batches):
-                row, stopping = self._one_step(batch, inputs, stops)
+                # The first step compiles; data.timeout is for those that are alike.
+                limit = config.health.patience if self.step == first else config.data.timeout
+                with self.runtime.reaching(f"the end of step {self.step + 1}", limit):
+                    row, stopping = self._one_step(batch, inputs, stops, limit)
                 timer.step_done()
+                self.watch.step_done()
                 if self.step % config.train.log_every == 0 or self.step == total:
                     row |= {"samples_per_second": timer.samples_per_second, "data_wait": timer.data_wait}
                     self.figures.put(row)
@@ -102,10 +109,11 @@ class Trainer:
                 self._evaluate_if_due()
         return True
 
-    def _one_step(self, batch: dict, inputs: dict, stops: list[int]) -> tuple[dict, bool]:
+    def _one_step(self, batch: dict, inputs: dict, stops: list[int], limit: float) -> tuple[dict, bool]:
         """Queue one optimizer step; return its row for the log, with tensors, and whether any rank was asked to stop.
 
-        The host waits for the other hosts, but not for the device: it computes this step while the next is prepared.
+        The host waits for the other hosts, `limit` seconds at most, but not for the device: it computes this step while
+        the next is prepared.
         """
         config, runtime = self.config, self.runtime
         factor = config.schedule.factor(self.step, config.train.steps)
@@ -113,7 +121,7 @@ class Trainer:
         self.bad_samples.note(batch["bad"])
         # A rank that never comes is named here, instead of being waited for in silence inside the loss.
         own = [len(stops), int(batch["replaced"].numpy().sum())]
-        requests, replaced = runtime.summed(own, self.step, config.data.timeout)
+        requests, replaced = runtime.summed(own, self.step, limit)
         try:
             loss = self.task.forward_backward(self.wrapped, inputs, self.step, runtime)
         except NonFiniteFeatures as error:  # raised on all ranks alike, which skip this step
@@ -148,7 +156,7 @@ class Trainer:
         if self.step % self.config.evaluation.every and self.step != self.config.train.steps:
             return
         self.figures.flush()
-        with self.evaluated_model():
+        with self._patiently("evaluation"), self.evaluated_model():
             figures = self.task.evaluate(self.runtime)
         if figures:
             self._log("eval", {"step": self.step, **figures})
@@ -175,16 +183,24 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint; all ranks wait for the first, so that none runs ahead of a failure."""
         self._log_bad_samples()
-        save_checkpoint(
-            self.folder / "checkpoints",
-            model=self.model,
-            optimizers=self.optimizers,
-            ema=self.ema,
-            cursor=self._cursor(),
-            keep=self.config.checkpoint.keep,
-            save_model=self.task.save,
-        )
-        self.runtime.barrier()
+        with self._patiently("save"):
+            save_checkpoint(
+                self.folder / "checkpoints",
+                model=self.model,
+                optimizers=self.optimizers,
+                ema=self.ema,
+                cursor=self._cursor(),
+                keep=self.config.checkpoint.keep,
+                save_model=self.task.save,
+            )
+            self.runtime.barrier()
+
+    @contextmanager
+    def _patiently(self, doing: str) -> Iterator[None]:
+        """Meanwhile ranks wait long for one another, and are named only then: an evaluation or a save."""
+        what, patience = f"the end of the {doing} at step {self.step}", self.config.health.patience
+        with self.watch.patient(), self.runtime.reaching(what, patience):
+            yield
 
     def _cursor(self) -> dict:
         return self.order.cursor(self.step, self.task.source.fingerprint)

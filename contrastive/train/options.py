@@ -12,6 +12,7 @@ from contrastive.distributed.runtime import Compile, Precision
 from contrastive.errors import UserError
 from contrastive.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig
 from contrastive.option_types import Bound, Positive, Probability, Share, check_bounds
+from contrastive.train.health import HealthConfig
 
 # Three ways to say how long to train; one of them is given.
 LENGTHS = ("steps", "epochs", "samples")
@@ -121,6 +122,7 @@ class RunConfig:
     """Stages of cheaper steps: smaller images, dropped patches. After the last one both are the model's own."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     trackers: tuple[str, ...] = ()
     """Also log to these: tensorboard, wandb, trackio, or another that Accelerate knows."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)

@@ -137,7 +137,7 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
         check_steps_done(task, before, done)
     options = {"window": data.window, "lanes": data.lanes, "replacement": data.replacement}
     order = order_for(task.source, train.global_batch_size, train.seed, **options)
-    runtime = Runtime(train.precision, config.trackers, folder)
+    runtime = Runtime(train.precision, config.trackers, folder, config.health.patience)
     check_division(train, runtime.world_size)
     if done > train.steps:
         raise UserError(f"train.steps is {train.steps}, but the run has done {done} already; give more")

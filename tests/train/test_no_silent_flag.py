@@ -127,6 +127,8 @@ FILLED_IN = {"init_key", "resume", "dry_run", "run_folder"}  # which need no val
 NOT_SEEN = {
     "train.max_skipped": "tests/train/test_loop.py",
     "train.compile": "tests/train/test_compile.py",
+    "health.hang_after": "tests/train/test_hang_watch.py",
+    "health.patience": "tests/faults/test_frozen_ranks.py",
 }  # and where it shows
 
 
