@@ -98,8 +98,8 @@ def like(tensor: torch.Tensor, sharded: torch.Tensor) -> torch.Tensor:
 def whole_tensors(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> Mapping[str, torch.Tensor]:
     """Return whole tensors for sharded ones, in host memory; all ranks must call, and those that `keep` get them.
 
-    They are gathered one at a time, so that a GPU needs room for the largest alone. Without sharded ones nothing is
-    copied.
+    They are gathered one at a time, so that a GPU needs room for the largest alone, and share no memory with those
+    given. Without sharded ones nothing is copied.
     """
     if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         return tensors
@@ -107,7 +107,7 @@ def whole_tensors(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> Map
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
         if keep:
-            gathered[name] = full.cpu()
+            gathered[name] = full.cpu() if isinstance(tensor, DTensor) else full.to("cpu", copy=True)
     return gathered
 
 

@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -21,73 +22,103 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from contrastive.distributed.collectives import rank, world_size
 from contrastive.distributed.sharding import like, whole_tensors
-from contrastive.errors import UserError
+from contrastive.errors import UserError, reason_of
 from contrastive.files import write_folder
 from contrastive.interop.bundle import load_weights, newest_whole
 from contrastive.log import warn
 from contrastive.optim import ExponentialMovingAverage
+from contrastive.train.retention import check_room
 
 Optimizers = list[torch.optim.Optimizer]
 Tensors = Mapping[str, torch.Tensor]
 SaveModel = Callable[[Path, Tensors, Tensors | None], None]
 
 
-def save_checkpoint(
-    checkpoints: Path,
-    *,
-    model: nn.Module,
-    optimizers: Optimizers,
-    ema: ExponentialMovingAverage | None,
-    cursor: dict,
-    keep: int,
-    save_model: SaveModel,
-) -> Path:
-    """Write `checkpoints/step-NNNNNNNN` from the first rank, then delete all but the `keep` newest; all ranks call.
+class TrainingState(TypedDict):
+    """What of a run at one step a checkpoint holds."""
+
+    weights: Tensors
+    average: Tensors | None
+    optimizer: Tensors
+    cursor: dict
+
+
+def training_state(
+    model: nn.Module, optimizers: Optimizers, ema: ExponentialMovingAverage | None, cursor: dict
+) -> TrainingState:
+    """Return a run's state as it is, sharing its memory; all ranks call where it is sharded.
+
+    The first rank then gets the weights whole and as copies; of the optimizers' state each has its part.
+    """
+    is_first = rank() == 0
+    return {
+        "weights": dict(whole_tensors(model.state_dict(), keep=is_first)),
+        "average": None if ema is None else dict(whole_tensors(ema.average, keep=is_first)),
+        "optimizer": _optimizer_tensors(model, optimizers),
+        "cursor": cursor,
+    }
+
+
+def write_checkpoint(
+    folder: Path, state: TrainingState, save_model: SaveModel, group: dist.ProcessGroup | None, size: int
+) -> None:
+    """Write `folder` whole or not at all, from the first rank; where the state is sharded all call.
 
     Args:
         save_model: writes the model folder, given the folder, the weights and the averaged ones or None.
+        group: over which the ranks meet where the state is sharded, else None. size: bytes that it takes.
 
     Raises:
         UserError: the disk is full or cannot be written; earlier checkpoints are as they were.
     """
-    folder, shards = checkpoints / f"step-{cursor['step']:08d}", checkpoints / ".tmp-optimizer"
-    is_first, is_sharded = rank() == 0, any(isinstance(p, DTensor) for p in model.parameters())
-    weights = whole_tensors(model.state_dict(), keep=is_first)
-    average = None if ema is None else whole_tensors(ema.average, keep=is_first)
-    state = _optimizer_tensors(model, optimizers)
+    shards = folder.parent / ".tmp-optimizer"
+
+    def begin() -> None:
+        check_room(folder.parent, size, f"checkpoint {folder.name}", "make room and continue with --resume")
+        if group is not None:
+            shutil.rmtree(shards, ignore_errors=True)
+            shards.mkdir(parents=True)
 
     def fill(temporary: Path) -> None:
-        save_model(temporary, weights, average)
-        if is_sharded:
+        save_model(temporary, state["weights"], state["average"])
+        if group is not None:
             shards.rename(temporary / "optimizer")
         else:
-            whole = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+            whole = {name: tensor.cpu().contiguous() for name, tensor in state["optimizer"].items()}
             save_file(whole, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(cursor, indent=1))
+        (temporary / "state.json").write_text(json.dumps(state["cursor"], indent=1))
 
     try:
-        if is_sharded:
-            if is_first:
-                shutil.rmtree(shards, ignore_errors=True)
-                shards.mkdir(parents=True)
-            dist.barrier()
-            dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(shards), save_distributed=True))
-        if is_first:
+        if group is None:
+            begin()
+        else:
+            _on_the_first(begin, group)
+            writer = dcp.HuggingFaceStorageWriter(str(shards), save_distributed=True)
+            dcp.save(state["optimizer"], storage_writer=writer, process_group=group)
+        if rank() == 0:
             write_folder(folder, fill)
     except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
         raise UserError(
-            f"cannot save {folder}: {getattr(error, 'strerror', None) or error}; earlier checkpoints are intact, "
-            "make room and continue with --resume"
+            f"cannot save {folder}: {getattr(cause, 'strerror', None) or reason_of(cause)}; earlier checkpoints are "
+            "intact, make room and continue with --resume"
         ) from error
-    # Newer ones than this are damaged: the run was resumed from before them. They count for nothing here.
-    until_now = [path for path in sorted(checkpoints.glob("step-*")) if path.name <= folder.name]
-    for old in until_now[:-keep] if is_first else []:
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
+
+
+def _on_the_first(call: Callable[[], None], group: dist.ProcessGroup) -> None:
+    """Call on the first rank what has to be done before the others go on; what fails there fails on all."""
+    failure: list[Exception | None] = [None]
+    if rank() == 0:
+        try:
+            call()
+        except (OSError, UserError) as error:
+            failure = [error]
+    dist.broadcast_object_list(failure, src=0, group=group)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 def find_checkpoint(checkpoints: Path) -> Path:

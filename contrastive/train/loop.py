@@ -20,10 +20,11 @@ from contrastive.models.transformer import Transformer
 from contrastive.optim import ExponentialMovingAverage, set_learning_rates, step_unless
 from contrastive.results import key_parts
 from contrastive.train.bad_samples import BadSamples
-from contrastive.train.checkpoint import load_model, load_training_state, read_cursor, save_checkpoint
+from contrastive.train.checkpoint import load_model, load_training_state, read_cursor
 from contrastive.train.hang_watch import HangWatch
 from contrastive.train.options import num_workers
 from contrastive.train.progress import Advice, LateFigures, ProgressBar, StepTimer
+from contrastive.train.saver import CheckpointSaver
 from contrastive.train.stopping import stop_requests
 from contrastive.train.task import TrainingTask
 
@@ -55,6 +56,8 @@ class Trainer:
         decay = config.train.ema_decay
         self.ema = None if decay is None else ExponentialMovingAverage(self.model, decay)
         self.bad_samples = BadSamples(config.data.max_bad_share, config.data.bad_window, config.train.global_batch_size)
+        parts = self.model, self.optimizers, self.ema
+        self.saver = CheckpointSaver(folder / "checkpoints", config.checkpoint, *parts, task.save)
         self.step = 0  # steps done
         self.metrics: MetricsLog | None = None  # on the first rank, while it trains
         self.figures: LateFigures | None = None  # while it trains
@@ -85,9 +88,10 @@ class Trainer:
 
         self.figures = LateFigures(config.train.max_skipped, write)
         self.watch = HangWatch(self.folder, self.runtime.rank, config.health.hang_after, config.health.patience)
-        with log as self.metrics, stop_requests() as stops, bar, self.figures, self.watch:
+        with log as self.metrics, stop_requests() as stops, bar, self.figures, self.watch, self.saver:
+            self.saver.begin(self.step, total)
             if self.step == 0:
-                self._save()  # so that --resume works from the first step on
+                self._save(in_background=False)  # so that --resume works from the first step on
             elif not gather_objects(self.metrics is not None and self.metrics.has("eval", self.step))[0]:
                 self._evaluate_if_due()  # a kill came between the save and the evaluation
             first = self.step
@@ -101,8 +105,9 @@ class Trainer:
                 if self.step % config.train.log_every == 0 or self.step == total:
                     row |= {"samples_per_second": timer.samples_per_second, "data_wait": timer.data_wait}
                     self.figures.put(row)
-                if self.step % config.checkpoint.every == 0 or self.step == total or stopping:
-                    self._save()
+                ends = self.step == total or stopping
+                if ends or config.checkpoint.due(self.step):
+                    self._save(in_background=not ends)
                 if stopping and self.step < total:
                     say(f"stopped at step {self.step} and saved; continue with --resume")
                     return False
@@ -120,8 +125,9 @@ class Trainer:
         set_learning_rates(self.optimizers, factor)
         self.bad_samples.note(batch["bad"])
         # A rank that never comes is named here, instead of being waited for in silence inside the loss.
-        own = [len(stops), int(batch["replaced"].numpy().sum())]
-        requests, replaced = runtime.summed(own, self.step, limit)
+        own = [len(stops), int(batch["replaced"].numpy().sum()), self.saver.failed]
+        requests, replaced, not_saved = runtime.summed(own, self.step, limit)
+        self.saver.check(not_saved)
         try:
             loss = self.task.forward_backward(self.wrapped, inputs, self.step, runtime)
         except NonFiniteFeatures as error:  # raised on all ranks alike, which skip this step
@@ -180,20 +186,11 @@ class Trainer:
         if self.ema is not None:
             self.ema.swap(self.model)
 
-    def _save(self) -> None:
-        """Write a checkpoint; all ranks wait for the first, so that none runs ahead of a failure."""
+    def _save(self, in_background: bool) -> None:
+        """Save a checkpoint; all ranks wait until nothing is being written, so that none runs ahead of a failure."""
         self._log_bad_samples()
         with self._patiently("save"):
-            save_checkpoint(
-                self.folder / "checkpoints",
-                model=self.model,
-                optimizers=self.optimizers,
-                ema=self.ema,
-                cursor=self._cursor(),
-                keep=self.config.checkpoint.keep,
-                save_model=self.task.save,
-            )
-            self.runtime.barrier()
+            self.saver.save(self._cursor(), in_background)
 
     @contextmanager
     def _patiently(self, doing: str) -> Iterator[None]:

@@ -71,7 +71,15 @@ class CheckpointConfig:
     every: Positive[int | None] = None
     """Steps between checkpoints; none: ten over the run."""
     keep: Positive[int] = 3
-    """How many of the newest to keep."""
+    """How many of the newest to keep; an older one goes when a newer one has been read back whole."""
+    keep_every: Positive[int | None] = None
+    """Steps between checkpoints that are kept for ever; none: no such."""
+    background: bool = True
+    """Copy the state into host memory and write it while training goes on; else training waits for the disk."""
+
+    def due(self, step: int) -> bool:
+        """Whether one is saved after so many steps."""
+        return step % self.every == 0 or (self.keep_every is not None and step % self.keep_every == 0)
 
 
 @dataclass(frozen=True)

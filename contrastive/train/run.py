@@ -21,7 +21,7 @@ from contrastive.distributed.collectives import gather_objects
 from contrastive.distributed.launching import launched
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
-from contrastive.files import locked, mend_folders, write_folder, write_whole
+from contrastive.files import check_writable, locked, mend_folders, write_folder, write_whole
 from contrastive.log import is_main_process, read_metrics, say, warn
 from contrastive.train.bad_samples import merged
 from contrastive.train.checkpoint import find_checkpoint, read_cursor
@@ -103,14 +103,14 @@ def open_run(config: RunConfig) -> Path | None:
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Raise UserError if the folder holds a run and should not, or with `resume` the other way round."""
+    """Raise UserError if the folder is read-only, or holds a run and should not, or the other way round to `resume`."""
     if resume and not (folder / "config.yaml").exists():
         raise UserError(f"nothing to resume in {folder}: it has no config.yaml; drop --resume to start a run")
-    if resume or not folder.exists():
-        return
     # A start that failed leaves its lock file, and nothing else.
-    if not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir()):
+    is_free = not folder.exists() or (folder.is_dir() and all(entry.name == LOCK for entry in folder.iterdir()))
+    if not (resume or is_free):
         raise UserError(f"{folder} exists; continue it with --resume, or name another folder with --run_folder")
+    check_writable(folder, "name another folder with --run_folder")
 
 
 def run(task: TrainingTask, checkpoint: Path | None) -> bool:

@@ -15,8 +15,10 @@ from contrastive.files import locked, problem, write_folder
 from contrastive.interop.bundle import save_model
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig, ExponentialMovingAverage, MuonConfig
-from contrastive.train.checkpoint import find_checkpoint, load_model, load_training_state, read_cursor, save_checkpoint
+from contrastive.train.checkpoint import find_checkpoint, load_model, load_training_state, read_cursor
+from contrastive.train.options import CheckpointConfig
 from contrastive.train.run import LOCK, check_folder
+from contrastive.train.saver import CheckpointSaver
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +43,18 @@ def build(tokenizer, seed=0, optimizer=None):
     return model, optimizers, ema
 
 
-def save(checkpoints, step, tokenizer, parts, keep=3):
-    model, optimizers, ema = parts
-    return save_checkpoint(
-        checkpoints,
-        model=model,
-        optimizers=optimizers,
-        ema=ema,
-        cursor={"step": step},
-        keep=keep,
-        save_model=lambda folder, weights, average: save_model(
-            folder, weights, model.config, PreprocessConfig(16), tokenizer, average
-        ),
-    )
+def saver(checkpoints, tokenizer, parts, **options):
+    model = parts[0]
+
+    def save_parts(folder, weights, average):
+        save_model(folder, weights, model.config, PreprocessConfig(16), tokenizer, average)
+
+    return CheckpointSaver(checkpoints, CheckpointConfig(every=1, **options), *parts, save_parts)
+
+
+def save(checkpoints, step, tokenizer, parts, **options):
+    saver(checkpoints, tokenizer, parts, **options).save({"step": step}, in_background=False)
+    return checkpoints / f"step-{step:08d}"
 
 
 def load(folder, model, optimizers, ema):
@@ -161,6 +162,15 @@ def test_load_refuses_what_is_not_a_whole_model(tokenizer, tmp_path):
     write_folder(tmp_path / "foreign", lambda t: (t / "config.json").write_text(json.dumps(description)))
     with pytest.raises(UserError, match="neither a run"):
         contrastive.load(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_read_only_run_folder_is_said_before_anything(resume, tmp_path, monkeypatch):
+    if resume:
+        (tmp_path / "config.yaml").write_text("a: 1")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match="cannot write to .*; name another folder with --run_folder"):
+        check_folder(tmp_path, resume)
 
 
 def test_run_folder_checks(tmp_path):

@@ -26,6 +26,7 @@ from contrastive.train.bad_samples import BadSamples
 from contrastive.train.classify import TrainClassifierConfig, train_classifier
 from contrastive.train.finetune import FinetuneConfig, finetune
 from contrastive.train.pretrain import PretrainConfig, pretrain
+from contrastive.train.saver import CheckpointSaver
 from contrastive.train.task import TrainingTask
 
 how_to_evaluate = TrainingTask.how_to_evaluate
@@ -156,8 +157,11 @@ def start(kind, folder, words, init):
     cls, train = KINDS[kind]
     seen = {}
 
-    def saved(checkpoints, **how):
-        seen.setdefault("checkpoints", []).append((how["cursor"], how["keep"]))
+    class Saver(CheckpointSaver):
+        def save(self, cursor, in_background):
+            config = self._config
+            options = config.keep, config.keep_every, config.background
+            seen.setdefault("checkpoints", []).append((cursor, in_background, *options))
 
     def bad_samples(*args):
         seen["bad_samples"] = args
@@ -182,7 +186,7 @@ def start(kind, folder, words, init):
 
     with pytest.MonkeyPatch.context() as patch:
         for place, name, instead in (
-            (loop, "save_checkpoint", saved),
+            (loop, "CheckpointSaver", Saver),
             (loop, "BadSamples", bad_samples),
             (loop, "train_loader", loader),
             (run, "Runtime", runtime),
