@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from contrastive.log import warn
@@ -45,7 +45,7 @@ class HangWatch:
         if not self._size():
             self.path.unlink(missing_ok=True)
         self._file.close()
-        if not any(self.path.parent.iterdir()):
+        with suppress(OSError):  # stacks of another rank are in it, or that rank has removed it
             self.path.parent.rmdir()
 
     def step_done(self) -> None:
