@@ -55,13 +55,11 @@ on_node() { # on each node: the launcher, whose ranks are told what this shell i
 }
 export -f ended on_node
 
-resume=()
-if [ -e "$RUN/config.yaml" ]; then resume=(--resume); fi
 stopping=
 step=
 trap 'stopping=yes; if [ -n "$step" ]; then kill -USR1 "$step"; fi' USR1
 # shellcheck disable=SC2016 # the shell on the node expands it
-srun --kill-on-bad-exit=1 bash -c 'on_node "$@"' on_node --run_folder "$RUN" "${resume[@]}" "$@" &
+srun --kill-on-bad-exit=1 bash -c 'on_node "$@"' on_node --run_folder "$RUN" --resume auto "$@" &
 step=$!
 status=0
 ended "$step" || status=$?

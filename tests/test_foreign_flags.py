@@ -131,16 +131,21 @@ def test_values_that_a_second_flag_would_throw_away_are_an_error():
         parsed(PretrainConfig, *words, "--data.eval=scenes:test")
 
 
-def test_resume_takes_no_value_but_latest(tiny_file, tmp_path):
+def test_resume_takes_no_value_but_latest_and_auto(tiny_file, tmp_path):
     words = {"prog": "t", "description": "", "default_file": tiny_file}
-    with pytest.raises(UserError, match="--resume is a switch: it goes on from the newest .*; leave out 'a/1.pt'"):
+    with pytest.raises(UserError, match="--resume goes on from the newest .*; leave out 'a/1.pt'"):
         command(PretrainConfig, lambda config: True, ["--resume", "a/1.pt"], **words)
     with pytest.raises(UserError, match=f"newest .*; add --run_folder before '{tmp_path}'$"):
         command(PretrainConfig, lambda config: True, ["--resume", str(tmp_path)], **words)
     resumes = []
-    for args in (["--resume", "latest"], ["--resume", "latest", "--lr", "1"], ["--run_folder", "latest"]):
+    for args in (
+        ["--resume", "latest"],
+        ["--resume=latest", "--lr", "1"],
+        ["--run_folder", "latest"],
+        ["--resume", "auto", "--run_folder", str(tmp_path / "new")],
+    ):
         command(PretrainConfig, lambda config: resumes.append(config.resume) or True, args, **words)
-    assert resumes == [True, True, False]
+    assert resumes == [True, True, False, False]
 
 
 def test_the_recipe_that_nobody_named_scores_and_prompts_its_own_data_only(tmp_path, capsys):

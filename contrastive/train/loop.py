@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from contrastive.train.hang_watch import HangWatch
 from contrastive.train.options import num_workers
 from contrastive.train.progress import Advice, LateFigures, ProgressBar, StepTimer
 from contrastive.train.saver import CheckpointSaver
-from contrastive.train.stopping import stop_requests
+from contrastive.train.stopping import record_stop, stop_requests
 from contrastive.train.task import TrainingTask
 
 
@@ -59,6 +59,7 @@ class Trainer:
         parts = self.model, self.optimizers, self.ema
         self.saver = CheckpointSaver(folder / "checkpoints", config.checkpoint, *parts, task.save)
         self.step = 0  # steps done
+        self.before_save: Callable[[], None] = lambda: None  # raises where the folder is another launch's by now
         self.metrics: MetricsLog | None = None  # on the first rank, while it trains
         self.figures: LateFigures | None = None  # while it trains
         if checkpoint is not None:
@@ -109,7 +110,7 @@ class Trainer:
                 if ends or config.checkpoint.due(self.step):
                     self._save(in_background=not ends)
                 if stopping and self.step < total:
-                    say(f"stopped at step {self.step} and saved; continue with --resume")
+                    record_stop(self.folder, self.step, stops)
                     return False
                 self._evaluate_if_due()
         return True
@@ -188,6 +189,7 @@ class Trainer:
 
     def _save(self, in_background: bool) -> None:
         """Save a checkpoint; all ranks wait until nothing is being written, so that none runs ahead of a failure."""
+        self.before_save()
         self._log_bad_samples()
         with self._patiently("save"):
             self.saver.save(self._cursor(), in_background)

@@ -120,7 +120,10 @@ class RunConfig:
     run_folder: str = ""
     """Run folder; one that fits by default."""
     resume: bool = False
-    """Continue the run from its newest whole checkpoint, with the options it was started with."""
+    """Continue the run from its newest whole checkpoint, with the options it was started with. `--resume auto` starts
+    one where there is none yet, for launchers that start again by themselves."""
+    max_restarts: Positive[int] = 3
+    """With --resume auto: starts again from one and the same step, after which no more is tried."""
     dry_run: bool = False
     """Show what the run would learn from, and stop there; nothing is written."""
     optimizer: OptimizerConfig = slot(OPTIMIZERS, "adamw")
@@ -135,6 +138,7 @@ class RunConfig:
     """Also log to these: tensorboard, wandb, trackio, or another that Accelerate knows."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     given: dict[str, bool] | None = hidden()
+    automatic: bool = hidden(False)
 
     def short_name(self) -> str:
         """What the run is called, after its configuration file, when no folder is named."""

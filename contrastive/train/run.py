@@ -21,18 +21,18 @@ from contrastive.distributed.collectives import gather_objects
 from contrastive.distributed.launching import launched
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
-from contrastive.files import check_writable, locked, mend_folders, write_folder, write_whole
+from contrastive.files import mend_folders, write_folder, write_whole
 from contrastive.log import is_main_process, read_metrics, say, warn
 from contrastive.train.bad_samples import merged
 from contrastive.train.checkpoint import find_checkpoint, read_cursor
 from contrastive.train.loop import Trainer
 from contrastive.train.options import LENGTHS, RunConfig, check_division
+from contrastive.train.starting import RunLock, check_start, goes_on
+from contrastive.train.stopping import STOPPED, ending_at_once, stop_requests, stopped_status
 from contrastive.train.task import TrainingTask
 from contrastive.words import flags_of
 
 C = TypeVar("C", bound=RunConfig)
-
-LOCK = ".lock"
 
 
 def command(
@@ -44,18 +44,20 @@ def command(
     description: str,
     default_file: Path,
 ) -> None:
-    """Run `train` with the options that `args` and the configuration file give; exit with 130 when it was stopped.
+    """Run `train` with the options that `args` and the configuration file give; exit with 128 + N after signal N.
 
     Args:
         default_file: the configuration where --config names none.
     """
     short = cls.SHORT_FLAGS
+    args = [word for arg in args for word in (arg.split("=") if arg.startswith("--resume=") else [arg])]
     typed = {flag.name: flag.value for flag in flags_of(args)}
-    if typed.get("resume") == "latest" and "--resume" in args:
+    automatic = typed.get("resume") == "auto"
+    if typed.get("resume") in ("latest", "auto") and "--resume" in args:
         args = [arg for place, arg in enumerate(args) if place != args.index("--resume") + 1]
     elif after := typed.get("resume"):
         raise UserError(
-            "--resume is a switch: it goes on from the newest checkpoint of --run_folder; "
+            "--resume goes on from the newest checkpoint of --run_folder, or with auto starts where there is none; "
             + (f"add --run_folder before '{after}'" if os.path.isdir(after) else f"leave out '{after}'")
         )
     args, chosen = take_option(rename_flags(args, short), "config")
@@ -66,13 +68,16 @@ def command(
     options["also"] = ("config", *short)
     config = parse(cls, args, config_file, **options)
     config = replace(config, run_folder=config.run_folder or f"runs/{config_file.stem}-{config.short_name()}")
+    if automatic:
+        config = replace(config, automatic=True, resume=goes_on(Path(config.run_folder)))
+        args = [arg for arg in args if arg != "--resume" or config.resume]
     saved = Path(config.run_folder) / "config.yaml"
     if config.resume and saved.exists():  # the run's own options, with what --config and the flags say now
         from contrastive.train.given import check_preset
 
         again = parse(cls, args, config_file if chosen else None, base=saved, **options)
         check_preset(config, again)
-        config = replace(again, run_folder=config.run_folder)
+        config = replace(again, run_folder=config.run_folder, automatic=automatic)
     elif not chosen:  # what the default file says nobody has asked for
         config = replace(config, given={name: True for name, by_flag in config.given.items() if by_flag})
         from contrastive.train.given import for_other_data
@@ -81,8 +86,9 @@ def command(
     if "batch_size" in typed and launched():
         batch, ranks = config.train.global_batch_size, int(os.environ["WORLD_SIZE"])
         say(f"--batch_size is the global batch here: {batch} over {ranks} ranks, {batch // ranks} each")
-    if not train(config):
-        sys.exit(130)  # stopped on request, after saving
+    with ending_at_once():
+        if not train(config):
+            sys.exit(stopped_status(Path(config.run_folder)))
 
 
 def open_run(config: RunConfig) -> Path | None:
@@ -93,24 +99,13 @@ def open_run(config: RunConfig) -> Path | None:
     """
     folder = Path(config.run_folder)
     if is_main_process():
-        check_folder(folder, config.resume)
+        check_start(folder, config.resume, config.automatic)
     if config.resume:  # first of all those by which other options come and go
         from contrastive.train.given import changes_on_resume
 
         before = written_options(type(config), folder / "config.yaml")
         changes_on_resume(config, {name: value for name, value in before.items() if name.endswith(".name")})
     return find_checkpoint(folder / "checkpoints") if config.resume else None
-
-
-def check_folder(folder: Path, resume: bool) -> None:
-    """Raise UserError if the folder is read-only, or holds a run and should not, or the other way round to `resume`."""
-    if resume and not (folder / "config.yaml").exists():
-        raise UserError(f"nothing to resume in {folder}: it has no config.yaml; drop --resume to start a run")
-    # A start that failed leaves its lock file, and nothing else.
-    is_free = not folder.exists() or (folder.is_dir() and all(entry.name == LOCK for entry in folder.iterdir()))
-    if not (resume or is_free):
-        raise UserError(f"{folder} exists; continue it with --resume, or name another folder with --run_folder")
-    check_writable(folder, "name another folder with --run_folder")
 
 
 def run(task: TrainingTask, checkpoint: Path | None) -> bool:
@@ -135,6 +130,9 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
         before = written_options(type(config), folder / "config.yaml")
         changes, done = changes_on_resume(config, before), read_cursor(checkpoint)["step"]
         check_steps_done(task, before, done)
+        if config.automatic and done == train.steps and (folder / "final").exists():
+            say(f"{folder} has reached its last step, {done}: nothing is left to do")
+            return True
     options = {"window": data.window, "lanes": data.lanes, "replacement": data.replacement}
     order = order_for(task.source, train.global_batch_size, train.seed, **options)
     runtime = Runtime(train.precision, config.trackers, folder, config.health.patience)
@@ -151,23 +149,26 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
         say("a dry run: nothing was trained, nothing was written")
         runtime.close()
         return True
-    busy = f"another process is training in {folder}; wait for it or use another --run_folder"
-    with locked(folder / LOCK, busy) if runtime.is_main else nullcontext():
-        if runtime.is_main:
-            check_folder(folder, config.resume)  # again: now nobody else can begin in it
+    with RunLock(folder) if runtime.is_main else nullcontext() as lock:
+        if lock:
+            check_start(folder, config.resume, config.automatic)  # again: now nobody else can begin in it
+            lock.begin(done, config.max_restarts + 1 if config.automatic else None)
+            (folder / STOPPED).unlink(missing_ok=True)
             for place in (folder, folder / "checkpoints"):
                 mend_folders(place)  # a kill may have cut a save short
         seen = gather_objects(checkpoint and checkpoint.name)
         if len(set(seen)) > 1:
             raise UserError(f"ranks see different checkpoints in {folder}/checkpoints: {', '.join(map(str, seen))}")
         trainer = Trainer(task, order, runtime, folder, checkpoint)
+        trainer.before_save = lock.check if lock else trainer.before_save
         if runtime.is_main:
             own = yaml.safe_dump(to_dict(replace(config, resume=False, dry_run=False)), sort_keys=False, width=110)
             write_whole(folder / "config.yaml", own)
         runtime.start_trackers(folder.name, flatten(to_dict(config)))
         finished = trainer.fit()
         if finished:
-            with trainer.evaluated_model():
+            with trainer.evaluated_model(), stop_requests():  # too late for them: a minute more, and it is done
+                trainer.before_save()
                 _finish(trainer)
         runtime.barrier()  # the others wait for the first rank's files
         runtime.close()

@@ -11,14 +11,14 @@ import contrastive
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
-from contrastive.files import locked, problem, write_folder
+from contrastive.files import problem, write_folder
 from contrastive.interop.bundle import save_model
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig, ExponentialMovingAverage, MuonConfig
 from contrastive.train.checkpoint import find_checkpoint, load_model, load_training_state, read_cursor
 from contrastive.train.options import CheckpointConfig
-from contrastive.train.run import LOCK, check_folder
 from contrastive.train.saver import CheckpointSaver
+from contrastive.train.starting import RunLock, check_folder
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +176,10 @@ def test_a_read_only_run_folder_is_said_before_anything(resume, tmp_path, monkey
 def test_run_folder_checks(tmp_path):
     path = tmp_path / "run"
     check_folder(path, resume=False)
-    with locked(path / LOCK, "busy"):
-        pass
-    check_folder(path, resume=False)  # a start that failed leaves only the lock, and the next may begin
+    with RunLock(path) as lock:
+        lock.begin(0, None)
+        check_folder(path, resume=False)
+    check_folder(path, resume=False)  # a start that failed leaves only its record, and the next may begin
     with pytest.raises(UserError, match="nothing to resume"):
         check_folder(path, resume=True)
     (path / "config.yaml").write_text("a: 1")

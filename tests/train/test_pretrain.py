@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.files import locked
-from contrastive.train.run import LOCK
+from contrastive.train.starting import RunLock
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +126,7 @@ def test_sigterm_saves_and_resumes_exactly(tiny, tmp_path):
         time.sleep(0.002)
     process.terminate()
     _, message = process.communicate(timeout=60)
-    assert process.returncode == 130 and "saved; continue with --resume" in message
+    assert process.returncode == 143 and "saved; continue with --resume" in message
     pretrain_here("--run_folder", run, "--resume")
     assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(tmp_path / "whole")]
 
@@ -170,9 +169,9 @@ def test_a_run_of_an_older_version_resumes(tiny, tmp_path):
 
 def test_a_second_launch_is_refused(tiny, tmp_path):
     run = tmp_path / "run"
-    with locked(run / LOCK, "busy"), pytest.raises(UserError, match=f"another process is training in {run}; wait"):
+    with RunLock(run), pytest.raises(UserError, match=f"another process is training in {run}; wait"):
         pretrain_here("--config", tiny, "--run_folder", run)
-    assert [path.name for path in run.iterdir()] == [LOCK]
+    assert not list(run.iterdir())
 
 
 def test_a_failed_start_leaves_nothing_in_the_way(tiny, tmp_path):

@@ -1,0 +1,142 @@
+"""What a launch finds in its run folder, and its claim on it.
+
+.lock         which process trains here; it is gone when none does
+starts.json   how often a launch has started here, from which step the last one did, how often in a row
+"""
+
+import json
+import time
+from pathlib import Path
+
+from filelock import SoftFileLease, Timeout
+
+from contrastive.errors import UserError
+from contrastive.files import check_writable, locked, write_json
+from contrastive.log import say, warn
+
+LOCK, STARTS = ".lock", "starts.json"
+BEAT = 2.0  # seconds between the signs of life of a process that holds the lock
+SILENT = 60.0  # without any, after which it is given up; all versions have to agree on it
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raise UserError if the folder is read-only, or holds a run and should not, or the other way round to `resume`."""
+    if resume and not (folder / "config.yaml").exists():
+        raise UserError(f"nothing to resume in {folder}: it has no config.yaml; drop --resume to start a run")
+    is_free = not folder.exists() or (folder.is_dir() and all(map(_is_left_over, folder.iterdir())))
+    if not (resume or is_free):
+        raise UserError(f"{folder} exists; continue it with --resume, or name another folder with --run_folder")
+    check_writable(folder, "name another folder with --run_folder")
+
+
+def goes_on(folder: Path) -> bool:
+    """Whether `--resume auto` goes on with a run; else there is nothing yet, and it starts one.
+
+    A run writes its first checkpoint before its first step. One that a kill kept from that has nothing to lose.
+    """
+    metrics = folder / "metrics.jsonl"
+    has_trained = any((folder / "checkpoints").glob("step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
+    return has_trained or (folder / "final").exists()
+
+
+def check_start(folder: Path, resume: bool, automatic: bool) -> None:
+    """As `check_folder`; with `automatic` also that what was there is still the same, and a start may have failed."""
+    if automatic and goes_on(folder) != resume:
+        raise UserError(f"another process has begun a run in {folder} meanwhile; start again")
+    if not automatic or resume or not (folder / "config.yaml").exists():
+        check_folder(folder, resume)
+
+
+class RunLock:
+    """The claim of one launch on a run folder, as a context: one process at a time, also on a network file system.
+
+    number: how many launches there have been with this one. It only grows: it is how a process finds out that another
+        has taken the folder over while it stood still.
+
+    The lock is a file that its holder touches every few seconds. Whoever waits for it counts on his own clock, which
+    does not jump, how long it has not been touched. That of a process known to be gone is taken at once.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.number = folder, 0
+        self._lease = SoftFileLease(folder / LOCK, lease_duration=SILENT, heartbeat_interval=BEAT)
+
+    def __enter__(self) -> "RunLock":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        owner = self._lease.owner
+        self._acquire()
+        self.number = self._starts().get("start", 0) + 1
+        if owner is not None:
+            of = f"process {owner.pid} on {owner.hostname}"
+            warn(f"taking {self.folder} over from {of}, which is gone without a word; this is launch {self.number}")
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._lease.release()
+
+    def _acquire(self) -> None:
+        busy = f"another process is training in {self.folder}; wait for it or use another --run_folder"
+        before, looks = None, 0
+        while True:
+            try:
+                self._lease.acquire(timeout=0)
+                return
+            except Timeout:
+                sign = self._sign_of_life()
+            if sign and before and sign != before:
+                raise UserError(busy)
+            if sign and sign[1] == 0 and looks * 0.1 > BEAT:  # of an older version, which held a lock on an empty file
+                with locked(self.folder / LOCK, busy):
+                    (self.folder / LOCK).unlink()
+            before, looks = sign, looks + 1
+            if looks * 0.1 == 2 * BEAT:
+                say(f"{self.folder} is locked; up to {SILENT:g} seconds for a sign of life of who did that")
+            time.sleep(0.1)
+
+    def _sign_of_life(self) -> tuple[int, int, int] | None:
+        """What changes whenever the holder of the lock touches it, and its size; None where nobody holds it."""
+        try:
+            with (self.folder / LOCK).open("rb") as file:  # a network file system asks for the newest on opening
+                size = len(file.read())
+            found = (self.folder / LOCK).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_mtime_ns, size, found.st_ino
+
+    def begin(self, step: int, most: int | None) -> None:
+        """Record that this launch starts from `step`.
+
+        Args:
+            most: launches in a row that may start from one step, of those that a launcher restarts; None: any.
+
+        Raises:
+            UserError: there were as many already, so that another would not get further either.
+        """
+        last = self._starts()
+        times = last.get("times", 0) + 1 if last.get("step") == step and most is not None else 1
+        if most is not None and times > most:
+            raise UserError(
+                f"{most} starts in a row from step {step} of {self.folder} got no further: see what they said last "
+                "and mend it; then go on with --resume, or allow more with --max_restarts"
+            )
+        write_json(self.folder / STARTS, {"start": self.number, "step": step, "times": times})
+
+    def check(self) -> None:
+        """Raise UserError where another launch has taken the folder over: nothing may be written any more."""
+        now = self._starts().get("start", self.number)
+        if now != self.number:
+            raise UserError(
+                f"launch {now} has taken {self.folder} over from this one, launch {self.number}, which stood still for "
+                f"{SILENT:g} seconds or more; nothing more is written here, that one goes on"
+            )
+
+    def _starts(self) -> dict[str, int]:
+        try:
+            return json.loads((self.folder / STARTS).read_text())
+        except (OSError, ValueError):  # none yet, or an older version's folder
+            return {}
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a start that failed leaves it, and nothing else."""
+    return path.name in (LOCK, STARTS) or path.name.endswith(".partial")
