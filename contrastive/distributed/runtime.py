@@ -224,11 +224,21 @@ class Runtime:
             return f"{who} ended before {what}; its last lines say why"
         return f"{who} did not reach {what} within {seconds:g} seconds; see what it hangs on, in stacks/ of the run"
 
-    def start_trackers(self, name: str, config: dict) -> None:
-        """Open the trackers' run `name` and record `config`, dotted names to numbers and text."""
+    def start_trackers(self, name: str, config: dict, identity: str, done: int) -> None:
+        """Open the trackers' run `name` and record `config`, dotted names to numbers and text.
+
+        Args:
+            identity: of the run, the same whenever it goes on. done: steps it has done; what was tracked after them,
+                before a kill, is tracked again.
+        """
         if self._accelerator.log_with:
             plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
-            self._accelerator.init_trackers(name, config=plain)
+            how = {
+                "tensorboard": {"purge_step": done + 1 if done else None},
+                "wandb": {"id": identity, "name": name, "resume": "allow"},
+                "trackio": {"name": f"{name}-{identity}", "resume": "allow"},
+            }
+            self._accelerator.init_trackers(name, config=plain, init_kwargs=how)
 
     def track(self, row: dict[str, float], step: int) -> None:
         """Send finite numbers to the trackers."""

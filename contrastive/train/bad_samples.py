@@ -37,6 +37,14 @@ class BadSamples:
         self._bad.append(bad)
         return sum(self._bad) > self.max_share * max(self.window, self._samples)
 
+    def window_seen(self) -> str:
+        """What a checkpoint keeps of the window: how many were bad in each of its steps, '0 0 3'."""
+        return " ".join(map(str, self._bad))
+
+    def go_on_from(self, seen: str) -> None:
+        """Count on from what `window_seen` was; '' of a checkpoint that older versions wrote without it."""
+        self._bad.extend(map(int, seen.split()))
+
     @property
     def _samples(self) -> int:
         return len(self._bad) * self.batch_size

@@ -4,7 +4,7 @@
     ema.safetensors                              averaged weights, where the run keeps them
     optimizer.safetensors                        NUMBER/PARAMETER/STATE for each optimizer in turn
     optimizer/shard-*.safetensors                or that, each rank's part, where FSDP shards it
-    state.json                                   the data cursor, step included
+    state.json                                   the data cursor, step included; bad samples of the last steps
     manifest.json                                sha256 of every file
 
 Learning rate, data order and random numbers are functions of the step, so they are not stored.

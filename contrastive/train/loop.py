@@ -65,6 +65,7 @@ class Trainer:
         if checkpoint is not None:
             cursor = read_cursor(checkpoint)
             self.step = cursor["step"]
+            self.bad_samples.go_on_from(cursor.pop("bad_samples", ""))
             check_cursor(cursor, self._cursor())
             load_training_state(checkpoint, self.model, self.optimizers, self.ema)
             say(f"resuming {folder} from {checkpoint.name}")
@@ -192,7 +193,7 @@ class Trainer:
         self.before_save()
         self._log_bad_samples()
         with self._patiently("save"):
-            self.saver.save(self._cursor(), in_background)
+            self.saver.save({**self._cursor(), "bad_samples": self.bad_samples.window_seen()}, in_background)
 
     @contextmanager
     def _patiently(self, doing: str) -> Iterator[None]:

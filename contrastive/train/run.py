@@ -164,7 +164,7 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
         if runtime.is_main:
             own = yaml.safe_dump(to_dict(replace(config, resume=False, dry_run=False)), sort_keys=False, width=110)
             write_whole(folder / "config.yaml", own)
-        runtime.start_trackers(folder.name, flatten(to_dict(config)))
+        runtime.start_trackers(folder.name, flatten(to_dict(config)), lock.identity if lock else "", done)
         finished = trainer.fit()
         if finished:
             with trainer.evaluated_model(), stop_requests():  # too late for them: a minute more, and it is done

@@ -5,8 +5,10 @@ starts.json   how often a launch has started here, from which step the last one 
 """
 
 import json
+import secrets
 import time
 from pathlib import Path
+from typing import Any
 
 from filelock import SoftFileLease, Timeout
 
@@ -51,21 +53,22 @@ class RunLock:
     """The claim of one launch on a run folder, as a context: one process at a time, also on a network file system.
 
     number: how many launches there have been with this one. It only grows: it is how a process finds out that another
-        has taken the folder over while it stood still.
+        has taken the folder over while it stood still. identity: of the run, by which trackers know it.
 
     The lock is a file that its holder touches every few seconds. Whoever waits for it counts on his own clock, which
     does not jump, how long it has not been touched. That of a process known to be gone is taken at once.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.number = folder, 0
+        self.folder, self.number, self.identity = folder, 0, ""
         self._lease = SoftFileLease(folder / LOCK, lease_duration=SILENT, heartbeat_interval=BEAT)
 
     def __enter__(self) -> "RunLock":
         self.folder.mkdir(parents=True, exist_ok=True)
         owner = self._lease.owner
         self._acquire()
-        self.number = self._starts().get("start", 0) + 1
+        last = self._starts()
+        self.number, self.identity = last.get("start", 0) + 1, last.get("id") or secrets.token_hex(4)
         if owner is not None:
             of = f"process {owner.pid} on {owner.hostname}"
             warn(f"taking {self.folder} over from {of}, which is gone without a word; this is launch {self.number}")
@@ -119,7 +122,8 @@ class RunLock:
                 f"{most} starts in a row from step {step} of {self.folder} got no further: see what they said last "
                 "and mend it; then go on with --resume, or allow more with --max_restarts"
             )
-        write_json(self.folder / STARTS, {"start": self.number, "step": step, "times": times})
+        record = {"start": self.number, "step": step, "times": times, "id": self.identity}
+        write_json(self.folder / STARTS, record)
 
     def check(self) -> None:
         """Raise UserError where another launch has taken the folder over: nothing may be written any more."""
@@ -130,7 +134,7 @@ class RunLock:
                 f"{SILENT:g} seconds or more; nothing more is written here, that one goes on"
             )
 
-    def _starts(self) -> dict[str, int]:
+    def _starts(self) -> dict[str, Any]:
         try:
             return json.loads((self.folder / STARTS).read_text())
         except (OSError, ValueError):  # none yet, or an older version's folder
