@@ -4,12 +4,12 @@
     python benchmarks/checkpoint.py --model clip_vit_b_32 --rounds 3 --folder /mnt/disk
 
 A run's own saver saves a dual encoder with AdamW's state on a CPU, in turns: once the loop waits for the disk, once it
-goes on. Medians over the rounds, and the `stall_share` is the median of the rounds' ratios of the two times in which the
-loop stood still. The first save beside training, which makes the buffers, is no round: it is `first_stall_seconds`.
+goes on. Medians over the rounds; `stall_share` is the median of the rounds' ratios of the two times in which the loop
+stood still. The first save beside training, which makes the buffers, is no round: it is `first_stall_seconds`.
 
 What the writer costs the steps beside it is apart: a step is matrix products on one thread with some Python between
-them, alone (`step_ms`) and beside the writer (`step_ms_beside`). `longest_gil_wait_ms` is how long a thread that wants to
-run Python every millisecond had to wait at most, alone and beside.
+them, alone (`step_ms`) and beside the writer (`step_ms_beside`). `longest_gil_wait_ms` is how long a thread that wants
+to run Python every millisecond had to wait at most, alone and beside.
 """
 
 import shlex
@@ -34,8 +34,8 @@ from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 from contrastive.files import problem
 from contrastive.interop.bundle import save_model
-from contrastive.option_types import Positive
 from contrastive.optim import AdamWConfig
+from contrastive.option_types import Positive
 from contrastive.train.options import CheckpointConfig
 from contrastive.train.saver import CheckpointSaver
 

@@ -114,8 +114,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        write_json(temporary / MANIFEST, {"sha256": {str(path.relative_to(temporary)): sha256(path) for path in files}})
+        write_manifest(temporary)
         _settle(temporary)
         if not (folder.exists() and _exchange(temporary, folder)):
             if folder.exists():
@@ -125,6 +124,12 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         mend_folder(folder)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write what `problem` compares a folder with: the sha256 sums of all files that are in it now."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    write_json(folder / MANIFEST, {"sha256": {str(path.relative_to(folder)): sha256(path) for path in files}})
 
 
 def mend_folders(parent: Path) -> None:

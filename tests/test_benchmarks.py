@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from launching import ROOT, environment
 
 
@@ -53,3 +54,18 @@ def test_a_wrong_flag_is_one_line(flags, message, monkeypatch, capsys):
         runpy.run_path(str(ROOT / "benchmarks" / "loss.py"), run_name="__main__")
     told = capsys.readouterr().err
     assert stop.value.code == 2 and told.startswith(f"loss.py: error: {message}") and told.count("\n") == 1
+
+
+def test_checkpoint_measures_a_save_beside_training_and_one_waited_for(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "saves"
+    flags = ["--model", "siglip_vit_ti_32", "--rounds", "2", "--step_size", "16", "--folder", str(folder)]
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", *flags, "--results", str(tmp_path / "rows")])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    threads = torch.get_num_threads()
+    runpy.run_path(str(ROOT / "benchmarks" / "checkpoint.py"), run_name="__main__")
+    torch.set_num_threads(threads)
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert row["gigabytes"] == pytest.approx(12e-9 * row["parameters"], rel=0.05)
+    assert 0 < row["stall_seconds"] < row["waited_seconds"] and 0 < row["stall_share"] < 1
+    assert row["stall_seconds"] < row["writing_seconds"] and row["step_ms"] > 0 and row["step_ms_beside"] > 0
+    assert not folder.exists() and "stall_share" in capsys.readouterr().out
