@@ -30,13 +30,13 @@ from tyro.conf import Positional, arg
 
 from contrastive.config import from_dict, parse
 from contrastive.errors import UserError
-from contrastive.files import MANIFEST, locked, mend_folders, problem, read_yaml
+from contrastive.files import MANIFEST, mend_folders, problem, read_yaml
 from contrastive.log import run_script, warn
 from contrastive.option_types import Positive, check_bounds
 from contrastive.train.averaging import write_average
 from contrastive.train.options import CheckpointConfig
 from contrastive.train.retention import checkpoints_in, expendable, is_milestone, step_of
-from contrastive.train.run import LOCK
+from contrastive.train.starting import RunLock
 
 FOR = {"prune": ("keep", "keep_every", "dry_run"), "average": ("last", "steps", "out")}
 
@@ -84,8 +84,7 @@ def main(arguments: list[str]) -> None:
     how = _retention(options)
     wrong = {path: problem(path) for path in checkpoints}
     if options.action == "prune":
-        busy = f"a run is training in {options.run}, and prunes by itself; wait for it, or add --dry_run"
-        with nullcontext() if options.dry_run else locked(options.run / LOCK, busy):
+        with nullcontext() if options.dry_run else RunLock(options.run):
             _prune(options, how, wrong)
     elif options.action == "average":
         _average(options, wrong)

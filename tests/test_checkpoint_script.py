@@ -14,10 +14,10 @@ import contrastive
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
-from contrastive.files import locked, write_folder, write_manifest
+from contrastive.files import write_folder, write_manifest
 from contrastive.interop.bundle import save_model
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
-from contrastive.train.run import LOCK
+from contrastive.train.starting import RunLock
 
 main = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts/checkpoint.py"))["main"]
 
@@ -113,8 +113,8 @@ def test_prune_never_deletes_the_last_good_one(run):
 
 
 def test_prune_leaves_a_run_alone_that_goes_on(run):
-    with locked(run / LOCK, "busy"):
-        with pytest.raises(UserError, match="a run is training in .*; wait for it"):
+    with RunLock(run):
+        with pytest.raises(UserError, match="another process is training in .*; wait for it"):
             call("prune", run)
         call("prune", run, "--dry_run")
     assert steps(run) == [10, 20, 30, 40, 50]
