@@ -1,5 +1,6 @@
 """Which sample stands where in the training stream: a pure function of (seed, epoch, position)."""
 
+import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,8 +37,9 @@ def shuffled(size: int, seed: int, number: int, stream: int, attempt: int = 0) -
 class SampleOrder(ABC):
     """Which sample of a source stands at each position, as a pure function of (seed, position).
 
-    A position is `step * global_batch_size + slot`; its epoch is `position // num_samples`, so a batch may
-    straddle two epochs and no sample is ever dropped. Nothing here is state: any step can be asked for.
+    A position is `batch * global_batch_size + slot`; its epoch is `position // num_samples`, so a batch may
+    straddle two epochs and no sample is ever dropped. The batches come in turn, one a step, but for those that a run
+    was told to skip. Nothing here is state: any step can be asked for.
 
     Raises:
         UserError: the data is empty, or the batch is larger than the data.
@@ -46,6 +48,8 @@ class SampleOrder(ABC):
     num_samples: int
     global_batch_size: int
     seed: int
+    skipped: tuple[int, ...] = field(default=(), kw_only=True)
+    """Numbers of the batches that no step takes, rising."""
 
     def __post_init__(self):
         if self.num_samples < 1:
@@ -75,11 +79,23 @@ class SampleOrder(ABC):
         """
         return int(draw * self.num_samples)
 
+    def batches(self, step: int, num_steps: int) -> np.ndarray:
+        """Return the numbers of the batches, int64 (n,), of `num_steps` steps from `step` on."""
+        numbers = np.arange(step, step + num_steps)
+        for skipped in self.skipped:
+            numbers += numbers >= skipped
+        return numbers
+
+    def step_of(self, position: int) -> int:
+        """Return the step that takes the sample at `position`, or would if its batch were not skipped."""
+        batch = position // self.global_batch_size
+        return batch - bisect.bisect_left(self.skipped, batch)
+
     def share(self, step: int, num_steps: int, rank: int, world_size: int) -> np.ndarray:
         """Return the positions, int64 (n,), of a rank's slice of the batches of `num_steps` steps from `step` on."""
         batch = self.global_batch_size
         slots = np.arange(rank * batch // world_size, (rank + 1) * batch // world_size)
-        return (np.arange(step, step + num_steps)[:, None] * batch + slots).ravel()
+        return (self.batches(step, num_steps)[:, None] * batch + slots).ravel()
 
     def shards_ahead(self, step: int, num_steps: int, rank: int = 0, world_size: int = 1) -> Sequence[Any]:
         """Return the source's numbers of the shards that a rank reads in `num_steps` steps from `step` on.
@@ -95,11 +111,13 @@ class SampleOrder(ABC):
         """
         return {
             "step": step,
-            "epoch": step * self.global_batch_size // self.num_samples,  # in which the batch of `step` begins
+            # In which the batch of `step` begins.
+            "epoch": int(self.batches(step, 1)[0]) * self.global_batch_size // self.num_samples,
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "num_samples": self.num_samples,
             "fingerprint": fingerprint,
+            **({"skipped": list(self.skipped)} if self.skipped else {}),
             **self.kind(),
         }
 
@@ -189,5 +207,5 @@ def check_cursor(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 
 def _complete(cursor: Mapping[str, Any]) -> dict[str, Any]:
     """Add what a cursor leaves unsaid, as older ones do: each sample once an epoch, anywhere in it."""
-    whole = {"replacement": False, "weights": "none", "window": cursor.get("num_samples"), "lanes": 1}
+    whole = {"skipped": [], "replacement": False, "weights": "none", "window": cursor.get("num_samples"), "lanes": 1}
     return {**{name: value for name, value in cursor.items() if name not in whole}, **whole, **cursor}

@@ -46,7 +46,7 @@ class SampleDataset(Dataset, ABC):
         """
         index, bad, size = self.order.index_of(position), [], self.image_size
         if callable(size):
-            size = size(position // self.order.global_batch_size)
+            size = size(self.order.step_of(position))
         for attempt in range(MAX_ATTEMPTS):
             rng, key = np.random.Generator(philox(self.order.seed, position, DRAWS, attempt)), ""
             if attempt:  # with draws of its own: what was drawn for the bad sample says nothing about its stand-in

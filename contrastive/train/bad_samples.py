@@ -43,6 +43,8 @@ class BadSamples:
 
     def go_on_from(self, seen: str) -> None:
         """Count on from what `window_seen` was; '' of a checkpoint that older versions wrote without it."""
+        self._faults = FaultCounts()
+        self._bad.clear()
         self._bad.extend(map(int, seen.split()))
 
     @property

@@ -45,6 +45,7 @@ NO_EFFECT = (
     (" ".join(f"model.image.{name}" for name in ONLY_IN_TRAINING), "lock", "image"),
     ("dropout optimizer.layer_decay optimizer.muon_lr", "tune", "head"),
     ("templates wise_ft.alphas", "head", "zeros"),
+    ("health.spike_window health.spike_threshold health.spike_steps", "health.on_spike", "none"),
 )
 
 
@@ -160,6 +161,8 @@ def check_effect(task: TrainingTask) -> None:
         rows.append(("data.preprocess.cut", "data.preprocess.resize", "squash"))
     if not (launched() or num_workers(data, has_gpu())):
         rows.append(("data.timeout", "data.num_workers", data.num_workers))
+    if not config.health.rolls_back:
+        rows.append(("health.max_roll_backs", "health.on_spike", config.health.on_spike))
     if values.get("data.tokenizer") not in ("bpe", "auto"):
         rows.append(("data.vocab_size", "data.tokenizer", values.get("data.tokenizer")))
     found = []

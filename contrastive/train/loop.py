@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from contrastive.data.loader import train_loader
 from contrastive.data.order import SampleOrder, check_cursor
-from contrastive.distributed.collectives import all_reduce_sum, gather_objects
+from contrastive.distributed.collectives import all_reduce_sum, gather_objects, together
 from contrastive.distributed.runtime import Runtime
 from contrastive.distributed.sharding import average_whole_gradients, clip_gradients, reshard, unsharded
 from contrastive.log import MetricsLog, say, warn
@@ -22,8 +23,10 @@ from contrastive.results import key_parts
 from contrastive.train.bad_samples import BadSamples
 from contrastive.train.checkpoint import load_model, load_training_state, read_cursor
 from contrastive.train.hang_watch import HangWatch
+from contrastive.train.health import Judge, TroubleError
 from contrastive.train.options import num_workers
 from contrastive.train.progress import Advice, LateFigures, ProgressBar, StepTimer
+from contrastive.train.roll_back import last_good, reload_weights
 from contrastive.train.saver import CheckpointSaver
 from contrastive.train.stopping import record_stop, stop_requests
 from contrastive.train.task import TrainingTask
@@ -60,15 +63,25 @@ class Trainer:
         self.saver = CheckpointSaver(folder / "checkpoints", config.checkpoint, *parts, task.save)
         self.step = 0  # steps done
         self.before_save: Callable[[], None] = lambda: None  # raises where the folder is another launch's by now
+        self.judge = Judge(config.health, config.train.max_skipped, config.schedule.warmup_steps or 0)
+        self.rolled_back = 0  # times in a row, to where it stands
+        self._told: dict | None = None  # of the last time, not yet in the log
         self.metrics: MetricsLog | None = None  # on the first rank, while it trains
         self.figures: LateFigures | None = None  # while it trains
         if checkpoint is not None:
-            cursor = read_cursor(checkpoint)
-            self.step = cursor["step"]
-            self.bad_samples.go_on_from(cursor.pop("bad_samples", ""))
-            check_cursor(cursor, self._cursor())
-            load_training_state(checkpoint, self.model, self.optimizers, self.ema)
+            self._go_on_from(checkpoint)
             say(f"resuming {folder} from {checkpoint.name}")
+
+    def _go_on_from(self, checkpoint: Path) -> None:
+        """Take all but the weights from a checkpoint."""
+        cursor = read_cursor(checkpoint)
+        self.bad_samples.go_on_from(cursor.pop("bad_samples", ""))
+        own = cursor.pop("run", {})
+        self.step, self.rolled_back = cursor["step"], own.get("rolled_back", 0)
+        self.judge.restore(own.get("judge", {}))
+        self.order = replace(self.order, skipped=tuple(cursor.get("skipped", ())))
+        check_cursor(cursor, self._place())
+        load_training_state(checkpoint, self.model, self.optimizers, self.ema)
 
     def fit(self) -> bool:
         """Train until the last step or a request to stop; return whether the last step was reached.
@@ -77,6 +90,34 @@ class Trainer:
             UserError: the loss is not finite for several steps, too many samples are bad, or a checkpoint cannot be
                 written.
         """
+        with stop_requests() as stops, self.saver:
+            self.saver.begin(self.step, self.config.train.steps)
+            while True:
+                try:
+                    return self._fit(stops)
+                except TroubleError as error:
+                    trouble = error.with_traceback(None)  # whose frames hold the loader's workers
+                self._roll_back(trouble)
+
+    def _roll_back(self, trouble: TroubleError) -> None:
+        """Go back to the last good checkpoint, and leave the batches of the trouble out from there on."""
+        self.saver.finish()
+        self.before_save()
+        checkpoints, most = self.folder / "checkpoints", self.config.health.max_roll_backs
+        name = together(lambda: last_good(checkpoints, trouble, most).name if self.runtime.is_main else None)
+        checkpoint = checkpoints / gather_objects(name)[0]
+        num_steps = trouble.last - trouble.first + 1
+        skipped = {*self.order.skipped, *self.order.batches(trouble.first - 1, num_steps).tolist()}
+        reload_weights(self.model, checkpoint)
+        self._go_on_from(checkpoint)
+        self.order = replace(self.order, skipped=tuple(sorted(skipped)))
+        self.rolled_back += 1
+        self._told = {"step": self.step, "first": trouble.first, "last": trouble.last, "why": trouble.what}
+        told = f"back to {checkpoint.name}, and on without the batches of steps {trouble.first} to {trouble.last}"
+        warn(f"{trouble.what}: {told}")
+
+    def _fit(self, stops: list[int]) -> bool:
+        """As `fit`; TroubleError where to roll back."""
         config, total = self.config, self.config.train.steps
         batches = self.runtime.on_device(self._loader(), self.task.inputs)
         timer, bar = StepTimer(config.train.global_batch_size), ProgressBar(self.step, total)
@@ -88,13 +129,15 @@ class Trainer:
             bar.show(row)
             advice.consider(row)
 
-        self.figures = LateFigures(config.train.max_skipped, write)
+        self.figures = LateFigures(self.judge.consider, write)
         self.watch = HangWatch(self.folder, self.runtime.rank, config.health.hang_after, config.health.patience)
-        with log as self.metrics, stop_requests() as stops, bar, self.figures, self.watch, self.saver:
-            self.saver.begin(self.step, total)
-            if self.step == 0:
-                self._save(in_background=False)  # so that --resume works from the first step on
-            elif not gather_objects(self.metrics is not None and self.metrics.has("eval", self.step))[0]:
+        with log as self.metrics, bar, self.figures, self.watch:
+            if self._told:
+                self._log("roll_back", self._told)
+                self._told = None
+            if self.step == 0 or self.rolled_back:
+                self._save(in_background=False)  # so that --resume works from the first step on, and from a roll back
+            if self.step and not gather_objects(self.metrics is not None and self.metrics.has("eval", self.step))[0]:
                 self._evaluate_if_due()  # a kill came between the save and the evaluation
             first = self.step
             for batch, inputs in timer.waiting_for(batches):
@@ -109,6 +152,7 @@ class Trainer:
                     self.figures.put(row)
                 ends = self.step == total or stopping
                 if ends or config.checkpoint.due(self.step):
+                    self.rolled_back = 0
                     self._save(in_background=not ends)
                 if stopping and self.step < total:
                     record_stop(self.folder, self.step, stops)
@@ -193,7 +237,9 @@ class Trainer:
         self.before_save()
         self._log_bad_samples()
         with self._patiently("save"):
-            self.saver.save({**self._cursor(), "bad_samples": self.bad_samples.window_seen()}, in_background)
+            own = {"rolled_back": self.rolled_back, "judge": self.judge.state()}
+            cursor = {**self._place(), "bad_samples": self.bad_samples.window_seen(), "run": own}
+            self.saver.save(cursor, in_background)
 
     @contextmanager
     def _patiently(self, doing: str) -> Iterator[None]:
@@ -202,7 +248,7 @@ class Trainer:
         with self.watch.patient(), self.runtime.reaching(what, patience):
             yield
 
-    def _cursor(self) -> dict:
+    def _place(self) -> dict:
         return self.order.cursor(self.step, self.task.source.fingerprint)
 
     def _loader(self) -> DataLoader:

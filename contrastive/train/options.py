@@ -155,6 +155,8 @@ def check_run(config: RunConfig) -> None:
     if len(given) != 1:
         said = f"said more than once ({', '.join(given)})" if given else "not said"
         raise UserError(f"how long to train is {said}: give one of --{', --'.join(f'train.{n}' for n in LENGTHS)}")
+    if config.health.rolls_back and config.checkpoint.keep == 1:
+        raise UserError("checkpoint.keep is 1: to roll back there must be an older one than the newest; use 2 or more")
 
 
 def check_division(train: TrainConfig, world_size: int) -> None:

@@ -1,6 +1,5 @@
 """What a person sees of a running loop: figures, read when it is their time, a bar, a line now and then."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +8,6 @@ from typing import TypeVar
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from contrastive.errors import UserError
 from contrastive.log import console, is_main_process, say, warn
 
 T = TypeVar("T")
@@ -52,16 +50,15 @@ class LateFigures:
     """The figures of steps, left on the device until it has long computed them: nobody waits for it meanwhile.
 
     A row is copied to host memory when it is put, and written when the next one is, on `flush`, or on the way out of
-    an error. Steps that moved nothing, because their loss or gradient was not finite, are counted then too.
+    an error. The outcomes of all steps, with a row of their own or not, are judged then too.
 
     Args:
-        max_skipped: so many skipped steps in a row stop the run.
+        judge: called with each step's number, loss and gradient norm in turn; what it raises goes through.
         write: called with each row in turn, its tensors as numbers.
     """
 
-    def __init__(self, max_skipped: int, write: Callable[[dict], None]):
-        self._max_skipped, self._write = max_skipped, write
-        self._skipped_in_a_row = 0
+    def __init__(self, judge: Callable[[int, float, float], None], write: Callable[[dict], None]):
+        self._judge, self._write = judge, write
         self._outcomes: dict[int, torch.Tensor] = {}  # by step: loss and gradient norm
         # What is being copied: steps, row, all numbers in host memory, and the event after which they are there.
         self._copied: tuple[list[int], dict, torch.Tensor, torch.cuda.Event | None] | None = None
@@ -71,11 +68,7 @@ class LateFigures:
         self._outcomes[step] = torch.stack([loss.double(), grad_norm.double()])
 
     def put(self, row: dict) -> None:
-        """Write the row that was put before; begin to copy this one, of the last step, with its scalar tensors.
-
-        Raises:
-            UserError: too many steps in a row were skipped.
-        """
+        """Write the row that was put before; begin to copy this one, of the last step, with its scalar tensors."""
         self._read()
         tensors = [value.double().view(1) for value in row.values() if isinstance(value, torch.Tensor)]
         numbers = torch.cat([*self._outcomes.values(), *tensors])
@@ -85,7 +78,7 @@ class LateFigures:
         self._outcomes = {}
 
     def flush(self) -> None:
-        """Write the row that was put last, and look at all steps until now; errors as of `put`."""
+        """Write the row that was put last, and have all steps until now judged."""
         self._read()
         if self._outcomes:
             self.put({})
@@ -99,21 +92,9 @@ class LateFigures:
             event.synchronize()
         numbers = iter(host.tolist())
         for step in steps:
-            self._judge(step, loss=next(numbers), grad_norm=next(numbers))
+            self._judge(step, next(numbers), next(numbers))
         if row:
             self._write({k: next(numbers) if isinstance(v, torch.Tensor) else v for k, v in row.items()})
-
-    def _judge(self, step: int, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._skipped_in_a_row = 0
-            return
-        self._skipped_in_a_row += 1
-        warn(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
-        if self._skipped_in_a_row >= self._max_skipped:
-            raise UserError(
-                f"{self._skipped_in_a_row} steps in a row had no finite loss or gradient; lower optimizer.lr or use "
-                "--train.precision fp32, and continue from the last checkpoint with --resume"
-            )
 
     def __enter__(self) -> "LateFigures":
         return self

@@ -1,6 +1,7 @@
 import json
 import pickle
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import chain, permutations
 
@@ -310,3 +311,17 @@ def test_cursor_with_a_field_missing_or_unknown_is_refused():
         check_cursor({name: value for name, value in saved.items() if name != "seed"}, saved)
     with pytest.raises(UserError, match="stride"):
         check_cursor({**saved, "stride": 8}, saved)
+
+
+def test_skipped_batches_are_left_out_and_the_rest_is_as_it_was():
+    whole = Order(100, 8, seed=1)
+    some = replace(whole, skipped=(3, 4, 9))
+    taken = [0, 1, 2, 5, 6, 7, 8, 10, 11]
+    assert some.batches(0, 9).tolist() == taken and some.batches(4, 2).tolist() == [6, 7]
+    for step, batch in enumerate(taken):
+        positions = some.share(step, 1, 1, 2)
+        assert positions.tolist() == whole.share(batch, 1, 1, 2).tolist()
+        assert {some.step_of(int(position)) for position in positions} == {step}
+    assert some.cursor(10)["epoch"] == 1 and whole.cursor(10)["epoch"] == 0
+    with pytest.raises(UserError, match="skipped is .3, 4, 9. but the checkpoint was made with skipped .."):
+        check_cursor(whole.cursor(5), some.cursor(5))

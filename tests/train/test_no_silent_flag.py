@@ -128,6 +128,11 @@ FILLED_IN = {"init_key", "resume", "dry_run", "run_folder"}  # which need no val
 NOT_SEEN = {
     "train.max_skipped": "tests/train/test_loop.py",
     "train.compile": "tests/train/test_compile.py",
+    **dict.fromkeys(
+        ["health.on_non_finite", "health.on_spike", "health.spike_window", "health.spike_threshold"]
+        + ["health.spike_steps", "health.max_roll_backs"],
+        "tests/faults/test_roll_back.py",
+    ),
     "health.hang_after": "tests/train/test_hang_watch.py",
     "health.patience": "tests/faults/test_frozen_ranks.py",
 }  # and where it shows

@@ -6,6 +6,7 @@ import torch
 
 from contrastive.errors import UserError
 from contrastive.losses import SigmoidLossConfig
+from contrastive.train.health import HealthConfig, Judge
 from contrastive.train.progress import Advice, LateFigures, StepTimer
 
 
@@ -59,7 +60,7 @@ def test_timer_tells_waiting_from_working():
 
 def test_rows_come_one_late_and_whole():
     written = []
-    figures = LateFigures(3, written.append)
+    figures = LateFigures(Judge(HealthConfig(), 3).consider, written.append)
     figures.flush()
     for step in range(1, 5):
         loss = torch.tensor(step / 10)
@@ -76,7 +77,7 @@ def test_rows_come_one_late_and_whole():
 @pytest.mark.parametrize("bad", [(math.nan, 1.0), (1.0, math.inf), (1.0, math.nan)])
 def test_skipped_steps_are_said_and_too_many_in_a_row_stop(bad, capsys):
     written = []
-    figures = LateFigures(3, written.append)
+    figures = LateFigures(Judge(HealthConfig(), 3).consider, written.append)
 
     def do(first, outcomes):
         for step, (loss, norm) in enumerate(outcomes, first):
