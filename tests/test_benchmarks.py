@@ -69,3 +69,13 @@ def test_checkpoint_measures_a_save_beside_training_and_one_waited_for(tmp_path,
     assert 0 < row["stall_seconds"] < row["waited_seconds"] and 0 < row["stall_share"] < 1
     assert row["stall_seconds"] < row["writing_seconds"] and row["step_ms"] > 0 and row["step_ms_beside"] > 0
     assert not folder.exists() and "stall_share" in capsys.readouterr().out
+
+
+def test_health_says_what_a_step_pays(tmp_path):
+    flags = ("--steps", "40", "--results", str(tmp_path / "rows"))
+    command = [sys.executable, str(ROOT / "benchmarks" / "health.py"), *flags]
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert row["steps"] == 10 and min(row["ms"].values()) > 0 and 0 < row["alone_share"] < 0.2
