@@ -140,7 +140,9 @@ def _start_all_processes() -> None:
         )
     torchrun = ["-m", "contrastive.distributed.start_ranks", "--nproc_per_node", str(flags.num_processes)]
     torchrun += ["--max_restarts", str(flags.max_restarts or 0)]
-    torchrun += ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
+    # Not the static rendezvous of --master_port: started again, gloo hangs in what the first group left in its store.
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", address]
     os.environ["ACCELERATE_USE_CPU"] = "true"
     end_with_parent(signal.SIGTERM)
     os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from contrastive.distributed.collectives import gather_objects
+from contrastive.distributed.launching import launched
 from contrastive.files import write_json
 from contrastive.log import is_main_process, say
 
@@ -71,13 +72,17 @@ def stopped_status(folder: Path) -> int:
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Let a signal end this process as an exception does, from within what it is doing, where nobody notes it."""
+    """Let a signal end this process as an exception does, from within what it is doing, where nobody notes it.
+
+    Not one of several: until the others have come it waits where no handler runs, and has to end with its launcher.
+    """
 
     def end(number, frame) -> None:
         sys.exit(128 + number)
 
     # One that the caller ignores stays ignored: scripts/slurm.sh does so until a run can save.
-    numbers = [n for n in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(n) == signal.SIG_DFL]
+    numbers = [] if launched() else [signal.SIGTERM, signal.SIGUSR1]
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, end)
     try:
