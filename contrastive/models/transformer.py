@@ -239,17 +239,21 @@ class Transformer(nn.Module):
 
     gradient_checkpointing: the share of the blocks, rounded up, the first of them, that are recomputed in backward
     wherever gradients are recorded; settable, 0 by default: less memory, about a third more time with 1.
+    mean_squares: where it is a list, each pass appends those of what leaves each block, scalars in float32.
     """
 
     def __init__(self, options: TransformerConfig, is_causal: bool = False):
         super().__init__()
         self.is_causal = is_causal
         self.gradient_checkpointing = 0.0
+        self.mean_squares: list[torch.Tensor] | None = None
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.depth))
 
     def forward(self, x: torch.Tensor, extent: Extent = None) -> torch.Tensor:
         for number in range(len(self.blocks)):
             x = self._through(number, x, extent)
+            if self.mean_squares is not None:
+                self.mean_squares.append(x.detach().float().square().mean())
         return x
 
     def states(self, x: torch.Tensor, wanted: Collection[int]) -> dict[int, torch.Tensor]:

@@ -37,6 +37,10 @@ class HealthConfig:
     max_roll_backs: Positive[int] = 3
     """Times in a row that a run goes back to one checkpoint; then it stops."""
 
+    norms_every: Positive[int | None] = None
+    """Steps between rows of metrics.jsonl that also say how large the gradient and the output of each block are; none:
+    none do."""
+
     @property
     def rolls_back(self) -> bool:
         return "roll_back" in (self.on_non_finite, self.on_spike)

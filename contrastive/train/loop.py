@@ -24,6 +24,7 @@ from contrastive.train.bad_samples import BadSamples
 from contrastive.train.checkpoint import load_model, load_training_state, read_cursor
 from contrastive.train.hang_watch import HangWatch
 from contrastive.train.health import Judge, TroubleError
+from contrastive.train.norms import BlockNorms
 from contrastive.train.options import num_workers
 from contrastive.train.progress import Advice, LateFigures, ProgressBar, StepTimer
 from contrastive.train.roll_back import last_good, reload_weights
@@ -63,6 +64,7 @@ class Trainer:
         self.saver = CheckpointSaver(folder / "checkpoints", config.checkpoint, *parts, task.save)
         self.step = 0  # steps done
         self.before_save: Callable[[], None] = lambda: None  # raises where the folder is another launch's by now
+        self.norms = BlockNorms(self.model, config.health.norms_every)
         self.judge = Judge(config.health, config.train.max_skipped, config.schedule.warmup_steps or 0)
         self.rolled_back = 0  # times in a row, to where it stands
         self._told: dict | None = None  # of the last time, not yet in the log
@@ -175,7 +177,8 @@ class Trainer:
         requests, replaced, not_saved = runtime.summed(own, self.step, limit)
         self.saver.check(not_saved)
         try:
-            loss = self.task.forward_backward(self.wrapped, inputs, self.step, runtime)
+            with self.norms.watching(self.step + 1):
+                loss = self.task.forward_backward(self.wrapped, inputs, self.step, runtime)
         except NonFiniteFeatures as error:  # raised on all ranks alike, which skip this step
             warn(f"step {self.step + 1}: {error}")
             loss = torch.tensor(math.nan, device=runtime.device)
@@ -183,6 +186,7 @@ class Trainer:
                 reshard(self.model)
         if runtime.shards:
             average_whole_gradients(self.model.parameters())
+        norms = self.norms.figures()
         norm = clip_gradients(self.model.parameters(), config.train.max_grad_norm)
         mean_loss = all_reduce_sum(loss.double()) / runtime.world_size
         self._update(mean_loss, norm)
@@ -191,7 +195,7 @@ class Trainer:
         if self.bad_samples.too_many(replaced):  # on all ranks alike
             raise self.bad_samples.error(self.step, self._log_bad_samples())
         row = {"step": self.step, "loss": mean_loss, "grad_norm": norm, "lr": config.optimizer.lr * factor}
-        return row | self.task.figures(), requests > 0
+        return row | self.task.figures() | norms, requests > 0
 
     @torch.no_grad()
     def _update(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:

@@ -151,6 +151,9 @@ C = TypeVar("C", bound=RunConfig)
 def check_run(config: RunConfig) -> None:
     """Raise UserError for options that no data can make right."""
     check_bounds(config)
+    norms, log = config.health.norms_every, config.train.log_every
+    if norms is not None and norms % log:
+        raise UserError(f"health.norms_every {norms} is no multiple of train.log_every {log}, whose rows show them")
     given = [f"train.{name}" for name in LENGTHS if getattr(config.train, name) is not None]
     if len(given) != 1:
         said = f"said more than once ({', '.join(given)})" if given else "not said"

@@ -131,7 +131,7 @@ class ProgressBar:
     def show(self, row: dict) -> None:
         """Show a row of metrics.jsonl."""
         figures = f"loss {row['loss']:.4f}  {row['samples_per_second']:.0f} samples/s  data wait {row['data_wait']:.0%}"
-        own = {name: value for name, value in row.items() if name not in COMMON and value is not None}
+        own = {name: row[name] for name in row if name not in COMMON and "/" not in name and row[name] is not None}
         figures += "".join(f"  {name.removeprefix('logit_')} {value:.2f}" for name, value in own.items())
         self._bar.update(self._task, completed=row["step"], figures=figures)
         if self._bar.disable and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:

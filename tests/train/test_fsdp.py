@@ -18,7 +18,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 TOGETHER = (
     *("--optimizer", "muon", "--train.ema_decay", "0.5", "--train.accumulate", "2", "--train.max_grad_norm", "0.1"),
     *("--train.gradient_checkpointing", "0.5", "--evaluation.every", "6", "--checkpoint.every", "3"),
-    *("--train.log_every", "1", "--train.steps", "6", "--model.image.dropout", "0"),
+    *("--health.norms_every", "3", "--train.log_every", "1", "--train.steps", "6", "--model.image.dropout", "0"),
 )
 CLASSIFIER = """
 model: {image: {image_size: 16, width: 16, depth: 2, num_heads: 2, mlp_dim: 32, dropout: 0.1}}
@@ -56,6 +56,8 @@ def assert_alike(run, reference):
     for ours, theirs in zip(rows(run), rows(reference), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        for name in {key for row in (ours, theirs) for key in row if "/" in key}:  # norms by block
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
         assert ours["logit_scale"] == pytest.approx(theirs["logit_scale"], rel=1e-6)
     assert len(rows(run)) == 6
     ours, theirs = (load_file(folder / "final/model.safetensors") for folder in (run, reference))
