@@ -209,8 +209,9 @@ def start(kind, folder, words, init):
     timed = ("samples_per_second", "data_wait")
     seen["metrics"] = [{name: str(value) for name, value in row.items() if name not in timed} for row in rows]
     seen["files"] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "tfevents" not in path.name)
+    of_their_own = ("config.yaml", "metrics.jsonl", ".lock", "starts.json", "manifest.json")
     for path in folder.rglob("*"):
-        if path.is_file() and path.name not in ("config.yaml", "metrics.jsonl", ".lock", "manifest.json"):
+        if path.is_file() and path.name not in of_their_own:
             seen[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return flatten(yaml.safe_load((folder / "config.yaml").read_text())), seen
 
