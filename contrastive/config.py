@@ -194,19 +194,19 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     """Build a dataclass without choices (a ModelConfig, say) from `dataclasses.asdict`'s values.
 
     Raises:
-        UserError: a key that the class does not have; `where` names the file in the message.
+        UserError: a key that the class does not have, or a value of another type; `where` names the file.
     """
-    hints = typing.get_type_hints(cls)
-    arguments = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: the options of {cls.__name__} are {values!r}")
+    hints, read = typing.get_type_hints(cls), {}
     for key, value in values.items():
         if key == "gradient_checkpointing":  # of models saved when towers had it; it says nothing of what they are
             continue
         if key not in hints:
             raise UserError(f"{where}: unknown key '{key}'.{did_you_mean(key, hints)}")
-        if dataclasses.is_dataclass(hints[key]):
-            value = from_dict(hints[key], value, where)
-        arguments[key] = tuple(value) if isinstance(value, list) else value
-    return cls(**arguments)
+        nested = dataclasses.is_dataclass(hints[key])
+        read[key] = from_dict(hints[key], value, where) if nested else as_option(f"{where}: {key}", hints[key], value)
+    return cls(**read)
 
 
 def _read(path: Path) -> dict[str, Any]:

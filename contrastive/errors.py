@@ -1,14 +1,31 @@
 """What the user did wrong, said in one line."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# What breaks a line or steers a terminal: control characters, separators and directions of Unicode, halves of pairs.
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST = 4000
+_LONGEST_NAME = 200
 
 
 class UserError(Exception):
     """Bad input: one line that says what is wrong, where, and how to mend it.
 
-    Scripts print the line without a traceback and exit with status 2.
+    Scripts print the line without a traceback and exit with status 2. Names out of files may be anything: the message
+    is made `one_line`.
     """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """Return the text with line ends and control characters written out ('\\n', '\\x1b'), shortened if very long."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def reason_of(error: Exception | str) -> str:
@@ -18,5 +35,7 @@ def reason_of(error: Exception | str) -> str:
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest of `choices`, or an empty string when none is close."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    if len(name) > _LONGEST_NAME:  # which no choice is, and comparing takes its square
+        return ""
+    close = difflib.get_close_matches(name, [choice for choice in choices if len(choice) <= _LONGEST_NAME], 1, 0.6)
     return f" Did you mean '{close[0]}'?" if close else ""

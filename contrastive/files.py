@@ -22,6 +22,7 @@ from contrastive.errors import UserError
 
 MANIFEST = "manifest.json"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+MOST_VALUES = 100_000  # of a YAML file: nine lines of aliases stand for a billion
 
 
 def cache_folder() -> str:
@@ -86,10 +87,12 @@ def read_yaml(path: Path, what: str) -> Any:
     """Return what a YAML file of the user's holds; `what` it is, for messages: 'the configuration'.
 
     Raises:
-        UserError: it cannot be read, is no text, or not YAML, with the line.
+        UserError: it cannot be read, is no text, or not YAML, with the line; or it is a bomb of aliases.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply for YAML") from None
     except OSError as error:
         raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -98,6 +101,15 @@ def read_yaml(path: Path, what: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (ValueError, TypeError, AttributeError) as error:  # a month of 13, a list as a key, a merge of no mapping
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    todo, count = [content], 0
+    while todo:
+        count, value = count + 1, todo.pop()
+        if count > MOST_VALUES:
+            raise UserError(f"{path}: its aliases make more than {MOST_VALUES:,} values; write them out")
+        todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return content
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -170,10 +182,13 @@ def problem(folder: Path) -> str | None:
     """Return what is wrong with a folder that `write_folder` made, or None when every file is as written."""
     try:
         sums = json.loads((folder / MANIFEST).read_text())["sha256"]
+        named = [Path(name).parts for name in sums]
     except FileNotFoundError:
         return "no manifest"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "the manifest is damaged"
+    if any(".." in parts or parts[:1] == ("/",) for parts in named):
+        return "the manifest names files outside of the folder"
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import distributed
 
-from contrastive.errors import UserError
+from contrastive.errors import UserError, one_line
 from contrastive.files import write_whole
 
 T = TypeVar("T")
@@ -27,13 +27,13 @@ def is_main_process() -> bool:
 def say(message: str) -> None:
     """Print one line on the main process."""
     if is_main_process():
-        console.print(message, markup=False)
+        console.print(one_line(message), markup=False)
 
 
 def warn(message: str) -> None:
     """Print one line on the main process, marked as a warning."""
     if is_main_process():
-        console.print(Text.assemble(("warning:", "yellow"), f" {message}"))
+        console.print(Text.assemble(("warning:", "yellow"), f" {one_line(message)}"))
 
 
 def bar(
@@ -107,11 +107,11 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the rows of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    """Return the rows of a `metrics.jsonl`; a last line cut short by a kill is left out, and what is no row."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
-    return rows
+    return [row for row in rows if isinstance(row, dict)]

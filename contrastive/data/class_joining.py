@@ -103,15 +103,16 @@ def read_class_file(path: Path) -> ClassSet:
         names = json.loads(text) if path.suffix == ".json" else text.rstrip().split("\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:  # bad UTF-8 or bad JSON
+    except (ValueError, RecursionError) as error:  # bad UTF-8 or bad JSON
         raise UserError(f"{path}: not a list of names, one a line or as JSON ({error})") from None
     keys: Sequence[str] | None = None
-    if isinstance(names, dict):
-        names = names.get("id2label", names)  # of a model's config.json
+    if isinstance(names, dict) and isinstance(names.get("id2label"), dict):  # of a model's config.json
+        names = names["id2label"]
+    if isinstance(names, dict) and names:
         keys, names = list(names), list(names.values())
         if all(type(number) is int for number in names):  # torchvision's class_to_idx
             keys, names = list(map(str, names)), keys
-        if all(key.isdecimal() for key in keys):
+        if all(map(_is_number, keys)):
             keys, names = zip(*sorted(zip(keys, names, strict=True), key=lambda pair: int(pair[0])), strict=True)
         if all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in names):
             keys, names = zip(*names, strict=True)
@@ -139,13 +140,17 @@ def read_class_file(path: Path) -> ClassSet:
     return ClassSet(str(path), "", tuple(names), tuple(keys))
 
 
+def _is_number(key: str) -> bool:
+    return key.isdecimal() and len(key) < 20  # int() takes no more than 4,300 digits
+
+
 def _keys_in_lines(lines: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """Split 'n01440764 tench' or '0: airplane' into keys and names, if all lines are such; else the lines are both."""
     for form in _KEYED_LINES:
         found = [form.fullmatch(line) for line in lines]
         if all(found):
             keys, names = zip(*((line["key"], line["name"] or "") for line in found), strict=True)
-            numbers = list(map(int, keys)) if all(names) and all(map(str.isdecimal, keys)) else []
+            numbers = list(map(int, keys)) if all(names) and all(map(_is_number, keys)) else []
             in_order = numbers in (list(range(len(keys))), list(range(1, len(keys) + 1)))
             if (in_order and len(set(names)) > 1) or all(map(is_wordnet_id, keys)):
                 return keys, names

@@ -77,7 +77,7 @@ def are_lemmas(names: Sequence[str]) -> bool:
 @functools.lru_cache(maxsize=2**16)
 def name_key(name: str) -> str:
     """Return what counts in a class name: neither case, spaces and punctuation nor zeros before a number."""
-    if name.isascii() and name.isdecimal():
+    if name.isascii() and name.isdecimal() and len(name) < 20:
         return str(int(name))
     letters = unicodedata.normalize("NFC", name).casefold()
     # Symbols stay, and so do the vowel signs of Indian scripts, which are no letters.

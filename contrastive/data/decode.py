@@ -7,12 +7,15 @@ from collections.abc import Callable
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from contrastive.data.record import BadSample
 
 # A file may be small and its picture huge: 50 megapixels are 150 MB of RGB, above every common camera.
 MAX_PIXELS = 50_000_000
+# Pillow holds 4 bytes of each pixel beside those 3: 300 MB in all. A WebP and a turned TIFF it holds several times.
+MAX_PILLOW_PIXELS, MAX_COPIED_PIXELS = 40_000_000, 16_000_000
+BAND_PIXELS = 2_000_000
 # Named, because Pillow otherwise tries every plugin it has, some of which run other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 EXIF_ORIENTATION = 0x0112
@@ -129,10 +132,24 @@ def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.width * image.height > MAX_PIXELS:
+    """Return the upright picture (H, W, 3), made in bands: Pillow's steps would each copy all of a large one."""
+    width, height = image.size
+    copied = image.format == "WEBP" or (image.format == "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) != 1)
+    if width * height > (MAX_COPIED_PIXELS if copied else MAX_PILLOW_PIXELS):
         raise BadSample("too_large")
-    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)  # which copies in any case
+    image.load()  # which turns a TIFF
+    width, height = image.size
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    rows = max(1, BAND_PIXELS // width)
+    if rows >= height:
+        return _orient(_band_to_rgb(image), orientation)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        pixels[top : top + rows] = _band_to_rgb(image.crop((0, top, width, min(top + rows, height))))
+    return _orient(pixels, orientation)
+
+
+def _band_to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _grey_16_bit(image)
     if image.has_transparency_data:

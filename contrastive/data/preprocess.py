@@ -20,6 +20,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
+MOST_PIXELS = 4096  # a side: no model takes more, and what a file says is not made whatever memory it takes
 Interpolation = Literal["bicubic", "bilinear"]
 Cut = Literal["round", "floor", "corner"]
 
@@ -70,6 +71,8 @@ class PreprocessConfig(PreprocessOptions):
     def __post_init__(self):
         super().__post_init__()
         height, width = self.size
+        if max(height, width, self.short_side or 0) > MOST_PIXELS:
+            raise UserError(f"image size {self.image_size} is beyond {MOST_PIXELS} pixels a side, the most there is")
         if min(height, width) < 1:
             raise UserError(f"image size {self.image_size} is not positive; set it to 1 or more")
         if self.resize == "crop" and height != width:

@@ -93,7 +93,7 @@ def check_no_code(where: str, lines: Sequence[str]) -> None:
 def _json_list(text: str, where: str) -> list[str]:
     try:
         held = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         held = None
     if not isinstance(held, list) or not all(isinstance(line, str) for line in held):
         raise UserError(

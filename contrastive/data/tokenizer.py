@@ -15,7 +15,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import tokenizers
@@ -36,6 +36,7 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 BYTES = 256
 CLIP_BOS, CLIP_EOS = "<start_of_text>", "<end_of_text>"
 CLIP_CONTEXT_LENGTH = 77
+PROBE = "a \U0010ffff"  # a character that no vocabulary has: one without an unk_token fails at it, if at all
 CLIP_MERGES = 49152 - 256 - 2  # the file holds more; CLIP's vocabulary stops here
 CLIP_WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -75,6 +76,8 @@ class Tokenizer(ABC):
         for text in texts:
             if not isinstance(text, str):
                 raise UserError(f"texts to tokenize are strings, and a list of them; not {type(text).__name__}")
+            if caption_fault(text[:MAX_CAPTION_CHARS]) == "bad_utf8":
+                raise UserError(f"'{text[:80]}' cannot be tokenized: it holds half a character (a lone surrogate)")
         return self.with_length(context_length).tokenize_clean([self.cleaned(text) for text in texts])
 
     def with_length(self, context_length: int | None) -> "Tokenizer":
@@ -142,7 +145,7 @@ class BpeTokenizer(Tokenizer):
 
     def __init__(self, core: tokenizers.Tokenizer, kind: str, context_length: int):
         super().__init__(core, kind, context_length)
-        self.vocab_size = core.get_vocab_size()
+        self.vocab_size = max(core.get_vocab().values(), default=-1) + 1
         self.eos_id, self.bos_id = map(core.token_to_id, (CLIP_EOS, CLIP_BOS) if kind == "clip" else (EOS, BOS))
         # CLIP pads with 0, the id of '!': harmless, as nothing behind eos is looked at.
         self.pad_id = 0 if kind == "clip" else core.token_to_id(PAD)
@@ -203,7 +206,7 @@ def _read_core(folder: Path):
 
     try:
         core = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        ids = core("a")["input_ids"]
+        ids, _ = core("a")["input_ids"], core(PROBE)
     except Exception as error:  # a damaged folder fails in as many ways as it has files
         raise UserError(f"cannot read a tokenizer from folder '{folder}': {reason_of(error)}") from error
     if not ids:
@@ -316,19 +319,32 @@ def load_tokenizer(
     return tokenizer
 
 
+def _read_bpe(file: Path) -> tokenizers.Tokenizer:
+    """Return the tokenizer in a file; UserError where it is none, or cannot take any text."""
+    try:
+        core = tokenizers.Tokenizer.from_file(str(file))
+        core.encode(PROBE, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing more special
+        raise UserError(f"cannot read the tokenizer {file}: {reason_of(error)}; copy the whole folder again") from None
+    return core
+
+
 def _load_saved(folder: Path, context_length: int | None) -> Tokenizer:
     options = read_json(folder / OPTIONS_FILE)
-    context_length = context_length or options["context_length"]
-    if options["kind"] == "transformers":
-        tokenizer = TransformersTokenizer(folder, context_length, options.get("add_eos", True))
+    again = "copy the whole folder again from the run that made it"
+    kind, length, clean = options.get("kind"), context_length or options.get("context_length"), options.get("clean")
+    known = kind in ("bpe", "clip", "transformers") and clean in (None, *get_args(Cleaning))
+    if not known or type(length) is not int:
+        raise UserError(f"{folder / OPTIONS_FILE}: kind {kind!r}, clean {clean!r}, length {length!r}: damaged; {again}")
+    if kind == "transformers":
+        tokenizer = TransformersTokenizer(folder, length, options.get("add_eos", True) is True)
     else:
-        core = tokenizers.Tokenizer.from_file(str(folder / MODEL_FILE))
-        tokenizer = BpeTokenizer(core, options["kind"], context_length)
+        tokenizer = BpeTokenizer(_read_bpe(folder / MODEL_FILE), kind, length)
     for name in ("vocab_size", "pad_id", "eos_id", "bos_id"):
-        if getattr(tokenizer, name) != options[name]:
-            raise UserError(
-                f"the tokenizer in '{folder}' has {name} {getattr(tokenizer, name)} but {OPTIONS_FILE} says "
-                f"{options[name]}; copy the whole folder again from the run that made it"
-            )
-    tokenizer.clean = options.get("clean", "none")
+        held, said = getattr(tokenizer, name), options.get(name)
+        if held != said:
+            raise UserError(f"the tokenizer in '{folder}' has {name} {held} but {OPTIONS_FILE} says {said}; {again}")
+    if None in (tokenizer.pad_id, tokenizer.eos_id, 0 if kind == "transformers" else tokenizer.bos_id):
+        raise UserError(f"the tokenizer in '{folder}' lacks special tokens; {again}")
+    tokenizer.clean = clean or "none"
     return tokenizer

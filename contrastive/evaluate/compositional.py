@@ -212,7 +212,7 @@ class _Pairs(list):
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_Pairs)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON text ({error})") from None
 
 

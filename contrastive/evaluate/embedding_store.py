@@ -21,6 +21,7 @@ from typing import Literal
 
 import numpy as np
 
+from contrastive.config import from_dict
 from contrastive.distributed.collectives import rank, together
 from contrastive.errors import UserError, reason_of
 from contrastive.evaluate.embeddings import Space, pick_indices
@@ -32,6 +33,8 @@ FEATURES = "embedding"
 COLUMNS = {"images": ("index", "key", "label"), "texts": ("index", "caption", "text")}
 TEXT_COLUMNS = ("key", "text")
 SAMPLES_PER_SHARD = 4096
+MOST_TEXTS = 1000  # of a sample
+MOST_SAMPLES = 2**34
 ABANDONED_AFTER = 3600  # seconds
 
 Part = Literal["images", "texts"]
@@ -54,7 +57,8 @@ class EmbeddingStore:
 
     def __init__(self, folder: Path, config: dict):
         self.folder, self.config = folder, config
-        self.options = StoreOptions(**{name: config["options"][name] for name in StoreOptions.__dataclass_fields__})
+        made = {name: value for name, value in config["options"].items() if name in StoreOptions.__dataclass_fields__}
+        self.options = from_dict(StoreOptions, made, f"{folder / CONFIG}: options")
 
     @property
     def key(self) -> str:
@@ -68,11 +72,12 @@ class EmbeddingStore:
     def indices(self, shard: int) -> np.ndarray:
         """Source indices of the samples of a shard."""
         size = self.options.samples_per_shard
-        return self._picked[shard * size : (shard + 1) * size]
+        return np.asarray(self._picked[shard * size : (shard + 1) * size])
 
     @cached_property
-    def _picked(self) -> np.ndarray:
-        return pick_indices(self.config["data"]["num_samples"], self.options.limit)
+    def _picked(self) -> np.ndarray | range:
+        count, limit = self.config["data"]["num_samples"], self.options.limit
+        return range(count) if limit is None else pick_indices(count, limit)
 
     def path(self, part: Part, shard: int) -> Path:
         return self.folder / f"{part}-{shard:05d}.parquet"
@@ -170,34 +175,36 @@ class EmbeddingStore:
             why = f"its {part} are unfinished; run" if begun else f"it has no {part}; run"
             raise UserError(f"{self.folder}: {why} scripts/embed.py with the same model, data and folder")
         columns: dict[str, list] = {name: [] for name in COLUMNS[part]}
-        count, seen = self.config[part]["embeddings"], 0
+        count, seen = sum(self._head(self.path(part, shard))[0] for shard in range(self.num_shards)), 0
         features = np.empty((count, 1), np.float32)
         for shard in range(self.num_shards):
-            held, rows = self._read_shard(self.path(part, shard))
-            if seen == 0 and len(rows):  # a shard without rows does not tell their width
-                features = np.empty((count, rows.shape[1]), np.float32)
-            features[seen : seen + len(rows)] = rows
-            seen += len(rows)
-            for name, values in columns.items():
-                values.extend(held[name])
+            with _damage_told(self.path(part, shard)):
+                held, rows = self._read_shard(part, shard)
+                if seen == 0 and len(rows):  # a shard without rows does not tell their width
+                    features = np.empty((count, rows.shape[1]), np.float32)
+                features[seen : seen + len(rows)] = rows
+                seen += len(rows)
+                for name, values in columns.items():
+                    values.extend(held[name])
         return columns, features
 
-    def _read_shard(self, path: Path) -> tuple[dict[str, list], np.ndarray]:
+    def _read_shard(self, part: Part, shard: int) -> tuple[dict[str, list], np.ndarray]:
         """The columns and the (N, E) features of a shard."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with _damage_told(path):
-            table = pq.read_table(path, page_checksum_verification=True)
-            self._left_out(table.schema.metadata)
-            if self.options.files == "npy":
-                features = np.load(path.with_suffix(".npy"), allow_pickle=False)
-            else:
-                column = table.column(FEATURES).combine_chunks()
-                features = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
-                table = table.drop_columns([FEATURES])
-            if len(features) != len(table):
-                raise ValueError(f"{len(features)} embeddings for {len(table)} rows")
-            return table.to_pydict(), features
+        path = self.path(part, shard)
+        table = pq.read_table(path, page_checksum_verification=True)
+        self._left_out(table.schema.metadata)
+        if self.options.files == "npy":
+            features = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)  # as much as there is
+        else:
+            column = table.column(FEATURES).combine_chunks()
+            features = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
+        if features.shape[:1] != (len(table),) or features.ndim != 2 or features.dtype.name != self.options.dtype:
+            raise ValueError(f"{features.shape} embeddings of {features.dtype} for {len(table)} rows")
+        kinds = {name: pa.string() if name in TEXT_COLUMNS else pa.int64() for name in COLUMNS[part]}
+        return table.select(list(kinds)).cast(pa.schema(kinds.items())).to_pydict(), features
 
     def _head(self, path: Path) -> tuple[int, list[tuple[str, str]]]:
         """The number of rows of a shard, and (reason, key) of what was left out, without reading its rows."""
@@ -205,6 +212,8 @@ class EmbeddingStore:
 
         with _damage_told(path):
             metadata = pq.read_metadata(path)
+            if not 0 <= metadata.num_rows <= self.options.samples_per_shard * MOST_TEXTS:
+                raise ValueError(f"it says that it has {metadata.num_rows:,} rows")
             return metadata.num_rows, self._left_out(metadata.metadata)
 
     def _left_out(self, metadata: Mapping[bytes, bytes] | None) -> list[tuple[str, str]]:
@@ -236,11 +245,11 @@ class EmbeddingStore:
 @contextlib.contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
     """What fails while a shard is read becomes a UserError in one line."""
-    import pyarrow as pa
-
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, KeyError, EOFError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Arrow's, NumPy's and those of values of other types
         raise UserError(f"{path} is damaged ({reason_of(error)}); delete it and embed again") from None
 
 
@@ -312,11 +321,30 @@ def find_store(folder: Path) -> EmbeddingStore | None:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except OSError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG} is not valid JSON ({error})") from None
     written = config.get("format") if isinstance(config, dict) else None
     if not isinstance(written, str) or not written.startswith("contrastive-embeddings-"):
         return None
     if written != FORMAT:
         raise UserError(f"{folder} holds embeddings of format '{written}', this version reads '{FORMAT}'; embed again")
-    return EmbeddingStore(folder, config)
+    try:
+        _check(config)
+        return EmbeddingStore(folder, config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG} is damaged ({reason_of(error)}); delete it and embed again") from None
+
+
+def _check(config: dict) -> None:
+    """Raise ValueError, or what values of other types lead to, for a config that `store_config` does not write."""
+    data, options = config["data"], config["options"]
+    lists = [data["heldout_labels"], *(data[name] or [] for name in ("class_names", "own_names", "templates"))]
+    reasons = [keys for part in COLUMNS if config.get(part) for keys in config[part]["left_out"].values()]
+    texts = [config["key"], config["model"]["key"], str(config["model"]["path"]), str(config["model"]["preprocess"])]
+    texts += [data["name"], data["fingerprint"], *(name for names in lists[1:] for name in names)]
+    if not all(isinstance(each, list) for each in (*lists, *reasons)) or not all(isinstance(x, str) for x in texts):
+        raise ValueError("something else stands where names do")
+    if not all(type(label) is int for label in lists[0]) or not 0 <= data["num_samples"] < MOST_SAMPLES:
+        raise ValueError("numbers that are none of a data set")
+    if options["samples_per_shard"] < 1 or (options["limit"] or 0) < 0:
+        raise ValueError("sizes below one")

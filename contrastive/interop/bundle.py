@@ -9,9 +9,10 @@ tokenizer/          as data.tokenizer saves it; a classifier has none
 import hashlib
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,8 +22,8 @@ from torch import nn
 from contrastive.config import from_dict
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer
-from contrastive.errors import UserError
-from contrastive.files import problem, write_json
+from contrastive.errors import UserError, reason_of
+from contrastive.files import problem, read_json, write_json
 from contrastive.models import (
     ClassifierConfig,
     DualEncoder,
@@ -33,8 +34,10 @@ from contrastive.models import (
     TextModel,
     TextModelConfig,
 )
+from contrastive.option_types import as_option
 from contrastive.words import no_attribute
 
+M = TypeVar("M", bound=nn.Module)
 FORMAT = "contrastive-1"
 CLASSIFIER_FORMAT = "contrastive-classifier-1"
 
@@ -148,39 +151,69 @@ def load_native(folder: Path, with_tokenizer: bool = True) -> Bundle:
     wrong = problem(folder)
     if wrong is not None:
         raise UserError(f"{folder} is not a whole model folder: {wrong}")
-    description = json.loads((folder / "config.json").read_text())
-    is_classifier, where = description["format"] == CLASSIFIER_FORMAT, str(folder / "config.json")
-    config = from_dict(ClassifierConfig if is_classifier else ModelConfig, description["model"], where)
-    model = ImageClassifier(config) if is_classifier else DualEncoder(config)
+    description = read_json(folder / "config.json")
+    is_classifier, where = description.get("format") == CLASSIFIER_FORMAT, str(folder / "config.json")
+    config = from_dict(ClassifierConfig if is_classifier else ModelConfig, description.get("model"), where)
     # A run that keeps averaged weights is judged by them: its evaluations are of these.
-    weights = folder / "ema.safetensors"
-    if not weights.exists():
-        weights = folder / "model.safetensors"
-    load_weights(model, weights)
+    file = folder / "ema.safetensors"
+    if not file.exists():
+        file = folder / "model.safetensors"
+    weights = tensors_in(file)
+    model = build(lambda: ImageClassifier(config) if is_classifier else DualEncoder(config), weights, file)
+    _fill(model, weights, file)
     if is_classifier:
         tokenizer = None
     elif with_tokenizer:
         tokenizer = load_tokenizer(folder / "tokenizer", config.text.context_length)
+        if tokenizer.vocab_size > config.text.vocab_size:
+            raise UserError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, more than its text tower knows")
     else:
         tokenizer = NOT_LOADED
-    preprocess = from_dict(PreprocessConfig, description["preprocess"], where)
-    names = description.get("class_names")
+    preprocess = from_dict(PreprocessConfig, description.get("preprocess"), where)
+    names = as_option(f"{where}: class_names", tuple[str, ...] | None, description.get("class_names"))
     return Bundle(
         model=model.eval(),
         preprocess=Preprocess(preprocess),
         tokenizer=tokenizer,
         config=config,
         path=folder,
-        class_names=None if names is None else tuple(names),
+        class_names=names,
     )
+
+
+def tensors_in(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file; UserError where it cannot be read."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the weights {file}: {error}") from None
+
+
+def build(make: Callable[[], M], weights: Mapping[str, torch.Tensor], where: Path) -> M:
+    """Return the model that `make` makes, if it is no larger than the weights that are there for it.
+
+    Raises:
+        UserError: its config asks for one that would take all memory, or cannot be.
+    """
+    held = sum(tensor.numel() for tensor in weights.values())
+    try:
+        with torch.device("meta"):
+            asked = sum(parameter.numel() for parameter in make().parameters())
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(f"{where}: no model can be made as its config asks: {reason_of(error)}") from None
+    if asked > 2 * held + 2**20:
+        raise UserError(f"{where} has {held:,} weights, its config asks for {asked:,}: copy both again")
+    return make()
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
     """Fill the model from a safetensors file, every key and shape exactly; otherwise UserError."""
+    _fill(model, tensors_in(file), file)
+
+
+def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor], file: Path) -> None:
     try:
-        model.load_state_dict(load_file(file))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the weights {file}: {error}") from None
+        model.load_state_dict(weights)
     except RuntimeError as error:  # which names every key, on a line each
         raise UserError(f"{file} does not fit the model: {textwrap.shorten(str(error), 400)}") from None
 

@@ -1,13 +1,12 @@
 """What a run folder tells of the model in it: options, data, recipe, results. Nothing of the machine it ran on."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
+from contrastive.errors import UserError
+from contrastive.files import read_json, read_yaml
 from contrastive.interop.bundle import is_native
 from contrastive.log import read_metrics
 from contrastive.results import (
@@ -39,15 +38,29 @@ class RunRecord:
 
     @classmethod
     def of(cls, model_folder: Path) -> "RunRecord | None":
-        """Read the run that a native model folder lies in; None for another folder, and where it lies in none."""
+        """Read the run that a native model folder lies in; None for another folder, and where it lies in none.
+
+        Raises:
+            UserError: its files hold something else than a run writes.
+        """
+        try:
+            run = cls._of(model_folder)
+            if run is not None:  # all of it in words, as a card does
+                run.public_options(), *run.data(), *run.recipe(), *(result.written for result in run.results)
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"{model_folder.parent} is not as a run leaves it ({error}); copy the run again") from None
+        return run
+
+    @classmethod
+    def _of(cls, model_folder: Path) -> "RunRecord | None":
         if not is_native(model_folder):
             return None
         model_folder = model_folder.resolve()  # 'final' and '.' lie somewhere too
         is_checkpoint = model_folder.parent.name == "checkpoints"
         folder = model_folder.parent.parent if is_checkpoint else model_folder.parent
         try:
-            config = yaml.safe_load((folder / "config.yaml").read_text())
-        except (OSError, yaml.YAMLError):
+            config = read_yaml(folder / "config.yaml", "the options of the run")
+        except UserError:
             return None
         # encoder/ and other folders of a run are not what its options and figures are about.
         if not isinstance(config, dict) or not (is_checkpoint or model_folder.name == "final"):
@@ -166,8 +179,8 @@ def _augmentation(options: dict) -> str:
 
 def _state(checkpoint: Path) -> dict:
     try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError):
+        return read_json(checkpoint / "state.json")
+    except UserError:
         return {}
 
 
@@ -199,8 +212,8 @@ def _results_of_final(folder: Path, pattern: str) -> Iterator[dict]:
     weights = max((file.stat().st_mtime for file in (folder / "final").glob("*.safetensors")), default=0.0)
     for file in sorted(folder.glob(pattern)):
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = read_json(file)
+        except UserError:
             continue
-        if file.stat().st_mtime >= weights - STALE_SECONDS and isinstance(found, dict):
+        if file.stat().st_mtime >= weights - STALE_SECONDS:
             yield found

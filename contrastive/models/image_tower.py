@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.models.transformer import AttentionPooling, Transformer, TransformerConfig
+from contrastive.models.transformer import MOST, AttentionPooling, Transformer, TransformerConfig
 from contrastive.option_types import Positive, Probability
 
 
@@ -55,12 +55,12 @@ class ImageTowerConfig(TransformerConfig):
 
     def check(self) -> None:
         """Raise UserError when the options contradict each other."""
+        super().check()
         if self.image_size % self.patch_size:
             raise UserError(
                 f"model.image.image_size {self.image_size} is not a multiple of model.image.patch_size "
                 f"{self.patch_size}; use {self.nearest_sizes(self.image_size)}, or another patch size"
             )
-        super().check()
         if self.pool == "class" and not self.class_token:
             raise UserError("model.image.pool 'class' needs model.image.class_token true")
         if self.position == "sincos" and self.width % 4:
@@ -129,6 +129,8 @@ class ImageTrunk(nn.Module):
         height, width = (operator.index(side) for side in (size if isinstance(size, (tuple, list)) else (size, size)))
         patch = self.architecture.patch_size
         for side in (height, width):
+            if side > MOST["image_size"]:
+                raise UserError(f"input size {height}×{width} is beyond {MOST['image_size']} pixels, the most a side")
             if side < 1 or side % patch:
                 raise UserError(
                     f"input size {height}×{width}: {side} is not a multiple of the patch size {patch}; "

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from contrastive import products
 from contrastive.errors import UserError
-from contrastive.option_types import Positive, Probability
+from contrastive.option_types import NotNegative, Positive, Probability, check_bounds
 from contrastive.products import product
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
@@ -27,6 +27,15 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+# Far above every model that there is: what a file says is not built whatever it takes.
+MOST = {
+    "width": 2**16,
+    "depth": 2**10,
+    "mlp_dim": 2**20,
+    "image_size": 2**14,
+    "vocab_size": 2**24,
+    "context_length": 2**16,
+}
 ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
@@ -42,7 +51,7 @@ class TransformerConfig:
 
     width: Positive[int] = 768
     """Channels of every token."""
-    depth: int = 12
+    depth: NotNegative[int] = 12
     """Number of transformer blocks."""
     num_heads: Positive[int] = 12
     """Attention heads; must divide width."""
@@ -56,7 +65,11 @@ class TransformerConfig:
     """Dropout probability after attention and MLP, and on attention weights."""
 
     def check(self) -> None:
-        """Raise UserError when the options contradict each other."""
+        """Raise UserError when the options contradict each other, or are of no model that there could be."""
+        check_bounds(self, f"{self.SECTION}.")
+        for name, most in MOST.items():
+            if (getattr(self, name, None) or 0) > most:
+                raise UserError(f"{self.SECTION}.{name} {getattr(self, name):,} is more than the most, {most:,}")
         if self.width % self.num_heads:
             own = self.SECTION
             raise UserError(f"{own}.width {self.width} is not a multiple of {own}.num_heads {self.num_heads}")

@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from contrastive.distributed.collectives import rank, world_size
 from contrastive.distributed.sharding import like, whole_tensors
 from contrastive.errors import UserError, reason_of
-from contrastive.files import write_folder
-from contrastive.interop.bundle import load_weights, newest_whole
+from contrastive.files import read_json, write_folder
+from contrastive.interop.bundle import load_weights, newest_whole, tensors_in
 from contrastive.log import warn
 from contrastive.optim import ExponentialMovingAverage
 from contrastive.train.retention import check_room
@@ -138,7 +138,10 @@ def find_checkpoint(checkpoints: Path) -> Path:
 
 def read_cursor(folder: Path) -> dict:
     """Return where in the data the checkpoint stands."""
-    return json.loads((folder / "state.json").read_text())
+    cursor = read_json(folder / "state.json")
+    if type(cursor.get("step")) is not int:
+        raise UserError(f"{folder / 'state.json'} names no step: it is damaged, or of something else")
+    return cursor
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
@@ -157,7 +160,10 @@ def load_training_state(
     if ema is not None:
         if not (folder / "ema.safetensors").exists():
             raise UserError(f"{folder} has no averaged weights; resume with the train.ema_decay it was started with")
-        saved = load_file(folder / "ema.safetensors")
+        saved = tensors_in(folder / "ema.safetensors")
+        shapes = {name: tensor.shape for name, tensor in ema.average.items()}
+        if shapes != {name: tensor.shape for name, tensor in saved.items()}:
+            raise UserError(f"{folder}: its averaged weights are of another model; resume with the same")
         for name, tensor in ema.average.items():
             tensor.copy_(like(saved[name].to(tensor.device), tensor))
     names = _names(model)
@@ -177,7 +183,7 @@ def _read_optimizer(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[s
         return parameter.detach() if parameter is not None and parameter.shape == shape else None
 
     if not (folder / "optimizer").exists():
-        tensors = load_file(folder / "optimizer.safetensors")
+        tensors = tensors_in(folder / "optimizer.safetensors")
         found = {key: of_parameter(key, tensor.shape) for key, tensor in tensors.items()}
         return {
             key: tensor if found[key] is None else like(tensor.to(found[key].device), found[key])
@@ -185,10 +191,13 @@ def _read_optimizer(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[s
         }
     reader = dcp.HuggingFaceStorageReader(str(folder / "optimizer"))
     tensors = {}
-    for key, saved in reader.read_metadata().state_dict_metadata.items():
-        parameter = of_parameter(key, saved.size)
-        tensors[key] = torch.zeros(saved.size) if parameter is None else torch.zeros_like(parameter)
-    dcp.load(tensors, storage_reader=reader, no_dist=world_size() == 1)
+    try:
+        for key, saved in reader.read_metadata().state_dict_metadata.items():
+            parameter = of_parameter(key, saved.size)
+            tensors[key] = torch.zeros(saved.size) if parameter is None else torch.zeros_like(parameter)
+        dcp.load(tensors, storage_reader=reader, no_dist=world_size() == 1)
+    except Exception as error:  # whatever a damaged header comes to inside of the library
+        raise UserError(f"cannot read {folder / 'optimizer'}: {reason_of(error)}") from None
     return tensors
 
 
@@ -215,4 +224,7 @@ def _fill_optimizer(optimizer, names: dict, prefix: str, tensors: dict) -> None:
         saved = {key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)}
         if saved:  # at step 0 there is none
             state[index] = saved
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    try:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"the optimizer state is of another optimizer ({error!r}); resume with the same") from None

@@ -111,6 +111,8 @@ def _locked(folders: Iterable[IndexFolder]) -> Iterator[None]:
             lock = FileLock(os.path.join(path, "lock"))
             try:
                 lock.acquire(timeout=2)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be locked ({error.strerror}); delete it and index again") from None
             except Timeout:
                 say(f"waiting for another process, which indexes shards into {path}")
                 lock.acquire()
@@ -152,6 +154,8 @@ def _index_one(job: tuple[str, IndexFolder], fits: Callable[[IndexedShard], bool
             save_index(path, index, summary)
         except UserError as error:
             return str(error)
+        except OSError as error:
+            return f"{path}: the index of this shard cannot be written ({error.strerror or error})"
     return folder.shard(name, summary)
 
 

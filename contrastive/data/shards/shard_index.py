@@ -2,7 +2,6 @@
 
 import json
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ from contrastive.data.record import FaultCounts
 from contrastive.data.shards.grouping import IMAGES, ROLES, Group, group_members, shown
 from contrastive.data.shards.tar_members import BLOCK
 from contrastive.data.sources.beside import CAPTION_FIELDS, MAX_TEXT_BYTES, caption_lines, json_fields, same_texts
-from contrastive.errors import UserError
+from contrastive.errors import UserError, reason_of
 from contrastive.files import sha256, write_whole
 
 # Why a sample is refused; the place in the tuple is what the index stores.
@@ -26,10 +25,10 @@ _MOST_OTHERS = 16
 # or above is refused anyway, so that its size may be cut to it.
 _LARGEST = 2**31 - 1
 _MAX_FIELDS = 100
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
 _MEND = "run scripts/index.py on the data with --force"
 # An index of 10,000 samples takes half a megabyte; this many are at hand in each process.
 _MAX_LOADED = 128
+_MOST_BYTES = 200 * 2**20  # of an index: a small .npz may unpack to any size
 
 
 class PackedBytes:
@@ -247,17 +246,38 @@ def save_index(path: str, index: ShardIndex, summary: ShardSummary) -> None:
 
 
 def _load(path: str) -> tuple[ShardIndex, ShardSummary]:
-    with np.load(path) as stored:
+    with np.load(path, allow_pickle=False) as stored:
+        if (unpacked := sum(member.file_size for member in stored.zip.infolist())) > _MOST_BYTES:
+            raise ValueError(f"it unpacks to {unpacked:,} bytes")
         keys = PackedBytes(stored["key_ends"], stored["key_blob"])
         summary = summary_from(json.loads(stored["summary"].tobytes()))
-        return ShardIndex(stored["spans"], stored["refusals"], keys, tuple(stored["others"].tolist())), summary
+        index = ShardIndex(stored["spans"], stored["refusals"], keys, tuple(stored["others"].tolist()))
+    _check(index, summary.size)
+    return index, summary
+
+
+def _check(index: ShardIndex, shard_bytes: int) -> None:
+    """Raise ValueError for an index that `_index_of` cannot have made of a shard of this size."""
+    spans, ends, blob, count = index.spans, index.keys.ends, index.keys.blob, len(index)
+    types = (spans.dtype, index.refusals.dtype, ends.dtype, blob.dtype)
+    if types != (np.int32, np.uint8, np.int64, np.uint8) or not all(isinstance(name, str) for name in index.others):
+        raise ValueError("arrays of other types")
+    if spans.shape != (count, len(ROLES) + len(index.others), 2) or ends.shape != (count,) or blob.ndim != 1:
+        raise ValueError("arrays of other shapes")
+    steps = np.diff(ends, prepend=0, append=len(blob))
+    if (index.refusals >= len(REFUSALS)).any() or (steps < 0).any():
+        raise ValueError("numbers that are none of an index")
+    begin, size = spans[..., 0].astype(np.int64) * BLOCK, spans[..., 1]
+    inside = (begin >= 0) & (begin + size <= shard_bytes)
+    if not (inside | (size < 0) | (size == _LARGEST)).all():
+        raise ValueError("members beyond the end of the shard")
 
 
 def load_summary(path: str) -> ShardSummary | None:
     """Return the summary that `save_index` wrote, None where there is none or the file is damaged."""
     try:
         return _load(path)[1]
-    except _DAMAGE:
+    except Exception:  # as many kinds as zip, .npy and JSON have ways to be damaged
         return None
 
 
@@ -274,8 +294,8 @@ def load_index(shard: IndexedShard) -> ShardIndex:
         index, found = _load(path)
     except FileNotFoundError:
         raise UserError(f"{path}: the index of this shard is missing; {_MEND}") from None
-    except _DAMAGE as error:
-        raise UserError(f"{path}: the index of this shard is damaged ({error}); {_MEND}") from None
+    except Exception as error:  # see load_summary
+        raise UserError(f"{path}: the index of this shard is damaged ({reason_of(error)}); {_MEND}") from None
     replaced = None not in (found.sha256, asked.sha256) and found.sha256 != asked.sha256
     if replaced or (found.size, found.mtime_ns, len(index)) != (asked.size, asked.mtime_ns, asked.samples):
         raise UserError(f"{path}: the index of this shard is not the one that its manifest lists; {_MEND}")
@@ -283,7 +303,14 @@ def load_index(shard: IndexedShard) -> ShardIndex:
 
 
 def summary_from(values: dict) -> ShardSummary:
-    """Build a summary from `dataclasses.asdict`'s values, as JSON keeps them."""
+    """Build a summary from `dataclasses.asdict`'s values, as JSON keeps them; ValueError for others."""
+    counts = [values[name] for name, kind in ShardSummary.__annotations__.items() if kind is int]
+    if not all(type(count) is int and count >= 0 for count in counts) or values["samples"] * BLOCK > values["size"]:
+        raise ValueError("counts that no shard has")
+    faults = [found for name in ("refused", "left_aside") for found in values[name].values()]
+    texts = [values["sha256"] or "", *values["fields"], *values["texts"], *(key for f in faults for key in f["keys"])]
+    if not all(type(text) is str for text in texts) or not all(type(found["count"]) is int for found in faults):
+        raise ValueError("names that are no texts")
     return ShardSummary(**{**values, **{name: _shared(tuple(values[name])) for name in ("fields", "texts")}})
 
 

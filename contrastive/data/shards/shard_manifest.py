@@ -124,10 +124,19 @@ def _read(folder: str) -> tuple[str, dict[str, ShardSummary]] | None:
             raise ValueError("it is some other file")
         if manifest.get("version") != _VERSION:
             return None
-        return manifest["shards_in"], {row.pop("name"): summary_from(row) for row in manifest["shards"]}
+        summaries = {row.pop("name"): summary_from(row) for row in manifest["shards"]}
+        base = manifest["shards_in"]
+        # What came with data may name shards beside it or on the net, and no other file of this machine.
+        own = Path(folder).resolve().is_relative_to(Path(cache_folder()).resolve())
+        if not own and base != _BESIDE and (not is_remote(base) or base.startswith(("file:", "memory:"))):
+            raise ValueError(f"it names shards in {base}, but lies elsewhere")
+        for name in summaries:
+            if name in ("", os.curdir, os.pardir) or "/" in name or "\0" in name:
+                raise ValueError(f"a shard named {name!r}")
+        return base, summaries
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as an index of shards ({error}); delete it and index again") from None
 
 

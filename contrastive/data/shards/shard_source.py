@@ -185,7 +185,7 @@ def _stored_label(sample: "ShardSample") -> object:
 
 
 def _is_whole(label: str) -> bool:
-    return label.removeprefix("-").isdecimal()
+    return len(label) < 20 and label.removeprefix("-").isdecimal()  # int() takes no more than 4,300 digits
 
 
 class ShardSample(Beside):

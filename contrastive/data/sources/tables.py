@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # Decoded row groups that one process keeps. Rows are compressed by the group, so a set that fits is read
 # once, and of a larger one each visit to another group costs its decoding.
 CACHE_BYTES = 512 * 2**20
+MOST_NESTED = 500  # lists and objects within each other, in JSON
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _read_table(path: str, asked: Columns) -> TableFile:
         if suffix != ".parquet":
             _check_text(path)
         file = _READERS[suffix](path, asked)
-    except (OSError, csv.Error, pa.ArrowException, ValueError, TypeError, LookupError) as error:
+    except (OSError, csv.Error, pa.ArrowException, ValueError, TypeError, LookupError, RecursionError) as error:
         hint = "; JSON is read as a list of records, or as one a line" if "json" in suffix else ""
         raise UserError(f"{path}: cannot be read as {suffix[1:]} ({reason_of(error)}){hint}") from None
     if not file.rows.num_rows:
@@ -153,10 +154,29 @@ def _read_jsonl(path: str, asked: Columns) -> TableFile:
     if records is not None:
         rows = pa.Table.from_struct_array(pa.array(records))
     else:
+        _check_depth(path)
         rows = arrow_json.read_json(path, read_options=arrow_json.ReadOptions(block_size=BLOCK_BYTES))
     columns = find_columns([(held.name, str(held.type)) for held in rows.schema], asked, path)
     rows = rows.select(columns.names())
     return TableFile(path, columns, rows, rows.column(columns.image).type, None, sha256(path))
+
+
+def _check_depth(path: str) -> None:
+    """Raise ValueError for lines nested so deep that Arrow, which reads them by recursion, ends the process."""
+    import pyarrow as pa
+
+    step, depth = np.zeros(256, np.int8), 0
+    step[list(b"[{")], step[list(b"]}")] = 1, -1
+    with pa.input_stream(path) as file:
+        while block := file.read(2**20):
+            # Brackets in texts count too: far fewer than the limit do harm to none.
+            codes = np.frombuffer(block, np.uint8)
+            depths = np.concatenate([[0], np.cumsum(step[codes], dtype=np.int64)])
+            ends = np.flatnonzero(codes == ord("\n")) + 1
+            starts = np.repeat([-depth, *depths[ends]], np.diff([0, *ends, len(depths)]))
+            if (depths - starts).max() > MOST_NESTED:
+                raise ValueError(f"a line is nested more than {MOST_NESTED} deep")
+            depth = int(depths[-1] - starts[-1])
 
 
 def _records(path: str) -> list | None:
@@ -180,6 +200,8 @@ def _records(path: str) -> list | None:
             return None
     if is_list:
         return held
+    if not isinstance(held, dict):
+        raise ValueError("it holds neither a list nor an object")
     if isinstance(images := held.get("images"), list):
         if "annotations" not in held:
             return images
@@ -226,9 +248,10 @@ def _hub_class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...] | 
     """The names of a ClassLabel, as `datasets` writes them into the schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(features[label]["names"]) if features[label]["_type"] == "ClassLabel" else None
-    except (KeyError, TypeError, ValueError):
+        names = features[label]["names"] if features[label]["_type"] == "ClassLabel" else None
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def _footer_digest(path: str) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from contrastive.data.tokenizer import Tokenizer, TransformersTokenizer
 from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
-from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle
+from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle, build
 from contrastive.interop.formats.evaluation_transform import (
     checked_preprocess,
     notes_on_images,
@@ -86,11 +86,13 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
         image, size = image_options(vision, model_cfg["quick_gelu"], where)
     config = model_options(model_cfg, image, text, where)
     try:
-        model = DualEncoder(config)
+        image.check(), config.text.check()
+        file_weights = read_safetensors(folder, WEIGHTS)
+        model = build(lambda: DualEncoder(config), file_weights, folder)
     except UserError as error:  # sizes that do not go together
         raise UserError(f"{where}: {error}") from None
     model.image_tower.set_input_size(whole_patches(size, image.patch_size))
-    weights, theirs = read_weights(read_safetensors(folder, WEIGHTS), model, vision, text, trunk, folder)
+    weights, theirs = read_weights(file_weights, model, vision, text, trunk, folder)
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),

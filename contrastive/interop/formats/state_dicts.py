@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from contrastive.errors import UserError
+from contrastive.interop.bundle import tensors_in
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -23,7 +22,7 @@ def read_safetensors(folder: Path, names: Iterable[str] = ("model.safetensors",)
     for name in names:
         index = folder / f"{name}.index.json"
         if (folder / name).exists():
-            return _tensors(folder / name)
+            return tensors_in(folder / name)
         if index.exists():
             return _sharded(index)
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -44,13 +43,6 @@ def check_floating(name: str, tensor: torch.Tensor, where: Path) -> None:
         )
 
 
-def _tensors(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the weights {file}: {error}") from None
-
-
 def _sharded(index: Path) -> dict[str, torch.Tensor]:
     """The tensors of all files that the index names, each from the file that it is said to be in."""
     damaged = UserError(f"{index} is damaged: copy it again from where the model came from")
@@ -68,7 +60,7 @@ def _sharded(index: Path) -> dict[str, torch.Tensor]:
             raise UserError(f"{index.parent} lacks {name}, one of {len(names)} files of weights: copy it as well")
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
-        found = _tensors(index.parent / name)
+        found = tensors_in(index.parent / name)
         named = {key for key, file in file_of.items() if file == name}
         if found.keys() != named:
             key = min(found.keys() ^ named)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
-from contrastive.interop.bundle import Bundle
+from contrastive.interop.bundle import Bundle, build
 from contrastive.interop.formats.evaluation_transform import (
     checked_preprocess,
     notes_on_images,
@@ -80,10 +80,12 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     names = _label_names(skeleton.pretrained_cfg.get("label_names"), skeleton.num_classes, file)
     kind = head_kind(description, skeleton.num_classes, names, file_weights, file)
     if kind == "classifier":
-        model = ImageClassifier(ClassifierConfig(image, num_classes=skeleton.num_classes))
+        config = ClassifierConfig(image, num_classes=skeleton.num_classes)
+        model = build(lambda: ImageClassifier(config), file_weights, folder)
     else:
         embed_dim = skeleton.num_classes or image.width
-        model = ImageModel(ImageModelConfig(embed_dim, replace(image, projection=kind == "projection")))
+        config = ImageModelConfig(embed_dim, replace(image, projection=kind == "projection"))
+        model = build(lambda: ImageModel(config), file_weights, folder)
     model.image_tower.set_input_size(whole_patches(size, image.patch_size))
     projection = "head" if kind == "projection" else None
     weights, theirs = tower_to_ours(file_weights, skeleton, model, folder, projection=projection)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from contrastive import models
 from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
-from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle
+from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle, build
 from contrastive.interop.formats.evaluation_transform import taken_size
 from contrastive.interop.formats.key_table import to_ours, to_theirs
 from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
@@ -75,7 +75,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     if mean_head:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(HEAD)}
     config = our_config(found, mean_head)
-    model = MODELS[type(config)](config)
+    model = build(lambda: MODELS[type(config)](config), weights, folder / WEIGHTS)
     family = "clip" if found.family == "clip" else "siglip"
     ours, theirs = to_ours(key_table(model.state_dict(), family), weights, folder / WEIGHTS)
     fill(model, ours, folder / WEIGHTS, theirs)
