@@ -58,6 +58,7 @@ def read_delimited(path: str, usual: str, asked: Columns) -> tuple[Columns, pa.T
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    csv.field_size_limit(max(csv.field_size_limit(), BLOCK_BYTES))
     dialect, columns = _read_head(path, usual, asked)
     dialect, scan = _told_quotes(path, dialect)
     rows = _read(path, dialect, columns.names())
@@ -133,7 +134,6 @@ def _told_quotes(path: str, dialect: Dialect) -> tuple[Dialect, _Scan]:
 
 def _scan(path: str, dialect: Dialect) -> _Scan:
     """Go through the file with Python's csv, which tells where a row ends and where quotes are none of CSV's."""
-    csv.field_size_limit(max(csv.field_size_limit(), BLOCK_BYTES))
     count, irregular, fault, swallows, begun = -1, [], "", False, 0
     with _opened(path) as file:
         quoting = csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE
