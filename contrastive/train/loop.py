@@ -68,6 +68,7 @@ class Trainer:
         self.judge = Judge(config.health, config.train.max_skipped, config.schedule.warmup_steps or 0)
         self.rolled_back = 0  # times in a row, to where it stands
         self._told: dict | None = None  # of the last time, not yet in the log
+        self._settled = runtime.shards or runtime.world_size < 3
         self.metrics: MetricsLog | None = None  # on the first rank, while it trains
         self.figures: LateFigures | None = None  # while it trains
         if checkpoint is not None:
@@ -177,6 +178,8 @@ class Trainer:
         requests, replaced, not_saved = runtime.summed(own, self.step, limit)
         self.saver.check(not_saved)
         try:
+            if not self._settled:
+                self._settle(inputs)
             with self.norms.watching(self.step + 1):
                 loss = self.task.forward_backward(self.wrapped, inputs, self.step, runtime)
         except NonFiniteFeatures as error:  # raised on all ranks alike, which skip this step
@@ -196,6 +199,17 @@ class Trainer:
             raise self.bad_samples.error(self.step, self._log_bad_samples())
         row = {"step": self.step, "loss": mean_loss, "grad_norm": norm, "lr": config.optimizer.lr * factor}
         return row | self.task.figures() | norms, requests > 0
+
+    def _settle(self, inputs: dict) -> None:
+        """Let DDP see one backward pass before the first that counts, where that shows in the sums.
+
+        After its first one it lays the gradients out anew, and a sum over three or more ranks rounds by where a number
+        lies: the first step of a run that goes on would not be the same to the bit as in the middle of one.
+        """
+        self.task.forward_backward(self.wrapped, inputs, self.step, self.runtime)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self._settled = True
 
     @torch.no_grad()
     def _update(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
