@@ -52,3 +52,11 @@ def pretrain(*args, launcher: tuple[str, ...] = (), **variables: str) -> subproc
 def rows(run_folder: Path, kind: str = "train") -> list[dict]:
     """Rows of one kind, also while the run is writing them."""
     return [row for row in read_metrics(run_folder / "metrics.jsonl") if row["kind"] == kind]
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    """Loss of every step and final weights are equal to the bit."""
+    ours, theirs = ([(row["step"], row["loss"].hex()) for row in rows(folder)] for folder in (run, whole))
+    assert ours == theirs and [step for step, _ in ours] == list(range(1, len(ours) + 1))
+    ours, theirs = ((folder / "final" / "model.safetensors").read_bytes() for folder in (run, whole))
+    assert ours == theirs

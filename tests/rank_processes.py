@@ -17,14 +17,19 @@ def run_on_ranks(number, function, *args, seconds=120):
 
     Unlike forks of this process they have no threads, locks or process groups of the tests that ran before.
     """
-    mp.get_context("forkserver").set_forkserver_preload(IMPORTED)
-    ranks = mp.start_processes(function, args, nprocs=number, join=False, start_method="forkserver")
+    ranks = start_ranks(number, function, *args)
     limit = time.monotonic() + seconds
     while not ranks.join(timeout=1):
         if time.monotonic() > limit:
             for process in ranks.processes:
                 process.kill()
             raise TimeoutError(f"the ranks did not end within {seconds} seconds")
+
+
+def start_ranks(number, function, *args):
+    """As `run_on_ranks`, but without waiting: return the processes' context."""
+    mp.get_context("forkserver").set_forkserver_preload(IMPORTED)
+    return mp.start_processes(function, args, nprocs=number, join=False, start_method="forkserver")
 
 
 def script_on_ranks(number, port, script, *args, folder, **variables):
@@ -37,6 +42,27 @@ def script_on_ranks(number, port, script, *args, folder, **variables):
     run_on_ranks(number, _run_script, number, port, str(script), [str(arg) for arg in args], str(folder), variables)
     written = [(folder / f"stderr{rank}").read_text() for rank in range(number)]
     return [int((folder / f"status{rank}").read_text()) for rank in range(number)], "".join(written)
+
+
+def script_on_mortal_ranks(number, port, script, *args, folder, seconds=60, **variables):
+    """As `script_on_ranks`, where a rank may be killed, whose status is then the signal's number, negative.
+
+    A rank that has not ended by itself after so many seconds is a TimeoutError.
+    """
+    folder.mkdir()
+    words = [str(arg) for arg in args]
+    ranks = start_ranks(number, _run_script, number, port, str(script), words, str(folder), variables).processes
+    limit = time.monotonic() + seconds
+    for process in ranks:
+        process.join(max(0, limit - time.monotonic()))
+    late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for rank in late:
+        ranks[rank].kill()
+    if late:
+        raise TimeoutError(f"ranks {late} did not end within {seconds} seconds")
+    left = [folder / f"status{rank}" for rank in range(number)]
+    statuses = [int(file.read_text()) if file.exists() else p.exitcode for file, p in zip(left, ranks, strict=True)]
+    return statuses, "".join((folder / f"stderr{rank}").read_text() for rank in range(number))
 
 
 def _run_script(rank, number, port, script, args, folder, variables):

@@ -8,7 +8,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from rank_processes import run_on_ranks
-from test_runs import TINY, run_faulty
+from test_runs import run_faulty
+from tiny_run import TINY
 
 from contrastive.distributed.collectives import all_gather_rows, all_reduce_sum, every_block
 from contrastive.distributed.runtime import Runtime

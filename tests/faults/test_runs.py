@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,32 +16,15 @@ from rank_processes import script_on_ranks
 from safetensors.torch import load_file
 from shard_writing import write_tar
 
-TINY = """
-model:
-  embed_dim: 16
-  image: {image_size: 16, patch_size: 8, width: 16, depth: 1, num_heads: 2, mlp_dim: 32}
-  text: {context_length: 8, width: 16, depth: 1, num_heads: 2, mlp_dim: 32}
-data: {train: "digits:train", vocab_size: 300}
-train: {steps: 9, global_batch_size: 16, log_every: 1}
-checkpoint: {every: 3, keep: 10}
-"""
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return path
-
 
 def run_faulty(fault, number, port, *args):
-    """Run faulty.py on some ranks; return its exit status, its messages, and how long it took."""
+    """Run faulty.py on some ranks; return its exit status, its messages, and how long after the fault it ended."""
     script = ROOT / "tests" / "faults" / "faulty.py"
     start = [sys.executable, *(ranks(number, port) if number > 1 else ()), script, *args]
     env = environment() | ON_CPU | {"FAULT": fault, "PYTHONPATH": str(ROOT)}
-    began = time.monotonic()
     done = subprocess.run(list(map(str, start)), env=env, capture_output=True, text=True, timeout=200)
-    return done.returncode, done.stderr, time.monotonic() - began
+    begun = re.search(r"fault: .* at ([\d.]+)", done.stderr)
+    return done.returncode, done.stderr, time.time() - float(begun[1])
 
 
 def pretrain_on(number, port, tmp_path, *args):
@@ -118,7 +102,7 @@ def test_row_31_a_rank_that_sleeps_is_named(tiny, tmp_path, free_port):
     flags += ("--train.global_batch_size", "12")
     status, message, seconds = run_faulty("sleep,1,30,1000000", 3, free_port, *flags)
     assert status != 0 and "rank 1 did not reach step" in message and "within 4 seconds" in message
-    assert seconds < 60
+    assert seconds < 30
 
 
 @pytest.mark.parametrize(("fault", "words"), [("sleep", "hangs: no batch within 4 seconds"), ("kill", "was killed")])
@@ -127,7 +111,7 @@ def test_row_32_a_loader_worker_that_hangs_or_dies(fault, words, tiny, tmp_path)
     workers = ("--data.num_workers", "1", "--data.timeout", "4")
     status, message, seconds = run_faulty(f"{fault},0,200,1000000", 1, None, *flags, *workers)
     assert status == 2 and message.strip().splitlines()[-1].startswith(f"faulty.py: error: a loader worker {words}")
-    assert "Traceback" not in message and seconds < 60  # start-up included
+    assert "Traceback" not in message and seconds < 15
 
 
 @pytest.mark.parametrize("calls", [1, 5])

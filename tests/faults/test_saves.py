@@ -6,20 +6,12 @@ import random
 import pytest
 from launching import ROOT, pretrain_here, rows
 from rank_processes import script_on_ranks
-from test_runs import TINY
 
 from contrastive.errors import UserError
 from contrastive.files import problem, sha256
 from contrastive.train import saver
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return path
 
 
 def sums(folder):
