@@ -41,7 +41,7 @@ GOOD_JPEG, GOOD_PNG = encode(Image.fromarray(SMOOTH), "JPEG"), encode(Image.from
         GOOD_PNG[:60] + b"\0" * 40 + GOOD_PNG[100:],
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
         b"\0" * 512,
-        gzip.compress(GOOD_PNG),
+        gzip.compress(GOOD_PNG, mtime=0),
     ],
 )
 def test_row_23_unreadable_images(data):
