@@ -23,9 +23,9 @@ class UserError(Exception):
 
 def one_line(text: str) -> str:
     """Return the text with line ends and control characters written out ('\\n', '\\x1b'), shortened if very long."""
-    if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    text = _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    half = _LONGEST // 2
+    return text if len(text) <= 2 * half + 5 else f"{text[:half]} ... {text[-half:]}"
 
 
 def reason_of(error: Exception | str) -> str:

@@ -58,8 +58,8 @@ class Tokenizer(ABC):
     _hides_special_tokens = True  # in a decoded text
 
     def __init__(self, core: Any, kind: str, context_length: int):
-        if context_length < 3:
-            raise UserError(f"context length {context_length} leaves no room for text; set it to 3 or more")
+        if not 3 <= context_length < 2**20:
+            raise UserError(f"context length {context_length} leaves no room for text or is none; set it to 3 or more")
         self.core, self.kind, self.context_length = core, kind, context_length
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None, **others: Any) -> torch.Tensor:

@@ -297,6 +297,7 @@ SUITE = {
 OPTION_FILES = {"options.yaml": OPTIONS, "saved.yaml": SAVED}
 CLASS_FILES = {"a.json": {"0": "cat", "1": "dog"}, "b.txt": "0: cat\n1: dog\n", "c.json": ["a", "b"]}
 TEMPLATE_FILES = {"a-templates.txt": "a {}\nthe {c}\n", "b-templates.json": ["a {}", "b {}"]}
+ONNX_FILES = {"image_tower.onnx": "\x08\x08\x12\x07pytorch", "config.json": {"format": "onnx", "preprocess": None}}
 CHOICE_FILES = {
     "x.json": {"0": {"filename": "a.jpg", "caption": "a", "negative_caption": ["b"]}},
     "y.jsonl": {"id": 1, "image_0": "a", "image_1": "b", "caption_0": "x", "caption_1": "y"},
@@ -337,7 +338,7 @@ def readers() -> list[Reader]:
         Reader("model open_clip", made(_exported("open_clip", "clip")), reading.read_model),
         Reader("model timm", made(_exported("timm", "classifier")), reading.read_model),
         Reader("image encoder", made(_transformers("Siglip2VisionModel")), reading.read_encoder),
-        Reader("model onnx", made(_exported("onnx", "image")), reading.read_model),
+        Reader("model onnx", _text_files(ONNX_FILES), reading.read_model),
         Reader("checkpoint", made(write_checkpoint), reading.read_checkpoint, seal_manifest),
         Reader("checkpoint sharded", made(_sharded), reading.read_checkpoint, seal_manifest),
         Reader("options yaml", _text_files(OPTION_FILES), reading.read_options),

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from mutations import Files, mutated
 
 from contrastive.data.record import BadSample
-from contrastive.errors import UserError
+from contrastive.errors import UserError, one_line
 
 LIMIT_SECONDS, MEGABYTES = 2.0, 300
 ADDRESS_SPACE = 3 * 2**30  # beyond what the process has: what asks for more than this fails, as on a full machine
@@ -48,7 +48,7 @@ class Reader(NamedTuple):
 
 
 class Found(NamedTuple):
-    """seed: of the input. outcome: one of ALLOWED, else what went wrong, told in `what`."""
+    """seed: of the input. outcome: one of ALLOWED, else what went wrong, told in `what`. seconds: of CPU time."""
 
     reader: str
     seed: int
@@ -138,16 +138,16 @@ def _child(reader: Reader, seeds: range, root: Path, seconds: float | None, out)
     watch.begin()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     for seed in seeds:
+        begun = time.process_time()
         files = input_of(reader, seed)
         put(watch.fresh(), files)
         # The system's own clock of this process: what C code does counts too, what others do does not.
         signal.setitimer(signal.ITIMER_PROF, LIMIT_SECONDS + (10 if seed == seeds.start else 0))
-        begun = time.process_time()
         outcome, what = _outcome(reader, watch.folder)
-        taken = time.process_time() - begun
         signal.setitimer(signal.ITIMER_PROF, 0)
         if broken := watch.broken():
             outcome, what = broken
+        taken = time.process_time() - begun
         out.write(json.dumps(Found(reader.name, seed, outcome, what[:500], taken)) + "\n")
         if outcome == "memory":
             return 0  # which the next input would start with
@@ -163,7 +163,7 @@ def _outcome(reader: Reader, folder: Path) -> tuple[str, str]:
         return ("bad sample" if reader.read(folder) else "read"), ""
     except UserError as error:
         said = str(error)
-        if len(said.splitlines()) != 1 or len(said) > 20_000 or not said.isprintable():
+        if said != one_line(said) or len(said.splitlines()) != 1:
             return "no clear line", repr(said)
         return "refused", said
     except BadSample:

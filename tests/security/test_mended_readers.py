@@ -104,11 +104,15 @@ def test_json_that_is_no_table(tmp_path, table):
         open_source(str(tmp_path / "x.json"))
 
 
-def test_json_lines_so_deep_that_arrow_would_end_the_process(tmp_path):
+def test_json_lines_at_which_arrow_ends_the_process(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n{"a": ' + DEEP + "}\n")
-    with pytest.raises(UserError, match="nested more than 500 deep"):
+    with pytest.raises(UserError, match="x.jsonl: cannot be read"):
         open_source(str(tmp_path / "x.jsonl"))
-    lines = ['{"image": "a.jpg", "caption": "[[[ {"}'] * 1000  # brackets of texts, line by line, are no depth
+    for line in ("null", "3", '"x"', "[1]", '{"a": 1} null', "{", '{"a": 1'):
+        (tmp_path / "x.jsonl").write_text(f'{line}\n{{"image": "a.jpg", "caption": "x"}}\n')
+        with pytest.raises(UserError, match="x.jsonl: cannot be read"):
+            open_source(str(tmp_path / "x.jsonl"))
+    lines = ['{"image": "a.jpg", "caption": "[[[ {} x"}'] * 1000  # brackets of texts, line by line, are no depth
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     assert len(open_source(str(tmp_path / "x.jsonl"))) == 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 # Decoded row groups that one process keeps. Rows are compressed by the group, so a set that fits is read
 # once, and of a larger one each visit to another group costs its decoding.
 CACHE_BYTES = 512 * 2**20
-MOST_NESTED = 500  # lists and objects within each other, in JSON
+MOST_NESTED = 500  # lists and objects in a line of JSON that is not looked at any further
+_MORE = re.compile(rb"\}\s*[^\s,\]}]")  # after the end of an object, unless that is within a text
 
 
 @dataclass(frozen=True)
@@ -154,29 +156,28 @@ def _read_jsonl(path: str, asked: Columns) -> TableFile:
     if records is not None:
         rows = pa.Table.from_struct_array(pa.array(records))
     else:
-        _check_depth(path)
+        _check_lines(path)
         rows = arrow_json.read_json(path, read_options=arrow_json.ReadOptions(block_size=BLOCK_BYTES))
     columns = find_columns([(held.name, str(held.type)) for held in rows.schema], asked, path)
     rows = rows.select(columns.names())
     return TableFile(path, columns, rows, rows.column(columns.image).type, None, sha256(path))
 
 
-def _check_depth(path: str) -> None:
-    """Raise ValueError for lines nested so deep that Arrow, which reads them by recursion, ends the process."""
+def _check_lines(path: str) -> None:
+    """Raise ValueError for a line at which Arrow ends the process: no object, several, or one nested very deep."""
     import pyarrow as pa
 
-    step, depth = np.zeros(256, np.int8), 0
-    step[list(b"[{")], step[list(b"]}")] = 1, -1
-    with pa.input_stream(path) as file:
-        while block := file.read(2**20):
-            # Brackets in texts count too: far fewer than the limit do harm to none.
-            codes = np.frombuffer(block, np.uint8)
-            depths = np.concatenate([[0], np.cumsum(step[codes], dtype=np.int64)])
-            ends = np.flatnonzero(codes == ord("\n")) + 1
-            starts = np.repeat([-depth, *depths[ends]], np.diff([0, *ends, len(depths)]))
-            if (depths - starts).max() > MOST_NESTED:
-                raise ValueError(f"a line is nested more than {MOST_NESTED} deep")
-            depth = int(depths[-1] - starts[-1])
+    with io.BufferedReader(pa.input_stream(path)) as file:
+        number, line = 1, file.readline(BLOCK_BYTES).removeprefix(b"\xef\xbb\xbf")
+        while line:
+            if len(line) == BLOCK_BYTES:
+                raise ValueError(f"line {number} is longer than {BLOCK_BYTES:,} bytes")
+            line = line.strip()
+            plain = line.startswith(b"{") and line.endswith(b"}") and line.count(b"{") + line.count(b"[") < MOST_NESTED
+            sure = not line or (plain and not _MORE.search(line))
+            if not sure and not isinstance(json.loads(line.decode("utf-8", "replace")), dict):
+                raise ValueError(f"line {number} is no object")
+            number, line = number + 1, file.readline(BLOCK_BYTES)
 
 
 def _records(path: str) -> list | None:
