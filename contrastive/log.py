@@ -1,6 +1,5 @@
 """What a person sees, and what is written down: the console, the progress bar's clock, metrics.jsonl."""
 
-import gc
 import json
 import os
 import sys
@@ -75,8 +74,6 @@ def run_script(prog: str, main: Callable[[list[str]], None]) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        gc.freeze()  # else Python goes through all that torch has made before it ends: a second of computing
 
 
 class MetricsLog:

@@ -50,12 +50,12 @@ def prepare_process() -> None:
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         # A launcher that is killed leaves its processes training; this lets them save and end.
         end_with_parent(signal.SIGTERM)
-    if "TORCHELASTIC_RUN_ID" in os.environ and _is_orphan():  # since before that: no signal comes any more
+    if "TORCHELASTIC_RUN_ID" in os.environ and is_orphan():  # since before that: no signal comes any more
         raise UserError("the launcher that started this process has ended")
 
 
-def _is_orphan() -> bool:
-    """Whether the parent has ended: its children are process 1's then, which torchrun may be only by Python."""
+def is_orphan() -> bool:
+    """Whether the launcher has ended: its children are process 1's then, which it may be itself only by Python."""
     try:
         return os.getppid() == 1 and "python" not in os.path.basename(os.readlink("/proc/1/exe"))
     except OSError:  # no /proc, or somebody else's process

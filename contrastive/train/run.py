@@ -18,7 +18,7 @@ import yaml
 from contrastive.config import flatten, parse, rename_flags, take_option, to_dict, written_options
 from contrastive.data.order_choice import order_for
 from contrastive.distributed.collectives import gather_objects
-from contrastive.distributed.launching import launched
+from contrastive.distributed.launching import is_orphan, launched
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.files import mend_folders, write_folder, write_whole
@@ -88,7 +88,10 @@ def command(
         say(f"--batch_size is the global batch here: {batch} over {ranks} ranks, {batch // ranks} each")
     with ending_at_once():
         if not train(config):
-            sys.exit(stopped_status(Path(config.run_folder)))
+            status = stopped_status(Path(config.run_folder))
+            if is_orphan():  # nobody waits, and Python would take all of torch apart: seconds on a busy machine
+                os._exit(status)
+            sys.exit(status)
 
 
 def open_run(config: RunConfig) -> Path | None:
