@@ -79,8 +79,8 @@ class _Loader(DataLoader):
                     return
                 yield batch
         except UserError as error:
-            # torch sends a worker's error as its whole traceback; the last line is 'module.UserError: text'.
-            message = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
+            # torch sends a worker's error as its whole traceback, which ends with 'module.UserError: text', a line.
+            message = str(error).rpartition("UserError: ")[2].removesuffix(r"\n")
             # Its frames hold the workers; let go of them now, not whenever garbage is next collected.
             traceback.clear_frames(error.__traceback__)
             raise UserError(message) from error
@@ -224,5 +224,14 @@ def _start_worker(worker: int) -> None:
     end_with_parent(signal.SIGKILL)
     if os.getppid() != multiprocessing.parent_process().pid:  # it died before the line above
         os._exit(1)
-    # Ctrl-C, and launchers that signal a whole process group, are for the trainer: it saves, then ends us.
+    # Ctrl-C, and what a launcher or scancel sends to a whole group or job, are for the trainer: it saves, then ends us.
     os.setpgrp()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_asked, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_asked(trainer: int) -> None:
+    """End this process on the SIGTERM of one process, also where it hangs."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)

@@ -1,6 +1,7 @@
 """A loader worker that is killed is one line, whenever it happens."""
 
 import multiprocessing
+import subprocess
 import sys
 import time
 
@@ -44,3 +45,19 @@ def test_a_worker_that_dies_between_two_batches_is_told_at_the_next():
     with pytest.raises(UserError, match="a loader worker was killed"):
         while True:  # some batches were ready
             next(batches)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who sent a signal")
+def test_a_worker_is_asked_to_end_by_its_trainer_alone():
+    """scancel signals every process of a job: the trainer needs batches until it has saved."""
+    batches = iter(train_loader(pairs(train_bpe(["red thing"], 259, 12)), num_steps=1000, num_workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["sh", "-c", f"kill -TERM {worker.pid}"], check=True)
+    worker.join(1)
+    assert worker.is_alive()
+    for _ in range(20):
+        next(batches)
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
