@@ -105,7 +105,7 @@ def test_row_2_killed_at_each_thing_that_a_save_does_to_the_disk(every, tiny, tm
     go, run = on_ranks(2), tmp_path / "run"
     flags = ("--config", tiny, "--loss", "faulty", "--train.steps", "90", "--checkpoint.keep", "1")
     go(*flags, "--run_folder", tmp_path / "whole")
-    go.with_fault("die,0,5,1", *flags, "--run_folder", run)
+    go.with_fault("term,0,5,1", *flags, "--run_folder", run)  # stopped after a save, so that the next has another name
     seen = []
     for operation in itertools.count(1, every):
         expected = find_checkpoint(run / "checkpoints")
