@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +22,7 @@ from contrastive.errors import UserError
 
 MANIFEST = "manifest.json"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+MOST_NUMBER = 2**24
 MOST_VALUES = 100_000  # of a YAML file: nine lines of aliases stand for a billion
 
 
@@ -81,6 +82,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object: {again}")
     return content
+
+
+def check_sizes(content: Any, where: object, most: Mapping[str, float], name: str = "") -> None:
+    """Raise UserError where a number within JSON of a model is beyond MOST_NUMBER, or what `most` says of its name.
+
+    Libraries make what such a file asks for before anything is compared.
+    """
+    if isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            check_sizes(value, where, most, str(key))
+    elif isinstance(content, int) and content > most.get(name, MOST_NUMBER):
+        raise UserError(f"{where}: {name} is {content}, which no model has; copy it again from where it came from")
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -182,7 +195,7 @@ def problem(folder: Path) -> str | None:
     """Return what is wrong with a folder that `write_folder` made, or None when every file is as written."""
     try:
         sums = json.loads((folder / MANIFEST).read_text())["sha256"]
-        named = [Path(name).parts for name in sums]
+        named = [Path(name).parts for name, _ in sums.items()]
     except FileNotFoundError:
         return "no manifest"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -191,9 +204,9 @@ def problem(folder: Path) -> str | None:
         return "the manifest names files outside of the folder"
     for name, expected in sums.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
         try:
+            if not path.is_file():
+                return f"{name} is missing"
             if sha256(path) != expected:
                 return f"{name} is damaged"
         except OSError as error:

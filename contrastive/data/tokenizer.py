@@ -11,6 +11,7 @@ import gzip
 import importlib.util
 import itertools
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from contrastive.data.captions import MAX_CAPTION_CHARS, Cleaning, caption_fault, clean_text
 from contrastive.errors import UserError, did_you_mean, reason_of
-from contrastive.files import read_json, write_json
+from contrastive.files import check_sizes, read_json, write_json
 from contrastive.words import no_attribute
 
 # The library's threads do not survive the fork of a loader worker, and one caption needs none.
@@ -204,6 +205,8 @@ def _read_core(folder: Path):
     """A tokenizer of transformers, and its ids of a text of one letter."""
     from transformers import AutoTokenizer
 
+    if (config := folder / "tokenizer_config.json").is_file():  # a length of 10^30 stands for none
+        check_sizes(read_json(config), config, {"model_max_length": math.inf})
     try:
         core = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         ids, _ = core("a")["input_ids"], core(PROBE)
@@ -314,8 +317,7 @@ def load_tokenizer(
         raise UserError(f"the tokenizer in '{folder}' does not say how long a text is; give a context length")
     else:
         tokenizer = TransformersTokenizer(folder, context_length)
-    if clean is not None:
-        tokenizer.clean = clean
+    tokenizer.clean = clean or tokenizer.clean
     return tokenizer
 
 
@@ -342,9 +344,7 @@ def _load_saved(folder: Path, context_length: int | None) -> Tokenizer:
         tokenizer = BpeTokenizer(_read_bpe(folder / MODEL_FILE), kind, length)
     for name in ("vocab_size", "pad_id", "eos_id", "bos_id"):
         held, said = getattr(tokenizer, name), options.get(name)
-        if held != said:
+        if held != said or (held is None and (kind, name) != ("transformers", "bos_id")):
             raise UserError(f"the tokenizer in '{folder}' has {name} {held} but {OPTIONS_FILE} says {said}; {again}")
-    if None in (tokenizer.pad_id, tokenizer.eos_id, 0 if kind == "transformers" else tokenizer.bos_id):
-        raise UserError(f"the tokenizer in '{folder}' lacks special tokens; {again}")
     tokenizer.clean = clean or "none"
     return tokenizer

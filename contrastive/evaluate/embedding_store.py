@@ -203,8 +203,8 @@ class EmbeddingStore:
             features = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
         if features.shape[:1] != (len(table),) or features.ndim != 2 or features.dtype.name != self.options.dtype:
             raise ValueError(f"{features.shape} embeddings of {features.dtype} for {len(table)} rows")
-        kinds = {name: pa.string() if name in TEXT_COLUMNS else pa.int64() for name in COLUMNS[part]}
-        return table.select(list(kinds)).cast(pa.schema(kinds.items())).to_pydict(), features
+        kinds = [(name, pa.string() if name in TEXT_COLUMNS else pa.int64(), name == "label") for name in COLUMNS[part]]
+        return table.select(COLUMNS[part]).cast(pa.schema([pa.field(*kind) for kind in kinds])).to_pydict(), features
 
     def _head(self, path: Path) -> tuple[int, list[tuple[str, str]]]:
         """The number of rows of a shard, and (reason, key) of what was left out, without reading its rows."""
@@ -344,7 +344,6 @@ def _check(config: dict) -> None:
     texts += [data["name"], data["fingerprint"], *(name for names in lists[1:] for name in names)]
     if not all(isinstance(each, list) for each in (*lists, *reasons)) or not all(isinstance(x, str) for x in texts):
         raise ValueError("something else stands where names do")
-    if not all(type(label) is int for label in lists[0]) or not 0 <= data["num_samples"] < MOST_SAMPLES:
+    numbers, small = [*lists[0], data["num_samples"]], options["samples_per_shard"] < 1 or (options["limit"] or 0) < 0
+    if not all(type(number) is int for number in numbers) or not 0 <= data["num_samples"] < MOST_SAMPLES or small:
         raise ValueError("numbers that are none of a data set")
-    if options["samples_per_shard"] < 1 or (options["limit"] or 0) < 0:
-        raise ValueError("sizes below one")

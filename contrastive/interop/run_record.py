@@ -186,7 +186,7 @@ def _state(checkpoint: Path) -> dict:
 
 def _logged(folder: Path, step: int | None) -> list[RecordedFigure]:
     """The last evaluation that the run itself made of these weights."""
-    if not (folder / "metrics.jsonl").exists():
+    if not (folder / "metrics.jsonl").is_file():
         return []
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("kind") == "eval"]
     rows = [row for row in rows if step is None or row.get("step") == step]

@@ -36,6 +36,7 @@ from contrastive.interop.run_record import RunRecord
 from contrastive.log import read_metrics
 from contrastive.models import ImageModel, ImageModelConfig, ImageTowerConfig
 
+NAMES_OUTSIDE = ("../x", "/etc/passwd", "n" * 300)
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
@@ -57,7 +58,8 @@ def test_yaml_that_is_a_trap(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "sums", [DEEP, "[]", '{"sha256": [1]}', '{"sha256": {"../x": "0"}}', '{"sha256": {"/etc/passwd": "0"}}']
+    "sums",
+    [DEEP, "[]", *(f'{{"sha256": {held}}}' for held in ("[1]", '"x"', *(f'{{"{n}": "0"}}' for n in NAMES_OUTSIDE)))],
 )
 def test_a_manifest_of_something_else(tmp_path, sums):
     (tmp_path / "manifest.json").write_text(sums)
@@ -227,6 +229,12 @@ def test_a_config_does_not_ask_for_more_than_the_weights(tmp_path):
         build(lambda: ImageModel(large), {"x": torch.zeros(4)}, tmp_path)
 
 
+def test_a_tokenizer_that_asks_for_a_billion_ids(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 2000000000}')
+    with pytest.raises(UserError, match="extra_ids is 2000000000"):
+        load_tokenizer(tmp_path, 12)
+
+
 def test_a_run_that_was_mended_by_hand(tmp_path):
     from small_bundles import small_bundle
 
@@ -242,6 +250,7 @@ def test_a_run_that_was_mended_by_hand(tmp_path):
             RunRecord.of(tmp_path / "final")
         except UserError:
             continue
+    (tmp_path / "metrics.jsonl").mkdir()
     (tmp_path / "config.yaml").write_text("data: {augment: {crop_scale: [1]}}")
     with pytest.raises(UserError, match="not as a run leaves it"):
         RunRecord.of(tmp_path / "final")
@@ -329,6 +338,7 @@ def test_an_average_of_another_model(tmp_path, checkpoints):
     "change",
     [
         {"data": 3},
+        {"data": {"num_samples": 0.5}},
         {"options": {"samples_per_shard": [1]}},
         {"options": {}},
         {"images": {"left_out": []}},
@@ -340,6 +350,15 @@ def test_a_store_of_other_types(tmp_path, change):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError):
+        read_store(tmp_path)
+
+
+def test_embeddings_without_an_index(tmp_path):
+    put(tmp_path, made(write_store("parquet")))
+    path = tmp_path / "images-00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, "index", pa.nulls(4, pa.int64())), path)
+    with pytest.raises(UserError, match="is damaged"):
         read_store(tmp_path)
 
 

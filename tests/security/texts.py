@@ -115,7 +115,7 @@ def tree_text(tree: object, rng: random.Random, raw: tuple[str, ...]) -> str:
     elif what == 5:
         container[key] = "@raw@"
     elif what == 6 and isinstance(value, list):
-        container[key] = rng.choice([value * 2, value[::-1], value[:-1], value + [rng.choice(VALUES)], value * 2000])
+        container[key] = rng.choice([value * 2, value[::-1], value[:-1], value + [rng.choice(VALUES)], value * 300])
     elif what == 7 and isinstance(container, dict) and isinstance(key, str) and key:
         container[key] = "@twice@"
         chosen = json.dumps(value), json.dumps(rng.choice(VALUES))

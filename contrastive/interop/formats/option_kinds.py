@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 from contrastive.errors import UserError
-from contrastive.models.transformer import MOST
 
 
 def check(fits: bool, name: str, value: object, wanted: str, mark: str = ":") -> None:
@@ -26,16 +25,6 @@ def is_number(value: object) -> bool:
 def is_positive(value: object) -> bool:
     """Whether it is a finite number above 0."""
     return is_number(value) and value > 0
-
-
-def check_sizes(options: object, where: object, name: str = "") -> None:
-    """Raise UserError where a number within a config is one that no model has."""
-    if isinstance(options, dict | list):
-        for key, value in options.items() if isinstance(options, dict) else enumerate(options):
-            check_sizes(value, where, str(key))
-    elif type(options) is int:
-        most = MOST.get(name, MOST["vocab_size"])
-        check(options <= most, f"{where}: {name}", options, f"at most {most:,}")
 
 
 def per_channel(

@@ -13,12 +13,12 @@ from torch import nn
 
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.errors import UserError, reason_of
-from contrastive.files import read_json
+from contrastive.files import check_sizes, read_json
 from contrastive.interop.formats.evaluation_transform import taken_size, whole_patches, write_timm_transform
 from contrastive.interop.formats.key_table import TensorNames, renamed_table, to_ours, to_theirs
-from contrastive.interop.formats.option_kinds import check_sizes
 from contrastive.log import warn
 from contrastive.models import ImageModel, ImageModelConfig, ImageTowerConfig
+from contrastive.models.transformer import MOST
 
 POOLS = {"token": "class", "avg": "average", "map": "attention"}
 THEIR_POOLS = {ours: theirs for theirs, ours in POOLS.items()}
@@ -67,7 +67,7 @@ def build_on_meta(name: str, where: Path, **arguments) -> nn.Module:
         raise UserError(f"{where} names a model of timm, which is not installed: pip install timm") from None
     scheme, _, folder = name.partition("local-dir:")
     if folder and not scheme:  # timm builds what it says, block by block, before anything is compared
-        check_sizes(read_json(Path(folder) / "config.json"), where)
+        check_sizes(read_json(Path(folder) / "config.json"), where, MOST)
     try:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **arguments)
