@@ -174,6 +174,8 @@ def change_parquet(data: bytes, rng: random.Random) -> bytes:
     import pyarrow.parquet as pq
 
     footer = int.from_bytes(data[-8:-4], "little")
+    if footer > len(data):  # of an earlier change
+        return change_bytes(data, rng)
     if rng.random() < 0.5:
         place = len(data) - 8 - footer
         if rng.random() < 0.2:
