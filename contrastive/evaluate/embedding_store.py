@@ -339,7 +339,7 @@ def _check(config: dict) -> None:
     """Raise ValueError, or what values of other types lead to, for a config that `store_config` does not write."""
     data, options = config["data"], config["options"]
     lists = [data["heldout_labels"], *(data[name] or [] for name in ("class_names", "own_names", "templates"))]
-    reasons = [keys for part in COLUMNS if config.get(part) for keys in config[part]["left_out"].values()]
+    reasons = [keys for part in COLUMNS if config.get(part) is not None for keys in config[part]["left_out"].values()]
     texts = [config["key"], config["model"]["key"], str(config["model"]["path"]), str(config["model"]["preprocess"])]
     texts += [data["name"], data["fingerprint"], *(name for names in lists[1:] for name in names)]
     if not all(isinstance(each, list) for each in (*lists, *reasons)) or not all(isinstance(x, str) for x in texts):

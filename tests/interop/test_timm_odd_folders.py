@@ -75,6 +75,13 @@ def test_label_names_that_are_no_names(names, tmp_path):
     refused(described(tmp_path, label_names=names), "config.json: label_names .* has to be a list of texts")
 
 
+def test_a_model_without_blocks(tmp_path):
+    timm_folder(tmp_path, num_classes=0)
+    size = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "num_heads": 3}
+    refused(described(tmp_path, model_args=size | {"depth": 0}), "no depth of 0")
+    refused(described(tmp_path, model_args=size | {"depth": 10**9}), "depth is 1000000000")
+
+
 def test_images_that_timm_pads(tmp_path):
     """It adds patches where ours leaves a rest out."""
     padded = {"dynamic_img_size": True, "dynamic_img_pad": True}

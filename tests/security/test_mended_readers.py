@@ -338,6 +338,7 @@ def test_an_average_of_another_model(tmp_path, checkpoints):
     "change",
     [
         {"data": 3},
+        {"texts": False},
         {"data": {"num_samples": 0.5}},
         {"options": {"samples_per_shard": [1]}},
         {"options": {}},

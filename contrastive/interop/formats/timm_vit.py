@@ -123,6 +123,8 @@ def _strange_parts(model: nn.Module) -> list[str]:
 
     if type(model) is not VisionTransformer:
         return [f"'{type(model).__name__}'"]
+    if not len(model.blocks):
+        return ["depth of 0"]
     block = next((block for block in model.blocks if type(block) is not Block), model.blocks[0])
     kinds = [("patch embedding", model.patch_embed, PatchEmbed), ("block", block, Block)]
     if type(block) is Block:
