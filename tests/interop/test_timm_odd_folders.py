@@ -82,6 +82,13 @@ def test_a_model_without_blocks(tmp_path):
     refused(described(tmp_path, model_args=size | {"depth": 10**9}), "depth is 1000000000")
 
 
+@pytest.mark.parametrize("changes", [{"crop_mode": ["center"]}, {"crop_pct": 1e-308}])
+def test_a_transform_of_other_kinds(changes, tmp_path):
+    timm_folder(tmp_path, num_classes=0, pretrained_cfg=changes)
+    with pytest.raises(UserError):
+        contrastive.load(tmp_path).preprocess.config.at(8)
+
+
 def test_images_that_timm_pads(tmp_path):
     """It adds patches where ours leaves a rest out."""
     padded = {"dynamic_img_size": True, "dynamic_img_pad": True}

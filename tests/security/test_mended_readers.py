@@ -99,7 +99,7 @@ def test_large_pictures_are_put_together_right():
     assert np.array_equal(decode(file.getvalue()).permute(1, 2, 0).numpy(), np.rot90(pixels, -1))
 
 
-@pytest.mark.parametrize("table", [DEEP, "3", '"x"'])
+@pytest.mark.parametrize("table", [DEEP, "3", '[{"image": 18446744073709551616}]', '"x"'])
 def test_json_that_is_no_table(tmp_path, table):
     (tmp_path / "x.json").write_text(table)
     with pytest.raises(UserError, match="x.json"):

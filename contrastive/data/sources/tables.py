@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Decoded row groups that one process keeps. Rows are compressed by the group, so a set that fits is read
 # once, and of a larger one each visit to another group costs its decoding.
 CACHE_BYTES = 512 * 2**20
+_DAMAGE = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 MOST_NESTED = 500  # lists and objects in a line of JSON that is not looked at any further
 _MORE = re.compile(rb"\}\s*[^\s,\]}]")  # after the end of an object, unless that is within a text
 
@@ -115,7 +116,7 @@ def _read_table(path: str, asked: Columns) -> TableFile:
         if suffix != ".parquet":
             _check_text(path)
         file = _READERS[suffix](path, asked)
-    except (OSError, csv.Error, pa.ArrowException, ValueError, TypeError, LookupError, RecursionError) as error:
+    except (OSError, csv.Error, pa.ArrowException, *_DAMAGE) as error:
         hint = "; JSON is read as a list of records, or as one a line" if "json" in suffix else ""
         raise UserError(f"{path}: cannot be read as {suffix[1:]} ({reason_of(error)}){hint}") from None
     if not file.rows.num_rows:

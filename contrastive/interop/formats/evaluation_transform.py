@@ -12,7 +12,7 @@ from typing import Any
 from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent, Bundle
-from contrastive.interop.formats.option_kinds import check, is_positive, per_channel
+from contrastive.interop.formats.option_kinds import check, is_number, per_channel
 from contrastive.models import ImageTowerConfig
 
 TIMM_MODES = {"center": "crop", "squash": "squash"}
@@ -48,13 +48,14 @@ def read_timm_transform(cfg: Mapping, size: tuple[int, int], patch_size: int, wh
 
     cfg = resolve_data_config(pretrained_cfg=cfg)  # which fills in the library's defaults
     interpolation, mode, crop_pct = cfg["interpolation"], cfg["crop_mode"], cfg["crop_pct"]
-    check(is_positive(crop_pct), f"{where}: pretrained_cfg.crop_pct", crop_pct, "a number above 0", ";")
+    fits = is_number(crop_pct) and crop_pct > 0.001  # far below it no size would be a whole number any more
+    check(fits, f"{where}: pretrained_cfg.crop_pct", crop_pct, "a number above 0", ";")
     exact = mode == "squash" and crop_pct == 1
     possible, square = _is_possible(exact, size, patch_size), size[0] == size[1]
     unfilled = f"crop_mode '{mode}' to {size[0]} pixels, which patches do not fill,"
     problems = {
         f"interpolation '{interpolation}'": interpolation not in ("bicubic", "bilinear"),
-        f"crop_mode '{mode}'": mode not in TIMM_MODES,
+        f"crop_mode '{mode}'": mode not in tuple(TIMM_MODES),
         unfilled: not possible and (exact or square),
         f"crop_mode '{mode}' with crop_pct {crop_pct} to {size[0]}×{size[1]} pixels": not possible,
         f"crop_pct {crop_pct} (a frame around the image)": crop_pct > 1,
@@ -87,7 +88,7 @@ def read_open_clip_transform(cfg: Any, size: tuple[int, int], patch_size: int, w
     known = ("bicubic", "bilinear", "random")
     if interpolation not in known:
         raise UserError(f"{where}: preprocess_cfg.interpolation is {interpolation!r}; use one of {', '.join(known)}")
-    if mode not in OPEN_CLIP_MODES or not _is_possible(mode == "squash", size, patch_size):
+    if mode not in tuple(OPEN_CLIP_MODES) or not _is_possible(mode == "squash", size, patch_size):
         pixels = "" if _is_possible(False, size, patch_size) else f" to {size[0]}×{size[1]} pixels"
         return Absent(
             f"the model's preprocess_cfg has resize_mode '{mode}'{pixels}, which our preprocessing has not; prepare "
