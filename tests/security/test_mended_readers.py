@@ -164,7 +164,7 @@ def edited(shard, **changes):
     "change",
     [{"samples": [1]}, {"samples": 10**9}, {"size": -1}, {"fields": [[1]]}, 
      {"refused": {"x": {"count": "a", "keys": []}}},
-     {"name": "../../etc/passwd"}, {"name": ".."}, {"shards_in": "/etc"}, {"shards_in": "file:///etc"}],
+     {"name": "../../etc/passwd"}, {"name": ".."}, {"name": "\ud800"}, {"shards_in": "/etc"}, {"shards_in": "file:///etc"}],
 )  # fmt: skip
 def test_a_manifest_that_is_none_of_ours(shard, change):
     edited(shard, **change)
@@ -382,3 +382,19 @@ def test_weights_in_a_pickle_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError):
         contrastive.load(tmp_path)
     assert not os.path.exists("canary")
+
+
+def test_values_outside_of_an_arrow_file(tmp_path):
+    import datasets
+
+    rows = {"image": ["a.png", "b.png"], "text": ["a cat", "a dog"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"x")
+    assert len(open_source(str(tmp_path))) == 2
+    file = next(tmp_path.glob("*.arrow"))
+    whole, offsets = file.read_bytes(), struct.pack("<3i", 0, 5, 10)
+    assert whole.count(offsets) == 2  # of the paths and of the texts
+    for place in (whole.index(offsets), whole.rindex(offsets)):
+        file.write_bytes(whole[:place] + struct.pack("<3i", 0, 2**30, 10) + whole[place + 12 :])
+        with pytest.raises(UserError, match="is damaged"):
+            open_source(str(tmp_path))[0]

@@ -131,7 +131,7 @@ def _read(folder: str) -> tuple[str, dict[str, ShardSummary]] | None:
         if not own and base != _BESIDE and (not is_remote(base) or base.startswith(("file:", "memory:"))):
             raise ValueError(f"it names shards in {base}, but lies elsewhere")
         for name in summaries:
-            if name in ("", os.curdir, os.pardir) or "/" in name or "\0" in name:
+            if os.fsencode(name) in (b"", b".", b"..") or "/" in name or "\0" in name:
                 raise ValueError(f"a shard named {name!r}")
         return base, summaries
     except (FileNotFoundError, NotADirectoryError):

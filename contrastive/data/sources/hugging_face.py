@@ -98,6 +98,9 @@ def _from_dataset(name: str, dataset: Dataset, folder: str, asked: Columns) -> C
     dataset = dataset.with_format(None)
     types = {held.name: held.type for held in dataset.features.arrow_schema}
     columns = find_columns([(held, str(kind)) for held, kind in types.items()], asked, name)
+    if folder:
+        for held in columns.names():
+            _check_offsets(f"{name}: column '{held}'", _in_memory(dataset, held))
     fingerprint, features = _fingerprint(dataset), dataset.features
     if isinstance(features[columns.image], datasets.Image):
         # Undecoded: our own decoder sees the bytes, and no picture goes through Pillow twice.
@@ -118,6 +121,27 @@ def _from_dataset(name: str, dataset: Dataset, folder: str, asked: Columns) -> C
         fingerprint=fingerprint,
         embedded=images.chunks,
     )
+
+
+def _check_offsets(where: str, column: pa.ChunkedArray) -> None:
+    """Raise UserError where values lie outside of their Arrow file, which is mapped into memory and believed.
+
+    Texts are taken as bytes: one of bad UTF-8 costs its sample alone. Of bytes only the offsets are read.
+    """
+    import pyarrow as pa
+
+    def as_bytes(kind: pa.DataType) -> pa.DataType:
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            return pa.binary() if pa.types.is_string(kind) else pa.large_binary()
+        if pa.types.is_list(kind):
+            return pa.list_(kind.value_field.with_type(as_bytes(kind.value_type)))
+        return pa.struct([part.with_type(as_bytes(part.type)) for part in kind]) if pa.types.is_struct(kind) else kind
+
+    try:
+        column.validate()
+        column.cast(as_bytes(column.type)).validate(full=True)
+    except pa.ArrowException as error:
+        raise UserError(f"{where} is damaged ({reason_of(error)}); copy the folder again") from None
 
 
 def _in_memory(dataset: Dataset, column: str) -> pa.ChunkedArray:
