@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -297,7 +298,7 @@ def test_script_goes_on_after_it_was_interrupted(tmp_path):
     heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, **heed) as running:
         deadline = time.monotonic() + 60
-        while not all(list(tmp_path.glob(f"out/{name}")) for name in ("*.tar", ".*.tmp")):
+        while not (len(list(tmp_path.glob("out/*.tar"))) > 3 and list(tmp_path.glob("out/.*.tmp"))):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         running.send_signal(signal.SIGINT)
@@ -309,8 +310,10 @@ def test_script_goes_on_after_it_was_interrupted(tmp_path):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.glob("out/.*.tmp"))
-    assert "2,000 samples, " in done.stderr and f"({len(there)} of them were there)" in done.stderr
-    assert all((tmp_path / "out" / name).stat().st_mtime_ns == time_ns for name, time_ns in there.items())
+    # Each worker may have been stopped between a shard and the note that it is whole: such are made again.
+    known = int(re.search(r"2,000 samples, .*\((\d+) of them were there\)", done.stderr)[1])
+    kept = sum((tmp_path / "out" / name).stat().st_mtime_ns == time_ns for name, time_ns in there.items())
+    assert kept == known >= len(there) - 2
     assert len(open_source(pattern(tmp_path))) == 2000
 
 
