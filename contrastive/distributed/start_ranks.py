@@ -23,6 +23,7 @@ def main(args: list[str]) -> int:
     """Run torchrun with the arguments of its command line; return the exit status."""
     # Where the processes of a group meet again after a restart, gloo hangs in a store that is shared with the launcher.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # that it gives each rank one thread
     for name in LOGGERS:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
