@@ -37,7 +37,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow_fault"
 
 test-faults: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults tests/security/test_mended_readers.py --fault-table
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults tests/security/test_mended_stores.py --fault-table
 
 quickstart: setup
 	$(BIN)/python -m contrastive.distributed.start_ranks --nproc_per_node $(RANKS) scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN) $(ARGS)

@@ -154,11 +154,7 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
         return True
     with RunLock(folder) if runtime.is_main else nullcontext() as lock:
         if lock:
-            check_start(folder, config.resume, config.automatic)  # again: now nobody else can begin in it
-            lock.begin(done, config.max_restarts + 1 if config.automatic else None)
-            (folder / STOPPED).unlink(missing_ok=True)
-            for place in (folder, folder / "checkpoints"):
-                mend_folders(place)  # a kill may have cut a save short
+            _begin(lock, config, done)
         seen = gather_objects(checkpoint and checkpoint.name)
         if len(set(seen)) > 1:
             raise UserError(f"ranks see different checkpoints in {folder}/checkpoints: {', '.join(map(str, seen))}")
@@ -176,6 +172,15 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
         runtime.barrier()  # the others wait for the first rank's files
         runtime.close()
     return finished
+
+
+def _begin(lock: RunLock, config: RunConfig, done: int) -> None:
+    """Check the folder once more, now that nobody else can begin in it; note the start, clear what a kill left."""
+    check_start(lock.folder, config.resume, config.automatic)
+    lock.begin(done, config.max_restarts + 1 if config.automatic else None)
+    (lock.folder / STOPPED).unlink(missing_ok=True)
+    for place in (lock.folder, lock.folder / "checkpoints"):
+        mend_folders(place)  # a kill may have cut a save short
 
 
 def _finish(trainer: Trainer) -> None:
