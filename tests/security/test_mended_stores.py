@@ -20,7 +20,6 @@ from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 from contrastive.files import write_manifest
 
-NAMES_OUTSIDE = ("../x", "/etc/passwd", "n" * 300)
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
