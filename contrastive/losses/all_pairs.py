@@ -36,7 +36,7 @@ LN_2 = math.log(2)
 
 # To compile a loss would be to retrace, for every batch size, what is matrix products already. Cached and called late,
 # since torch.compiler.disable takes a second to load.
-_uncompiled = functools.cache(torch.compiler.disable)
+uncompiled = functools.cache(torch.compiler.disable)
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class AllPairs:
         self,
         image_features: torch.Tensor,
         text_features: torch.Tensor,
-        logit_scale: torch.Tensor,
-        logit_bias: torch.Tensor | None,
-        caption_ids: torch.Tensor | None,
-        duplicates: Duplicates,
+        logit_scale: torch.Tensor | float,
+        logit_bias: torch.Tensor | None = None,
+        caption_ids: torch.Tensor | None = None,
+        duplicates: Duplicates = "negative",
     ):
         features = {"image_features": image_features, "text_features": text_features}
         logit_scale, logit_bias = (as_scalar(number, image_features) for number in (logit_scale, logit_bias))
@@ -142,8 +142,8 @@ class AllPairs:
         self.text_sum: torch.Tensor | None = None
         """Σ over the images of all ranks of Gᵀ·image, (B/W, E)."""
 
-    def tiles(self, of: Callable, gradients: bool = False) -> Iterator[Tile]:
-        """Yield all tiles of the logits, for the function `of`; each is valid until the next.
+    def tiles(self, of: Callable | None, gradients: bool = False) -> Iterator[Tile]:
+        """Yield all tiles of the logits, for the function `of` (None: one without kernels), each valid until the next.
 
         With `gradients`, those that are wanted are summed over what is given to `Tile.add_gradient`, in float32 at
         least. After the last tile they are sums over ranks too, and ready for `differentiable`.
@@ -154,7 +154,7 @@ class AllPairs:
             from contrastive.losses.kernel_check import checked_kernels
 
             most = (min(GPU_TILE, n) for n in (len(self.image), world_size() * len(self.text)))
-            kernels = checked_kernels(of, self.image, *most, self.duplicates, gradients and any(self.wants))
+            kernels = of and checked_kernels(of, self.image, *most, self.duplicates, gradients and any(self.wants))
             size = GPU_TILE if kernels else PLAIN_GPU_TILE
         # Plain torch stores logits in the type of the features, and bfloat16 has no room for their digits.
         kind = self.image.dtype if kernels else self.scale.dtype
@@ -233,7 +233,7 @@ class PairLoss(nn.Module, ABC):
         """
         self.check_bias(logit_bias)
         inputs = image_features, text_features, logit_scale, logit_bias, caption_ids, self.duplicates
-        return _uncompiled(_swept)(self.sums, *inputs)
+        return uncompiled(swept)(self.sums, *inputs)
 
     @abstractmethod
     def check_bias(self, logit_bias: torch.Tensor | None) -> None:
@@ -244,7 +244,8 @@ class PairLoss(nn.Module, ABC):
         """Sweep over `pairs`, handing in gradients, without autograd; return the arguments of `differentiable`."""
 
 
-def _swept(sums: Callable[[AllPairs], tuple[torch.Tensor, ...]], *inputs) -> torch.Tensor:
+def swept(sums: Callable[[AllPairs], tuple[torch.Tensor, ...]], *inputs) -> torch.Tensor:
+    """Return the loss whose sweeps `sums` makes, as `PairLoss.sums` does; `inputs` are those of AllPairs."""
     pairs = AllPairs(*inputs)  # all ranks' input is checked before any computes
     # The types of the products are chosen: float32 features on a CPU are not to become bfloat16 under autocast.
     with torch.autocast(pairs.image.device.type, enabled=False):

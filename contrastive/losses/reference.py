@@ -33,3 +33,17 @@ def softmax_loss(image, text, logit_scale, positive, counted):
     rows = (logits.masked_fill(~positive, 0) * target).sum(1) / target.sum(1) - logits.logsumexp(1)
     columns = (logits.masked_fill(~positive, 0) * target).sum(0) / target.sum(0) - logits.logsumexp(0)
     return -(rows.mean() + columns.mean()) / 2
+
+
+def affinity_loss(image, text, logit_scale, teachers):
+    """Mean over teachers (image, text, scale) of KL(teacher || student), half of rows and of columns (MobileCLIP)."""
+
+    def distributions(image, text, scale):
+        logits = scale * image @ text.T
+        return logits.log_softmax(1), logits.T.log_softmax(1)
+
+    own, total = distributions(image, text, logit_scale), 0
+    for teacher in teachers:
+        for student_log, teacher_log in zip(own, distributions(*teacher), strict=True):
+            total += F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True) / 2
+    return total / len(teachers)

@@ -37,11 +37,10 @@ class SoftmaxLoss(PairLoss):
         else:
             # The log-sum-exps lack the own logit, by which all is known of the loss and its gradient without
             # subtracting numbers near 1: −log p = softplus(others − own), p − 1 = −σ(others − own).
-            own_logits = row_products(pairs.image, pairs.text) * (pairs.scale.double() * LOG2_E)
+            own_logits = _own_logits(pairs)
             margins = torch.stack([row_lse - own_logits, column_lse[pairs.own] - own_logits]) * LN_2
             loss_sum = F.softplus(margins, threshold=700).sum() / 2  # by default it is cut at 20
-            row_lse = torch.logaddexp2(row_lse, own_logits)
-            column_lse = torch.logaddexp2(column_lse, all_gather_even(own_logits))
+            row_lse, column_lse = _with_own(row_lse, column_lse, own_logits)
             matched = -margins.sigmoid().mean(dim=0)
         if any(pairs.wants):
             row_lse, column_lse, matched = (vector.to(pairs.scale.dtype) for vector in (row_lse, column_lse, matched))
@@ -49,6 +48,21 @@ class SoftmaxLoss(PairLoss):
                 lse = row_lse[tile.rows], column_lse[tile.columns]
                 tile.add_gradient(gradient_tile(tile, pairs.scale, *lse, matched[tile.rows]))
         return (loss_sum,)
+
+
+def log_sum_exps(pairs: AllPairs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return those of own rows (B/W,) and all columns (B,), all of their logits, base 2; for duplicates `negative`."""
+    row_lse, column_lse, _ = _log_sum_exps(pairs)
+    return _with_own(row_lse, column_lse, _own_logits(pairs))
+
+
+def _own_logits(pairs: AllPairs) -> torch.Tensor:
+    """Return the logits of this rank's pairs, base 2, float64 (B/W,)."""
+    return row_products(pairs.image, pairs.text) * (pairs.scale.double() * LOG2_E)
+
+
+def _with_own(row_lse, column_lse, own_logits):
+    return torch.logaddexp2(row_lse, own_logits), torch.logaddexp2(column_lse, all_gather_even(own_logits))
 
 
 def _log_sum_exps(pairs: AllPairs):
