@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from contrastive.data.record import BadSample, Source
 from contrastive.data.samples import SampleDataset
 from contrastive.distributed import end_with_parent
 from contrastive.errors import UserError
+
+if TYPE_CHECKING:
+    from contrastive.data.stored_views import Views
 
 _SAMPLES_AHEAD = 2**18  # samples of a rank whose shards are asked for ahead of time
 _KILLED = "was killed, perhaps for want of memory; use fewer (--data.num_workers)"
@@ -162,17 +165,24 @@ def train_loader(
 
 
 def eval_loader(
-    source: Source, preprocess: Preprocess, indices: Sequence[int], batch_size: int, num_workers: int = 0
+    source: Source,
+    preprocess: Preprocess,
+    indices: Sequence[int],
+    batch_size: int,
+    num_workers: int = 0,
+    views: "Views | None" = None,
 ) -> DataLoader:
     """Return a loader over `indices` of the source, in their order.
 
     A batch is image uint8 (b, 3, S, S), index int64 (b,), key, the list of their keys, and bad, the list of
     (reason, key) of images that could not be read. Those are left out, so b may be below `batch_size`, or 0.
+
+    views: to load these variations of each image, (b, K, 3, S, S), instead of all of it.
     """
-    image = torch.empty(0, 3, *preprocess.config.size, dtype=torch.uint8)
+    image = torch.empty(0, *((views.count,) if views else ()), 3, *preprocess.config.size, dtype=torch.uint8)
     empty = {"image": image, "index": torch.empty(0, dtype=torch.int64), "key": []}
     return _Loader(
-        _Images(source, preprocess, np.asarray(indices, np.int64)),
+        _Images(source, preprocess, np.asarray(indices, np.int64), views),
         batch_size=batch_size,
         collate_fn=functools.partial(_collate, empty=empty),
         **_worker_options(num_workers, timeout=0),
@@ -182,8 +192,8 @@ def eval_loader(
 class _Images(Dataset):
     """Preprocessed images, or what was wrong with them."""
 
-    def __init__(self, source: Source, preprocess: Preprocess, indices: np.ndarray):
-        self.source, self.preprocess, self.indices = source, preprocess, indices
+    def __init__(self, source: Source, preprocess: Preprocess, indices: np.ndarray, views: "Views | None"):
+        self.source, self.preprocess, self.indices, self.views = source, preprocess, indices, views
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -193,7 +203,11 @@ class _Images(Dataset):
         try:
             record = self.source[index]
             key = record.key
-            return {"image": self.preprocess.pixels(record.image), "index": index, "key": key, "bad": []}
+            if self.views:
+                image = self.views.of(record.image, index, self.preprocess.config.size[0])
+            else:
+                image = self.preprocess.pixels(record.image)
+            return {"image": image, "index": index, "key": key, "bad": []}
         except BadSample as fault:
             return {"bad": [(fault.reason, fault.key or key)]}
 

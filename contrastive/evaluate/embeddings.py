@@ -11,7 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from contrastive.data.record import BadSample, Source
 from contrastive.distributed import collectives
 from contrastive.errors import UserError
 from contrastive.log import bar
+
+if TYPE_CHECKING:
+    from contrastive.data.stored_views import Views
 
 T = TypeVar("T")
 Space = Literal["projected", "pooled"]
@@ -256,19 +259,22 @@ def image_batches(
     space: Space = "projected",
     precision: Literal["fp32", "bf16"] = "fp32",
     progress: bool = False,
+    views: "Views | None" = None,
 ) -> Iterator[ImageEmbeddings]:
     """Embed the images at `indices` on this rank, a batch at a time; iterate within `evaluating(model)`.
 
-    Features of space 'projected' are of unit length; 'pooled' ones are as the tower gives them.
+    Features of space 'projected' are of unit length; 'pooled' ones are as the tower gives them. With K `views` of each
+    image they are (N, K, E).
     """
-    loader = eval_loader(source, preprocess, indices, batch_size=batch_size, num_workers=num_workers)
+    loader = eval_loader(source, preprocess, indices, batch_size, num_workers, views)
     options = {"normalize": False, "project": False} if space == "pooled" else {}
     for batch in bar(loader, "embedding images", -(-len(indices) // batch_size), shown=progress):
         features = torch.empty(0, 0)
         if len(batch["index"]):
-            pixels = preprocess.normalize(batch["image"].to(device, non_blocking=True))
+            pixels = preprocess.normalize(batch["image"].to(device, non_blocking=True).flatten(0, -4))
             with in_precision(precision, device):
                 features = model.encode_image(pixels, **options).float().cpu()
+            features = features.unflatten(0, batch["image"].shape[:-3])
         yield ImageEmbeddings(features, batch["index"], batch["key"], batch["bad"])
 
 
