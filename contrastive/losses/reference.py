@@ -47,3 +47,13 @@ def affinity_loss(image, text, logit_scale, teachers):
         for student_log, teacher_log in zip(own, distributions(*teacher), strict=True):
             total += F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True) / 2
     return total / len(teachers)
+
+
+def caption_loss(logits, ids, eos_id):
+    """Mean over captions of the mean of −log softmax(z)[id] over their tokens, the first end included (CapPa).
+
+    logits (B, L, V), ids (B, L); a caption without an end counts whole.
+    """
+    lengths = [row.index(eos_id) + 1 if eos_id in row else len(row) for row in ids.tolist()]
+    each = zip(logits, ids, lengths, strict=True)
+    return torch.stack([F.cross_entropy(z[:length], row[:length]) for z, row, length in each]).mean()

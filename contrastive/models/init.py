@@ -17,13 +17,9 @@ def initialise_tower(tower: ImageTower | TextTower, style: InitStyle) -> None:
     """Draw all weights of one tower in place from torch's global generator."""
     std = tower.config.width**-0.5
     is_clip = style == "clip"
-    (_init_clip_blocks if is_clip else _init_siglip_blocks)(tower)
-    if style == "mimetic":
-        for block in tower.transformer.blocks:
-            _init_mimetic_attention(block.attention)
+    initialise_blocks(tower, style)
     if isinstance(tower, TextTower):
-        nn.init.normal_(tower.token_embedding.weight, std=0.02 if is_clip else std)
-        nn.init.normal_(tower.position_embedding, std=0.01 if is_clip else std)
+        initialise_token_inputs(tower, style)
     else:
         _init_image_inputs(tower, std)
         if is_clip and tower.class_token is not None:  # in big_vision it starts at zero
@@ -32,7 +28,22 @@ def initialise_tower(tower: ImageTower | TextTower, style: InitStyle) -> None:
         _normal(tower.projection, std)
 
 
-def _init_clip_blocks(tower: ImageTower | TextTower) -> None:
+def initialise_blocks(tower: nn.Module, style: InitStyle) -> None:
+    """Draw the weights of all attention and MLPs of what has a `config` and a `transformer`."""
+    (_init_clip_blocks if style == "clip" else _init_siglip_blocks)(tower)
+    if style == "mimetic":
+        for block in tower.transformer.blocks:
+            _init_mimetic_attention(block.attention)
+
+
+def initialise_token_inputs(tower: nn.Module, style: InitStyle) -> None:
+    """Draw the `token_embedding` and `position_embedding` of what reads token ids."""
+    std = tower.config.width**-0.5
+    nn.init.normal_(tower.token_embedding.weight, std=0.02 if style == "clip" else std)
+    nn.init.normal_(tower.position_embedding, std=0.01 if style == "clip" else std)
+
+
+def _init_clip_blocks(tower: nn.Module) -> None:
     """OpenAI CLIP's `initialize_parameters`: residual branches shrink with depth, all else with width.
 
     OpenAI draws only the text tower so; both towers follow it here, as in transformers' CLIPModel.
@@ -51,7 +62,7 @@ def _init_clip_blocks(tower: ImageTower | TextTower) -> None:
             nn.init.normal_(module.probe, std=width**-0.5)
 
 
-def _init_siglip_blocks(tower: ImageTower | TextTower) -> None:
+def _init_siglip_blocks(tower: nn.Module) -> None:
     """big_vision `models/vit.py`: Xavier-uniform matrices, tiny MLP biases."""
     for module in tower.modules():
         if isinstance(module, Attention):

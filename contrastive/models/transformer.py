@@ -162,10 +162,18 @@ class Attention(nn.Module):
         With segments as `extent`, x is (T, D) and so is what is returned, and there is no query but x.
         """
         query = x if query is None else query
-        q, k, v = (
-            projected.unflatten(-1, (self.num_heads, -1))  # (B, N, H, D/H), packed (T, H, D/H)
-            for projected in (self.q_proj(query), self.k_proj(x), self.v_proj(x))
-        )
+        return self.attend(self.queries(query), *self.keys_values(x), is_causal, extent)
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, M, D) to (B, M, H, D/H); packed (T, D) to (T, H, D/H)."""
+        return self.q_proj(x).unflatten(-1, (self.num_heads, -1))
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What can be attended to of x, of the shapes of `queries`: who decodes token by token keeps it."""
+        return tuple(projection(x).unflatten(-1, (self.num_heads, -1)) for projection in (self.k_proj, self.v_proj))
+
+    def attend(self, q, k, v, is_causal: bool = False, extent: Extent = None) -> torch.Tensor:
+        """Attend from `queries` to `keys_values`: to what `forward` returns."""
         dropout = self.dropout if self.training else 0.0
         if isinstance(extent, Segments):
             attended = attend_within(q, k, v, extent, dropout, is_causal)
@@ -239,7 +247,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, is_causal: bool = False, extent: Extent = None) -> torch.Tensor:
         # Not the module itself is compiled: what FSDP hangs on it has to run.
-        run = Block.through if self.compiled is None or not self.training else self.compiled
+        run = type(self).through if self.compiled is None or not self.training else self.compiled
         return run(self, x, is_causal, extent)
 
     def through(self, x: torch.Tensor, is_causal: bool, extent: Extent) -> torch.Tensor:
@@ -250,17 +258,18 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks: (B, N, D) to (B, N, D), or packed (T, D) to (T, D) with their `extent`.
 
+    block: their kind; another one than Block may take an `extent` of its own kind.
     gradient_checkpointing: the share of the blocks, rounded up, the first of them, that are recomputed in backward
     wherever gradients are recorded; settable, 0 by default: less memory, about a third more time with 1.
     mean_squares: where it is a list, each pass appends those of what leaves each block, scalars in float32.
     """
 
-    def __init__(self, options: TransformerConfig, is_causal: bool = False):
+    def __init__(self, options: TransformerConfig, is_causal: bool = False, block: type[Block] = Block):
         super().__init__()
-        self.is_causal = is_causal
+        self.is_causal, self.kind = is_causal, block
         self.gradient_checkpointing = 0.0
         self.mean_squares: list[torch.Tensor] | None = None
-        self.blocks = nn.ModuleList(Block(options) for _ in range(options.depth))
+        self.blocks = nn.ModuleList(block(options) for _ in range(options.depth))
 
     def forward(self, x: torch.Tensor, extent: Extent = None) -> torch.Tensor:
         for number in range(len(self.blocks)):
@@ -283,7 +292,7 @@ class Transformer(nn.Module):
 
         The weights keep their names. Dropout draws what it draws uncompiled, so that it can be replayed.
         """
-        compiled = torch.compile(Block.through, options={"fallback_random": True})
+        compiled = torch.compile(self.kind.through, options={"fallback_random": True})
         for block in self.blocks:
             block.compiled = compiled
 
