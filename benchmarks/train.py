@@ -18,8 +18,8 @@ from pathlib import Path
 
 from rows import append, in_a_copy
 
-from contrastive.config import take_option
 from contrastive.log import read_metrics
+from contrastive.named_sections import take_option
 
 
 def main(name: str, script: str, flags: list[str]) -> None:

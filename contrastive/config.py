@@ -8,49 +8,18 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.files import read_yaml
-from contrastive.option_types import as_option, fixed, run_tyro
-from contrastive.registry import Registry
+from contrastive.named_sections import NamedSection, choices_of, hidden_fields, settle, take, with_choices
+from contrastive.option_types import as_option, run_tyro
 from contrastive.words import flag_here, flags_of
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class NamedSection:
-    """How one section of the configuration is chosen by name: `--loss sigmoid`, `--model clip_vit_b_16`."""
-
-    default_for: Callable[[str], Any]
-    """Name to the section's options; UserError for an unknown name."""
-    registry: Registry | None = None
-    """Of a slot, whose components have options of their own; presets share one type and differ in values."""
-    table: Callable[[], str] | None = None
-    """Of presets, what `--model list` prints."""
-
-    @property
-    def is_slot(self) -> bool:
-        return self.registry is not None
-
-    def told(self, section: str) -> str:
-        """Which names there are, or how to see them."""
-        return f"one of {', '.join(self.registry.names())}" if self.is_slot else f"one that --{section} list shows"
-
-
-def slot(registry: Registry, default: str) -> Any:
-    """A field filled by one of the option classes of `registry`; only the chosen one's options exist."""
-    choice = NamedSection(lambda name: registry.get(name)(), registry)
-    return dataclasses.field(default_factory=registry.get(default), metadata={"choice": choice})
-
-
-def preset(default_for: Callable[[str], Any], default: Callable[[], Any], table: Callable[[], str]) -> Any:
-    """A field of one type whose defaults a named preset replaces; `table` has the names."""
-    return dataclasses.field(default_factory=default, metadata={"choice": NamedSection(default_for, table=table)})
 
 
 @dataclass(frozen=True)
@@ -89,8 +58,8 @@ def parse(
     Raises:
         UserError: an unknown key or flag (with a suggestion), a value of the wrong type, an unreadable file.
     """
-    choices = _choices(cls)
-    rest, named = _take(args, {name: f"a name: {c.told(name)}" for name, c in choices.items()})
+    choices = choices_of(cls)
+    rest, named = take(args, choices)
     given = dict.fromkeys(named, True)
     contents = {path: _read(path) for path in (file, base) if path is not None}
     for name, choice in choices.items():
@@ -98,17 +67,21 @@ def parse(
             print(choice.table())
             raise SystemExit(0)
         for path in contents:
-            if choice.is_slot or path != base:  # what the program wrote of a preset is all that was made of it
-                contents[path] = _settle(name, choice, contents[path], named, path)
+            if (
+                choice.registry is not None or path != base
+            ):  # what the program wrote of a preset is all that was made of it
+                contents[path] = settle(name, choice, contents[path], named, path)
     for group in either:
         _keep_one(group, contents, rest)
-    chosen = _with_choices(cls, named)
+    chosen = with_choices(cls, named)
     known = _flat_types(chosen)
     renamed = {old: new for old, new in _renamed(chosen).items() if old not in known}
     values = {}
     for path in reversed(contents):
         contents[path] = _with_new_names(contents[path], renamed, path == base, path)
         for key, value in contents[path].items():
+            if value == {}:  # a section that says nothing
+                continue
             if key not in known:
                 raise UserError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
             values[key] = as_option(f"{path}: {key}", known[key], value)
@@ -120,31 +93,6 @@ def parse(
         return config
     given = dict.fromkeys([*named, *contents.get(file, ())], False) | given | dict.fromkeys(flags, True)
     return dataclasses.replace(config, given=given)
-
-
-def hidden(default: Any = None) -> Any:
-    """A field that is no option: it has neither flag nor key, and no place in what is written.
-
-    `parse` fills one called `given` with the dotted names of the options that were given: True by a flag, False by a
-    file.
-    """
-    return dataclasses.field(default=default, repr=False, compare=False, metadata={"hidden": True})
-
-
-def _settle(
-    name: str, choice: NamedSection, values: dict[str, Any], named: dict[str, str], file: Path | None
-) -> dict[str, Any]:
-    """Decide what component section `name` holds; return the file's values without what they say about another one."""
-    whole = values.pop(name, None)  # `loss: sigmoid`
-    in_file = values.pop(f"{name}.name", whole)
-    if in_file is not None and not isinstance(in_file, str):
-        raise UserError(f"{file}: {name} is {in_file!r}, expected {choice.told(name)}")
-    if in_file:
-        named.setdefault(name, in_file)
-    # An unnamed section of options belongs to any component of a slot, but only to its own preset.
-    if in_file == named.get(name) or (not in_file and choice.is_slot):
-        return values
-    return {key: value for key, value in values.items() if not key.startswith(f"{name}.")}
 
 
 def _keep_one(group: tuple[str, ...], contents: dict[Path, dict[str, Any]], args: list[str]) -> None:
@@ -162,12 +110,6 @@ def _keep_one(group: tuple[str, ...], contents: dict[Path, dict[str, Any]], args
         outdone = outdone or bool(names)
 
 
-def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
-    """Split one `--name VALUE` off the flags; UserError when the value is missing."""
-    rest, taken = _take(args, {name: "a value"})
-    return rest, taken.get(name)
-
-
 def rename_flags(args: list[str], short: Mapping[str, str]) -> list[str]:
     """Return the flags with those that are short for longer ones written out: `--epochs 3` as `--train.epochs 3`."""
     flags = zip(args, flags_of(args), strict=True)
@@ -177,9 +119,9 @@ def rename_flags(args: list[str], short: Mapping[str, str]) -> list[str]:
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain values for YAML, the chosen components by name."""
     plain = dataclasses.asdict(config)
-    for field in _hidden(type(config)):
+    for field in hidden_fields(type(config)):
         del plain[field.name]
-    for name, choice in _choices(type(config)).items():
+    for name, choice in choices_of(type(config)).items():
         if choice.is_slot:
             plain[name] = {"name": choice.registry.name_of(type(getattr(config, name))), **plain[name]}
     return json.loads(json.dumps(plain))  # tuples as lists
@@ -217,47 +159,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys: {'train': {'steps': 3}} to {'train.steps': 3}."""
+    """Nested dictionaries as one with dotted keys: {'train': {'steps': 3}} to {'train.steps': 3}; empty ones stay."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return flat
-
-
-def _choices(cls: type) -> dict[str, NamedSection]:
-    return {f.name: f.metadata["choice"] for f in dataclasses.fields(cls) if "choice" in f.metadata}
-
-
-def _take(args: list[str], needs: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Split `--loss sigmoid` and the like off the flags; `needs` says what each name's value is."""
-    rest, taken = [], {}
-    remaining = iter(zip(args, flags_of(args), strict=True))
-    for arg, flag in remaining:
-        if flag.name not in needs:
-            rest.append(arg)
-        elif not flag.value:
-            raise UserError(f"--{flag.name} needs {needs[flag.name]}")
-        else:
-            taken[flag.name] = flag.value
-            if arg == flag.typed:
-                next(remaining)
-    return rest, taken
-
-
-def _with_choices(cls: type[T], named: dict[str, str]) -> type[T]:
-    """Return `cls` with each chosen section's own type and defaults in place."""
-    fields = [(field.name, fixed(field.type), field) for field in _hidden(cls)]
-    for field in dataclasses.fields(cls):
-        if "choice" in field.metadata:
-            choice = field.metadata["choice"]
-            default = choice.default_for(named[field.name]) if field.name in named else field.default_factory()
-            own = dataclasses.field(default=default, metadata=field.metadata)
-            fields.append((field.name, type(default), own))
-    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True)
-
-
-def _hidden(cls: type) -> list[dataclasses.Field]:
-    return [field for field in dataclasses.fields(cls) if "hidden" in field.metadata]
 
 
 def _filled(options: T, values: dict[str, Any], prefix: str = "") -> T:
@@ -273,7 +180,7 @@ def _filled(options: T, values: dict[str, Any], prefix: str = "") -> T:
 def _sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type, dict[str, Any]]]:
     """The class and all option classes within it: what dotted names begin with, the class, the types of its fields."""
     hints = typing.get_type_hints(cls)
-    for field in _hidden(cls):
+    for field in hidden_fields(cls):
         del hints[field.name]
     yield prefix, cls, hints
     for name, annotation in hints.items():
@@ -346,5 +253,5 @@ def _options_of(
 
 def _describe(description: str, choices: dict[str, NamedSection]) -> str:
     lines = [f"--{name} {{{','.join(c.registry.names())}}}" for name, c in choices.items() if c.is_slot]
-    lines += [f"--{name} NAME ({c.told(name)})" for name, c in choices.items() if not c.is_slot]
+    lines += [f"--{name} NAME{'S' * c.several} ({c.told(name)})" for name, c in choices.items() if not c.is_slot]
     return "\n\n".join([description, *(["Chosen by name: " + "  ".join(lines)] if lines else [])])

@@ -17,7 +17,8 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
 
 def main(args: list[str]) -> None:
-    from contrastive.config import parse, rename_flags, take_option, written_options
+    from contrastive.config import parse, rename_flags, written_options
+    from contrastive.named_sections import take_option
     from contrastive.train.options import LENGTHS
     from contrastive.train.plan import PlanConfig, make_plan, suggested
 

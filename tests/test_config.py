@@ -9,8 +9,9 @@ import pytest
 import yaml
 from tyro.conf import Positional, arg
 
-from contrastive.config import Gone, from_dict, parse, preset, slot, take_option, to_dict
+from contrastive.config import Gone, from_dict, parse, to_dict
 from contrastive.errors import UserError
+from contrastive.named_sections import preset, slot, take_option
 from contrastive.registry import Registry
 
 PETS = Registry("pet")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT, environment
 
-from contrastive.config import parse, rename_flags, take_option
+from contrastive.config import parse, rename_flags
+from contrastive.named_sections import take_option
 
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 

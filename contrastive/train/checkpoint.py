@@ -2,6 +2,7 @@
 
     model.safetensors, config.json, ...          a model folder, as interop.bundle writes it
     ema.safetensors                              averaged weights, where the run keeps them
+    objectives/                                  modules that only serve training: model.safetensors, ema.safetensors
     optimizer.safetensors                        NUMBER/PARAMETER/STATE for each optimizer in turn
     optimizer/shard-*.safetensors                or that, each rank's part, where FSDP shards it
     state.json                                   the data cursor, step included; bad samples of the last steps
@@ -29,6 +30,7 @@ from contrastive.errors import UserError, reason_of
 from contrastive.files import read_json, write_folder
 from contrastive.interop.bundle import load_weights, newest_whole, tensors_in
 from contrastive.log import warn
+from contrastive.objectives.learner import PREFIX
 from contrastive.optim import ExponentialMovingAverage
 from contrastive.train.retention import check_room
 
@@ -54,9 +56,16 @@ def training_state(
     The first rank then gets the weights whole and as copies; of the optimizers' state each has its part.
     """
     is_first = rank() == 0
+    weights = dict(whole_tensors(model.state_dict(), keep=is_first))
+    average = None
+    if ema is not None:
+        average = dict(whole_tensors(ema.average, keep=is_first))
+        # What does not learn is its own average.
+        fixed = (name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+        average |= {name: weights[name] for name in fixed if is_first}
     return {
-        "weights": dict(whole_tensors(model.state_dict(), keep=is_first)),
-        "average": None if ema is None else dict(whole_tensors(ema.average, keep=is_first)),
+        "weights": weights,
+        "average": average,
         "optimizer": _optimizer_tensors(model, optimizers),
         "cursor": cursor,
     }
@@ -146,7 +155,7 @@ def read_cursor(folder: Path) -> dict:
 
 def load_model(folder: Path, model: nn.Module) -> None:
     """Fill the model, not sharded yet, from a verified checkpoint; UserError where it is another."""
-    load_weights(model, folder / "model.safetensors")
+    load_weights(model, folder / "model.safetensors", _beside(folder / "objectives/model.safetensors"))
 
 
 def load_training_state(
@@ -160,19 +169,25 @@ def load_training_state(
     if ema is not None:
         if not (folder / "ema.safetensors").exists():
             raise UserError(f"{folder} has no averaged weights; resume with the train.ema_decay it was started with")
-        saved = tensors_in(folder / "ema.safetensors")
+        saved = tensors_in(folder / "ema.safetensors") | _beside(folder / "objectives/ema.safetensors")
         shapes = {name: tensor.shape for name, tensor in ema.average.items()}
-        if shapes != {name: tensor.shape for name, tensor in saved.items()}:
+        if shapes != {name: saved[name].shape for name in shapes.keys() & saved.keys()}:
             raise UserError(f"{folder}: its averaged weights are of another model; resume with the same")
         for name, tensor in ema.average.items():
             tensor.copy_(like(saved[name].to(tensor.device), tensor))
     names = _names(model)
     tensors = _read_optimizer(folder, {name: parameter for parameter, name in names.items()})
     own = {f"{n}/{names[p]}" for n, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
-    if tensors and {key.rpartition("/")[0] for key in tensors} != own:
+    found = {key.rpartition("/")[0] for key in tensors}
+    # An objective that has not begun has no state.
+    if tensors and not {name for name in own if PREFIX not in name} <= found <= own:
         raise UserError(f"{folder}: its optimizer state is of another optimizer or model; resume with the same")
     for number, optimizer in enumerate(optimizers):
         _fill_optimizer(optimizer, names, f"{number}/", tensors)
+
+
+def _beside(file: Path) -> dict[str, torch.Tensor]:
+    return tensors_in(file) if file.exists() else {}
 
 
 def _read_optimizer(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

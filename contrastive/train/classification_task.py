@@ -20,7 +20,7 @@ from contrastive.interop.bundle import save_classifier
 from contrastive.models import ImageClassifier
 from contrastive.option_types import NotNegative, Probability
 from contrastive.train.options import RunConfig, check_run
-from contrastive.train.task import Curriculum, Inputs, TrainingTask, Weights, describe_image_tower, seed_step
+from contrastive.train.task import Curriculum, Inputs, Losses, TrainingTask, Weights, describe_image_tower, seed_step
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ClassificationTask(TrainingTask):
     def inputs(self, batch: dict) -> Inputs:
         return {name: batch[name] for name in ("image", "label")}
 
-    def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> torch.Tensor:
+    def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> Losses:
         device, train = runtime.device, self.config.train
         _, self.model.image_tower.patch_dropout = self.curriculum.at(step)
         pixels, labels = self.preprocess.normalize(inputs["image"]), inputs["label"]
@@ -92,7 +92,7 @@ class ClassificationTask(TrainingTask):
             total += loss.detach()
             hits += (scores.detach().argmax(dim=1) == own).float().mean() / len(parts)
         self._accuracy = 100 * hits.double()
-        return total
+        return {"loss": total}
 
     def figures(self) -> dict[str, torch.Tensor | None]:
         """'accuracy': percent of this rank's share of the batch, as it was varied."""

@@ -7,7 +7,6 @@ import torch
 from rich import box
 from rich.table import Table
 
-from contrastive.config import preset
 from contrastive.data.class_joining import in_classes_of
 from contrastive.data.decode import decode
 from contrastive.data.record import BadSample, Source, some_have
@@ -17,6 +16,7 @@ from contrastive.data.sources.open import held_out_spec
 from contrastive.errors import UserError
 from contrastive.log import console, is_main_process
 from contrastive.models import ClassifierConfig, ImageClassifier, classifier_config, classifier_table
+from contrastive.named_sections import preset
 from contrastive.option_types import Positive
 from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
 from contrastive.train.options import resolve_run

@@ -1,10 +1,7 @@
 """Pretraining as a task: its options, its loss over the global batch of pairs, a step's gradient."""
 
-import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +11,6 @@ import torch
 from torch import nn
 
 from contrastive import models
-from contrastive.config import preset, slot
 from contrastive.data.order import SampleOrder
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
@@ -25,10 +21,23 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.interop.bundle import save_model
 from contrastive.losses import LOSSES, LossConfig
-from contrastive.models import DualEncoder, Features, ModelConfig, PackedTokens
+from contrastive.models import DualEncoder, ModelConfig
+from contrastive.named_sections import Chosen, by_name, preset, several, slot
+from contrastive.objectives import OBJECTIVES, Objective, Setting
+from contrastive.objectives.learner import Learner, objective_weights, own_weights
+from contrastive.objectives.saving import save_objectives
 from contrastive.option_types import NotNegative
+from contrastive.train.gradient import Batch, forward_backward
 from contrastive.train.options import RunConfig, check_run, resolve_run
-from contrastive.train.task import Curriculum, Inputs, TrainingTask, Weights, describe_image_tower, millions, seed_step
+from contrastive.train.task import (
+    Curriculum,
+    Inputs,
+    Losses,
+    TrainingTask,
+    Weights,
+    describe_image_tower,
+    millions,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class PretrainConfig(RunConfig):
     """Start from this model's weights, with its architecture, tokenizer and preprocessing: a run or model folder."""
     init_image: str | None = None
     """Start the image tower from this model or classifier; the text tower starts at random."""
+    objectives: Chosen = several(OBJECTIVES)
+    """What to learn beside the contrastive loss."""
     lock: Literal["none", "image"] = "none"
     """image: train the text tower alone (LiT, Zhai et al. 2022), against the image tower of init_image or init."""
 
@@ -162,7 +173,8 @@ class ContrastiveTask(TrainingTask):
     def __init__(self, config: PretrainConfig, source: Source, tokenizer: Tokenizer, held_out: list[Source]):
         self.config, self.source, self.tokenizer, self.held_out = config, source, tokenizer, held_out
         torch.manual_seed(config.train.seed)
-        self.model = DualEncoder(config.model)
+        options = by_name(config.objectives)
+        self.model = Learner(config.model) if options else DualEncoder(config.model)
         if config.lock == "image":
             self.model.image_tower.requires_grad_(False).eval()
         self.curriculum = Curriculum(config.curriculum, config.train.steps, self.model.image_tower)
@@ -172,31 +184,60 @@ class ContrastiveTask(TrainingTask):
         # With many matches in a row the loss of guessing is another one for each loss: no advice is given then.
         few = num_distinct(config.loss, source, batch) < batch
         self.chance_loss = math.inf if few else config.loss.chance_loss(batch) * (1 + config.between_captions)
+        for name, own in options.items():
+            self.model.objectives[name] = own.build(self._setting(name))
+
+    def _setting(self, name: str) -> Setting:
+        config, data = self.config, self.config.data
+        sizes = tuple(dict.fromkeys(size for size, _ in self.curriculum.settings))
+        beside = data.caption_templates, data.captions_per_image
+        parts = self.source, self.tokenizer, self.preprocess
+        return Setting(name, config.model, *parts, config.train.steps, sizes, *beside)
+
+    @property
+    def objectives(self) -> dict[str, Objective]:
+        return dict(self.model.objectives.items()) if isinstance(self.model, Learner) else {}
 
     def dataset(self, order: SampleOrder) -> PairDataset:
         data, size = self.config.data, self.curriculum.image_size
         captions = data.caption_templates, data.captions_per_image, data.token_dropout
-        return PairDataset(self.source, order, self.tokenizer, size, data.augment, *captions)
+        extras = [one.extra for one in self.objectives.values() if one.extra is not None]
+        return PairDataset(self.source, order, self.tokenizer, size, data.augment, *captions, extras)
 
     def inputs(self, batch: dict) -> Inputs:
         parts = batch["tokens"].chunk(self.config.train.accumulate)
         texts = [self.model.text_tower.pack(part.flatten(0, -2)) for part in parts]
-        return {"image": batch["image"], "texts": texts, "caption_id": batch["caption_id"]}
+        inputs = {"image": batch["image"], "texts": texts, "caption_id": batch["caption_id"], "objectives": {}}
+        for name, one in self.objectives.items():
+            extras = {key.removeprefix(f"{name}."): batch[key] for key in batch if key.startswith(f"{name}.")}
+            if extras or one.extra is None:  # else it has not begun
+                inputs["objectives"][name] = one.inputs(batch, extras)
+        return inputs
 
-    def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> torch.Tensor:
+    def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> Losses:
         _, self.model.image_tower.patch_dropout = self.curriculum.at(step)
-        return forward_backward(
-            wrapped,
-            self.loss,
-            self.preprocess.normalize(inputs["image"]),
-            inputs["texts"],
-            inputs["caption_id"],
-            between=self.config.between_captions,
-            seed=(self.config.train.seed, step),
-            runtime=runtime,
-        )
+        how = {"between": self.config.between_captions, "seed": (self.config.train.seed, step), "runtime": runtime}
+        batch = Batch(self.preprocess.normalize(inputs["image"]), inputs["texts"], inputs["caption_id"])
+        if not self.objectives:
+            return forward_backward(wrapped, self.loss, batch, **how)
+        active = self.model.active(step)
+        batch = replace(batch, inputs={name: inputs["objectives"][name] for name in active})
+        losses = forward_backward(wrapped, self.loss, batch, objectives=active, **how)
+        for parameter in self.model.idle_parameters(active):
+            parameter.grad = None  # DDP made zeros, by which the optimizer would decay them
+        return losses
 
-    def after_update(self) -> None:
+    def begins(self, step: int) -> bool:
+        return any(one.first_step == step > 0 for one in self.objectives.values())
+
+    def before_step(self, step: int) -> None:
+        for one in self.objectives.values():
+            if one.first_step == step:
+                one.begin(self.model)
+
+    def after_update(self, step: int, skipped: torch.Tensor) -> None:
+        for one in self.model.active(step).values() if self.objectives else ():
+            one.after_update(self.model, skipped)
         if self.config.loss.max_logit_scale is not None:
             self.model.logit_scale.clamp_(max=math.log(self.config.loss.max_logit_scale))
 
@@ -216,8 +257,15 @@ class ContrastiveTask(TrainingTask):
         result = evaluator(self, source, **how)
         return kind, {name: value for name, value in result.items() if isinstance(value, float) and name != "chance"}
 
+    def final_weights(self) -> Weights:
+        weights = self.model.state_dict()
+        kept = [one for one in self.objectives.values() if one.options.keep]
+        return own_weights(weights) | objective_weights(weights, kept)
+
     def save(self, folder: Path, weights: Weights, ema: Weights | None = None) -> None:
-        save_model(folder, weights, self.model.config, self.preprocess.config, self.tokenizer, ema)
+        own, average = own_weights(weights), None if ema is None else own_weights(ema)
+        save_model(folder, own, self.model.config, self.preprocess.config, self.tokenizer, average)
+        save_objectives(folder / "objectives", self.objectives.values(), weights, ema)
 
     def describe(self) -> list[tuple[str, str]]:
         text = self.config.model.text
@@ -225,86 +273,17 @@ class ContrastiveTask(TrainingTask):
         return [
             describe_image_tower(self.model.image_tower, self.config.model.image, "locked"),
             ("text tower", f"{millions(self.model.text_tower)}: {size}"),
+            *((name, self._described(one)) for name, one in self.objectives.items()),
         ]
+
+    def _described(self, objective: Objective) -> str:
+        learning = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+        size = f"{learning / 1e6:.1f} M beside the model, " if learning else ""
+        since = f", from step {objective.first_step:,}" if objective.first_step else ""
+        return f"{size}{objective.describe()}weight {objective.options.weight:g}{since}"
 
     def report(self, device: torch.device) -> dict:
         from contrastive.evaluate.report import collect_examples
 
         shown = self.held_out[-1] if self.held_out else self.source
         return collect_examples(self.model, shown, self.preprocess, self.tokenizer, device)
-
-
-def forward_backward(
-    model: nn.Module,
-    loss: nn.Module,
-    pixels: torch.Tensor,
-    texts: Sequence[torch.Tensor | PackedTokens],
-    caption_ids: torch.Tensor,
-    *,
-    between: float = 0.0,
-    seed: tuple[int, int],
-    runtime: Runtime,
-) -> torch.Tensor:
-    """Add the gradient of the loss over the global batch; return this rank's loss, a detached scalar.
-
-    With several micro-batches the loss and gradient are the same, with the activations of one at a time.
-    A contrastive loss is not a sum over micro-batches: all are embedded first without a graph, the loss of the whole
-    batch gives each feature its gradient, and each micro-batch is embedded again, with the same random numbers, to
-    carry it into the towers (Gao et al. 2021, "GradCache").
-
-    Args:
-        model: the wrapped dual encoder. pixels: (b, 3, H, W) normalised. caption_ids: (b,), or (b, K) for K captions
-            of each image.
-        texts: those of each of the n micro-batches that the local batch is embedded in: ids (b·K / n, L), or packed.
-        between: weight of the loss between captions. seed: (run seed, step), for dropout.
-    """
-    accumulate = len(texts)
-    parts = list(zip(pixels.chunk(accumulate), texts, strict=True))
-
-    def embed(part: int) -> Features:
-        seed_step(*seed, runtime.rank, part)
-        features = model(*parts[part])
-        return features._replace(text=features.text.unflatten(0, (-1, *caption_ids.shape[1:])))
-
-    if accumulate == 1:
-        value = mean_loss(loss, *embed(0), caption_ids, between)
-        value.backward()
-        return value.detach()
-    with torch.no_grad():
-        cached = [embed(part) for part in range(accumulate)]
-    image, text = (torch.cat([part[i] for part in cached]).requires_grad_() for i in (0, 1))
-    logits = [None if scalar is None else scalar.detach().clone().requires_grad_() for scalar in cached[0][2:]]
-    value = mean_loss(loss, image, text, *logits, caption_ids, between)
-    value.backward()
-
-    image_grads, text_grads = image.grad.chunk(accumulate), text.grad.chunk(accumulate)
-    for part in range(accumulate):
-        is_last = part == accumulate - 1
-        with nullcontext() if is_last else runtime.without_gradient_sync(model):
-            features = embed(part)
-            # Its gradient is the loss's: features times the gradients they were given.
-            surrogate = (features.image * image_grads[part]).sum() + (features.text * text_grads[part]).sum()
-            for scalar, leaf in zip(features[2:], logits, strict=True):
-                if scalar is not None:  # in shares, because under DDP every pass must reach every parameter
-                    surrogate = surrogate + scalar * leaf.grad / accumulate
-            surrogate.backward()
-    return value.detach()
-
-
-def mean_loss(
-    loss: nn.Module, image, text, logit_scale, logit_bias, caption_ids: torch.Tensor, between: float = 0.0
-) -> torch.Tensor:
-    """Return the loss of images (b, E) with their texts (b, E), or its mean over K texts of each, (b, K, E).
-
-    Then its mean over each two of the K, which match as an image and a text do, is added `between` times.
-    """
-    if text.ndim == 2:
-        return loss(image, text, logit_scale, logit_bias, caption_ids=caption_ids)
-    texts = list(zip(text.unbind(1), caption_ids.unbind(1), strict=True))
-    each = [loss(image, one, logit_scale, logit_bias, caption_ids=ids) for one, ids in texts]
-    value = sum(each) / len(each)
-    if between:
-        both = itertools.combinations(texts, 2)
-        each = [loss(one, two, logit_scale, logit_bias, caption_ids=ids) for (one, ids), (two, _) in both]
-        value = value + between * sum(each) / len(each)
-    return value

@@ -177,27 +177,32 @@ class Trainer:
         own = [len(stops), int(batch["replaced"].numpy().sum()), self.saver.failed]
         requests, replaced, not_saved = runtime.summed(own, self.step, limit)
         self.saver.check(not_saved)
+        if self.task.begins(self.step):
+            self.judge.restore({})  # what was usual says nothing of the loss to come
+        with torch.no_grad():
+            self.task.before_step(self.step)
         try:
             if not self._settled:
                 self._settle(inputs)
             with self.norms.watching(self.step + 1):
-                loss = self.task.forward_backward(self.wrapped, inputs, self.step, runtime)
+                losses = self.task.forward_backward(self.wrapped, inputs, self.step, runtime)
         except NonFiniteFeatures as error:  # raised on all ranks alike, which skip this step
             warn(f"step {self.step + 1}: {error}")
-            loss = torch.tensor(math.nan, device=runtime.device)
+            losses = {"loss": torch.tensor(math.nan, device=runtime.device)}
             if runtime.shards:
                 reshard(self.model)
         if runtime.shards:
             average_whole_gradients(self.model.parameters())
         norms = self.norms.figures()
         norm = clip_gradients(self.model.parameters(), config.train.max_grad_norm)
-        mean_loss = all_reduce_sum(loss.double()) / runtime.world_size
-        self._update(mean_loss, norm)
+        means = all_reduce_sum(torch.stack([loss.double() for loss in losses.values()])) / runtime.world_size
+        self._update(means[0], norm)
         self.step += 1
-        self.figures.step_done(self.step, mean_loss, norm)
+        self.figures.step_done(self.step, means[0], norm)
         if self.bad_samples.too_many(replaced):  # on all ranks alike
             raise self.bad_samples.error(self.step, self._log_bad_samples())
-        row = {"step": self.step, "loss": mean_loss, "grad_norm": norm, "lr": config.optimizer.lr * factor}
+        told, *others = zip(losses, means.unbind(), strict=True)
+        row = {"step": self.step, **dict([told]), "grad_norm": norm, "lr": config.optimizer.lr * factor, **dict(others)}
         return row | self.task.figures() | norms, requests > 0
 
     def _settle(self, inputs: dict) -> None:
@@ -206,7 +211,7 @@ class Trainer:
         After its first one it lays the gradients out anew, and a sum over three or more ranks rounds by where a number
         lies: the first step of a run that goes on would not be the same to the bit as in the middle of one.
         """
-        self.task.forward_backward(self.wrapped, inputs, self.step, self.runtime)
+        self.task.forward_backward(self.wrapped, inputs, 0, self.runtime)  # as the first of all, whatever began since
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self._settled = True
@@ -218,7 +223,7 @@ class Trainer:
         for optimizer in self.optimizers:
             step_unless(skipped, optimizer)
             optimizer.zero_grad()
-        self.task.after_update()
+        self.task.after_update(self.step, skipped)
         if self.ema is not None:
             self.ema.update(self.model, self.step, skipped)
 

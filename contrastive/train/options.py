@@ -5,11 +5,12 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Annotated, TypeVar
 
-from contrastive.config import Gone, hidden, slot
+from contrastive.config import Gone
 from contrastive.data.record import Source
 from contrastive.data.settings import ImageDataConfig
 from contrastive.distributed.runtime import Compile, Precision
 from contrastive.errors import UserError
+from contrastive.named_sections import hidden, slot
 from contrastive.optim import OPTIMIZERS, OptimizerConfig, ScheduleConfig
 from contrastive.option_types import Bound, Positive, Probability, Share, check_bounds
 from contrastive.train.health import HealthConfig

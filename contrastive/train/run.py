@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import yaml
 
-from contrastive.config import flatten, parse, rename_flags, take_option, to_dict, written_options
+from contrastive.config import flatten, parse, rename_flags, to_dict, written_options
 from contrastive.data.order_choice import order_for
 from contrastive.distributed.collectives import gather_objects
 from contrastive.distributed.launching import is_orphan, launched
@@ -23,6 +23,7 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.files import mend_folders, write_folder, write_whole
 from contrastive.log import is_main_process, read_metrics, say, warn
+from contrastive.named_sections import take_option
 from contrastive.train.bad_samples import merged
 from contrastive.train.checkpoint import find_checkpoint, read_cursor
 from contrastive.train.loop import Trainer
@@ -193,7 +194,7 @@ def _finish(trainer: Trainer) -> None:
     if not trainer.runtime.is_main:
         return
     final, report = folder / "final", folder / "report.html"
-    write_folder(final, lambda temporary: task.save(temporary, task.model.state_dict()))
+    write_folder(final, lambda temporary: task.save(temporary, task.final_weights()))
     metrics = read_metrics(folder / "metrics.jsonl")
     bad_samples = merged(row for row in metrics if row["kind"] == "bad_samples")
     if bad_samples["counts"]:

@@ -142,7 +142,7 @@ class CheckpointSaver:
         weights = _bytes(model.state_dict().values())
         states = [tensor for optimizer in optimizers for found in optimizer.state.values() for tensor in found.values()]
         size = weights + (_bytes(states) if states else sum(map(_expected_bytes, optimizers))) + BESIDE_TENSORS
-        size += 0 if ema is None else _bytes(ema.average.values())
+        size += 0 if ema is None else weights
         there = sum(step_of(path) <= done for path in checkpoints_in(self._checkpoints))
         to_come = steps // config.every - done // config.every + 1
         for_ever = 0 if config.keep_every is None else steps // config.keep_every - done // config.keep_every

@@ -22,7 +22,8 @@ from contrastive.models.image_tower import ImageTower
 from contrastive.train.options import RunConfig, Stage
 
 Weights = Mapping[str, torch.Tensor]
-Inputs = dict[str, Any]  # tensors, or lists and named tuples of them
+Inputs = dict[str, Any]  # tensors, or lists, dictionaries and named tuples of them
+Losses = dict[str, torch.Tensor]  # scalars by name
 
 
 class Curriculum:
@@ -98,8 +99,10 @@ class TrainingTask(ABC):
         """Return what of a batch, as `train_loader` yields it, goes to the device; in host memory, images as uint8."""
 
     @abstractmethod
-    def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> torch.Tensor:
-        """Add the gradient of the loss over the global batch; return this rank's loss, a detached scalar.
+    def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> Losses:
+        """Add the gradient of the loss over the global batch; return this rank's losses, detached scalars by name.
+
+        The first is 'loss'; others are what it is made of, where that is several things.
 
         Nothing in it waits for the device: no `.item()`, no shape that depends on values.
 
@@ -111,8 +114,18 @@ class TrainingTask(ABC):
             NonFiniteFeatures: on all ranks alike; the step is skipped.
         """
 
-    def after_update(self) -> None:  # noqa: B027 - a hook, like `conclude`
-        """Keep parameters where the method wants them; called without gradients after each update, skipped or not."""
+    def begins(self, step: int) -> bool:
+        """Whether the loss is another one from this step on, counted from 0."""
+        return False
+
+    def before_step(self, step: int) -> None:  # noqa: B027 - a hook, like `conclude`
+        """Called without gradients before each step, counted from 0."""
+
+    def after_update(self, step: int, skipped: torch.Tensor) -> None:  # noqa: B027 - a hook, like `conclude`
+        """Keep parameters where the method wants them; called without gradients after the update of a step.
+
+        skipped: bool, 0-dim: the weights have stayed as they were.
+        """
 
     def figures(self) -> dict[str, torch.Tensor | None]:
         """Return what a row of metrics.jsonl says of the last step besides loss, norm and rate; detached scalars."""
@@ -144,6 +157,10 @@ class TrainingTask(ABC):
         Args:
             folder: the run's.
         """
+
+    def final_weights(self) -> Weights:
+        """Return what of the weights is the model that the run gives."""
+        return self.model.state_dict()
 
     @abstractmethod
     def save(self, folder: Path, weights: Weights, ema: Weights | None = None) -> None:

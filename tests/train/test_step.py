@@ -12,7 +12,7 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.losses import LOSSES, NonFiniteFeatures
 from contrastive.losses.reference import pair_labels, sigmoid_loss, softmax_loss
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, PackedTokens, TextTowerConfig
-from contrastive.train.contrastive_task import forward_backward
+from contrastive.train.gradient import Batch, forward_backward
 from contrastive.train.task import seed_step
 
 CONFIG = ModelConfig(
@@ -43,11 +43,12 @@ def gradients(
         texts = [model.text_tower.pack(part) for part in texts]
         assert all(isinstance(part, PackedTokens) and len(part.ids) < part.places.numel() * 6 for part in texts)
     if broken_first:
+        broken = pixels * math.nan if rank == 1 else pixels
         with pytest.raises(NonFiniteFeatures, match="rank 1"):
-            forward_backward(wrapped, loss, pixels * math.nan if rank == 1 else pixels, texts, tokens[:, 0], **options)
+            forward_backward(wrapped, loss, Batch(broken, texts, tokens[:, 0]), **options)
         assert all(p.grad is None for p in model.parameters())
-    value = forward_backward(wrapped, loss, pixels, texts, tokens[:, 0], **options)
-    return value, {name: p.grad for name, p in model.named_parameters()}
+    value = forward_backward(wrapped, loss, Batch(pixels, texts, tokens[:, 0]), **options)
+    return value["loss"], {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("loss_name", ["sigmoid", "softmax"])
@@ -70,8 +71,9 @@ def test_several_captions_of_an_image_are_the_mean_of_steps_with_one(loss_name):
     def step(tokens, accumulate=1):
         model.zero_grad()
         texts = [part.flatten(0, -2) for part in tokens.chunk(accumulate)]
-        value = forward_backward(model, loss, pixels, texts, tokens[..., 0], seed=(0, 5), runtime=runtime)
-        return value, {name: p.grad for name, p in model.named_parameters()}
+        batch = Batch(pixels, texts, tokens[..., 0])
+        value = forward_backward(model, loss, batch, seed=(0, 5), runtime=runtime)
+        return value["loss"], {name: p.grad for name, p in model.named_parameters()}
 
     each = [step(tokens[:, k]) for k in range(3)]
     for accumulate in (1, 4):
@@ -94,8 +96,8 @@ def test_captions_of_an_image_match_each_other(loss_name):
         model.zero_grad()
         texts = [part.flatten(0, -2) for part in tokens.chunk(accumulate)]
         options = {"between": between, "seed": (0, 5), "runtime": runtime}
-        value = forward_backward(model, loss, pixels, texts, tokens[..., 0], **options)
-        return value, {name: p.grad for name, p in model.named_parameters()}
+        value = forward_backward(model, loss, Batch(pixels, texts, tokens[..., 0]), **options)
+        return value["loss"], {name: p.grad for name, p in model.named_parameters()}
 
     def reference(left, right):
         labels = pair_labels(torch.arange(12), "negative")

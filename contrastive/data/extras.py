@@ -1,0 +1,78 @@
+"""More of a training sample than its image and text, for what a run learns beside them.
+
+It is made where samples are, in the loader's workers, as a pure function of (seed, position) like all else.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from contrastive.data.augment import AugmentConfig, augment
+from contrastive.data.record import Record
+
+_FIRST_STREAM = 2**32  # above those of data/order.py
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sample whose image and captions have been drawn."""
+
+    record: Record
+    index: int
+    """Its place in the source."""
+    captions: tuple[str, ...]
+    """As they were tokenized: K of them; none of labelled images."""
+    rng: np.random.Generator
+    """Draws of this extra alone."""
+    image_size: int
+    """S of the image, in pixels."""
+    view: Callable[[int], torch.Tensor]
+    """S to uint8 (3, S, S): the image as it was varied for the model, at any size."""
+
+
+class Extra:
+    """What one objective needs of each sample; in the batch under 'NAME.KEY'. Instances are sent to workers.
+
+    Args:
+        name: the objective's. first_step: nothing is made before it.
+    """
+
+    def __init__(self, name: str, first_step: int):
+        self.name, self.first_step = name, first_step
+        digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
+        self.stream = _FIRST_STREAM + int.from_bytes(digest)
+
+    def draws(self, index: int, rng: np.random.Generator) -> np.random.Generator | None:
+        """Return whose draws the image of sample `index` is varied by, instead of its own; None: its own.
+
+        Only what knows the image beforehand, stored teachers, has them.
+        """
+        return None
+
+    def of(self, sample: Drawn) -> dict[str, Any]:
+        """Return numbers, arrays or tensors by key, of the same shapes for all samples of a step.
+
+        Raises:
+            BadSample: the sample cannot be used; another one takes its place.
+        """
+        return {}
+
+
+class Crops(Extra):
+    """Further views of the image: 'views', uint8 (count, 3, S, S), varied by options of their own."""
+
+    def __init__(self, name: str, first_step: int, count: int, image_size: int | None, options: AugmentConfig):
+        super().__init__(name, first_step)
+        self.count, self.image_size, self.options = count, image_size, options
+
+    def of(self, sample: Drawn) -> dict[str, Any]:
+        size = self.image_size or sample.image_size
+        return {
+            "views": torch.stack(
+                [augment(sample.record.image, size, self.options, sample.rng) for _ in range(self.count)]
+            )
+        }

@@ -1,0 +1,87 @@
+"""The dual encoder with the objectives of its run beside it: what the loop trains, and what it saves apart."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from contrastive.distributed.collectives import world_size
+from contrastive.models import DualEncoder, Features, ModelConfig, PackedTokens
+from contrastive.objectives.objective import Objective, Pass, Tensors
+
+PREFIX = "objectives."
+"""What the names of parameters that are no part of the dual encoder begin with."""
+ByObjective = dict[str, dict[str, torch.Tensor]]
+
+
+class Outputs(NamedTuple):
+    """What a micro-batch of b' samples has come to."""
+
+    features: Features
+    more: ByObjective
+    """Further features of each objective, (b', E)."""
+    losses: dict[str, torch.Tensor]
+    """Means over the micro-batch, scalars."""
+    idle: torch.Tensor | None
+    """0, from all parameters that no loss of this step reaches: DDP waits for the gradients of all."""
+
+
+class Learner(DualEncoder):
+    """A dual encoder whose forward pass feeds objectives too. Its own weights have the names that they always have."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.objectives = nn.ModuleDict()  # of Objective
+
+    def active(self, step: int) -> dict[str, Objective]:
+        """Return those that take part in a step, counted from 0."""
+        return {name: one for name, one in self.objectives.items() if step >= one.first_step}
+
+    def forward(
+        self,
+        pixels: torch.Tensor,
+        texts: torch.Tensor | PackedTokens,
+        inputs: Mapping[str, Tensors] | None = None,
+        targets: Mapping[str, Tensors] | None = None,
+    ) -> Features | ByObjective | Outputs:
+        """Return the targets of the objectives in `inputs`; with `targets` given, what those and the features come to.
+
+        Without inputs it is the dual encoder's own forward pass. See `Pass` for pixels and texts.
+        """
+        if inputs is None:
+            return super().forward(pixels, texts)
+        run = Pass(self, pixels, texts)
+        taking_part = {name: self.objectives[name] for name in inputs}
+        if targets is None:
+            return {name: one.targets(run, inputs[name]) for name, one in taking_part.items()}
+        more = {name: one.features(run, inputs[name]) for name, one in taking_part.items()}
+        losses = {name: one.loss(run, inputs[name], targets[name]) for name, one in taking_part.items()}
+        losses = {name: loss for name, loss in losses.items() if loss is not None}
+        return Outputs(run.features, more, losses, self._idle(inputs))
+
+    def _idle(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        if world_size() == 1 or not torch.is_grad_enabled():
+            return None
+        idle = [p for p in self.idle_parameters(inputs) if p.requires_grad]
+        if any(isinstance(p, DTensor) for p in self.parameters()):  # FSDP waits for nothing
+            return None
+        return sum(p.sum() for p in idle) * 0 if idle else None
+
+    def idle_parameters(self, active: Mapping[str, Any]) -> list[nn.Parameter]:
+        """Return the parameters of the objectives that are not active."""
+        resting = (one for name, one in self.objectives.items() if name not in active)
+        return list(itertools.chain.from_iterable(one.parameters() for one in resting))
+
+
+def own_weights(weights: Tensors) -> dict[str, torch.Tensor]:
+    """Return those of the dual encoder."""
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}
+
+
+def objective_weights(weights: Tensors, objectives: Iterable[Objective]) -> dict[str, torch.Tensor]:
+    """Return those of these objectives."""
+    prefixes = tuple(f"{PREFIX}{one.name}." for one in objectives)
+    return {name: tensor for name, tensor in weights.items() if name.startswith(prefixes)}
