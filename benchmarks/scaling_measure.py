@@ -145,7 +145,7 @@ class Steps:
     def one(self) -> torch.Tensor:
         """Do the next step; return this rank's loss."""
         task, sent = self.task, self.sent
-        loss = task.forward_backward(self.wrapped, task.inputs(next(self.batches)), self.done, self.runtime)
+        loss = task.forward_backward(self.wrapped, task.inputs(next(self.batches)), self.done, self.runtime)["loss"]
         if self.case.sharded:
             average_whole_gradients(self.model.parameters())
         with sent.of("control"):
@@ -154,7 +154,7 @@ class Steps:
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            task.after_update()
+            task.after_update(self.done, torch.zeros((), dtype=torch.bool, device=loss.device))
         self.done += 1
         return loss
 

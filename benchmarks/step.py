@@ -139,12 +139,13 @@ class Pair:
 
         def step() -> torch.Tensor:
             _, inputs = next(batches)
-            loss = task.forward_backward(wrapped, inputs, next(numbers), runtime)
+            number = next(numbers)
+            loss = task.forward_backward(wrapped, inputs, number, runtime)["loss"]
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             with torch.no_grad():
                 for optimizer in optimizers:
                     optimizer.step()
-                task.after_update()
+                task.after_update(number, torch.zeros((), dtype=torch.bool))
             for optimizer in optimizers:
                 optimizer.zero_grad()
             return loss

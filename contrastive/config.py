@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.files import read_yaml
-from contrastive.named_sections import NamedSection, choices_of, hidden_fields, settle, take, with_choices
+from contrastive.named_sections import NamedSection, check_chosen, choices_of, hidden_fields, settle, take, with_choices
 from contrastive.option_types import as_option, run_tyro
 from contrastive.words import flag_here, flags_of
 
@@ -73,6 +73,7 @@ def parse(
                 contents[path] = settle(name, choice, contents[path], named, path)
     for group in either:
         _keep_one(group, contents, rest)
+    check_chosen(choices, named, rest)
     chosen = with_choices(cls, named)
     known = _flat_types(chosen)
     renamed = {old: new for old, new in _renamed(chosen).items() if old not in known}

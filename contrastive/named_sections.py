@@ -175,6 +175,20 @@ def take(args: list[str], choices: dict[str, NamedSection]) -> tuple[list[str], 
     return rest, taken
 
 
+def check_chosen(choices: dict[str, NamedSection], named: dict[str, Any], args: list[str]) -> None:
+    """Raise UserError for a flag of a component that was not chosen: it would say nothing about the run."""
+    for flag in flags_of(args):
+        section, _, rest = flag.name.partition(".")
+        one = rest.partition(".")[0]
+        choice = choices.get(section)
+        if choice is not None and choice.several and one in choice.registry.names():
+            present = named.get(section, ())
+            if one not in present:
+                names = " ".join([*present, one])
+                what = choice.registry.kind
+                raise UserError(f"{flag.typed} is of an {what} that was not chosen: --{section} {names}")
+
+
 def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
     """Split one `--name VALUE` off the flags; UserError when the value is missing."""
     rest, value, skip = [], None, False

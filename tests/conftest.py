@@ -5,6 +5,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# A run small enough to be started many times.
+TINY = """
+model:
+  embed_dim: 16
+  image: {image_size: 16, patch_size: 8, width: 16, depth: 1, num_heads: 2, mlp_dim: 32, dropout: 0.1}
+  text: {context_length: 8, width: 16, depth: 1, num_heads: 2, mlp_dim: 32}
+data: {train: "digits:train", eval: ["digits:test"], vocab_size: 300}
+train: {steps: 8, global_batch_size: 16}
+evaluation: {every: 4, limit: 40}
+checkpoint: {every: 2}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +32,15 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_text() -> str:
+    return TINY
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path

@@ -18,7 +18,7 @@ _FIRST_STREAM = 2**32  # above those of data/order.py
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnSample:
     """A sample whose image and captions have been drawn."""
 
     record: Record
@@ -53,7 +53,7 @@ class Extra:
         """
         return None
 
-    def of(self, sample: Drawn) -> dict[str, Any]:
+    def of(self, sample: DrawnSample) -> dict[str, Any]:
         """Return numbers, arrays or tensors by key, of the same shapes for all samples of a step.
 
         Raises:
@@ -69,7 +69,7 @@ class Crops(Extra):
         super().__init__(name, first_step)
         self.count, self.image_size, self.options = count, image_size, options
 
-    def of(self, sample: Drawn) -> dict[str, Any]:
+    def of(self, sample: DrawnSample) -> dict[str, Any]:
         size = self.image_size or sample.image_size
         return {
             "views": torch.stack(

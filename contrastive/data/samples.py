@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from contrastive.data.augment import AugmentConfig, augment
 from contrastive.data.captions import caption_fault, caption_id, drawn_order
-from contrastive.data.extras import Drawn, Extra
+from contrastive.data.extras import DrawnSample, Extra
 from contrastive.data.order import DRAWS, SampleOrder, philox
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ class SampleDataset(Dataset, ABC):
             return augment(record.image, size, self.augment, copy.deepcopy(start))
 
         for extra, one in zip(extras, own, strict=True):
-            made = extra.of(Drawn(record, index, captions, one, size, view))
+            made = extra.of(DrawnSample(record, index, captions, one, size, view))
             added |= {f"{extra.name}.{key}": value for key, value in made.items()}
         return image, added
 

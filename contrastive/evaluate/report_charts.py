@@ -120,12 +120,14 @@ def headlines(train: list[dict], evaluations: list[dict]) -> list[tuple[str, str
 
 def training_charts(rows: list[dict]) -> list[str]:
     """A chart of each figure of training that the rows have."""
-    made = []
+    made, steps = [], [row["step"] for row in rows]
     for title, key, unit, noisy in TRAIN_CHARTS:
         values = column(rows, key) * (100 if key == "data_wait" else 1)  # a share; others with that unit are percent
         if np.isfinite(values).any():
-            steps = [row["step"] for row in rows]
             made.append(line_chart(title, steps, {title: values}, unit=unit, smooth=noisy))
+    names = dict.fromkeys(name for row in rows for name in row if name.endswith("_loss"))
+    if parts := {name.removesuffix("_loss"): column(rows, name) for name in names}:
+        made.append(line_chart("parts of the loss, before their weights", steps, parts, smooth=True))
     return made
 
 

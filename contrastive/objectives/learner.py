@@ -10,14 +10,14 @@ from torch.distributed.tensor import DTensor
 
 from contrastive.distributed.collectives import world_size
 from contrastive.models import DualEncoder, Features, ModelConfig, PackedTokens
-from contrastive.objectives.objective import Objective, Pass, Tensors
+from contrastive.objectives.objective import MicroBatch, Objective, Tensors
 
 PREFIX = "objectives."
 """What the names of parameters that are no part of the dual encoder begin with."""
 ByObjective = dict[str, dict[str, torch.Tensor]]
 
 
-class Outputs(NamedTuple):
+class Embedded(NamedTuple):
     """What a micro-batch of b' samples has come to."""
 
     features: Features
@@ -46,21 +46,21 @@ class Learner(DualEncoder):
         texts: torch.Tensor | PackedTokens,
         inputs: Mapping[str, Tensors] | None = None,
         targets: Mapping[str, Tensors] | None = None,
-    ) -> Features | ByObjective | Outputs:
+    ) -> Features | ByObjective | Embedded:
         """Return the targets of the objectives in `inputs`; with `targets` given, what those and the features come to.
 
-        Without inputs it is the dual encoder's own forward pass. See `Pass` for pixels and texts.
+        Without inputs it is the dual encoder's own forward pass. See `MicroBatch` for pixels and texts.
         """
         if inputs is None:
             return super().forward(pixels, texts)
-        run = Pass(self, pixels, texts)
+        part = MicroBatch(self, pixels, texts)
         taking_part = {name: self.objectives[name] for name in inputs}
         if targets is None:
-            return {name: one.targets(run, inputs[name]) for name, one in taking_part.items()}
-        more = {name: one.features(run, inputs[name]) for name, one in taking_part.items()}
-        losses = {name: one.loss(run, inputs[name], targets[name]) for name, one in taking_part.items()}
+            return {name: one.targets(part, inputs[name]) for name, one in taking_part.items()}
+        more = {name: one.features(part, inputs[name]) for name, one in taking_part.items()}
+        losses = {name: one.loss(part, inputs[name], targets[name]) for name, one in taking_part.items()}
         losses = {name: loss for name, loss in losses.items() if loss is not None}
-        return Outputs(run.features, more, losses, self._idle(inputs))
+        return Embedded(part.features, more, losses, self._idle(inputs))
 
     def _idle(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
         if world_size() == 1 or not torch.is_grad_enabled():

@@ -21,9 +21,10 @@ from contrastive.data.extras import Extra
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
 from contrastive.data.tokenizer import Tokenizer
+from contrastive.errors import UserError
 from contrastive.models import DualEncoder, Features, ModelConfig, PackedTokens
 from contrastive.models.encoders import unit_length
-from contrastive.option_types import NotNegative, Share
+from contrastive.option_types import NotNegative, Probability
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -34,7 +35,7 @@ class ObjectiveConfig:
 
     weight: NotNegative[float] = 1.0
     """What its loss is multiplied by; that of the contrastive loss is 1."""
-    start: Share[float] = 0.0
+    start: Probability[float] = 0.0
     """Share of the run's steps after which it begins."""
     keep: bool = False
     """Keep its modules in final/ too; checkpoints always have them."""
@@ -61,7 +62,7 @@ class Setting:
     captions_per_image: int = 1
 
 
-class Pass:
+class MicroBatch:
     """A micro-batch on its way through the model; each part is computed when it is first asked for.
 
     Args:
@@ -95,6 +96,10 @@ class Objective(nn.Module):
         super().__init__()
         self.options, self.name = options, setting.name
         self.first_step = math.ceil(options.start * setting.steps)
+        if self.first_step >= setting.steps:
+            raise UserError(
+                f"objectives.{setting.name}.start {options.start:g} of {setting.steps:,} steps is after the last one"
+            )
 
         self.extra: Extra | None = None  # what it needs of each sample beside image and text
 
@@ -109,7 +114,7 @@ class Objective(nn.Module):
     def begin(self, model: DualEncoder) -> None:
         """Called without gradients before its first step: to copy weights that the model has by then."""
 
-    def targets(self, run: Pass, inputs: Tensors) -> dict[str, torch.Tensor]:
+    def targets(self, part: MicroBatch, inputs: Tensors) -> dict[str, torch.Tensor]:
         """Return what the losses aim at, (b', ...) each; called without gradients, before `loss`."""
         return {}
 
@@ -120,11 +125,11 @@ class Objective(nn.Module):
         """
         return targets
 
-    def features(self, run: Pass, inputs: Tensors) -> dict[str, torch.Tensor]:
+    def features(self, part: MicroBatch, inputs: Tensors) -> dict[str, torch.Tensor]:
         """Return features (b', E) beside the model's own, which `loss_of_batch` is of."""
         return {}
 
-    def loss(self, run: Pass, inputs: Tensors, targets: Tensors) -> torch.Tensor | None:
+    def loss(self, part: MicroBatch, inputs: Tensors, targets: Tensors) -> torch.Tensor | None:
         """Return the mean over the micro-batch of a loss of each sample; None where it has none."""
         return None
 

@@ -114,6 +114,9 @@ def changes_on_resume(config: RunConfig, before: dict[str, Any]) -> str:
     asked -= {"run_folder", "resume", "dry_run"}
     changed = [name for name in before if name in asked and before[name] != now[name]]
     said = {name: f"{name} {before[name]} → {now[name]}" for name in changed}
+    had, has = (sorted({n.split(".")[1] for n in each if n.startswith("objectives.")}) for each in (before, now))
+    if had != has and "objectives" in given:
+        said["objectives"] = f"objectives {' '.join(had) or 'none'} → {' '.join(has) or 'none'}"
     kept = [name for name in said if not MAY_CHANGE.fullmatch(name)]
     if kept:
         raise UserError(

@@ -15,7 +15,7 @@ from torch import nn
 
 from contrastive.distributed.runtime import Runtime
 from contrastive.models import Features, PackedTokens
-from contrastive.objectives.learner import ByObjective, Outputs
+from contrastive.objectives.learner import ByObjective, Embedded
 from contrastive.objectives.objective import Objective, Tensors
 from contrastive.train.task import seed_step
 
@@ -93,8 +93,8 @@ class _Step:
 
     def at_once(self) -> dict[str, torch.Tensor]:
         outputs = self._embed(0)
-        losses = self._of_batch(outputs.features, outputs.more)
-        total = self._weighted(_added(losses, outputs.losses))
+        losses = _added(self._of_batch(outputs.features, outputs.more), outputs.losses)
+        total = self._weighted(losses)
         (total if outputs.idle is None else total + outputs.idle).backward()
         return self._told(total, losses)
 
@@ -152,10 +152,10 @@ class _Step:
             of_parts.append(self.model(*own))
         return {name: self.objectives[name].whole_targets(own) for name, own in joined(of_parts).items()}
 
-    def _embed(self, part: int) -> Outputs:
+    def _embed(self, part: int) -> Embedded:
         seed_step(*self.seed, self.runtime.rank, part)
         if self.plain:
-            outputs = Outputs(self.model(*self.parts[part]), {}, {}, None)
+            outputs = Embedded(self.model(*self.parts[part]), {}, {}, None)
         else:
             outputs = self.model(*self.parts[part], self.targets_of_parts[part])
         text = outputs.features.text.unflatten(0, (-1, *self.caption_ids.shape[1:]))

@@ -156,7 +156,7 @@ class Advice:
 
     def consider(self, row: dict) -> None:
         """Look at a row of metrics.jsonl and warn when it says that something is wrong."""
-        self._losses.append(row["loss"])
+        self._losses.append(row.get("contrastive_loss", row["loss"]))  # of the rest chance is not known
         if row["step"] >= self._patience and sum(self._losses) / len(self._losses) > 0.97 * self._chance_loss:
             self._once(
                 "no learning",

@@ -6,6 +6,7 @@ The run folder is the interface between a run and everything that reads it:
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -108,7 +109,8 @@ def open_run(config: RunConfig) -> Path | None:
         from contrastive.train.given import changes_on_resume
 
         before = written_options(type(config), folder / "config.yaml")
-        changes_on_resume(config, {name: value for name, value in before.items() if name.endswith(".name")})
+        chosen = re.compile(r".*\.name|objectives\..*")
+        changes_on_resume(config, {name: value for name, value in before.items() if chosen.fullmatch(name)})
     return find_checkpoint(folder / "checkpoints") if config.resume else None
 
 

@@ -116,7 +116,7 @@ def test_classification_waits_for_nothing(watched):
 def test_whoever_looks_is_seen(look, watched, monkeypatch):
     from contrastive.train.contrastive_task import ContrastiveTask
 
-    monkeypatch.setattr(ContrastiveTask, "after_update", lambda task: look(task.model.logit_scale))
+    monkeypatch.setattr(ContrastiveTask, "after_update", lambda task, step, skipped: look(task.model.logit_scale))
     with pytest.raises((AssertionError, RuntimeError), match="waits for|synchroniz"):
         pretrained(watched)
 
