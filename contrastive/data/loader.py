@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from contrastive.data.preprocess import Preprocess
-from contrastive.data.record import BadSample, Source
+from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.samples import SampleDataset
 from contrastive.distributed import end_with_parent
 from contrastive.errors import UserError
@@ -171,6 +171,7 @@ def eval_loader(
     batch_size: int,
     num_workers: int = 0,
     views: "Views | None" = None,
+    more: Callable[[Record, Preprocess], dict[str, Any]] | None = None,
 ) -> DataLoader:
     """Return a loader over `indices` of the source, in their order.
 
@@ -178,11 +179,12 @@ def eval_loader(
     (reason, key) of images that could not be read. Those are left out, so b may be below `batch_size`, or 0.
 
     views: to load these variations of each image, (b, K, 3, S, S), instead of all of it.
+    more: what it makes of each record, for workers to pickle, is in the batch too, but for one of no images.
     """
     image = torch.empty(0, *((views.count,) if views else ()), 3, *preprocess.config.size, dtype=torch.uint8)
     empty = {"image": image, "index": torch.empty(0, dtype=torch.int64), "key": []}
     return _Loader(
-        _Images(source, preprocess, np.asarray(indices, np.int64), views),
+        _Images(source, preprocess, np.asarray(indices, np.int64), views, more),
         batch_size=batch_size,
         collate_fn=functools.partial(_collate, empty=empty),
         **_worker_options(num_workers, timeout=0),
@@ -192,8 +194,8 @@ def eval_loader(
 class _Images(Dataset):
     """Preprocessed images, or what was wrong with them."""
 
-    def __init__(self, source: Source, preprocess: Preprocess, indices: np.ndarray, views: "Views | None"):
-        self.source, self.preprocess, self.indices, self.views = source, preprocess, indices, views
+    def __init__(self, source: Source, preprocess: Preprocess, indices: np.ndarray, views: "Views | None", more):
+        self.source, self.preprocess, self.indices, self.views, self.more = source, preprocess, indices, views, more
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -207,7 +209,8 @@ class _Images(Dataset):
                 image = self.views.of(record.image, index, self.preprocess.config.size[0])
             else:
                 image = self.preprocess.pixels(record.image)
-            return {"image": image, "index": index, "key": key, "bad": []}
+            more = self.more(record, self.preprocess) if self.more else {}
+            return {"image": image, "index": index, "key": key, "bad": [], **more}
         except BadSample as fault:
             return {"bad": [(fault.reason, fault.key or key)]}
 

@@ -22,6 +22,7 @@ SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 MOST_PIXELS = 4096  # a side: no model takes more, and what a file says is not made whatever memory it takes
 Interpolation = Literal["bicubic", "bilinear"]
+Kernel = Literal["bicubic", "bilinear", "nearest-exact"]
 Cut = Literal["round", "floor", "corner"]
 
 
@@ -153,13 +154,19 @@ class Preprocess:
 
     def pixels(self, image: bytes | Image.Image | np.ndarray) -> torch.Tensor:
         """Return uint8 RGB (3, S, S), without augmentation."""
-        config, pixels = self.config, decode(image)
-        height, width = config.size
+        return self._fitted(decode(image), self.config.interpolation)
+
+    def mask(self, mask: np.ndarray) -> torch.Tensor:
+        """Return uint8 (S, S): what `pixels` makes of the picture, of a mask uint8 (H, W); no value is mixed."""
+        return self._fitted(torch.from_numpy(mask)[None], "nearest-exact")[0]
+
+    def _fitted(self, pixels: torch.Tensor, kernel: Kernel) -> torch.Tensor:
+        config, (height, width) = self.config, self.config.size
         if config.resize == "squash":
             scaled = (config.short_side, config.short_side) if config.short_side else (height, width)
-            pixels = resize(pixels, *scaled, config.interpolation)
+            pixels = resize(pixels, *scaled, kernel)
         else:
-            pixels = _resize_short_side(pixels, config.short_side or height, config.interpolation)
+            pixels = _resize_short_side(pixels, config.short_side or height, kernel)
         return _cut(pixels, height, width, config.cut)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -189,23 +196,23 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tenso
         return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
-def resize(image: torch.Tensor, height: int, width: int, interpolation: Interpolation = "bicubic") -> torch.Tensor:
-    """Resize uint8 (3, H, W) to (3, height, width).
+def resize(image: torch.Tensor, height: int, width: int, kernel: Kernel = "bicubic") -> torch.Tensor:
+    """Resize uint8 (C, H, W) to (C, height, width).
 
     torch's antialiased uint8 kernel follows Pillow's and is about three times as fast; on pixels that lie
     channels-last, as decoders leave them, it needs no copy.
     """
     if image.shape[1:] == (height, width):
         return image
-    return interpolate(image[None], size=(height, width), mode=interpolation, antialias=True)[0]
+    return interpolate(image[None], size=(height, width), mode=kernel, antialias=kernel != "nearest-exact")[0]
 
 
-def _resize_short_side(pixels: torch.Tensor, size: int, interpolation: Interpolation) -> torch.Tensor:
+def _resize_short_side(pixels: torch.Tensor, size: int, kernel: Kernel) -> torch.Tensor:
     """Keep the aspect ratio; the long side is rounded down, as torchvision and open_clip do."""
     _, height, width = pixels.shape
     if height <= width:
-        return resize(pixels, size, int(size * width / height), interpolation)
-    return resize(pixels, int(size * height / width), size, interpolation)
+        return resize(pixels, size, int(size * width / height), kernel)
+    return resize(pixels, int(size * height / width), size, kernel)
 
 
 def _cut(pixels: torch.Tensor, height: int, width: int, cut: Cut) -> torch.Tensor:

@@ -67,6 +67,7 @@ class Record:
     caption_weights: how often each caption is drawn, relative to the others; None: all alike.
     caption_group: what all the captions say, where several texts say the same, as prompts of one class do: for a loss
         that takes equal captions for matches, all captions of one group are equal.
+    mask: the class of each pixel, as stored: see `masks.decode_mask`. None: this sample has none.
     """
 
     key: str
@@ -75,6 +76,7 @@ class Record:
     label: int | None = None
     caption_weights: tuple[float, ...] | None = None
     caption_group: str | None = None
+    mask: bytes | np.ndarray | None = None
 
 
 def check_index(source: Source, index: int) -> int:
@@ -140,6 +142,7 @@ class Source:
     templates: the prompts that suit its classes, each with '{}' for the name; None: whatever suits their names.
     prompted: whether the captions are those templates filled with class names, and so say no more than the labels.
     heldout_labels: the classes that training never sees, where they are told apart.
+    masked: whether its records have masks. mask_names: what the values of the masks mean, from 0, where that is known.
     shard_sizes: samples of each shard, int (n,), in the order of the samples, for data that are read fastest shard by
         shard; None: any order is as fast. A shard may have none.
     remote: whether shards have to be fetched before they can be read.
@@ -159,6 +162,8 @@ class Source:
     templates: tuple[str, ...] | None = None
     prompted: bool = False
     heldout_labels: frozenset[int] = frozenset()
+    masked: bool = False
+    mask_names: tuple[str, ...] | None = None
     shard_sizes: np.ndarray | None = None
     remote: bool = False
     weights: tuple[int, ...] = (1,)

@@ -60,6 +60,7 @@ class Full(Source):
     shard_sizes = np.array([3, 0, 5])
     reading, left_aside = "2 class folders", FaultCounts(not_an_image={"count": 1, "keys": ["readme.md"]})
     columns_read = ("image_column",)
+    masked, mask_names = True, ("ground", "cat")
 
     def __init__(self):
         self.asked = []

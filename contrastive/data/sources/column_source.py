@@ -74,6 +74,10 @@ class ColumnSource(Source):
         self._ends = np.cumsum([part.num_rows for part in parts])
         self._rows = self._row_ends = None  # of the rows of each sample, where they end; None: a row is a sample
         self._images, keys = cells[columns.image], None
+        self.masked, self._masks_in = columns.mask is not None, columns.mask
+        self._masks = cells[columns.mask] if columns.mask else None
+        if self.masked and parts[0].folder and not columns.label:  # whose names those are, where there is one
+            self.mask_names = class_names_beside(parts[0].folder)
         if is_text(types[columns.image]):
             self._images, said = find_images(name, columns.image, self._images, parts)
             notes += said
@@ -107,9 +111,17 @@ class ColumnSource(Source):
     def __getitem__(self, index: int) -> Record:
         rows = self._rows_of(index)
         part, key = self._locate(rows[0])
-        image = self._image_bytes(_read(self._images, rows[0], key), part.folder, key)
+        image = self._image_bytes(_read(self._images, rows[0], key), part.folder, key, self._images_in)
         captions, weights = self._weighted_captions(rows)
-        return Record(key, image, captions, self.label(index), weights if len(self._captions) > 1 else None)
+        mask = self._mask_bytes(rows[0], part.folder, key) if self.masked else None
+        weights = weights if len(self._captions) > 1 else None
+        return Record(key, image, captions, self.label(index), weights, mask=mask)
+
+    def _mask_bytes(self, row: int, folder: str, key: str) -> bytes | None:
+        try:
+            return self._image_bytes(_read(self._masks, row, key), folder, key, self._masks_in)
+        except BadSample:  # which does not spoil it for those who ask for no masks
+            return None
 
     def image_paths(self) -> set[str]:
         """Return the paths of the image column, which holds paths, in one spelling."""
@@ -132,7 +144,7 @@ class ColumnSource(Source):
             captions.append(texts)
         return shared_out(captions, [weight for _, weight, _ in self._captions])
 
-    def _image_bytes(self, value: Any, folder: str, key: str) -> bytes:
+    def _image_bytes(self, value: Any, folder: str, key: str, column: str) -> bytes:
         if isinstance(value, dict):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, bytes):
@@ -140,9 +152,9 @@ class ColumnSource(Source):
                 raise BadSample("too_large", key)
             return value
         if not value:
-            raise BadSample("missing_image", f"{key}: column '{self._images_in}' is empty")
+            raise BadSample("missing_image", f"{key}: column '{column}' is empty")
         path = os.path.join(folder, value)
-        return read_image_file(path, f"{key}: column '{self._images_in}', {os.path.abspath(path)}")
+        return read_image_file(path, f"{key}: column '{column}', {os.path.abspath(path)}")
 
     def _rows_of(self, index: int) -> Sequence[int]:
         index = check_index(self, index)

@@ -17,7 +17,9 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentence
 CAPTION_KEYS = ("raw", *CAPTION_COLUMNS)  # of the dicts that COCO's captions come in
 _RARE_CAPTIONS = re.compile(r"(?:caption|text|sentence|title)s?[ _]?\d+|raw|comment|prompt|description")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "fine_label", "category")
+MASK_COLUMNS = ("mask", "mask_path", "segmentation_mask", "annotation")
 _URL_COLUMNS = ("url", "image_url", "img_url")
+_PICTURES = ("struct<bytes", "binary", "large_binary")  # types as Arrow prints them
 _NUMBERS = ("int", "uint", "float", "half", "double", "decimal", "bool", "numbers", "null")
 
 
@@ -37,15 +39,17 @@ class Columns:
     weighted: tuple[tuple[str, float], ...] = field(default=(), repr=False)
     passed_over: tuple[tuple[str, str], ...] = field(default=(), repr=False, compare=False)
     split: str = field(default="", repr=False, compare=False)
+    mask: str | None = field(default=None, repr=False)
 
     def names(self) -> list[str]:
         """The names there are."""
-        return [name for name in (self.image, *dict(self.weighted), self.label) if name]
+        return [name for name in (self.image, *dict(self.weighted), self.label, self.mask) if name]
 
     def __str__(self) -> str:
         """What was taken for what, and instead of what."""
         said = []
-        for what, name in (("image", self.image), ("caption", self.caption), ("label", self.label)):
+        kinds = ("image", self.image), ("caption", self.caption), ("label", self.label), ("mask", self.mask)
+        for what, name in kinds:
             others = ", ".join(f"'{other}'" for taken, other in self.passed_over if taken == name)
             if name:
                 said.append(f"{what}: column '{name}'" + (f" (not {others})" if others else ""))
@@ -93,6 +97,7 @@ def find_columns(held: Sequence[tuple[str, str]], asked: Columns, where: str) ->
             for other in usual[1:]
         ),
         split=next((name for name in names if name.lower() == "split"), ""),
+        mask=_mask_column(held, {*dict(weighted), asked.image}),
     )
     if found.image is None:
         hint = f"name it with image_column (it may be called {', '.join(IMAGE_COLUMNS)})"
@@ -101,7 +106,7 @@ def find_columns(held: Sequence[tuple[str, str]], asked: Columns, where: str) ->
         if any(name.lower() in _URL_COLUMNS for name in names):
             hint = "it has web addresses only: download the images first, as img2dataset does into .tar shards"
         raise UserError(f"{where}: no image column among the columns {', '.join(names)}; {hint}")
-    if not weighted and not found.label:
+    if not weighted and not found.label and not found.mask:
         raise UserError(
             f"{where} has neither captions nor labels: its columns are {there}; name that of the captions with "
             f"caption_column (it may be called {', '.join(CAPTION_COLUMNS)}), or call that of the labels one of "
@@ -117,6 +122,16 @@ def _usual(held: Sequence[tuple[str, str]], usual: Sequence[str], numbers_too: b
     if not numbers_too:
         found.sort(key=lambda column: column[1].startswith(_NUMBERS))
     return [name for name, _ in found]
+
+
+def _mask_column(held: Sequence[tuple[str, str]], taken: Collection[str | None]) -> str | None:
+    """Return the column of masks: pictures, or by its name paths. A text called 'annotation' may say anything."""
+    for name in _usual(held, MASK_COLUMNS):
+        kind = dict(held)[name]
+        paths = name.lower() != "annotation" and kind in ("text", "string", "large_string")
+        if name not in taken and (paths or kind.startswith(_PICTURES)):
+            return name
+    return None
 
 
 def texts_in(value: object) -> list:

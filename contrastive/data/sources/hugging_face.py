@@ -102,10 +102,12 @@ def _from_dataset(name: str, dataset: Dataset, folder: str, asked: Columns) -> C
         for held in columns.names():
             _check_offsets(f"{name}: column '{held}'", _in_memory(dataset, held))
     fingerprint, features = _fingerprint(dataset), dataset.features
-    if isinstance(features[columns.image], datasets.Image):
-        # Undecoded: our own decoder sees the bytes, and no picture goes through Pillow twice.
-        dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
-    cells = {held: DatasetColumn(dataset, held) for held in (columns.image, *dict(columns.weighted))}
+    pictures = [held for held in (columns.image, columns.mask) if held]
+    for held in pictures:
+        if isinstance(features[held], datasets.Image):
+            # Undecoded: our own decoder sees the bytes, and no picture goes through Pillow twice.
+            dataset = dataset.cast_column(held, datasets.Image(decode=False))
+    cells = {held: DatasetColumn(dataset, held) for held in (*pictures, *dict(columns.weighted))}
     if columns.label:
         cells[columns.label] = _in_memory(dataset, columns.label)
     images = _in_memory(dataset, columns.image)

@@ -57,9 +57,9 @@ def open_source(
         spec: 'scenes[:SPLIT]', 'digits[:SPLIT]', 'hf:NAME[:SPLIT]', a well-known set as 'mnist[:SPLIT]' (see
             torchvision_sets), or another registered scheme; a path, glob or brace range of .tar shards or of .csv,
             .tsv, .jsonl, .parquet tables; a URL or brace range of URLs of shards (s3://, gs://, https://, hf://); an
-            index folder of shards; a folder saved by `datasets`, or of MNIST's idx files, or of CIFAR's batches
-            (':SPLIT' after it where it has splits); a folder of images in class folders or with captions; several of
-            these with weights, 'A=2,B=1' (see Mixture).
+            index folder of shards; a folder saved by `datasets`, or of MNIST's idx files, of CIFAR's batches, or
+            of images/ and masks/ (':SPLIT' after it where it has splits); a folder of images in class folders or with
+            captions; several of these with weights, 'A=2,B=1' (see Mixture).
         image_column, caption_column: of tables and data sets; None looks for the usual names. Of shards
             and of captions beside images, `caption_column` is a field of KEY.json or the suffix of a text, as 'txt'.
             Sources without columns pass over both.
@@ -152,6 +152,7 @@ def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) ->
     from contrastive.data.sources.arrays import idx_folder, open_idx
     from contrastive.data.sources.folder import open_folder
     from contrastive.data.sources.hugging_face import is_saved_dataset, open_saved
+    from contrastive.data.sources.mask_folder import find_masks, open_masks
 
     if is_saved_dataset(folder):
         return open_saved(spec, folder, split, columns)
@@ -159,6 +160,8 @@ def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) ->
         return open_idx(spec, folder, split or "train")
     if cifar_folders(folder):
         return open_cifar(spec, folder, split or "train")
+    if found := find_masks(folder):
+        return open_masks(spec, folder, *found, split)
     if split is not None:
         given = os.path.join(folder, split) if os.path.isdir(os.path.join(folder, split)) else folder
         raise UserError(f"{spec}: only a folder saved by datasets, or of MNIST or CIFAR, has splits; give '{given}'")
@@ -197,7 +200,7 @@ def _as_pairs(source: Source, classes: str | None, templates: tuple[str, ...] | 
         captioned = some_have(source, source.captions)
     if labelled is None:
         labelled = some_have(source, lambda index: source.label(index) is not None)
-    if not captioned and not labelled:
+    if not captioned and not labelled and not source.masked:
         held = f" ({source.reading})" if source.reading else ""
         raise UserError(
             f"{source.name} has neither captions nor labels{held}; name the column of captions with caption_column, "

@@ -40,11 +40,11 @@ HELD_OUT_PAIRS = (
 )
 TRAINING_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
 
-SPLITS = {"train": 200_000, "val": 2_000, "test": 2_560, "heldout": 640}
+SPLITS = {"train": 200_000, "val": 2_000, "test": 2_560, "heldout": 640, "masks": 2_000}
 
 HELD_OUT_LABELS = frozenset(PAIRS.index(pair) for pair in HELD_OUT_PAIRS)
 
-_SEEDS = {"train": 1, "val": 2, "test": 3, "heldout": 4}
+_SEEDS = {"train": 1, "val": 2, "test": 3, "heldout": 4, "masks": 5}
 _VERSION = "scenes-2"  # raise it with any change to what a scene shows or says: resumed runs compare it
 _MIN_IMAGE_SIZE = 16
 
@@ -69,12 +69,13 @@ class Scenes(Source):
     Splits: `train` and `val` have one or two things in a scene, of the 56 training pairs, and no labels.
     `test` has one thing a scene and all 64 classes in turn; `heldout` likewise but only the eight held-out
     pairs. Both are labelled with an index into the same 64 `class_names` ('red circle', ...);
-    `heldout_labels` are those of the held-out pairs.
+    `heldout_labels` are those of the held-out pairs. `masks` has one or two things of all 64 pairs, no labels, and
+    a mask of each picture: 0 the ground, 1 to 8 the shapes. Colours are no classes of it: a pixel alone tells them.
 
     Args:
-        split: 'train', 'val', 'test' or 'heldout'.
+        split: 'train', 'val', 'test', 'heldout' or 'masks'.
         image_size: side of the square pictures in pixels, at least 16; below 32 shapes are hard to tell.
-        num_samples: how many scenes; by default 200,000, 2,000, 2,560 and 640. The first scenes of a longer
+        num_samples: how many scenes; by default as `SPLITS` says. The first scenes of a longer
             source equal those of a shorter one.
 
     Raises:
@@ -95,6 +96,10 @@ class Scenes(Source):
         self._labels = tuple(map(PAIRS.index, labelled_pairs))  # they come in turn
         self.class_names = tuple(map(" ".join, PAIRS)) if self._labels else None
         self.heldout_labels = HELD_OUT_LABELS
+        self.masked = split == "masks"
+        if self.masked:
+            self.mask_names = ("background", *SHAPES)
+            self.templates = tuple(f"a {colour} {{}}" for colour in COLOURS)  # no caption has a shape without one
         self.fingerprint = fingerprint_of(f"{_VERSION} {split} {image_size} {self._length}")
 
     def __len__(self) -> int:
@@ -108,6 +113,7 @@ class Scenes(Source):
             image=render(scene, self.image_size),
             captions=word_scene(scene, draws),
             label=self.label(index),
+            mask=draw_mask(scene, self.image_size) if self.masked else None,
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -126,7 +132,9 @@ class Scenes(Source):
     def _draw(self, index: int) -> tuple[Scene, Draws]:
         """The scene's description, and its random numbers from where the wording takes over."""
         label, draws = self.label(index), Draws(_SEEDS[self.split], index)
-        return draw_any(draws, TRAINING_PAIRS) if label is None else draw_single(draws, PAIRS[label]), draws
+        if label is not None:
+            return draw_single(draws, PAIRS[label]), draws
+        return draw_any(draws, PAIRS if self.masked else TRAINING_PAIRS), draws
 
 
 def render(scene: Scene, image_size: int) -> np.ndarray:
@@ -135,10 +143,23 @@ def render(scene: Scene, image_size: int) -> np.ndarray:
     tone = np.array(scene.backdrop.tone, dtype=np.float32).reshape(3, 1, 1)
     canvas = tone + _pattern(scene.backdrop, image_size) * scene.backdrop.contrast
     for thing in scene.things:
-        _draw_thing(canvas, thing, image_size)
+        rows, columns, cover = _cover(thing, image_size)
+        ink = np.array(RGB[thing.colour], dtype=np.float32) + np.array(thing.tint, dtype=np.float32)
+        area = canvas[:, rows, columns]
+        area += cover * (ink.reshape(3, 1, 1) - area)
     np.clip(canvas, 0, 255, out=canvas)
     canvas += 0.5
     return np.ascontiguousarray(canvas.astype(np.uint8).transpose(1, 2, 0))
+
+
+def draw_mask(scene: Scene, image_size: int) -> np.ndarray:
+    """The scene's classes as uint8 (image_size, image_size): 0, or 1 + the shape's place in SHAPES where its ink is
+    at least half of the pixel that `render` draws."""
+    mask = np.zeros((image_size, image_size), np.uint8)
+    for thing in scene.things:
+        rows, columns, cover = _cover(thing, image_size)
+        mask[rows, columns][cover >= 0.5] = 1 + SHAPES.index(thing.shape)
+    return mask
 
 
 def _pattern(backdrop: Backdrop, size: int) -> np.ndarray:
@@ -188,8 +209,8 @@ def _noise_tile(speckle: int) -> np.ndarray:
     return np.ascontiguousarray(coarse.repeat(speckle, axis=0).repeat(speckle, axis=1))
 
 
-def _draw_thing(canvas: np.ndarray, thing: Thing, image_size: int) -> None:
-    """Blend one thing into `canvas`, float32 (3, image_size, image_size), within its bounding box only."""
+def _cover(thing: Thing, image_size: int) -> tuple[slice, slice, np.ndarray]:
+    """Rows and columns about one thing, and its ink's share of each pixel there, 0 to 1, float32."""
     reach = thing.radius * 1.05 * image_size + 1
     x, y = thing.x * image_size, thing.y * image_size
     left, right = max(0, int(x - reach)), min(image_size, int(x + reach) + 1)
@@ -202,10 +223,7 @@ def _draw_thing(canvas: np.ndarray, thing: Thing, image_size: int) -> None:
     v = (dy * cos)[:, None] - (dx * sin)[None, :]
     # One pixel of blending around the edge.
     cover = 0.5 - _DISTANCES[thing.shape](u, v) * (thing.radius * image_size)
-    np.clip(cover, 0, 1, out=cover)
-    ink = np.array(RGB[thing.colour], dtype=np.float32) + np.array(thing.tint, dtype=np.float32)
-    area = canvas[:, top:bottom, left:right]
-    area += cover * (ink.reshape(3, 1, 1) - area)
+    return slice(top, bottom), slice(left, right), np.clip(cover, 0, 1, out=cover)
 
 
 # Signed distances to shapes inside the unit disc or just about it: u to the right, v up, negative within.

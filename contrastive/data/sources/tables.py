@@ -73,8 +73,9 @@ def open_table(name: str, paths: Sequence[str], asked: Columns) -> ColumnSource:
     named = list(zip(short_names(paths), files, strict=True))
     parts = [TablePart(short, os.path.dirname(file.path) or os.curdir, file.rows.num_rows) for short, file in named]
     apart = image not in cells  # bytes in Parquet
-    if apart:
-        cells[image] = ParquetImages(paths, image)
+    for pictures in filter(None, (image, columns.mask)):
+        if pictures not in cells:
+            cells[pictures] = ParquetImages(paths, pictures)
     source = ColumnSource(
         name=name,
         parts=parts,
@@ -222,8 +223,12 @@ def _read_parquet(path: str, asked: Columns) -> TableFile:
         schema = file.schema_arrow
         columns = find_columns([(held.name, str(_plain(held.type))) for held in schema], asked, path)
         image_type = _plain(schema.field(columns.image).type)
-        wanted = [name for name in columns.names() if name != columns.image or is_text(image_type)]
-        rows = file.read(columns=wanted)
+        pictures = {
+            name for name in (columns.image, columns.mask) if name and not is_text(_plain(schema.field(name).type))
+        }
+        wanted = [name for name in columns.names() if name not in pictures]
+        # A table of no columns would have no rows.
+        rows = file.read(columns=wanted) if wanted else pa.table({"": pa.nulls(file.metadata.num_rows)})
     rows = rows.cast(pa.schema([(held.name, _plain(held.type)) for held in rows.schema]))
     return TableFile(path, columns, rows, image_type, _hub_class_names(schema, columns.label), _footer_digest(path))
 
