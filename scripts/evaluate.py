@@ -77,9 +77,9 @@ def chosen_suite(options: argparse.Namespace) -> Suite:
             equals = ""
         if not equals:
             raise UserError(f"--option '{option}': expected KEY=VALUE, as k=[5, 20]")
-    keys = {key.name for key in dataclasses.fields(TASKS.get(options.task))}
+    needed = {key.name for key in dataclasses.fields(TASKS.get(options.task)) if key.default is dataclasses.MISSING}
     for key, flag in (("train", "--train"), ("test", "--data"), ("data", "--data")):
-        if key in keys and key not in values:
+        if key in needed and key not in values:
             raise UserError(f"--task {options.task}: '{key}' is missing; give {flag} SPEC")
     # What was asked for is in the name, so that another question does not replace the answer.
     said = [options.task, *options.option, options.data or ""]

@@ -12,7 +12,15 @@ from pathlib import Path
 import torch
 
 from contrastive.errors import UserError, did_you_mean
-from contrastive.evaluate import compositional, few_shot, heads, knn, linear_probe  # noqa: F401 - they register their tasks
+from contrastive.evaluate import (  # noqa: F401 - they register their tasks
+    compositional,
+    few_shot,
+    heads,
+    knn,
+    linear_probe,
+    localisation,
+    segmentation,
+)
 from contrastive.evaluate.comparison import Comparison, ModelEntry, TaskResult
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.tasks import TASKS, EvaluationTask

@@ -251,7 +251,7 @@ def _per_class(result: dict) -> tuple[np.ndarray, np.ndarray]:
 def share_interval(percent: float, count: int) -> Interval:
     """Interval of a share of `count` samples, in percent: accuracy, recall at k over single queries."""
     hits = np.random.default_rng(SEED).binomial(count, min(max(percent / 100, 0.0), 1.0), RESAMPLES)
-    return _bounds(100 * hits / count)
+    return bounds(100 * hits / count)
 
 
 def recall_interval(correct: np.ndarray, counts: np.ndarray) -> Interval:
@@ -268,7 +268,7 @@ def recall_interval(correct: np.ndarray, counts: np.ndarray) -> Interval:
     right, wrong = np.split(drawn, 2, axis=1)
     total = right + wrong
     recall = np.divide(right, total, out=np.zeros(total.shape), where=total > 0)
-    return _bounds(100 * recall.sum(axis=1) / (total > 0).sum(axis=1))
+    return bounds(100 * recall.sum(axis=1) / (total > 0).sum(axis=1))
 
 
 def clustered_interval(hits: np.ndarray, cluster: np.ndarray) -> Interval:
@@ -282,7 +282,7 @@ def clustered_interval(hits: np.ndarray, cluster: np.ndarray) -> Interval:
     # Clusters with the same number of hits and the same size are one outcome.
     outcomes, times = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
     drawn = np.random.default_rng(SEED).multinomial(len(sums), times / len(sums), RESAMPLES)
-    return _bounds(100 * (drawn @ outcomes[:, 0]) / (drawn @ outcomes[:, 1]))
+    return bounds(100 * (drawn @ outcomes[:, 0]) / (drawn @ outcomes[:, 1]))
 
 
 def median_interval(values: np.ndarray) -> Interval:
@@ -294,10 +294,10 @@ def median_interval(values: np.ndarray) -> Interval:
         np.median(values[rng.integers(0, len(values), (min(block, RESAMPLES - start), len(values)))], axis=1)
         for start in range(0, RESAMPLES, block)
     ]
-    return _bounds(np.concatenate(medians))
+    return bounds(np.concatenate(medians))
 
 
-def _bounds(figures: np.ndarray) -> Interval:
+def bounds(figures: np.ndarray) -> Interval:
     tail = (100 - LEVEL) / 2
     low, high = np.percentile(figures, [tail, 100 - tail])
     return float(low), float(high)
