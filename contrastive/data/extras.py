@@ -25,7 +25,8 @@ class DrawnSample:
     index: int
     """Its place in the source."""
     captions: tuple[str, ...]
-    """As they were tokenized: K of them; none of labelled images."""
+    """Those that were tokenized, K of them in their templates, before any tokenizer cleans them; none of labelled
+    images."""
     rng: np.random.Generator
     """Draws of this extra alone."""
     image_size: int

@@ -97,9 +97,12 @@ class SampleDataset(Dataset, ABC):
         rng = next((one for one in given if one is not None), rng)
         start, added = copy.deepcopy(rng), {}
         image = augment(record.image, size, self.augment, rng)
+        seen = {size: image}
 
         def view(size: int) -> torch.Tensor:
-            return augment(record.image, size, self.augment, copy.deepcopy(start))
+            if size not in seen:
+                seen[size] = augment(record.image, size, self.augment, copy.deepcopy(start))
+            return seen[size]
 
         for extra, one in zip(extras, own, strict=True):
             made = extra.of(DrawnSample(record, index, captions, one, size, view))
@@ -108,7 +111,7 @@ class SampleDataset(Dataset, ABC):
 
     @abstractmethod
     def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> tuple[dict[str, Any], Captions]:
-        """Return what the model needs of a record beside its image, and the texts in it, as tokenized.
+        """Return what the model needs of a record beside its image, and the texts that this is made of.
 
         BadSample where it cannot be used.
         """
@@ -161,17 +164,18 @@ class PairDataset(SampleDataset):
         self.token_dropout = token_dropout
 
     def sample(self, record: Record, rng: np.random.Generator, bad: Faults) -> tuple[dict[str, Any], Captions]:
-        captions = self._draw_captions(record, rng, bad)
+        drawn = self._draw_captions(record, rng, bad)
+        captions = [self.tokenizer.cleaned(caption) for caption in drawn]
         tokens = self.tokenizer.tokenize_clean(captions)
         if self.token_dropout:
             tokens = self._without_some(tokens, rng)
         ids = [caption_id(record.caption_group or caption) for caption in captions]
         if self.captions_per_image == 1:
-            return {"tokens": tokens[0], "caption_id": ids[0]}, tuple(captions)
-        return {"tokens": tokens, "caption_id": torch.tensor(ids)}, tuple(captions)
+            return {"tokens": tokens[0], "caption_id": ids[0]}, drawn
+        return {"tokens": tokens, "caption_id": torch.tensor(ids)}, drawn
 
-    def _draw_captions(self, record: Record, rng: np.random.Generator, bad: Faults) -> list[str]:
-        """Draw the captions of one sample, put each in a template and clean it.
+    def _draw_captions(self, record: Record, rng: np.random.Generator, bad: Faults) -> Captions:
+        """Draw the captions of one sample, and put each in a template.
 
         An unusable one is noted and the next one taken, so that the image is not lost with it.
         """
@@ -188,8 +192,8 @@ class PairDataset(SampleDataset):
         for _, caption in zip(range(self.captions_per_image), itertools.cycle(usable), strict=False):
             # Nothing is drawn where there is nothing to choose.
             template = templates[int(rng.random() * len(templates))] if len(templates) > 1 else templates[0]
-            drawn.append(self.tokenizer.cleaned(template.replace("{}", caption)))
-        return drawn
+            drawn.append(template.replace("{}", caption))
+        return tuple(drawn)
 
     def _without_some(self, tokens: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         """Leave tokens (K, L) out at random, but not the first, the end or padding; the others move up."""

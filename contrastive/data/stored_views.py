@@ -69,6 +69,16 @@ class StoredViews:
         return {**self.__dict__, "_open": {}}  # maps of files, which would be sent to a worker as all that is in them
 
     @property
+    def path(self) -> str:
+        """The teacher's, as it was when it embedded them."""
+        return self.config["model"]["path"]
+
+    @property
+    def key(self) -> str:
+        """What says which views of which teacher these are."""
+        return f"{self.config['model']['weights']} {json.dumps(self.config['views'], sort_keys=True)}"
+
+    @property
     def embed_dim(self) -> int:
         return self.config["embed_dim"]
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from contrastive.data.augment import AugmentConfig
 from contrastive.data.extras import Extra
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
@@ -60,6 +61,7 @@ class Setting:
     """Of the images in turn, as the curriculum has them."""
     caption_templates: tuple[str, ...] = ("{}",)
     captions_per_image: int = 1
+    augment: AugmentConfig = AugmentConfig()
 
 
 class MicroBatch:

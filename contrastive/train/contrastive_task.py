@@ -49,6 +49,8 @@ class PretrainConfig(RunConfig):
         "loss.init_bias": "model.init_logit_bias",
     }
 
+    SHORT_FLAGS = RunConfig.SHORT_FLAGS | {"teacher": "objectives.distill.teacher"}
+
     loss: LossConfig = slot(LOSSES, "sigmoid")
     model: ModelConfig = preset(lambda name: models.model_config(name), ModelConfig, lambda: models.model_table())
     data: DataConfig = field(default_factory=DataConfig)
@@ -190,7 +192,7 @@ class ContrastiveTask(TrainingTask):
     def _setting(self, name: str) -> Setting:
         config, data = self.config, self.config.data
         sizes = tuple(dict.fromkeys(size for size, _ in self.curriculum.settings))
-        beside = data.caption_templates, data.captions_per_image
+        beside = data.caption_templates, data.captions_per_image, data.augment
         parts = self.source, self.tokenizer, self.preprocess
         return Setting(name, config.model, *parts, config.train.steps, sizes, *beside)
 

@@ -27,7 +27,7 @@ from contrastive.train.task import Curriculum, TrainingTask
 # What may differ when a run is resumed: nothing that decides which samples come, in what form, for what loss. The data
 # may have moved: they are compared by their fingerprint, and so is their order, by `check_cursor`.
 MAY_CHANGE = re.compile(
-    r"trackers|init_key|max_restarts|curriculum|(schedule|evaluation|checkpoint|health|wise_ft)\..*|"
+    r"trackers|init_key|max_restarts|curriculum|objectives\.\w+\.teacher|(schedule|evaluation|checkpoint|health|wise_ft)\..*|"
     r"optimizer\.(lr|muon_lr|weight_decay|logit_lr_factor|layer_decay|beta2|eps)|"
     r"train\.(steps|seed|global_batch_size|accumulate|precision|compile|gradient_checkpointing|max_grad_norm|log_every|max_skipped)|"
     r"data\.(train|eval|window|lanes|replacement|num_workers|timeout|max_bad_share|bad_window)"
