@@ -56,7 +56,7 @@ def _read(data: bytes, key: str) -> np.ndarray:
                 raise UserError(f"{key}: the mask is {held}; masks are PNGs of class indices, grey or with a palette")
             if opened.width * opened.height > MAX_PILLOW_PIXELS:
                 raise BadSample("unreadable_mask", key)
-            return np.array(opened).astype(np.int64)
+            return np.array(opened, np.uint8 if mode == "1" else None)
     except (UserError, BadSample):
         raise
     except Exception as error:  # Pillow's plugins raise whatever the damaged bytes lead them to

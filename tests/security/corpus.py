@@ -119,6 +119,16 @@ def _class_folder(folder: Path) -> None:
     (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
 
 
+def _mask_folder(folder: Path) -> None:
+    for name in ("images", "masks", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    for name in "ab":
+        Image.fromarray(pictures.RGB).save(folder / "images" / f"{name}.png")
+        Image.fromarray(pictures.RGB[..., 0] // 100).save(folder / "masks" / f"{name}.png")
+    (folder / "ImageSets" / "Segmentation" / "val.txt").write_text("a\nb\n")
+    (folder / "classnames.txt").write_text("ground\ncat\ndog\n")
+
+
 def _metadata_folder(folder: Path) -> None:
     for name in "ab":
         Image.fromarray(pictures.RGB).save(folder / f"{name}.png")
@@ -324,6 +334,7 @@ def readers() -> list[Reader]:
         Reader("idx", made(_idx), reading.source_at("")),
         Reader("folder captions", made(_folder), reading.source_at("")),
         Reader("folder classes", made(_class_folder), reading.source_at("")),
+        Reader("folder masks", made(_mask_folder), reading.read_masks),
         Reader("folder metadata", made(_metadata_folder), reading.source_at("")),
         Reader("folder datasets", made(_saved_dataset), reading.source_at("")),
         Reader("folder cifar", made(set_writing.cifar10), reading.source_at("")),

@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from contrastive.data.decode import decode
+from contrastive.data.masks import decode_mask
 from contrastive.data.record import BadSample
 from contrastive.data.sources import open_source
 from contrastive.data.sources.paths import read_image_file
@@ -31,6 +32,17 @@ def read_source(spec: str) -> int:
                 ask(index)
             except BadSample:
                 bad += 1
+    return bad
+
+
+def read_masks(folder: Path) -> int:
+    source, bad = open_source(str(folder)), 0
+    for index in range(len(source)):
+        try:
+            record = source[index]
+            decode_mask(record.mask, decode(record.image).shape[1:], source.mask_names, (255,), record.key)
+        except BadSample:
+            bad += 1
     return bad
 
 

@@ -75,7 +75,7 @@ def open_masks(spec: str, root: str, images: str, masks: str, split: str | None)
         if not splits:
             raise UserError(f"{spec}: '{masks}' has no folders, nor is there {LISTS}/{split}.txt; leave ':{split}' out")
         check_split(spec, split, splits)
-        wanted = lists[split].read_text("utf-8").split() if split in lists else None
+        wanted = lists[split].read_text("utf-8", "replace").split() if split in lists else None
         chosen = {*wanted} if wanted else {stem for stem in (*of_image, *of_mask) if stem.split(os.sep)[0] == split}
         of_image, of_mask = ({s: path for s, path in of.items() if s in chosen} for of in (of_image, of_mask))
     both = sorted(of_image.keys() & of_mask.keys())
