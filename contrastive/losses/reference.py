@@ -35,6 +35,21 @@ def softmax_loss(image, text, logit_scale, positive, counted):
     return -(rows.mean() + columns.mean()) / 2
 
 
+def prototype_loss(student, teacher, center, student_temperature, teacher_temperature):
+    """Mean cross entropy of softmax((teacher − center) / T_t) and softmax(student / T_s), rows (n, K) (DINO)."""
+    target = ((teacher - center) / teacher_temperature).softmax(1)
+    return -(target * (student / student_temperature).log_softmax(1)).sum(1).mean()
+
+
+def sinkhorn(logits, temperature, rounds):
+    """Rows of probabilities (n, K) whose columns sum to nearly n / K: rows and columns normalised in turn (SwAV)."""
+    q = (logits / temperature).exp()
+    for _ in range(rounds):
+        q = q / q.sum(0) / q.shape[1]
+        q = q / q.sum(1, keepdim=True) / len(q)
+    return q * len(q)
+
+
 def affinity_loss(image, text, logit_scale, teachers):
     """Mean over teachers (image, text, scale) of KL(teacher || student), half of rows and of columns (MobileCLIP)."""
 

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,15 @@ class PatchEmbedding(nn.Conv2d):
         return self.grid_size[0] * self.grid_size[1]
 
 
+class Hidden(NamedTuple):
+    """Patches that the tower is not to see, for masked prediction (Zhou et al. 2022, "iBOT")."""
+
+    patches: torch.Tensor
+    """Bool (B, N), the class token not counted."""
+    token: torch.Tensor
+    """(D,): what is in their place, before the positions are added."""
+
+
 class ImageTrunk(nn.Module):
     """Pixels (B, 3, H, W) to the hidden states of a ViT, (B, N, D) each.
 
@@ -150,11 +159,11 @@ class ImageTrunk(nn.Module):
         else:
             self.position_embedding = self._fixed_positions().to(now)
 
-    def embed_patches(self, pixels: torch.Tensor) -> torch.Tensor:
+    def embed_patches(self, pixels: torch.Tensor, hidden: Hidden | None = None) -> torch.Tensor:
         """(B, 3, H, W) to patch tokens with positions, (B, N, D), class token first when there is one.
 
         An input of another size than `input_size` gets the positions that `set_input_size` would make. H and W must
-        be multiples of the patch size (UserError).
+        be multiples of the patch size (UserError). With `hidden` no patch is dropped.
         """
         patch = self.architecture.patch_size
         if pixels.shape[-2] % patch or pixels.shape[-1] % patch:
@@ -163,6 +172,8 @@ class ImageTrunk(nn.Module):
         grid = (x.shape[-2], x.shape[-1])
         # (B, N, D), laid out so: else the blocks' sums keep the convolution's layout, and every LayerNorm copies them.
         x = x.flatten(2).transpose(1, 2).contiguous()
+        if hidden is not None:
+            x = torch.where(hidden.patches[..., None], hidden.token.to(x.dtype), x)
         prefix, patches = self.position_embedding.tensor_split([self.num_prefix_tokens])
         if self.architecture.position == "learned":
             patches = interpolate_position_embedding(patches, self.grid, grid)
@@ -170,16 +181,16 @@ class ImageTrunk(nn.Module):
             patches = sincos_position_embedding(*grid, self.architecture.width).to(self.position_embedding)
         # Under autocast the sum is float32, and so is what the blocks add to: bfloat16 would round it at every block.
         x = x + patches
-        if self.training and self.patch_dropout > 0:
+        if self.training and self.patch_dropout > 0 and hidden is None:
             x = drop_patches(x, self.patch_dropout)
         if self.class_token is not None:
             class_token = (self.class_token + prefix[0]).expand(x.shape[0], 1, -1)
             x = torch.cat([class_token, x], dim=1)
         return x
 
-    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+    def embed(self, pixels: torch.Tensor, hidden: Hidden | None = None) -> torch.Tensor:
         """(B, 3, H, W) to hidden state 0, (B, N, D): after positions and, where there is one, `pre_norm`."""
-        x = self.embed_patches(pixels)
+        x = self.embed_patches(pixels, hidden)
         return x if self.pre_norm is None else self.pre_norm(x)
 
     def states(self, pixels: torch.Tensor, wanted: Collection[int]) -> dict[int, torch.Tensor]:
@@ -217,9 +228,9 @@ class ImageTower(ImageTrunk):
         """The options; image_size is the one set last where that was square."""
         return self.architecture
 
-    def forward_features(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, pixels: torch.Tensor, hidden: Hidden | None = None) -> torch.Tensor:
         """Tokens after the last block and the final LayerNorm: (B, 3, H, W) to (B, N, D)."""
-        return self.norm(self.transformer(self.embed(pixels)))
+        return self.norm(self.transformer(self.embed(pixels, hidden)))
 
     def forward(self, pixels: torch.Tensor, project: bool = True) -> torch.Tensor:
         """(B, 3, H, W) normalised pixels to (B, E), not L2-normalised; to (B, D) with project=False."""

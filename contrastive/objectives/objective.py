@@ -10,8 +10,8 @@ b is this rank's share of the global batch, b' that of one micro-batch, E embed_
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,6 +62,10 @@ class Setting:
     caption_templates: tuple[str, ...] = ("{}",)
     captions_per_image: int = 1
     augment: AugmentConfig = AugmentConfig()
+    locked: bool = False
+    """Whether the image tower does not learn."""
+    others: Mapping[str, "Objective"] = field(default_factory=dict)
+    """Those of the run that were built before this one."""
 
 
 class MicroBatch:
@@ -73,11 +77,18 @@ class MicroBatch:
 
     def __init__(self, model: DualEncoder, pixels: torch.Tensor, texts: torch.Tensor | PackedTokens):
         self.model, self.pixels, self.texts = model, pixels, texts
+        self._made: dict[str, Any] = {}
 
     @functools.cached_property
     def patches(self) -> torch.Tensor:
         """Tokens of the image tower after its final norm, (b', N, D), class token first where there is one."""
         return self.model.image_tower.forward_features(self.pixels)
+
+    def once(self, what: str, make: Callable[[], Any]) -> Any:
+        """Return what `make` makes; of several objectives that ask for one thing, the first has it made."""
+        if what not in self._made:
+            self._made[what] = make()
+        return self._made[what]
 
     @functools.cached_property
     def features(self) -> Features:

@@ -192,9 +192,13 @@ class ContrastiveTask(TrainingTask):
     def _setting(self, name: str) -> Setting:
         config, data = self.config, self.config.data
         sizes = tuple(dict.fromkeys(size for size, _ in self.curriculum.settings))
-        beside = data.caption_templates, data.captions_per_image, data.augment
         parts = self.source, self.tokenizer, self.preprocess
-        return Setting(name, config.model, *parts, config.train.steps, sizes, *beside)
+        varied = data.caption_templates, data.captions_per_image, data.augment
+        return Setting(
+            *(name, config.model, *parts, config.train.steps, sizes, *varied),
+            locked=config.lock == "image",
+            others=self.objectives,
+        )
 
     @property
     def objectives(self) -> dict[str, Objective]:

@@ -160,6 +160,10 @@ def check_effect(task: TrainingTask) -> None:
         return
     values, data = flatten(to_dict(config)), config.data
     rows = [*NO_EFFECT]
+    views = {name.removesuffix(".crop_scale") for name in values if name.endswith(".augment.crop_scale")}
+    for section in views - {"data.augment"}:
+        of_views = (row for row in NO_EFFECT if "data.augment" in row[0])
+        rows += [(*(text.replace("data.augment", section) for text in row[:2]), row[2]) for row in of_views]
     if data.preprocess.short_side is None:
         rows.append(("data.preprocess.cut", "data.preprocess.resize", "squash"))
     if not (launched() or num_workers(data, has_gpu())):

@@ -238,6 +238,10 @@ def test_three_ranks_go_on_exactly_where_it_begins(tiny, tmp_path, free_port):
             "objectives.toy.start is 1.5; it must be at least 0 and below 1",
         ),
         ("--objectives toy --objectives.toy.start 0.99", "objectives.toy.start 0.99 of 8 steps is after the last one"),
+        (
+            "--objectives self_distill --objectives.self_distill.augment.rand_augment_magnitude 3",
+            "objectives.self_distill.augment.rand_augment_magnitude has no effect",
+        ),
         ("--objectives toy --objectives.toy.wait 1", "unknown flag --objectives.toy.wait"),
         (
             "--objectives.toy.weight 1",

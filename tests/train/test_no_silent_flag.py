@@ -20,6 +20,8 @@ from contrastive.errors import UserError
 from contrastive.evaluate import report
 from contrastive.log import read_metrics
 from contrastive.models import transformer
+from contrastive.named_sections import chosen
+from contrastive.objectives import OBJECTIVES
 from contrastive.optim import MuonConfig
 from contrastive.train import first_look, loop, run
 from contrastive.train.bad_samples import BadSamples
@@ -50,6 +52,9 @@ model:
   image: {{{IMAGE}, projection: true}}
   text: {{context_length: 8, width: 16, depth: 1, num_heads: 2, mlp_dim: 16}}
 data: {{train: "digits:train", eval: ["digits:test"], vocab_size: 300, augment: {AUGMENT}}}
+objectives:
+  self_distill: {{crops: 1, crop_size: 4, prototypes: 8, hidden: 8, bottleneck: 8, augment: {AUGMENT}}}
+  masked: {{prototypes: 8, hidden: 8, bottleneck: 8}}
 """,
     "classifier": f"""{COMMON}
 model: {{image: {{{IMAGE}, pool: average, projection: true}}, embed_dim: 16}}
@@ -57,6 +62,7 @@ data: {{train: digits, augment: {AUGMENT}}}
 """,
     "finetune": f"{COMMON}\ndata: {{train: digits, augment: {AUGMENT}}}\nwise_ft: {{alphas: [0.0, 0.5]}}",
 }
+WALKED = ("self_distill", "masked")  # objectives
 VALUES = {  # where another value of the type would be wrong, as the words after the flag
     "schedule.decay": "constant",
     "schedule.cooldown_steps": "2",
@@ -115,6 +121,21 @@ VALUES = {  # where another value of the type would be wrong, as the words after
     "cutmix": "1",
     "lock": "image",
     "loss.max_logit_scale": "5",
+    "objectives.self_distill.start": "0.5",
+    "objectives.masked.start": "0.5",
+    "objectives.self_distill.momentum": "0.1",
+    "objectives.masked.momentum": "0.1",
+    **{
+        name.replace("data.augment", "objectives.self_distill.augment"): value
+        for name, value in (
+            ("data.augment.crop_scale", "0.1 0.2"),
+            ("data.augment.crop_ratio", "0.3 0.4"),
+            ("data.augment.color_jitter", "0 0 0.9 0.5"),
+            ("data.augment.color_jitter_prob", "0.1"),
+            ("data.augment.rand_augment_magnitude", "29"),
+            ("data.augment.gray_prob", "0.9"),
+        )
+    },
 }
 BESIDE = {  # what else it takes for it to matter
     "schedule.cooldown_steps": "--schedule.decay wsd",
@@ -237,7 +258,10 @@ def options():
     """(kind, name) of each option; one that all kinds share is tried in one of them, in turn."""
     names = {}
     for kind, (cls, _) in KINDS.items():
-        for name in flatten(to_dict(dataclasses.replace(cls(), optimizer=MuonConfig()))):
+        config = dataclasses.replace(cls(), optimizer=MuonConfig())
+        if kind == "pretrain":
+            config = dataclasses.replace(config, objectives=chosen(OBJECTIVES, WALKED))
+        for name in flatten(to_dict(config)):
             if name not in FILLED_IN and not name.endswith(".name") and (kind, name) != ("finetune", "init"):
                 names.setdefault(name, []).append(kind)
     for number, (name, kinds) in enumerate(names.items()):

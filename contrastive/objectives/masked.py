@@ -1,0 +1,72 @@
+"""Masked patches are to tell what the teacher sees there (Zhou et al. 2022, "iBOT"; Maninis et al. 2024, "TIPS")."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from contrastive.data.extras import DrawnSample, Extra
+from contrastive.models.image_tower import Hidden
+from contrastive.objectives.objective import MicroBatch, Setting, Tensors
+from contrastive.objectives.prototypes import PrototypeConfig, PrototypeObjective
+from contrastive.option_types import Probability
+
+
+@dataclass(frozen=True)
+class MaskedConfig(PrototypeConfig):
+    """Patches that the model does not see learn to be told as the teacher tells them, who sees the whole image."""
+
+    weight: float = 0.25
+    """What its loss is multiplied by; that of the contrastive loss is 1."""
+    share: Probability[float] = 0.5
+    """Share of the patches that are hidden, drawn for each image; one at least."""
+
+    def build(self, setting: Setting) -> "MaskedPrediction":
+        return MaskedPrediction(self, setting)
+
+
+class MaskedPatches(Extra):
+    """'places', int64 (M,): which patches are hidden, rising, as many of each image."""
+
+    def __init__(self, name: str, first_step: int, share: float, patch_size: int):
+        super().__init__(name, first_step)
+        self.share, self.patch_size = share, patch_size
+
+    def of(self, sample: DrawnSample) -> dict[str, Any]:
+        patches = (sample.image_size // self.patch_size) ** 2
+        drawn = sample.rng.random(patches).argsort(kind="stable")
+        return {"places": np.sort(drawn[: max(1, round(self.share * patches))])}
+
+
+class MaskedPrediction(PrototypeObjective):
+    """See `MaskedConfig`. Each hidden patch's token, through the head, to the teacher's of the same place."""
+
+    def __init__(self, options: MaskedConfig, setting: Setting):
+        super().__init__(options, setting)
+        self.mask_token = nn.Parameter(torch.zeros(setting.model.image.width))
+        self.extra = MaskedPatches(self.name, self.first_step, options.share, setting.model.image.patch_size)
+
+    def targets(self, part: MicroBatch, inputs: Tensors) -> dict[str, torch.Tensor]:
+        return {"prototypes": self.teacher_head(self._at(self.teacher.tokens(part), inputs["places"]))}
+
+    def whole_targets(self, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        logits = targets["prototypes"]  # (b, M, K)
+        return {"prototypes": self.probabilities(logits.flatten(0, 1)).unflatten(0, logits.shape[:2])}
+
+    def loss(self, part: MicroBatch, inputs: Tensors, targets: Tensors) -> torch.Tensor:
+        tower, places = part.model.image_tower, inputs["places"]
+        num_patches = math.prod(side // tower.config.patch_size for side in part.pixels.shape[-2:])
+        hidden = torch.zeros(len(places), num_patches, dtype=torch.bool, device=places.device).scatter(1, places, True)
+        tokens = tower.forward_features(part.pixels, Hidden(hidden, self.mask_token))
+        return self.cross_entropy(self.head(self._at(tokens, places)), targets["prototypes"])
+
+    def _at(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Tokens (b', N, D) of these patches, (b', M, D)."""
+        patches = tokens[:, self.teacher.tower.num_prefix_tokens :]
+        return patches.gather(1, places[..., None].expand(-1, -1, patches.shape[-1]))
+
+    def describe(self) -> str:
+        return f"{self.options.share:.0%} of the patches to {self.options.prototypes:,} prototypes, "

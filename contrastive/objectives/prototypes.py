@@ -1,0 +1,169 @@
+"""What self-distillation and masked prediction share: a teacher that follows the student, and heads with prototypes.
+
+A head tells for a feature to which of K prototypes it belongs; the student's head is to say of what it sees what the
+teacher's says of the whole image (Caron et al. 2021, "DINO"; Zhou et al. 2022, "iBOT").
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from contrastive.distributed.collectives import all_reduce_max, all_reduce_sum, world_size
+from contrastive.distributed.sharding import local
+from contrastive.errors import UserError
+from contrastive.models import DualEncoder
+from contrastive.models.image_tower import ImageTower
+from contrastive.objectives.objective import MicroBatch, Objective, ObjectiveConfig, Setting
+from contrastive.option_types import Positive, Probability
+
+CENTER_DECAY = 0.9
+SINKHORN_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class PrototypeConfig(ObjectiveConfig):
+    """The options of a head with prototypes and of the teacher that it learns from."""
+
+    momentum: Probability[float] = 0.996
+    """Share of the teacher that stays in each step; the rest is the student's. A shared teacher's tower has that of the
+    objective that begins first."""
+    prototypes: Positive[int] = 4096
+    """K: among how many a feature is told apart."""
+    hidden: Positive[int] = 2048
+    """Channels of the head's two hidden layers."""
+    bottleneck: Positive[int] = 256
+    """Channels in which features and prototypes are compared."""
+    student_temperature: Positive[float] = 0.1
+    """What the student's cosines are divided by."""
+    teacher_temperature: Positive[float] = 0.04
+    """Likewise the teacher's; the lower, the more certain it is."""
+    balance: Literal["center", "sinkhorn"] = "center"
+    """What keeps all features from one prototype: their running mean taken off (DINO), or assignments that use all
+    prototypes alike in each global batch (SwAV, DINOv2)."""
+
+
+class PrototypeHead(nn.Module):
+    """Features (..., D) to cosines with K prototypes (..., K): an MLP of three layers, unit length, unit prototypes."""
+
+    def __init__(self, width: int, options: PrototypeConfig):
+        super().__init__()
+        hidden, bottleneck = options.hidden, options.bottleneck
+        self.mlp = nn.Sequential(
+            *(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        )
+        self.prototypes = nn.Parameter(torch.empty(options.prototypes, bottleneck))
+        for parameter in self.parameters():
+            if parameter.ndim == 1:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.prototypes, dim=-1))
+
+
+class EmaTeacher(nn.Module):
+    """An image tower that follows the student's: teacher ← m · teacher + (1 − m) · student. It never learns.
+
+    keeper: the objective that moves it, of those that share it the one that begins first.
+    """
+
+    def __init__(self, setting: Setting, momentum: float):
+        super().__init__()
+        self.tower = ImageTower(setting.model.image, setting.model.embed_dim)
+        self.momentum, self.keeper = momentum, setting.name
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "EmaTeacher":
+        """It stays in eval mode."""
+        return super().train(False)
+
+    def tokens(self, part: MicroBatch) -> torch.Tensor:
+        """(b', N, D) of the whole images, class token first where there is one."""
+        return part.once("teacher's tokens", lambda: self.tower.forward_features(part.pixels))
+
+
+def follow(teacher: nn.Module, student: nn.Module, momentum: float, skipped: torch.Tensor) -> None:
+    """Move the teacher's parameters towards the student's, unless `skipped` (bool, 0-dim)."""
+    teachers, students = ([local(p) for p in module.parameters()] for module in (teacher, student))
+    moves = torch._foreach_sub(students, teachers)
+    torch._foreach_mul_(moves, torch.where(skipped, 0.0, 1 - momentum))
+    torch._foreach_add_(teachers, moves)
+
+
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Make the parameters of `target` those of `source`, which has the same."""
+    for to, from_ in zip(target.parameters(), source.parameters(), strict=True):
+        local(to).copy_(local(from_))
+
+
+class PrototypeObjective(Objective):
+    """A student's head that learns from its own average, and the targets that it learns."""
+
+    def __init__(self, options: PrototypeConfig, setting: Setting):
+        super().__init__(options, setting)
+        if setting.locked:
+            raise UserError(f"--objectives {self.name} trains the image tower, which --lock image keeps as it is")
+        sharing = [one for one in setting.others.values() if isinstance(one, PrototypeObjective)]
+        if sharing:
+            # Not registered a second time: its weights are saved once, as the other objective's.
+            self._shared = (sharing[0].teacher,)
+            if self.first_step < min(one.first_step for one in sharing):
+                self.teacher.keeper, self.teacher.momentum = setting.name, options.momentum
+        else:
+            self.own_teacher = EmaTeacher(setting, options.momentum)
+            self._shared = (self.own_teacher,)
+        self.head = PrototypeHead(setting.model.image.width, options)
+        self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.register_buffer("center", torch.zeros(options.prototypes))
+        self._next_center: torch.Tensor | None = None  # once the step is done
+
+    @property
+    def teacher(self) -> EmaTeacher:
+        return self._shared[0]
+
+    def begin(self, model: DualEncoder) -> None:
+        if self.teacher.keeper == self.name:
+            copy_weights(model.image_tower, self.teacher.tower)
+        copy_weights(self.head, self.teacher_head)
+
+    def after_update(self, model: DualEncoder, skipped: torch.Tensor) -> None:
+        if self.teacher.keeper == self.name:
+            follow(self.teacher.tower, model.image_tower, self.teacher.momentum, skipped)
+        follow(self.teacher_head, self.head, self.options.momentum, skipped)
+        if self._next_center is not None:
+            self.center.copy_(torch.where(skipped, self.center, self._next_center))
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits of this rank (n, K), as many on each, to probabilities (n, K), over the global batch."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        temperature = self.options.teacher_temperature
+        if self.options.balance == "sinkhorn":
+            return sinkhorn(logits / temperature)
+        mean = all_reduce_sum(logits.mean(dim=0)) / world_size()
+        self._next_center = self.center.lerp(mean.to(self.center.dtype), 1 - CENTER_DECAY)
+        return ((logits - self.center) / temperature).softmax(dim=-1)
+
+    def cross_entropy(self, logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+        """The student's logits (..., K) and what it is to say, (..., K), to a mean over all rows."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        told = (logits / self.options.student_temperature).log_softmax(dim=-1)
+        return -(probabilities * told).sum(dim=-1).mean()
+
+
+def sinkhorn(logits: torch.Tensor) -> torch.Tensor:
+    """Rows (n, K) of every rank to probabilities that use all K alike, nearly: rows and columns normalised in turn.
+
+    In logarithms; source: Caron et al. 2020, "SwAV", algorithm 1.
+    """
+    rows = logits.shape[0] * world_size()
+    for _ in range(SINKHORN_ROUNDS):
+        largest = all_reduce_max(logits.amax(dim=0))
+        columns = all_reduce_sum((logits - largest).exp().sum(dim=0)).log() + largest
+        logits = (logits - columns + math.log(rows / logits.shape[1])).log_softmax(dim=1)
+    return logits.exp()
