@@ -22,10 +22,11 @@ def folder_name(data: str) -> str:
 
 
 def figure_title(name: str) -> str:
-    """Return the name of a figure in words: 'acc@1', '5-shot acc@1', 'k=20 acc@1', 'image → text R@10'."""
+    """Return the name of a figure in words: 'acc@1', '5-shot acc@1', 'k=20 acc@1', 'image → text R@10', 'mIoU'."""
     text = re.sub(r"^shot(\d+)_", r"\1-shot ", name)
     text = re.sub(r"^k(\d+)_", r"k=\1 ", text)
     text = re.sub(r"_r(\d+)$", r" R@\1", text)
+    text = re.sub(r"(^|_)(m?)iou(_|$)", r"\1\2IoU\3", text)
     text = re.sub(r"acc(\d+)$", r"acc@\1", text).replace("_to_", " → ")
     return text.replace("per_class", "per-class").replace("heldout", "held-out").replace("_", " ")
 

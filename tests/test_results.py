@@ -24,6 +24,8 @@ from contrastive.results import (
         ("image_to_text_r10", "image → text R@10"),
         ("text_to_image_median_rank", "text → image median rank"),
         ("group_score", "group score"),
+        ("known_patches_miou", "known patches mIoU"),
+        ("iou_polar_bear", "IoU polar bear"),
     ],
 )
 def test_a_name_has_one_title(name, title):

@@ -218,9 +218,10 @@ def test_the_suite_on_scenes(folder, monkeypatch, capfd, tmp_path):
     assert {"within_1_patch", "same_patch_on_objects"} <= figures[2] and figures[3] == {"by_attention", "by_text"}
     shown = [figure for result in results for figure in (result["figures"][name] for name in result["headline"])]
     assert all(figure["low"] <= figure["value"] <= figure["high"] and figure["chance"] > 0 for figure in shown)
+    assert "IoU star" in (tmp_path / "o" / "evaluation.html").read_text()
     for name in ("html", "md"):
         page = (tmp_path / "o" / f"evaluation.{name}").read_text()
-        assert "patch kNN segmentation" in page and "miou" in page and "patch tokens, layer -1" in page
+        assert "patch kNN segmentation" in page and "mIoU" in page and "patch tokens, layer -1" in page
 
 
 def test_one_task_by_flags_needs_no_train(folder, monkeypatch, capfd, tmp_path):
