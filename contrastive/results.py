@@ -50,7 +50,7 @@ def is_rank(name: str) -> bool:
 
 def figure_written(name: str, value: float) -> str:
     """Return the value with its unit."""
-    return f"{value:,.1f}" if is_rank(name) else f"{value:.1f} %"
+    return f"{value:,.1f}" if is_rank(name) or name in ("bleu4", "cider") else f"{value:.1f} %"
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,44 @@
-"""Captions that a model writes of images, and how good they are: BLEU-4, CIDEr-D, and whether they name the class."""
+"""Captions that a model writes of images, and how good they are: BLEU-4, CIDEr-D, and whether they name the class.
 
+And the other way round: which class's prompts the decoder finds likeliest. C classes, T prompts of each.
+"""
+
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import nn
 
 from contrastive.data.loader import eval_loader
+from contrastive.data.prompts import default_templates, fill, load_templates
 from contrastive.data.record import Source
+from contrastive.data.sources import open_source
 from contrastive.distributed import collectives
 from contrastive.errors import UserError
-from contrastive.evaluate.embeddings import answers_of, evaluating, usable_captions
-from contrastive.evaluate.evaluated_model import has_captions
+from contrastive.evaluate.classification import embed_labelled, names_to_use, told_of
+from contrastive.evaluate.compositional import ChoiceImages
+from contrastive.evaluate.embeddings import answers_of, usable_captions
+from contrastive.evaluate.evaluated_model import EvaluatedModel, has_captions
+from contrastive.evaluate.tasks import (
+    TASKS,
+    EvaluationTask,
+    Figure,
+    Need,
+    Outcome,
+    share_interval,
+    zero_shot_outcome,
+)
 from contrastive.log import bar
-from contrastive.models.caption_decoder import CaptionDecoder
-from contrastive.models.generate import GenerationConfig, generate
+from contrastive.models.generate import GenerationConfig, generate, log_likelihood
+from contrastive.objectives.captioner import Captioner, captioner_of
+from contrastive.visualize.pictured_model import is_image_name, loose_images
 
 
 class GeneratedCaption(NamedTuple):
@@ -29,50 +52,69 @@ class GeneratedCaption(NamedTuple):
     """In nats."""
 
 
+def images_of(places: Sequence[str]) -> list[Source]:
+    """Return sources of the images that each place names: an image file, a folder of images, or data as in training.
+
+    Image files that stand side by side are one source. UserError where there is nothing of that name.
+    """
+    found: list[Source | list[str]] = []
+    for place in places:
+        path = Path(place).expanduser()
+        files = [path] if is_image_name(path) and not path.is_dir() else loose_images(path) if path.is_dir() else []
+        if not files:
+            found.append(open_source(place))
+        elif not path.exists():
+            raise UserError(f"no image file {place}")
+        elif found and isinstance(found[-1], list):
+            found[-1] += map(str, files)
+        else:
+            found.append([*map(str, files)])
+    return [ChoiceImages("images", Path(), tuple(one)) if isinstance(one, list) else one for one in found]
+
+
 def caption_images(
-    model,
-    decoder: CaptionDecoder,
-    preprocess,
-    tokenizer,
+    captioner: Captioner,
     source: Source,
     how: GenerationConfig,
     *,
     indices: Sequence[int] | np.ndarray | None = None,
-    device,
+    device: str | torch.device,
     batch_size: int = 64,
     num_workers: int = 0,
     progress: bool = False,
+    tell: Callable[[GeneratedCaption], None] | None = None,
 ) -> tuple[list[GeneratedCaption], Counter[str]]:
     """Write a caption of each image of `source`, or of those at `indices`.
 
-    Returns the captions in the order asked for, and how many images could not be read, by reason.
+    Returns the captions in the order asked for, and how many images could not be read, by reason. `tell` is called for
+    each when it is there.
 
     With several ranks each captions a share and all get every caption: call it on all of them.
     """
     indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     world, rank = collectives.world_size(), collectives.rank()
     share = indices[rank * len(indices) // world : (rank + 1) * len(indices) // world]
+    preprocess, decode = captioner.bundle.preprocess, captioner.bundle.tokenizer.decode
     loader = eval_loader(source, preprocess, share, batch_size=batch_size, num_workers=num_workers)
     written, bad = [], []
-    with evaluating(model), evaluating(decoder):
+    with torch.no_grad():
         for batch in bar(loader, "captioning images", -(-len(share) // batch_size), shown=progress):
             bad += [reason for reason, _ in batch["bad"]]
             numbers = batch["index"].tolist()
             if not numbers:
                 continue
             pixels = preprocess.normalize(batch["image"].to(device, non_blocking=True))
-            ids, score = generate(decoder, model.image_tower.forward_features(pixels), how, numbers)
-            texts = map(tokenizer.decode, ids.cpu())
-            written += map(GeneratedCaption, numbers, batch["key"], texts, score.tolist())
+            ids, score = generate(captioner.decoder, captioner.patches(pixels), how, numbers)
+            said = list(map(GeneratedCaption, numbers, batch["key"], map(decode, ids.cpu()), score.tolist()))
+            written += said
+            for one in said if tell else ():
+                tell(one)
     everyone = collectives.gather_objects((written, bad))
     return [one for of_rank, _ in everyone for one in of_rank], Counter(reason for _, of in everyone for reason in of)
 
 
 def captioning(
-    model,
-    decoder: CaptionDecoder,
-    preprocess,
-    tokenizer,
+    captioner: Captioner,
     source: Source,
     how: GenerationConfig | None = None,
     *,
@@ -89,7 +131,8 @@ def captioning(
     Returns:
         A dict that JSON can hold: 'bleu4' and 'cider' against all usable captions of each image where the source has
         captions; 'named' in percent where it has class names (see `share_named`), with 'seen_named' and 'heldout_named'
-        where it has `heldout_labels`; 'num_images', 'skipped' {reason: count}, 'captions' {key: text}.
+        where it has `heldout_labels`, and of how many images each is: 'num_named' {name: count}; 'num_images',
+        'skipped' {reason: count}, 'captions' {key: text}.
 
     Raises:
         UserError: neither captions nor class names, no readable image, or pycocoevalcap is missing.
@@ -103,9 +146,7 @@ def captioning(
         answers, skipped = answers_of(source, limit, lambda index: _texts(source, index), "missing_caption")
     else:
         answers, skipped = answers_of(source, limit, source.label, "missing_label")
-    written, bad = caption_images(
-        model, decoder, preprocess, tokenizer, source, how or GenerationConfig(), indices=list(answers), **loading
-    )
+    written, bad = caption_images(captioner, source, how or GenerationConfig(), indices=list(answers), **loading)
     if not written:
         raise UserError(f"{source.name}: none of its {len(answers)} images can be used")
     texts = [one.text for one in written]
@@ -122,16 +163,17 @@ def _texts(source: Source, index: int) -> list[str]:
     return [text for _, text in usable_captions(source, index)[0]]
 
 
-def _named(texts: list[str], labels: list[int | None], source: Source) -> dict[str, float]:
-    heldout, figures = source.heldout_labels, {}
+def _named(texts: list[str], labels: list[int | None], source: Source) -> dict:
+    heldout, figures, counts = source.heldout_labels, {}, {}
     kinds = {"named": lambda label: True}
     if heldout:
         kinds |= {"seen_named": lambda label: label not in heldout, "heldout_named": heldout.__contains__}
-    for name, counts in kinds.items():
-        some = [(text, label) for text, label in zip(texts, labels, strict=True) if label is not None and counts(label)]
+    for name, counted in kinds.items():
+        some = [pair for pair in zip(texts, labels, strict=True) if pair[1] is not None and counted(pair[1])]
         if some:
             figures[name] = share_named(*zip(*some, strict=True), source.class_names)
-    return figures
+            counts[name] = len(some)
+    return figures | {"num_named": counts}
 
 
 def share_named(captions: Sequence[str], labels: Sequence[int], class_names: Sequence[str]) -> float:
@@ -174,3 +216,99 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
 def words(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation."""
     return re.findall(r"\w+(?:['’]\w+)*", text.lower())
+
+
+class _Likelihoods(nn.Module):
+    """A captioner whose 'embeddings' of images are log-likelihoods of texts, so that one loop over images serves all.
+
+    tokens: (C · T, context_length), T texts of each class; the class's likelihood is their mean.
+    """
+
+    def __init__(self, captioner: Captioner, tokens: torch.Tensor, num_classes: int):
+        super().__init__()
+        self.captioner, self.tokens = captioner, tokens
+        self.config = SimpleNamespace(embed_dim=num_classes)
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        likely = log_likelihood(self.captioner.decoder, self.captioner.patches(pixels), self.tokens)
+        likely = likely.unflatten(1, (self.config.embed_dim, -1))
+        return likely.logsumexp(dim=2) - math.log(likely.shape[2])
+
+
+def zero_shot_by_likelihood(
+    captioner: Captioner,
+    source: Source,
+    *,
+    device: str | torch.device,
+    templates: Sequence[str] | None = None,
+    **loading,
+) -> dict:
+    """Classify labelled images by which class's prompts the decoder finds likeliest (CapPa, section 4.2).
+
+    A class is as likely as its prompts are in the mean. Arguments, result and errors are those of `zero_shot`.
+    """
+    names, bundle = names_to_use(source)["class_names"], captioner.bundle
+    templates = templates or default_templates(source)
+    tokens = bundle.tokenizer([text for name in names for text in fill(templates, name)]).to(device)
+    scorer = SimpleNamespace(model=_Likelihoods(captioner, tokens, len(names)), preprocess=bundle.preprocess)
+    images = embed_labelled(scorer, source, len(names), device=device, **loading)
+    return told_of(images, images.features, templates)
+
+
+@TASKS.register("captioning")
+@dataclass(frozen=True)
+class Captioning(EvaluationTask):
+    """What the caption decoder writes of images, against their captions and class names."""
+
+    title = "captions"
+
+    data: str
+    method: Literal["greedy", "beam", "sample"] = "greedy"
+    """How a caption is chosen."""
+
+    @property
+    def features_title(self) -> str:
+        return f"captions, {self.method}"
+
+    def needs(self) -> list[Need]:
+        return []
+
+    def run(self, subject: EvaluatedModel) -> Outcome:
+        captioner, how = captioner_of(subject.bundle, subject.device), GenerationConfig(self.method)
+        source, asked = subject.source(self.data), {"device": subject.device, "limit": subject.limit}
+        result = captioning(captioner, source, how, **asked, **subject.loading)
+        counts = result.pop("num_named", {})
+        figures = {name: Figure(result[name], share_interval(result[name], count)) for name, count in counts.items()}
+        figures |= {name: Figure(result[name]) for name in ("bleu4", "cider") if name in result}
+        details = {name: value for name, value in result.items() if name not in figures}
+        return Outcome(figures, tuple(name for name in ("named", "cider") if name in figures), details)
+
+
+@TASKS.register("caption_likelihood")
+@dataclass(frozen=True)
+class CaptionLikelihood(EvaluationTask):
+    """Labelled images by the class whose prompts the caption decoder finds likeliest."""
+
+    title = "zero-shot by caption likelihood"
+
+    data: str
+    templates: str | None = None
+    """Prompts: a set, or a file; none: those that fit the data."""
+
+    @property
+    def features_title(self) -> str:
+        return "likelihoods of captions"
+
+    def check(self) -> None:
+        if self.templates is not None:
+            load_templates(self.templates)
+
+    def needs(self) -> list[Need]:
+        return []
+
+    def run(self, subject: EvaluatedModel) -> Outcome:
+        captioner, source = captioner_of(subject.bundle, subject.device), subject.source(self.data)
+        templates = None if self.templates is None else load_templates(self.templates)
+        asked = {"device": subject.device, "limit": subject.limit, "templates": templates}
+        result = zero_shot_by_likelihood(captioner, source, **asked, **subject.loading)
+        return zero_shot_outcome(result, source.heldout_labels)

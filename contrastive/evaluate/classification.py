@@ -111,7 +111,7 @@ def zero_shot(
     """
     check_text_tower(bundle, "zero-shot classification")
     names = names_to_use(source, class_names)["class_names"]
-    images = _embed_labelled(bundle, source, len(names), device=device, limit=limit, **loading)
+    images = embed_labelled(bundle, source, len(names), device=device, limit=limit, **loading)
     return score_zero_shot(bundle, images, class_names=names, templates=templates, device=device)
 
 
@@ -130,7 +130,13 @@ def score_zero_shot(
     images = images.labelled("zero-shot classification", len(names))
     templates = templates or default_templates(images)
     classifier = zero_shot_classifier(bundle.model, bundle.tokenizer, names, templates, device=device)
-    metrics, confusion = classification_metrics(images.features @ classifier.T, images.labels)
+    return told_of(images, images.features @ classifier.T, templates)
+
+
+def told_of(images: EmbeddingSet, scores: torch.Tensor, templates: Sequence[str]) -> dict:
+    """Return what `zero_shot` does, of labelled images (N) and their scores (N, C) of the classes that they name."""
+    names = images.class_names
+    metrics, confusion = classification_metrics(scores, images.labels)
     return {
         **metrics,
         "chance": 100 / len(names),
@@ -161,7 +167,7 @@ def classification(bundle, source: Source, *, device: str | torch.device, limit:
     """
     num_classes = bundle.model.config.num_classes
     scorer = SimpleNamespace(model=_Scores(bundle.model), preprocess=bundle.preprocess)
-    images = _embed_labelled(scorer, source, num_classes, device=device, limit=limit, **loading)
+    images = embed_labelled(scorer, source, num_classes, device=device, limit=limit, **loading)
     metrics, confusion = classification_metrics(images.features, images.labels)
     return {
         **metrics,
@@ -185,7 +191,7 @@ class _Scores(nn.Module):
         return self.model.scores(pixels)
 
 
-def _embed_labelled(
+def embed_labelled(
     bundle, source: Source, num_classes: int, *, device: str | torch.device, limit: int | None = None, **loading
 ) -> EmbeddingSet:
     """The images of `source` that have a label, which has to be below `num_classes`."""

@@ -13,6 +13,7 @@ import torch
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.evaluate import (  # noqa: F401 - they register their tasks
+    captioning,
     compositional,
     few_shot,
     heads,

@@ -11,7 +11,7 @@ and comes from 1,000 resamples of one seed. It says nothing of other training se
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -173,10 +173,15 @@ class ZeroShot(EvaluationTask):
             warn_of_ids(images)
         templates = None if self.templates is None else load_templates(self.templates)
         result = score_zero_shot(subject.bundle, images, class_names=names, templates=templates, device=subject.device)
-        right, samples = _per_class(result)
-        heldout = int(samples[sorted(images.heldout_labels)].sum())
-        counts = {"heldout_acc1": heldout, "seen_acc1": int(samples.sum()) - heldout}
-        return classification_outcome(result, (right, samples), counts=counts)
+        return zero_shot_outcome(result, images.heldout_labels)
+
+
+def zero_shot_outcome(result: Mapping, heldout_labels: Collection[int]) -> Outcome:
+    """Turn what `zero_shot` returns into figures."""
+    right, samples = _per_class(result)
+    heldout = int(samples[sorted(heldout_labels)].sum())
+    counts = {"heldout_acc1": heldout, "seen_acc1": int(samples.sum()) - heldout}
+    return classification_outcome(result, (right, samples), counts=counts)
 
 
 @TASKS.register("retrieval")

@@ -160,7 +160,7 @@ def load_native(folder: Path, with_tokenizer: bool = True) -> Bundle:
         file = folder / "model.safetensors"
     weights = tensors_in(file)
     model = build(lambda: ImageClassifier(config) if is_classifier else DualEncoder(config), weights, file)
-    _fill(model, weights, file)
+    fill(model, weights, file)
     if is_classifier:
         tokenizer = None
     elif with_tokenizer:
@@ -208,10 +208,11 @@ def build(make: Callable[[], M], weights: Mapping[str, torch.Tensor], where: Pat
 
 def load_weights(model: nn.Module, file: Path, more: Mapping[str, torch.Tensor] | None = None) -> None:
     """Fill the model from a safetensors file, with `more` beside, every key and shape exactly; otherwise UserError."""
-    _fill(model, tensors_in(file) | (more or {}), file)
+    fill(model, tensors_in(file) | (more or {}), file)
 
 
-def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor], file: Path) -> None:
+def fill(model: nn.Module, weights: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Fill the model from weights that `file` held, every key and shape exactly; otherwise UserError."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # which names every key, on a line each

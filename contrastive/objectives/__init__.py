@@ -1,5 +1,6 @@
 """What a run can learn beside the contrastive loss, by name: one file each."""
 
+from contrastive.objectives.caption import CaptionConfig
 from contrastive.objectives.distill import DistillConfig
 from contrastive.objectives.masked import MaskedConfig
 from contrastive.objectives.objective import Objective, ObjectiveConfig, Setting
@@ -9,6 +10,7 @@ from contrastive.registry import Registry
 __all__ = ["OBJECTIVES", "Objective", "ObjectiveConfig", "Setting"]
 
 OBJECTIVES: Registry[type[ObjectiveConfig]] = Registry("objective")
+OBJECTIVES.register("caption")(CaptionConfig)
 OBJECTIVES.register("distill")(DistillConfig)
 OBJECTIVES.register("self_distill")(SelfDistillConfig)
 OBJECTIVES.register("masked")(MaskedConfig)

@@ -195,10 +195,10 @@ def read_inputs(
 def _read_place(place: str, preprocess: Preprocess, limit: int) -> tuple[list[_Image], list[str]]:
     """Return the images of one place, and the texts of its classes where there are few."""
     path = Path(place).expanduser()
-    if _is_image_name(path) and not path.is_dir():
+    if is_image_name(path) and not path.is_dir():
         return [_read_file(path, preprocess)], []
     if path.is_dir():
-        files = _loose_images(path)
+        files = loose_images(path)
         if files:
             return [_read_file(files[place], preprocess) for place in evenly_spread(len(files), limit)], []
     elif path.is_file() and path.suffix.lower() not in (".tar", ".csv", ".tsv", ".jsonl", ".parquet"):
@@ -209,13 +209,14 @@ def _read_place(place: str, preprocess: Preprocess, limit: int) -> tuple[list[_I
     return _read_source(source, preprocess, limit)
 
 
-def _loose_images(folder: Path) -> list[Path]:
+def loose_images(folder: Path) -> list[Path]:
     """The images right inside a folder, where none has a caption beside it; else none: it is a data source."""
-    images = sorted(path for path in folder.iterdir() if _is_image_name(path) and path.name[0] != ".")
+    images = sorted(path for path in folder.iterdir() if is_image_name(path) and path.name[0] != ".")
     return [] if any(path.with_suffix(".txt").exists() for path in images) else images
 
 
-def _is_image_name(path: Path) -> bool:
+def is_image_name(path: Path) -> bool:
+    """Whether a path ends as image files do."""
     return path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
 
 

@@ -1,11 +1,16 @@
 """Scores of generated captions: against figures worked out by hand, and end to end with a decoder that knows all."""
 
+import json
 import math
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from small_model import script_caller
 
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.sources import open_source
@@ -14,8 +19,14 @@ from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 from contrastive.evaluate import captioning
 from contrastive.evaluate.captioning import caption_scores, share_named
-from contrastive.models import ImageTower, ImageTowerConfig
-from contrastive.models.caption_decoder import CaptionDecoder, CaptionDecoderConfig
+from contrastive.files import write_folder
+from contrastive.interop.bundle import Bundle, save_model
+from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
+from contrastive.models.caption_decoder import CaptionDecoderConfig
+from contrastive.models.generate import GenerationConfig, log_likelihood
+from contrastive.objectives.caption import CaptionConfig, decoder_for
+from contrastive.objectives.captioner import Captioner
+from contrastive.objectives.saving import save_objectives
 
 
 def test_bleu_by_hand():
@@ -43,52 +54,130 @@ def test_a_class_is_named_by_all_its_words_and_no_others():
 
 
 @pytest.fixture(scope="module")
-def model():
+def captioner():
     torch.manual_seed(0)
     tokenizer = train_bpe((text for index in range(200) for text in Scenes().captions(index)), 400, 40)
-    image = ImageTowerConfig(image_size=32, patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=16)
-    tower = SimpleNamespace(image_tower=ImageTower(image, 16))
-    tower.modules, tower.eval = tower.image_tower.modules, tower.image_tower.eval
-    ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "context_length", "eos_id", "bos_id")}
-    decoder = CaptionDecoder(CaptionDecoderConfig(width=16, depth=1, num_heads=2, mlp_dim=16), 16, **ids)
-    return tower, decoder, Preprocess(PreprocessConfig(image_size=32)), tokenizer
+    small = {"width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}
+    image = ImageTowerConfig(image_size=32, patch_size=8, **small)
+    config = ModelConfig(16, image, TextTowerConfig(vocab_size=tokenizer.vocab_size, context_length=40, **small))
+    parts = DualEncoder(config).eval(), Preprocess(PreprocessConfig(image_size=32)), tokenizer, config
+    return Captioner(Bundle(*parts, Path("model")), decoder_for(CaptionDecoderConfig(**small), 16, tokenizer).eval())
 
 
-def told(monkeypatch, model, say):
+def told(monkeypatch, captioner, say):
     """Have a decoder that says of image `number` what `say` does."""
-    decoder, tokenizer = model[1], model[3]
 
-    def generate(_, image, how, numbers):
-        assert not decoder.training and image.shape == (len(numbers), 16, 16)
-        return decoder.ids(tokenizer([say(number) for number in numbers])), torch.zeros(len(numbers))
+    def generate(decoder, image, how, numbers):
+        assert image.shape == (len(numbers), 16, 16)
+        return decoder.ids(captioner.bundle.tokenizer([say(number) for number in numbers])), torch.zeros(len(numbers))
 
     monkeypatch.setattr(captioning, "generate", generate)
 
 
-def test_a_model_that_tells_the_truth_names_every_class(monkeypatch, model):
+def test_a_model_that_tells_the_truth_names_every_class(monkeypatch, captioner):
     source = Scenes("test", image_size=32, num_samples=64)
-    told(monkeypatch, model, lambda number: source.captions(number)[0])
-    found = captioning.captioning(*model, source, device="cpu", batch_size=20)
+    told(monkeypatch, captioner, lambda number: source.captions(number)[0])
+    found = captioning.captioning(captioner, source, device="cpu", batch_size=20)
     assert (found["named"], found["seen_named"], found["heldout_named"], found["num_images"]) == (100, 100, 100, 64)
+    assert found["num_named"] == {"named": 64, "seen_named": 56, "heldout_named": 8}
     assert found["bleu4"] == pytest.approx(100)
     assert found["captions"]["test-00000003"] == source.captions(3)[0]
     # One that knows only what training has is wrong exactly in what is held out.
-    told(monkeypatch, model, lambda number: "a star" if source.label(number) in source.heldout_labels else "a red ring")
-    found = captioning.captioning(*model, source, device="cpu", batch_size=20)
-    assert found["heldout_named"] == 0 and 0 < found["named"] < 10
+    heldout = source.heldout_labels
+    told(monkeypatch, captioner, lambda n: "a star" if source.label(n) in heldout else source.captions(n)[-1])
+    found = captioning.captioning(captioner, source, device="cpu", batch_size=20)
+    assert (found["heldout_named"], found["seen_named"], found["named"]) == (0, 100, 87.5)
 
 
-def test_images_are_captioned_by_the_decoder_itself(model):
-    written, bad = captioning.caption_images(*model, Scenes("val", 32, 5), captioning.GenerationConfig(), device="cpu")
-    assert [one.index for one in written] == list(range(5)) and not bad
+def test_images_are_captioned_by_the_decoder_itself(captioner):
+    seen = []
+    written, bad = captioning.caption_images(
+        captioner, Scenes("val", 32, 5), GenerationConfig(), device="cpu", batch_size=3, tell=seen.append
+    )
+    assert [one.index for one in written] == list(range(5)) and not bad and seen == written
     assert all(one.log_likelihood < 0 for one in written)
+    alone, _ = captioning.caption_images(captioner, Scenes("val", 32), GenerationConfig(), indices=[3], device="cpu")
+    assert alone[0].text == written[3].text
 
 
-def test_without_anything_to_compare_with(model, tmp_path, monkeypatch):
+def test_classes_by_the_mean_likelihood_of_their_prompts(captioner):
+    source, templates = Scenes("heldout", image_size=32, num_samples=16), ("a {}", "a picture of a {}")
+    found = captioning.zero_shot_by_likelihood(captioner, source, device="cpu", templates=templates)
+    pixels = torch.stack([captioner.bundle.preprocess(source[index].image) for index in range(16)])
+    each = []
+    for template in templates:
+        tokens = captioner.bundle.tokenizer([template.replace("{}", name) for name in source.class_names])
+        each.append(log_likelihood(captioner.decoder, captioner.patches(pixels), tokens).exp())
+    predicted = sum(each).argmax(dim=1)
+    labels = torch.tensor([source.label(index) for index in range(16)])
+    assert found["acc1"] == pytest.approx(100 * (predicted == labels).float().mean().item())
+    assert torch.equal(torch.tensor(found["confusion"]).sum(0), torch.bincount(predicted, minlength=64))
+    assert found["templates"] == list(templates) and found["num_classes"] == 64
+
+
+def test_without_anything_to_compare_with(captioner, monkeypatch):
     source = open_source("scenes:val")
     source.captions = lambda index: ()
     with pytest.raises(UserError, match="scenes:val has neither captions nor class names to compare"):
-        captioning.captioning(*model, source, device="cpu")
+        captioning.captioning(captioner, source, device="cpu")
     monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
     with pytest.raises(UserError, match="pip install pycocoevalcap"):
         caption_scores(["a"], [["a"]])
+
+
+@pytest.fixture(scope="module")
+def folder(captioner, tmp_path_factory):
+    """The same as a checkpoint holds it."""
+    folder, options = tmp_path_factory.mktemp("model"), CaptionConfig(**asdict(captioner.decoder.config))
+    bundle = captioner.bundle
+    objective = SimpleNamespace(name="caption", options=options)
+    weights = {f"objectives.caption.decoder.{name}": t for name, t in captioner.decoder.state_dict().items()}
+
+    def fill(place):
+        save_model(place, bundle.model.state_dict(), bundle.config, bundle.preprocess.config, bundle.tokenizer)
+        save_objectives(place / "objectives", [objective], weights, None)
+
+    write_folder(folder / "final", fill)
+    return folder
+
+
+def test_the_tasks_of_a_suite(folder, tmp_path, monkeypatch, capfd):
+    for task in ("captioning", "caption_likelihood"):
+        call = script_caller("evaluate.py", monkeypatch, capfd)
+        words = [folder, "--task", task, "--data", "scenes:heldout", "--limit", 6, "--out", tmp_path / task]
+        done = call(*words)
+        assert done.returncode == 0, done.stderr
+        (result,) = json.loads((tmp_path / task / "evaluation.json").read_text())["results"]
+        wanted = ("named", "cider", "bleu4") if task == "captioning" else ("acc1", "heldout_acc1")
+        assert set(wanted) <= set(result["figures"])
+
+
+def test_the_script_captions_files_folders_and_data(folder, tmp_path, monkeypatch, capfd):
+    for name in ("a", "b", "c"):
+        Image.fromarray(Scenes()[ord(name)].image).save(tmp_path / f"{name}.png")
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    call = script_caller("caption.py", monkeypatch, capfd)
+    done = call(folder, tmp_path / "b.png", tmp_path, "scenes:test", "--limit", 5, "--json")
+    assert done.returncode == 0 and "not captioned: 1 unreadable_image" in done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(row["image"]).name for row in rows[:4]] == ["b.png", "a.png", "b.png", "c.png"] and len(rows) == 9
+    assert rows[0]["caption"] == rows[2]["caption"] and rows[0]["log_likelihood"] < 0
+    assert call(folder, tmp_path / "b.png").stdout == f"{tmp_path / 'b.png'}\t{rows[0]['caption']}\n"
+    drawn = [call(folder, tmp_path / "b.png", "--sample", "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nothing.png"], "caption.py: error: no image file nothing.png"),
+        (["scenes:test", "--top-k", "3"], "--top-k has no effect without --sample; leave it out"),
+        (["scenes:test", "--beam", "2", "--top-p", "0.5"], "--top-p has no effect without --sample"),
+        (["scenes:test", "--length-penalty", "2"], "--length-penalty has no effect without --beam"),
+        (["scenes:test", "--sample", "--top-p", "2"], "top_p is 2.0; it is a probability, 1 at most"),
+        (["scenes:test", "--sample", "--beam", "2"], "not allowed with argument"),
+    ],
+)
+def test_what_cannot_be_is_one_line(words, said, folder, monkeypatch, capfd):
+    done = script_caller("caption.py", monkeypatch, capfd)(folder, *words)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
