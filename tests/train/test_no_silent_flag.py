@@ -53,6 +53,7 @@ model:
   text: {{context_length: 8, width: 16, depth: 1, num_heads: 2, mlp_dim: 16}}
 data: {{train: "digits:train", eval: ["digits:test"], vocab_size: 300, augment: {AUGMENT}}}
 objectives:
+  caption: {{width: 16, depth: 1, num_heads: 2, mlp_dim: 16}}
   self_distill: {{crops: 1, crop_size: 4, prototypes: 8, hidden: 8, bottleneck: 8, augment: {AUGMENT}}}
   masked: {{prototypes: 8, hidden: 8, bottleneck: 8}}
 """,
@@ -62,7 +63,7 @@ data: {{train: digits, augment: {AUGMENT}}}
 """,
     "finetune": f"{COMMON}\ndata: {{train: digits, augment: {AUGMENT}}}\nwise_ft: {{alphas: [0.0, 0.5]}}",
 }
-WALKED = ("self_distill", "masked")  # objectives
+WALKED = ("caption", "self_distill", "masked")  # objectives
 VALUES = {  # where another value of the type would be wrong, as the words after the flag
     "schedule.decay": "constant",
     "schedule.cooldown_steps": "2",
@@ -121,6 +122,10 @@ VALUES = {  # where another value of the type would be wrong, as the words after
     "cutmix": "1",
     "lock": "image",
     "loss.max_logit_scale": "5",
+    "objectives.caption.start": "0.5",
+    "objectives.caption.width": "32",
+    "objectives.caption.num_heads": "4",
+    "objectives.caption.norm_eps": "0.1",
     "objectives.self_distill.start": "0.5",
     "objectives.masked.start": "0.5",
     "objectives.self_distill.momentum": "0.1",
