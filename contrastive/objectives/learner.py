@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from contrastive.distributed.collectives import world_size
 from contrastive.models import DualEncoder, Features, ModelConfig, PackedTokens
 from contrastive.objectives.objective import MicroBatch, Objective, Tensors
 
@@ -63,7 +63,7 @@ class Learner(DualEncoder):
         return Embedded(part.features, more, losses, self._idle(inputs))
 
     def _idle(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
-        if world_size() == 1 or not torch.is_grad_enabled():
+        if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):
             return None
         idle = [p for p in self.idle_parameters(inputs) if p.requires_grad]
         if any(isinstance(p, DTensor) for p in self.parameters()):  # FSDP waits for nothing

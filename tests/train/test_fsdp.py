@@ -103,6 +103,36 @@ def test_any_number_of_ranks_goes_on(saved_by, resumed_by, tiny, trained):
     assert_alike(run, whole)
 
 
+BESIDE = """
+objectives:
+  self_distill: {start: 0.5, crops: 2, crop_size: 8, prototypes: 16, hidden: 16, bottleneck: 8, balance: sinkhorn}
+  masked: {start: 0.3, share: 0.4, prototypes: 16, hidden: 16, bottleneck: 8, keep: true}
+"""
+
+
+def test_objectives_that_begin_on_the_way(tiny, trained):
+    """A teacher that is sharded as the student is; heads that wait; another number of ranks that goes on."""
+    with tiny.open("a") as file:
+        file.write(BESIDE)
+    flags = ("--config", tiny, *TOGETHER)
+    one = trained(1, "one", *flags)
+    sharded = trained(2, "sharded", *flags, **FSDP)
+    assert_alike(trained(2, "plain", *flags), one)
+    assert_alike(sharded, one)
+    for ours, theirs in zip(rows(sharded), rows(one), strict=True):
+        names = {name for name in theirs if name.endswith("_loss")}
+        assert len(names) == (1 if theirs["step"] < 3 else 2 if theirs["step"] < 4 else 3)
+        assert all(ours[name] == pytest.approx(theirs[name], rel=1e-5) for name in names)
+    for name in ("checkpoints/step-00000006", "final", "report.html"):
+        (sharded / name).rename(sharded / f"old-{Path(name).name}")
+    assert_alike(trained(1, "sharded", "--resume"), one)
+    ours, theirs = (load_file(run / "checkpoints/step-00000006/objectives/ema.safetensors") for run in (sharded, one))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+    assert not any("self_distill" in name for name in load_file(sharded / "final/objectives/model.safetensors"))
+
+
 def assert_same_losses(run, reference, rel):
     ours, theirs = ([row["loss"] for row in rows(folder)] for folder in (run, reference))
     assert ours == pytest.approx(theirs, rel=rel) and len(set(ours)) > 1
