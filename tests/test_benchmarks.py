@@ -79,3 +79,37 @@ def test_health_says_what_a_step_pays(tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
     assert row["steps"] == 10 and min(row["ms"].values()) > 0 and 0 < row["alone_share"] < 0.2
+
+
+def test_distill_compares_students_with_and_without_a_teacher(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny.yaml").write_text(
+        """
+model:
+  embed_dim: 16
+  image: {image_size: 16, patch_size: 8, width: 16, depth: 1, num_heads: 2, mlp_dim: 32}
+  text: {context_length: 8, width: 16, depth: 1, num_heads: 2, mlp_dim: 32}
+data: {vocab_size: 300}
+train: {steps: 3, global_batch_size: 8}
+"""
+    )
+    flags = ["--data", "scenes:val", "--dev", "scenes:val", "--config", str(tmp_path / "tiny.yaml"), "--views", "1"]
+    flags += [
+        "--seeds",
+        "4",
+        "--student=--model.image.mlp_dim 16",
+        "--timed",
+        "1",
+        "3",
+        "--work",
+        str(tmp_path / "work"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["distill.py", *flags, "--results", str(tmp_path / "rows")])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    runpy.run_path(str(ROOT / "benchmarks" / "distill.py"), run_name="__main__")
+    alone, taught = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert (alone["student"], taught["student"]) == ("alone", "taught")
+    assert alone["parameters"] == taught["parameters"] < alone["teacher_parameters"]
+    assert alone["step_cpu_seconds"] > 0 and taught["mean_recall"] > 0
+    metrics = [json.loads(line) for line in (tmp_path / "work/taught-4/metrics.jsonl").read_text().splitlines()]
+    assert any("distill_loss" in row for row in metrics)
+    assert "teacher" in capsys.readouterr().out
