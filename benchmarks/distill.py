@@ -5,16 +5,16 @@
 The teacher is a run of `--config`, and its embeddings of `--views` views of each image are stored once. The students
 are runs of the same recipe with smaller towers; with every seed one learns without a teacher, one from the stored
 views. They are scored on the held-out shards: recall at 1, 5 and 10 in percent both ways, with all captions, and their
-mean. What a step takes is CPU time, the difference of a longer and a shorter run.
+mean.
 
-What lies in `--work` is not done again. A row for each student goes to results/distill.jsonl.
+What lies in `--work` is not done again, and its CPU seconds are then not known. A row for each student goes to
+results/distill.jsonl.
 """
 
 import resource
 import shlex
 import statistics
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +58,6 @@ class Options:
     """Of each image."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A pair of students for each."""
-    timed: tuple[int, int] = (10, 50)
-    """Steps of the two runs by which one is timed."""
     work: str = "runs/distill"
     """Where runs are kept."""
     results: str = "distill"
@@ -75,15 +73,14 @@ def main(options: Options) -> None:
     run("embed.py", [str(teacher), options.data, str(stored), *how])
     taught = f"--objectives distill --teacher {shlex.quote(str(stored))} {options.distill}"
     kinds = {"alone": options.student, "taught": f"{options.student} {taught}"}
-    seconds = {kind: step_seconds(options, flags) for kind, flags in kinds.items()}
     dev, rows = open_source(options.dev), []
     of_teacher = {f"teacher_{name}": value for name, value in scores(teacher, dev).items()}
     for seed in options.seeds:
         for kind, own in kinds.items():
             folder = work / f"{kind}-{seed}"
-            pretrain(options, folder, f"{own} --seed {seed}")
+            seconds = pretrain(options, folder, f"{own} --seed {seed}")
             row = {"student": kind, "seed": seed, "loss": options.loss, "views": options.views, **scores(folder, dev)}
-            row |= {"distill": options.distill if kind == "taught" else "", "step_cpu_seconds": round(seconds[kind], 4)}
+            row |= {"distill": options.distill if kind == "taught" else "", "cpu_seconds": seconds}
             row |= {name: of_teacher[name] for name in ("teacher_parameters", "teacher_mean_recall")}
             rows.append(append(options.results, row, shlex.join(["python", *sys.argv])))
     Console().print(table(rows))
@@ -98,26 +95,17 @@ def run(script: str, words: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def pretrain(options: Options, folder: Path, flags: str) -> float:
-    """Do a run, or what is left of it; return its CPU seconds."""
-    if (folder / "final").exists():
-        return 0.0
-    return run("pretrain.py", [*words(options, folder, flags), "--resume", "auto"])
+def pretrain(options: Options, folder: Path, flags: str) -> float | None:
+    """Do a run, or what is left of it; return its CPU seconds, None where it was begun before."""
+    if folder.exists():
+        run("pretrain.py", [*words(options, folder, flags), "--resume", "auto"])
+        return None
+    return round(run("pretrain.py", words(options, folder, flags)), 1)
 
 
 def words(options: Options, folder: Path, flags: str) -> list[str]:
     common = ["--config", options.config, "--data", options.data, "--loss", options.loss, "--run_folder", str(folder)]
     return [*common, *shlex.split(options.more), *shlex.split(flags)]
-
-
-def step_seconds(options: Options, flags: str) -> float:
-    """CPU seconds of a step: what starting and ending take goes out."""
-    with tempfile.TemporaryDirectory() as folder:
-        short, long = (
-            run("pretrain.py", words(options, Path(folder) / str(steps), f"{flags} --train.steps {steps}"))
-            for steps in options.timed
-        )
-    return (long - short) / (options.timed[1] - options.timed[0])
 
 
 def scores(folder: Path, dev) -> dict[str, float]:
@@ -131,14 +119,16 @@ def scores(folder: Path, dev) -> dict[str, float]:
 
 def table(rows: list[dict]) -> Table:
     """Means over the seeds, with the spread of the mean recall."""
-    table = Table("", "parameters", "mean recall", "CPU s a step", box=SIMPLE_HEAD)
+    table = Table("", "parameters", "mean recall", "CPU seconds", box=SIMPLE_HEAD)
     first = rows[0]
     table.add_row("teacher", f"{first['teacher_parameters']:,}", f"{first['teacher_mean_recall']:.2f}", "")
     for kind in ("alone", "taught"):
         of = [row for row in rows if row["student"] == kind]
         recalls = [row["mean_recall"] for row in of]
         spread = f"{statistics.mean(recalls):.2f} ({min(recalls):.2f}–{max(recalls):.2f})"
-        table.add_row(kind, f"{of[0]['parameters']:,}", spread, f"{of[0]['step_cpu_seconds']:.3f}")
+        seconds = [row["cpu_seconds"] for row in of if row["cpu_seconds"] is not None]
+        told = f"{statistics.mean(seconds):.0f}" if seconds else ""
+        table.add_row(kind, f"{of[0]['parameters']:,}", spread, told)
     return table
 
 
