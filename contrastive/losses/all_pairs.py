@@ -126,11 +126,12 @@ class AllPairs:
         if not any(self.wants) and any(self.needs[2:]):
             self.wants = True, False  # the scalars' gradients are by-products of either
 
-        self.own = slice(rank() * len(image_features), (rank() + 1) * len(image_features))  # in the global batch
-        self.duplicates = duplicates
+        self.own = slice(rank() * len(text_features), (rank() + 1) * len(text_features))  # texts, in the global batch
+        self.duplicates, self.texts_each = duplicates, len(text_features) // len(image_features)  # K
         self.row_ids = self.column_ids = None
         if duplicates != "negative":
-            self.row_ids, self.column_ids = caption_ids, all_gather_even(caption_ids)
+            self.row_ids = caption_ids
+            self.column_ids = all_gather_even(caption_ids.repeat_interleave(self.texts_each))
 
         self._inputs = *inputs[:2], *(None if scalar is None else scalar.reshape(()) for scalar in inputs[2:])
         product_type = _product_type(image_features, text_features)
@@ -221,15 +222,15 @@ class PairLoss(nn.Module, ABC):
         """Return this rank's share of the loss, a scalar, in float32 at least.
 
         Args:
-            image_features: (B/W, E), unit length. text_features: likewise, row i describing image i.
+            image_features: (B/W, E), unit length. text_features: likewise, row i describing image i; K of each
+                image in turn, (K·B/W, E), where duplicates is `positive`.
             logit_scale: factor on the similarities (already exponentiated), a scalar tensor or a number.
             logit_bias: likewise, added to the logits where the loss has one; else None.
             caption_ids: (B/W,) int64, equal where captions are; needed unless duplicates is `negative`.
 
         Raises:
             NonFiniteFeatures: NaN or infinity in features on a CPU; on a GPU, which is not waited for, the loss is NaN.
-            ValueError: shapes, types or devices disagree, on any rank; a bias or caption_ids is missing, or a bias is
-                given to a loss that has none.
+            ValueError: shapes, types or devices disagree, on any rank; a bias or caption_ids is missing or too many.
         """
         self.check_bias(logit_bias)
         inputs = image_features, text_features, logit_scale, logit_bias, caption_ids, self.duplicates

@@ -48,7 +48,8 @@ def check_inputs(
     """Raise the same kind of error on all ranks if any rank's input is bad.
 
     Args:
-        features: image_features and text_features, floating (B/W, E) of one shape. scalars: logit_scale and, if
+        features: image_features and text_features, floating (B/W, E) of one shape; or K texts each, see
+            `PairLoss.forward`. scalars: logit_scale and, if
             any, logit_bias, 0-dim. caption_ids: (B/W,) int64, needed unless duplicates is `negative`.
         needs: whether gradients of image_features, text_features, logit_scale and logit_bias are wanted.
 
@@ -67,7 +68,9 @@ def check_inputs(
 def _refusal(features, scalars, caption_ids, duplicates) -> ValueError | None:
     image, text = features.values()
     shapes = f"image_features {tuple(image.shape)}, text_features {tuple(text.shape)}"
-    if image.ndim != 2 or image.shape != text.shape or not image.numel():
+    several = duplicates == "positive" and image.ndim == text.ndim == 2 and len(image) and not len(text) % len(image)
+    fit = image.shape[1:] == text.shape[1:] if several else image.shape == text.shape
+    if image.ndim != 2 or not fit or not text.numel():
         return ValueError(f"features must be two non-empty matrices (B, E) of one shape, got {shapes}")
     if not (image.is_floating_point() and text.is_floating_point()):
         return ValueError(f"features must be floating point, got {image.dtype} and {text.dtype}")
@@ -107,7 +110,7 @@ def _agree(error: ValueError | None, features: dict[str, torch.Tensor], needs: t
     image, text = features.values()
     rows, dim = (*image.shape, 0, 0)[:2]
     bits = image.element_size() * 8
-    everyone = gather_integers([state, rows, dim, bits, *map(int, needs)])
+    everyone = gather_integers([state, rows, dim, bits, text.numel(), *map(int, needs)])
     if error is not None:
         raise error
     for other, (state, *_) in enumerate(everyone):
@@ -118,7 +121,7 @@ def _agree(error: ValueError | None, features: dict[str, torch.Tensor], needs: t
     for other, (_, *traits) in enumerate(everyone):
         if traits != everyone[0][1:]:
             listed = ", ".join(f"rank {i} ({r}, {d}) {b} bit" for i, (_, r, d, b, *_) in enumerate(everyone))
-            what = "shape or type" if traits[:3] != everyone[0][1:4] else "need of gradients"
+            what = "shape or type" if traits[:4] != everyone[0][1:5] else "need of gradients"
             raise ValueError(
                 f"features of rank {other} differ from rank 0's in {what}: {listed}; "
                 "every rank needs the same local batch: drop the last, uneven one"

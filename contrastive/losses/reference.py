@@ -27,7 +27,10 @@ def sigmoid_loss(image, text, logit_scale, logit_bias, positive, counted):
 
 
 def softmax_loss(image, text, logit_scale, positive, counted):
-    """Mean of row- and column-wise cross entropy, the target uniform over positives (CLIP, figure 3; UniCL)."""
+    """Mean of row- and column-wise cross entropy, the target uniform over positives (CLIP, figure 3; UniCL).
+
+    Of several texts of an image, (B, K·B) `positive`, the columns are all texts.
+    """
     logits = (logit_scale * image @ text.T).masked_fill(~counted, -torch.inf)
     target = positive.to(logits.dtype)
     rows = (logits.masked_fill(~positive, 0) * target).sum(1) / target.sum(1) - logits.logsumexp(1)

@@ -16,7 +16,8 @@ class SoftmaxLoss(PairLoss):
     """Mean of image-to-text and text-to-image cross entropy over the global batch.
 
     Each rank takes its own texts against every image too. With duplicates `positive` the target is uniform over all
-    that match, as in UniCL. One sweep over tiles finds the normalisers, a second the gradients.
+    that match, as in UniCL, and an image may have K texts, of which each is a column.
+    One sweep over tiles finds the normalisers, a second the gradients.
     """
 
     def check_bias(self, logit_bias: torch.Tensor | None) -> None:
@@ -32,8 +33,9 @@ class SoftmaxLoss(PairLoss):
         row_lse, column_lse, matched = _log_sum_exps(pairs)
         if pairs.duplicates == "positive":
             weight = _target_weight(pairs)
-            loss_sum = ((row_lse + column_lse[pairs.own]) / 2 - matched * weight).sum() * LN_2
-            matched = weight
+            of_columns = column_lse[pairs.own].view(len(row_lse), -1).mean(dim=1)
+            loss_sum = ((row_lse + of_columns) / 2 - matched * weight).sum() * LN_2
+            column_lse, matched = column_lse + math.log2(pairs.texts_each), weight  # each column counts 1 / K
         else:
             # The log-sum-exps lack the own logit, by which all is known of the loss and its gradient without
             # subtracting numbers near 1: −log p = softplus(others − own), p − 1 = −σ(others − own).
@@ -88,7 +90,7 @@ def _log_sum_exps(pairs: AllPairs):
 
 
 def _target_weight(pairs: AllPairs) -> torch.Tensor:
-    """Return one over the number of captions equal to each of this rank's, float64 (B/W,)."""
+    """Return one over the number of texts that match each of this rank's images, float64 (B/W,)."""
     ids = pairs.column_ids.sort().values
     count = torch.searchsorted(ids, pairs.row_ids, right=True) - torch.searchsorted(ids, pairs.row_ids)
     return 1 / count.double()

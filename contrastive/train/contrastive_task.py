@@ -20,7 +20,7 @@ from contrastive.data.tokenizer import Tokenizer
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.interop.bundle import save_model
-from contrastive.losses import LOSSES, LossConfig
+from contrastive.losses import LOSSES, LossConfig, SoftmaxLossConfig
 from contrastive.models import DualEncoder, ModelConfig
 from contrastive.named_sections import Chosen, by_name, preset, several, slot
 from contrastive.objectives import OBJECTIVES, Objective, Setting
@@ -57,6 +57,8 @@ class PretrainConfig(RunConfig):
     between_captions: NotNegative[float] = 0.0
     """Weight of the same loss between each two captions of an image, which data.captions_per_image brings together; 0.3
     to 1 where captions are few."""
+    all_captions: bool = False
+    """The captions of an image in a step are all its matches in one softmax loss, instead of one in each of several."""
     init: str | None = None
     """Start from this model's weights, with its architecture, tokenizer and preprocessing: a run or model folder."""
     init_image: str | None = None
@@ -83,6 +85,11 @@ def check(config: PretrainConfig) -> None:
         raise UserError("model.init_logit_bias is for losses with a bias (sigmoid); leave it out")
     if config.between_captions and config.data.captions_per_image == 1:
         raise UserError("between_captions needs several captions of an image in a step: give --data.captions_per_image")
+    if config.all_captions and config.data.captions_per_image == 1:
+        raise UserError("all_captions needs several captions of an image in a step: give --data.captions_per_image")
+    if config.all_captions and not isinstance(config.loss, SoftmaxLossConfig):
+        mend = "sigmoid's sums over all pairs, and so has all captions already" if config.loss_name == "sigmoid" else ""
+        raise UserError(f"all_captions is for --loss softmax{mend and ': ' + mend}; leave it out")
     if config.init and config.init_image:
         raise UserError("give --init or --init_image, not both: --init starts both towers")
     if config.lock == "image" and not (config.init or config.init_image):
@@ -103,11 +110,12 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
     if loss.duplicates == "auto":
         named = any(part.class_names for part in source.parts)
         loss = replace(loss, duplicates="positive" if named else "negative")
-    if config.between_captions and loss.duplicates != "negative":
-        raise UserError(
-            f"between_captions with loss.duplicates {loss.duplicates}: captions of an image differ, and match; use "
-            "--loss.duplicates negative, or leave between_captions out"
-        )
+    for name in ("between_captions", "all_captions"):
+        if getattr(config, name) and loss.duplicates != "negative":
+            raise UserError(
+                f"{name} with loss.duplicates {loss.duplicates}: captions of an image differ, and match; use "
+                f"--loss.duplicates negative, or leave {name} out"
+            )
     scale, bias = loss.initial_logits(num_distinct(loss, source, config.train.global_batch_size))
     model = replace(
         model,
@@ -181,11 +189,13 @@ class ContrastiveTask(TrainingTask):
             self.model.image_tower.requires_grad_(False).eval()
         self.curriculum = Curriculum(config.curriculum, config.train.steps, self.model.image_tower)
         self.preprocess = Preprocess(config.data.preprocess.at(config.model.image.image_size))
-        self.loss = config.loss.build()
+        self.loss = (replace(config.loss, duplicates="positive") if config.all_captions else config.loss).build()
         batch = config.train.global_batch_size
         # With many matches in a row the loss of guessing is another one for each loss: no advice is given then.
         few = num_distinct(config.loss, source, batch) < batch
         self.chance_loss = math.inf if few else config.loss.chance_loss(batch) * (1 + config.between_captions)
+        if config.all_captions:  # one of B·K texts for half of the loss
+            self.chance_loss += math.log(config.data.captions_per_image) / 2
         for name, own in options.items():
             self.model.objectives[name] = own.build(self._setting(name))
 
@@ -213,7 +223,10 @@ class ContrastiveTask(TrainingTask):
     def inputs(self, batch: dict) -> Inputs:
         parts = batch["tokens"].chunk(self.config.train.accumulate)
         texts = [self.model.text_tower.pack(part.flatten(0, -2)) for part in parts]
-        inputs = {"image": batch["image"], "texts": texts, "caption_id": batch["caption_id"], "objectives": {}}
+        ids = batch["caption_id"]
+        if self.config.all_captions:
+            ids = batch["index"][:, None].expand_as(ids)
+        inputs = {"image": batch["image"], "texts": texts, "caption_id": ids, "objectives": {}}
         for name, one in self.objectives.items():
             extras = {key.removeprefix(f"{name}."): batch[key] for key in batch if key.startswith(f"{name}.")}
             if extras or one.extra is None:  # else it has not begun
@@ -222,7 +235,8 @@ class ContrastiveTask(TrainingTask):
 
     def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> Losses:
         _, self.model.image_tower.patch_dropout = self.curriculum.at(step)
-        how = {"between": self.config.between_captions, "seed": (self.config.train.seed, step), "runtime": runtime}
+        how = {"between": self.config.between_captions, "all_captions": self.config.all_captions}
+        how |= {"seed": (self.config.train.seed, step), "runtime": runtime}
         batch = Batch(self.preprocess.normalize(inputs["image"]), inputs["texts"], inputs["caption_id"])
         if not self.objectives:
             return forward_backward(wrapped, self.loss, batch, **how)

@@ -31,7 +31,7 @@ class Batch:
     texts: Sequence[torch.Tensor | PackedTokens]
     """Of each micro-batch: ids (b'·K, L), or packed."""
     caption_ids: torch.Tensor
-    """(b,), or (b, K)."""
+    """(b,), or (b, K); for `all_captions` what tells the images apart, K times each."""
     inputs: Mapping[str, Tensors] | None = None
     """Of each objective that takes part in the step, rows of b samples; None where the model has none."""
 
@@ -65,6 +65,7 @@ def forward_backward(
     batch: Batch,
     *,
     between: float = 0.0,
+    all_captions: bool = False,
     objectives: Mapping[str, Objective] | None = None,
     seed: tuple[int, int],
     runtime: Runtime,
@@ -74,19 +75,20 @@ def forward_backward(
     'loss' is what is descended; where there are objectives, those that it is made of follow, not weighted.
 
     Args:
-        model: the wrapped dual encoder, or `Learner`. between: weight of the loss between captions.
+        model: the wrapped dual encoder, or `Learner`. between, all_captions: see `loss_of_captions`.
         objectives: of a `Learner`, those that take part, as in `batch.inputs`. seed: (run seed, step), for dropout.
     """
-    step = _Step(model, loss, batch, between, objectives, seed, runtime)
+    captions = {"between": between, "all_captions": all_captions}
+    step = _Step(model, loss, batch, captions, objectives, seed, runtime)
     return step.at_once() if len(batch.texts) == 1 else step.in_micro_batches()
 
 
 class _Step:
     """See `forward_backward`."""
 
-    def __init__(self, model, loss, batch: Batch, between, objectives, seed, runtime):
+    def __init__(self, model, loss, batch: Batch, captions, objectives, seed, runtime):
         self.model, self.loss, self.parts, self.caption_ids = model, loss, batch.parts(), batch.caption_ids
-        self.between, self.seed, self.runtime = between, seed, runtime
+        self.captions, self.seed, self.runtime = captions, seed, runtime
         self.plain, self.objectives = objectives is None, objectives or {}
         self.targets = self._targets()
         self.targets_of_parts = in_parts(self.targets, len(self.parts))
@@ -162,7 +164,7 @@ class _Step:
         return outputs._replace(features=outputs.features._replace(text=text))
 
     def _of_batch(self, features: Features, more: ByObjective) -> dict[str, torch.Tensor]:
-        losses = {CONTRASTIVE: mean_loss(self.loss, *features, self.caption_ids, self.between)}
+        losses = {CONTRASTIVE: loss_of_captions(self.loss, *features, self.caption_ids, **self.captions)}
         for name, one in self.objectives.items():
             value = one.loss_of_batch(features, more.get(name, {}), self.targets[name])
             if value is not None:
@@ -184,18 +186,29 @@ def _added(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) 
     return {**left, **{name: left[name] + value if name in left else value for name, value in right.items()}}
 
 
-def mean_loss(
-    loss: nn.Module, image, text, logit_scale, logit_bias, caption_ids: torch.Tensor, between: float = 0.0
+def loss_of_captions(
+    loss: nn.Module,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    logit_scale,
+    logit_bias,
+    caption_ids: torch.Tensor,
+    between: float = 0.0,
+    all_captions: bool = False,
 ) -> torch.Tensor:
     """Return the loss of images (b, E) with their texts (b, E), or its mean over K texts of each, (b, K, E).
 
-    Then its mean over each two of the K, which match as an image and a text do, is added `between` times.
+    With `all_captions` it is one loss instead, in which each image's K texts are its matches among those of all.
+    Then the mean of the loss of each two of the K, which match as an image and a text do, is added `between` times.
     """
     if text.ndim == 2:
         return loss(image, text, logit_scale, logit_bias, caption_ids=caption_ids)
     texts = list(zip(text.unbind(1), caption_ids.unbind(1), strict=True))
-    each = [loss(image, one, logit_scale, logit_bias, caption_ids=ids) for one, ids in texts]
-    value = sum(each) / len(each)
+    if all_captions:
+        value = loss(image, text.flatten(0, 1), logit_scale, logit_bias, caption_ids=caption_ids[:, 0])
+    else:
+        each = [loss(image, one, logit_scale, logit_bias, caption_ids=ids) for one, ids in texts]
+        value = sum(each) / len(each)
     if between:
         both = itertools.combinations(texts, 2)
         each = [loss(one, two, logit_scale, logit_bias, caption_ids=ids) for (one, ids), (two, _) in both]

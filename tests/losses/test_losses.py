@@ -72,6 +72,28 @@ def test_losses_equal_the_oracle(batch, dim, seed, num_captions, scale, bias, na
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("tile", [4, 1000])
+def test_several_texts_of_each_image(name, tile, monkeypatch):
+    """Every pair of 7 images, two of which are one, with 21 texts, those of the same image matches."""
+    monkeypatch.setattr(all_pairs, "CPU_TILE", tile)
+    image, text = features(7, 5, 0, 10**9)[0], features(21, 5, 1, 10**9)[0]
+    ids = torch.tensor([3, 1, 4, 1, 5, 9, 2])
+    positive = ids[:, None] == ids.repeat_interleave(3)
+    scalars = [torch.tensor(8.0).double()] + [torch.tensor(-2.0).double()] * (name == "sigmoid")
+    oracle, loss = getattr(reference, f"{name}_loss"), (SigmoidLoss if name == "sigmoid" else SoftmaxLoss)("positive")
+    expected = value_and_gradients(
+        lambda *args: oracle(*args, positive, torch.ones_like(positive)), image, text, *scalars
+    )
+    ours = value_and_gradients(lambda *args: loss(*args, caption_ids=ids), image, text, *scalars)
+    for a, b in zip(expected, ours, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="of one shape"):
+        loss(image, text[:20], *scalars, caption_ids=ids)
+    with pytest.raises(ValueError, match="of one shape"):
+        type(loss)("negative")(image, text, *scalars)
+
+
 def relative_errors(expected, ours):
     return [((a - b.double()).norm() / a.norm()).item() for a, b in zip(expected, ours, strict=True)]
 

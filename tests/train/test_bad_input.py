@@ -38,6 +38,12 @@ def main():
             ["--between_captions", "0.5", "--data.captions_per_image", "2", "--loss.duplicates", "ignore"],
             "between_captions with loss.duplicates ignore: .* use --loss.duplicates negative",
         ),
+        (["--all_captions", "--loss", "softmax"], "all_captions needs several captions .* --data.captions_per_image"),
+        (["--all_captions", "--data.captions_per_image", "2"], "is for --loss softmax: sigmoid's sums over all pairs"),
+        (
+            ["--all_captions", "--data.captions_per_image", "2", "--loss", "softmax", "--loss.duplicates", "positive"],
+            "all_captions with loss.duplicates positive: .* use --loss.duplicates negative",
+        ),
         (["--data.token_dropout", "1"], "data.token_dropout is 1.0; it must be at least 0 and below 1"),
         (["--report_to", "none"], "tracker none is unknown or not installed.*; for no tracker leave --trackers out"),
         (["--data.replacement", "--data.window", "9"], "data.window and data.lanes mean nothing with data.replacement"),

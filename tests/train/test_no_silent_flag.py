@@ -143,6 +143,7 @@ VALUES = {  # where another value of the type would be wrong, as the words after
     },
 }
 BESIDE = {  # what else it takes for it to matter
+    "all_captions": "--data.captions_per_image 2 --loss softmax --loss.duplicates negative",
     "schedule.cooldown_steps": "--schedule.decay wsd",
     "data.lanes": "--data.window 100",
     "data.preprocess.cut": "--data.preprocess.resize crop --data.preprocess.short_side 11",

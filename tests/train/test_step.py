@@ -117,6 +117,40 @@ def test_captions_of_an_image_match_each_other(loss_name):
     assert step(1, 0.0)[0] == pytest.approx(each.item(), rel=1e-12)
 
 
+def step_with_all_captions(loss_name, accumulate, all_captions, runtime, rank=0, world_size=1):
+    torch.manual_seed(0)
+    model = DualEncoder(replace(CONFIG, init_logit_bias=-3.0 if loss_name == "sigmoid" else None)).double()
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(12, 3, 16, 16, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(0, 20, (12, 3, 6), generator=generator)
+    images = torch.arange(12) // 11 * 7 + torch.arange(12) % 11  # the last is the image of number 7 once more
+    features = model.encode_image(pixels), model.encode_text(tokens.flatten(0, 1)), model.logit_scale.exp()
+    positive = images[:, None] == images.repeat_interleave(3)
+    if loss_name == "softmax":
+        expected = softmax_loss(*features, positive, torch.ones_like(positive))
+    else:
+        positive = torch.eye(12, dtype=torch.bool).repeat_interleave(3, dim=1)
+        expected = sigmoid_loss(*features, model.logit_bias, positive, torch.ones_like(positive)) / 3
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    pixels, tokens = pixels.chunk(world_size)[rank], tokens.chunk(world_size)[rank]
+    ids = images.chunk(world_size)[rank][:, None].expand(-1, 3)
+    loss = replace(LOSSES.get(loss_name)(), duplicates="positive" if all_captions else "negative").build()
+    batch = Batch(pixels, [part.flatten(0, 1) for part in tokens.chunk(accumulate)], ids)
+    how = {"all_captions": all_captions, "seed": (0, 5), "runtime": runtime}
+    value = forward_backward(runtime.wrap(model), loss, batch, **how)["loss"]
+    for (name, parameter), right in zip(model.named_parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, right, rtol=1e-8, atol=1e-12, msg=name)
+    return value, expected.detach()
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_all_captions_of_an_image_are_its_matches_in_one_loss(accumulate):
+    """By the matrix of 12 images and 36 texts. The sigmoid loss has all of its pairs without being asked."""
+    for loss_name, all_captions in (("softmax", True), ("sigmoid", False)):
+        value, expected = step_with_all_captions(loss_name, accumulate, all_captions, Runtime("fp32"))
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+
+
 def test_packed_texts_give_the_same_loss_and_gradient():
     """But for rounding, as sums are taken in another order: 1e-12 here, 1e-6 of a loss in float32."""
     runtime = Runtime("fp32")
@@ -181,6 +215,26 @@ def test_micro_batches_on_two_ranks_equal_one_process(tmp_path, free_port):
         for results in ranks:
             for name, gradient in expected.items():
                 torch.testing.assert_close(results[case][1][name], gradient, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def run_rank_with_all_captions(rank, world_size, port, folder):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    runtime = Runtime("fp32")
+    values = [step_with_all_captions("softmax", k, True, runtime, rank, world_size) for k in (1, 2)]
+    torch.save(values, f"{folder}/rank{rank}.pt")
+    runtime.close()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_all_captions_on_ranks_equal_the_formula(ranks, tmp_path, free_port):
+    run_on_ranks(ranks, run_rank_with_all_captions, ranks, free_port, str(tmp_path))
+    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(ranks)]
+    for case in range(2):
+        value = sum(result[case][0] for result in results) / ranks
+        torch.testing.assert_close(value, results[0][case][1], rtol=1e-10, atol=0)
 
 
 def test_random_numbers_are_a_function_of_the_place():
