@@ -38,6 +38,13 @@ def softmax_loss(image, text, logit_scale, positive, counted):
     return -(rows.mean() + columns.mean()) / 2
 
 
+def view_loss(first, second, temperature):
+    """Mean cross entropy of each of 2B views: its other view among all views but itself (SimCLR, equation 1)."""
+    views = torch.cat([first, second])
+    logits = (views @ views.T / temperature).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(views)).roll(len(first)))
+
+
 def prototype_loss(student, teacher, center, student_temperature, teacher_temperature):
     """Mean cross entropy of softmax((teacher − center) / T_t) and softmax(student / T_s), rows (n, K) (DINO)."""
     target = ((teacher - center) / teacher_temperature).softmax(1)

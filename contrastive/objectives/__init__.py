@@ -5,6 +5,7 @@ from contrastive.objectives.distill import DistillConfig
 from contrastive.objectives.masked import MaskedConfig
 from contrastive.objectives.objective import Objective, ObjectiveConfig, Setting
 from contrastive.objectives.self_distill import SelfDistillConfig
+from contrastive.objectives.slip import SlipConfig
 from contrastive.registry import Registry
 
 __all__ = ["OBJECTIVES", "Objective", "ObjectiveConfig", "Setting"]
@@ -14,3 +15,4 @@ OBJECTIVES.register("caption")(CaptionConfig)
 OBJECTIVES.register("distill")(DistillConfig)
 OBJECTIVES.register("self_distill")(SelfDistillConfig)
 OBJECTIVES.register("masked")(MaskedConfig)
+OBJECTIVES.register("slip")(SlipConfig)

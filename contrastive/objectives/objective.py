@@ -59,6 +59,7 @@ class Setting:
     steps: int
     image_sizes: tuple[int, ...]
     """Of the images in turn, as the curriculum has them."""
+    global_batch_size: int = 256
     caption_templates: tuple[str, ...] = ("{}",)
     captions_per_image: int = 1
     augment: AugmentConfig = AugmentConfig()
@@ -66,6 +67,11 @@ class Setting:
     """Whether the image tower does not learn."""
     others: Mapping[str, "Objective"] = field(default_factory=dict)
     """Those of the run that were built before this one."""
+
+    def check_learns_images(self) -> None:
+        """Raise UserError where the image tower does not learn."""
+        if self.locked:
+            raise UserError(f"--objectives {self.name} trains the image tower, which --lock image keeps as it is")
 
 
 class MicroBatch:

@@ -15,7 +15,6 @@ from torch import nn
 
 from contrastive.distributed.collectives import all_reduce_max, all_reduce_sum, world_size
 from contrastive.distributed.sharding import local
-from contrastive.errors import UserError
 from contrastive.models import DualEncoder
 from contrastive.models.image_tower import ImageTower
 from contrastive.objectives.objective import MicroBatch, Objective, ObjectiveConfig, Setting
@@ -107,8 +106,7 @@ class PrototypeObjective(Objective):
 
     def __init__(self, options: PrototypeConfig, setting: Setting):
         super().__init__(options, setting)
-        if setting.locked:
-            raise UserError(f"--objectives {self.name} trains the image tower, which --lock image keeps as it is")
+        setting.check_learns_images()
         sharing = [one for one in setting.others.values() if isinstance(one, PrototypeObjective)]
         if sharing:
             # Not registered a second time: its weights are saved once, as the other objective's.

@@ -205,7 +205,7 @@ class ContrastiveTask(TrainingTask):
         parts = self.source, self.tokenizer, self.preprocess
         varied = data.caption_templates, data.captions_per_image, data.augment
         return Setting(
-            *(name, config.model, *parts, config.train.steps, sizes, *varied),
+            *(name, config.model, *parts, config.train.steps, sizes, config.train.global_batch_size, *varied),
             locked=config.lock == "image",
             others=self.objectives,
         )

@@ -56,6 +56,7 @@ objectives:
   caption: {{width: 16, depth: 1, num_heads: 2, mlp_dim: 16}}
   self_distill: {{crops: 1, crop_size: 4, prototypes: 8, hidden: 8, bottleneck: 8, augment: {AUGMENT}}}
   masked: {{prototypes: 8, hidden: 8, bottleneck: 8}}
+  slip: {{hidden: 8, out: 8, augment: {AUGMENT}}}
 """,
     "classifier": f"""{COMMON}
 model: {{image: {{{IMAGE}, pool: average, projection: true}}, embed_dim: 16}}
@@ -63,7 +64,7 @@ data: {{train: digits, augment: {AUGMENT}}}
 """,
     "finetune": f"{COMMON}\ndata: {{train: digits, augment: {AUGMENT}}}\nwise_ft: {{alphas: [0.0, 0.5]}}",
 }
-WALKED = ("caption", "self_distill", "masked")  # objectives
+WALKED = ("caption", "self_distill", "masked", "slip")  # objectives
 VALUES = {  # where another value of the type would be wrong, as the words after the flag
     "schedule.decay": "constant",
     "schedule.cooldown_steps": "2",
@@ -128,10 +129,12 @@ VALUES = {  # where another value of the type would be wrong, as the words after
     "objectives.caption.norm_eps": "0.1",
     "objectives.self_distill.start": "0.5",
     "objectives.masked.start": "0.5",
+    "objectives.slip.start": "0.5",
     "objectives.self_distill.momentum": "0.1",
     "objectives.masked.momentum": "0.1",
     **{
-        name.replace("data.augment", "objectives.self_distill.augment"): value
+        name.replace("data", f"objectives.{objective}"): value
+        for objective in ("self_distill", "slip")
         for name, value in (
             ("data.augment.crop_scale", "0.1 0.2"),
             ("data.augment.crop_ratio", "0.3 0.4"),
