@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from contrastive.log import run_script
+from contrastive.named_sections import by_name
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
@@ -37,16 +38,21 @@ def main(args: list[str]) -> None:
 def _facts(config, plan, suggestion, recipe_batch: int) -> Table:
     weights, batch = plan.weights, config.train.global_batch_size
     rate, warmup = suggestion
+    beside = weights.all - weights.image - weights.text
     grown = "" if recipe_batch == batch else f", by the square root of the batch from {recipe_batch:,}"
     warm = "" if warmup is None else f", {warmup:,} steps of warm-up"
     facts = {
-        "parameters": f"{weights.all / 1e6:,.1f} M: image {weights.image / 1e6:,.1f}, text {weights.text / 1e6:,.1f}",
+        "parameters": f"{weights.all / 1e6:,.1f} M: image {weights.image / 1e6:,.1f}, text {weights.text / 1e6:,.1f}"
+        + (f", only in training {beside / 1e6:,.1f}" if beside > 2 else ""),  # scale and bias are no tower's
         "FLOPs of a pair": f"{plan.model_flops / 1e9:,.1f} G forward and backward"
         + ("" if plan.flops == plan.model_flops else f", {plan.flops / 1e9:,.1f} G with what is computed twice"),
         "captions": f"{config.data.captions_per_image} of {plan.tokens} tokens each",
         "GPU": f"{config.gpu}, {plan.room / 2**30:.1f} GiB after CUDA's own; {config.utilisation:.0%} of its bf16 rate",
         "batch": f"{batch:,} pairs; suggested: learning rate {rate:.2g}{grown}{warm}",
     }
+    left_out = [name for name, own in by_name(config.objectives).items() if own.NEEDS_DATA]
+    if left_out:
+        facts["not counted"] = f"{', '.join(left_out)}: live teachers take their own memory and time, stored ones none"
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, fact in facts.items():
         table.add_row(name, fact)

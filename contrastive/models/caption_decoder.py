@@ -162,7 +162,8 @@ class CaptionDecoder(nn.Module):
         """
         states, length = self(image, ids, parallel), weights.shape[1]
         states, ids, weights = states[:, :length].flatten(0, 1), ids[:, :length].flatten(), weights.flatten()
-        if weights.device.type == "cpu":  # a GPU would be waited for
+        # A GPU would be waited for, and the fake tensors that plan.py counts have no content.
+        if weights.device.type == "cpu" and type(weights) is torch.Tensor:
             told = weights.nonzero()[:, 0]
             # To a multiple of about a sixteenth of their number: see TextTower.pack.
             extra = -len(told) % max(1, 2 ** (len(told).bit_length() - 5))

@@ -291,5 +291,5 @@ def _resampling(old: int, new: int, device: torch.device) -> torch.Tensor:
     As a matrix, because the gradient of F.interpolate is not deterministic on CUDA, and torch.compile cannot trace it
     for sizes that change.
     """
-    each = torch.eye(old, device=device)[None, None]
+    each = torch.eye(old, device=device, dtype=torch.float32)[None, None]
     return F.interpolate(each, size=(new, old), mode="bicubic", antialias=True, align_corners=False)[0, 0]

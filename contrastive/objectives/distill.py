@@ -19,6 +19,8 @@ SIDES = ("image", "text")
 class DistillConfig(ObjectiveConfig):
     """Learn from teachers: how they compare the images with the texts of a batch (MobileCLIP, TinyCLIP)."""
 
+    NEEDS_DATA = True
+
     teacher: tuple[str, ...] = ()
     """Teachers: models, or folders that scripts/embed.py --views wrote; several are an ensemble."""
     scale: tuple[Positive[float], ...] = ()

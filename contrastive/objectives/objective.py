@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ Tensors = Mapping[str, torch.Tensor]
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """The options that every objective has; each is registered in OBJECTIVES and adds its own."""
+
+    NEEDS_DATA: ClassVar[bool] = False
+    """Whether it can only be built where the run's data are: plan.py leaves it out then."""
 
     weight: NotNegative[float] = 1.0
     """What its loss is multiplied by; that of the contrastive loss is 1."""

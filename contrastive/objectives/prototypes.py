@@ -4,7 +4,6 @@ A head tells for a feature to which of K prototypes it belongs; the student's he
 teacher's says of the whole image (Caron et al. 2021, "DINO"; Zhou et al. 2022, "iBOT").
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -60,7 +59,7 @@ class PrototypeHead(nn.Module):
             if parameter.ndim == 1:
                 nn.init.zeros_(parameter)
             else:
-                nn.init.trunc_normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.prototypes, dim=-1))
@@ -117,7 +116,7 @@ class PrototypeObjective(Objective):
             self.own_teacher = EmaTeacher(setting, options.momentum)
             self._shared = (self.own_teacher,)
         self.head = PrototypeHead(setting.model.image.width, options)
-        self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.teacher_head = PrototypeHead(setting.model.image.width, options).requires_grad_(False)
         self.register_buffer("center", torch.zeros(options.prototypes))
         self._next_center: torch.Tensor | None = None  # once the step is done
 

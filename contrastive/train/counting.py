@@ -9,16 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from contrastive import products
-from contrastive.models import DualEncoder
+from contrastive.data.extras import DrawnSample
+from contrastive.data.preprocess import Preprocess
+from contrastive.data.record import Record
+from contrastive.models import DualEncoder, TextTowerConfig
 from contrastive.models.transformer import Transformer
+from contrastive.named_sections import by_name
+from contrastive.objectives import Setting
+from contrastive.objectives.learner import Learner
 from contrastive.train.contrastive_task import PretrainConfig
 
 
@@ -75,7 +83,7 @@ def one_pass(config: PretrainConfig, batch: int, tokens: int, bf16: bool, keeps:
     """
     image = config.model.image
     with _plain_products(), FakeTensorMode(), _default_dtype(torch.bfloat16 if sharded and bf16 else torch.float32):
-        model = towers_of(config).train()
+        model = model_of(config).train()
         for part in model.modules():
             if isinstance(part, Transformer):
                 part.gradient_checkpointing = config.train.gradient_checkpointing
@@ -85,13 +93,14 @@ def one_pass(config: PretrainConfig, batch: int, tokens: int, bf16: bool, keeps:
                     parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         pixels = torch.empty(batch, 3, image.image_size, image.image_size, dtype=torch.float32)
         ids = torch.ones(batch * config.data.captions_per_image, tokens, dtype=torch.int64)
+        more = (example_inputs(config, model, batch),) if isinstance(model, Learner) else ()
         counter = FlopCounterMode(display=False)
         allocations = Allocations([*model.parameters(), *model.buffers(), ids])
         with allocations, counter:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                features = model(pixels, ids)
+                total = scalar_of_all(model, (pixels, ids, *more))
             forward, activations = counter.get_total_flops(), allocations.now
-            (features.image.sum() + features.text.sum()).backward()
+            total.backward()
     return Pass(forward, counter.get_total_flops(), activations, allocations.peak)
 
 
@@ -112,7 +121,7 @@ class Weights:
 def count_weights(config: PretrainConfig) -> Weights:
     """Count the model's parameters, and what its optimizers make of them in a step."""
     with _plain_products(), FakeTensorMode():
-        model = towers_of(config)
+        model = model_of(config)
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizers = config.optimizer.build(model)
         for parameter in trainable:
@@ -128,12 +137,75 @@ def count_weights(config: PretrainConfig) -> Weights:
     return Weights(*towers, learning, max(blocks), sum(blocks), kept, allocations.peak - kept)
 
 
-def towers_of(config: PretrainConfig) -> DualEncoder:
-    """Return the model of a run, with fresh weights; of a locked tower none learn."""
-    model = DualEncoder(config.model)
+def model_of(config: PretrainConfig) -> DualEncoder:
+    """Return the model of a run, its objectives with it, with fresh weights; of a locked tower none learn.
+
+    Objectives that need the data are left out.
+
+    Raises:
+        UserError: an objective that cannot be had.
+    """
+    options = {name: own for name, own in by_name(config.objectives).items() if not own.NEEDS_DATA}
+    image = config.model.image
+    model = Learner(config.model) if options else DualEncoder(config.model)
     if config.lock == "image":
         model.image_tower.requires_grad_(False)
+    preprocess = StandInPreprocess(config.data.preprocess.at(image.image_size))
+    parts = config.model, None, StandInTokenizer(config.model.text), preprocess, NEVER_ENDING
+    for name, own in options.items():
+        others = dict(model.objectives.items())
+        setting = Setting(name, *parts, (image.image_size,), locked=config.lock == "image", others=others)
+        model.objectives[name] = own.build(setting)
     return model
+
+
+NEVER_ENDING = 10**9  # steps: whenever an objective begins, the run goes on after it
+
+
+class StandInPreprocess(Preprocess):
+    """Keeps no tensors, which would be fake ones, for later."""
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.float()
+
+
+class StandInTokenizer:
+    """Knows what an objective asks of a tokenizer that is not there yet; every caption fills the context."""
+
+    eos_id, bos_id, pad_id = 1, None, 0
+
+    def __init__(self, text: TextTowerConfig):
+        self.vocab_size, self.context_length = text.vocab_size, text.context_length
+
+    def tokenize_clean(self, captions: list[str]) -> torch.Tensor:
+        return torch.full((len(captions), self.context_length), 2)
+
+
+def example_inputs(config: PretrainConfig, model: Learner, batch: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Return what the objectives are given for so many samples: the right shapes, no content."""
+    size, captions = config.model.image.image_size, ("a",) * config.data.captions_per_image
+    grey = Record("", np.full((size, size, 3), 128, np.uint8))
+    inputs = {}
+    for name, one in model.objectives.items():
+        with unset_fake_temporarily():
+            rng = np.random.default_rng(0)
+            sample = DrawnSample(grey, 0, captions, rng, size, lambda s: torch.zeros(3, s, s, dtype=torch.uint8))
+            made = {} if one.extra is None else one.extra.of(sample)
+            own = one.inputs({}, default_collate([made] * batch))
+        inputs[name] = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in own.items()}
+    return inputs
+
+
+def scalar_of_all(model: DualEncoder, given: tuple) -> torch.Tensor:
+    """A forward pass, targets first where there are objectives; a scalar that depends on all that learns."""
+    if not isinstance(model, Learner):
+        features = model(*given)
+        return features.image.sum() + features.text.sum()
+    with torch.no_grad():
+        targets = {name: model.objectives[name].whole_targets(own) for name, own in model(*given).items()}
+    seen = model(*given, targets)
+    rest = [value.sum() for own in seen.more.values() for value in own.values()]
+    return seen.features.image.sum() + seen.features.text.sum() + sum(rest) + sum(seen.losses.values())
 
 
 def _numel(module: nn.Module) -> int:

@@ -7,9 +7,11 @@ import torch
 
 from contrastive.distributed.collectives import GATHER_BYTES
 from contrastive.errors import UserError, did_you_mean
+from contrastive.named_sections import by_name, chosen
+from contrastive.objectives import OBJECTIVES
 from contrastive.option_types import Positive
 from contrastive.train.contrastive_task import PretrainConfig, check
-from contrastive.train.counting import Weights, count_weights, one_pass, towers_of
+from contrastive.train.counting import Weights, count_weights, model_of, one_pass
 from contrastive.train.options import check_division
 from contrastive.train.pretrain import CLIP_VOCABULARY
 from contrastive.train.traffic import Exchange, step_traffic
@@ -134,8 +136,9 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `make_plan` found. FLOPs are of one pair: `model_flops` forward and backward, `flops` with what is computed
-    twice to save memory."""
+    """What `make_plan` found. FLOPs are of one pair, their mean over the run where objectives begin on the way:
+    `model_flops` forward and backward, `flops` with what is computed twice to save memory. Memory is with all of them.
+    """
 
     weights: Weights
     model_flops: float
@@ -164,11 +167,13 @@ def make_plan(config: PlanConfig) -> Plan:
         raise UserError("tokens: this text tower computes its padding, so that all captions count as the whole context")
     tokens = math.ceil(config.tokens or text.context_length)
     bf16, weights = config.train.precision != "fp32", count_weights(config)
-    once = one_pass(config, 8, tokens, bf16, keeps=False)
-    plainly = replace(config, train=replace(config.train, gradient_checkpointing=0.0))
-    model_flops = one_pass(plainly, 8, tokens, bf16, keeps=False).both / 8
-    # Micro-batches are embedded once more, without a graph, before the loss of all of them is known.
-    flops = (once.both + (once.forward if config.train.accumulate > 1 else 0)) / 8
+    flops = model_flops = 0.0
+    for share, stage in stages(config):
+        once = one_pass(stage, 8, tokens, bf16, keeps=False)
+        plainly = replace(stage, train=replace(config.train, gradient_checkpointing=0.0))
+        model_flops += share * one_pass(plainly, 8, tokens, bf16, keeps=False).both / 8
+        # Micro-batches are embedded once more, without a graph, before the loss of all of them is known.
+        flops += share * (once.both + (once.forward if config.train.accumulate > 1 else 0)) / 8
     room, samples = gpu.memory * GIB - CONTEXT, _samples(config)
 
     def forecast(gpus: int) -> Forecast:
@@ -193,10 +198,21 @@ def make_plan(config: PlanConfig) -> Plan:
     return Plan(weights, model_flops, flops, tokens, room, [forecast(gpus) for gpus in config.gpus])
 
 
+def stages(config: PretrainConfig) -> list[tuple[float, PretrainConfig]]:
+    """Return the shares of the run that have the same objectives, each with the options of a run of those alone."""
+    options = by_name(config.objectives)
+    starts = sorted({0.0, *(own.start for own in options.values())})
+    found = []
+    for start, end in zip(starts, [*starts[1:], 1.0], strict=True):
+        active = {name: own for name, own in options.items() if own.start <= start}
+        found.append((end - start, replace(config, objectives=chosen(OBJECTIVES, active))))
+    return found
+
+
 def traffic(config: PretrainConfig, gpus: int, bf16: bool, fsdp: bool) -> dict[str, float]:
     """Return the bytes that each GPU sends in a step, by what for."""
     with torch.device("meta"):
-        model = towers_of(config)
+        model = model_of(config)
     captions = config.data.captions_per_image
     pairs_of_captions = captions * (captions - 1) // 2 if config.between_captions else 0
     how = Exchange(

@@ -12,10 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from contrastive import products
 from contrastive.errors import UserError
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
+from contrastive.named_sections import by_name, chosen
+from contrastive.objectives import OBJECTIVES
+from contrastive.objectives.caption import CaptionConfig
+from contrastive.objectives.distill import DistillConfig
+from contrastive.objectives.masked import MaskedConfig
+from contrastive.objectives.self_distill import SelfDistillConfig
 from contrastive.optim import AdamWConfig, MuonConfig
-from contrastive.train.counting import count_weights, one_pass
+from contrastive.train.counting import count_weights, example_inputs, model_of, one_pass, scalar_of_all
 from contrastive.train.options import TrainConfig
-from contrastive.train.plan import FLOAT, PlanConfig, fitting_batch, make_plan, rank_memory, suggested, traffic
+from contrastive.train.plan import FLOAT, PlanConfig, fitting_batch, make_plan, rank_memory, stages, suggested, traffic
 
 main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts/plan.py"))["main"]
 TINY = ModelConfig(
@@ -42,6 +48,35 @@ def test_flops_are_those_of_real_tensors(share, monkeypatch):
         (features.image.sum() + features.text.sum()).backward()
     seen = one_pass(recomputing(share), 4, 8, bf16=False, keeps=True)
     assert (seen.forward, seen.both) == (forward, counter.get_total_flops())
+
+
+HEAD = {"prototypes": 16, "hidden": 16, "bottleneck": 8}
+BESIDE = {
+    "caption": CaptionConfig(start=0.25),
+    "self_distill": SelfDistillConfig(crops=2, start=0.75, **HEAD),
+    "masked": MaskedConfig(start=0.75, **HEAD),
+    "distill": DistillConfig(teacher=("nowhere",)),
+}
+
+
+def test_objectives_are_counted_with_their_modules_teachers_and_views(monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN", False)
+    config = replace(CONFIG, objectives=chosen(OBJECTIVES, BESIDE))
+    model = model_of(config)
+    assert list(model.objectives) == ["caption", "self_distill", "masked"], "a teacher that is not there is left out"
+    given = torch.randn(4, 3, 32, 32), torch.ones(4, 8, dtype=torch.int64), example_inputs(config, model, 4)
+    given[2]["caption"]["weights"].fill_(1 / 8)  # all tokens count
+    with FlopCounterMode(display=False) as counter:
+        total = scalar_of_all(model, given)
+        forward = counter.get_total_flops()
+        total.backward()
+    seen = one_pass(config, 4, 8, bf16=False, keeps=True)
+    assert (seen.forward, seen.both) == (forward, counter.get_total_flops())
+    learning = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad and "logit" not in name)
+    assert count_weights(config).trainable == sum(p.numel() for p in learning) < count_weights(config).all
+    names = [(share, set(by_name(stage.objectives))) for share, stage in stages(config)]
+    assert names == [(0.25, {"distill"}), (0.5, {"distill", "caption"}), (0.25, set(BESIDE))]
 
 
 def test_recomputed_blocks_and_bf16_keep_less():
