@@ -5,7 +5,7 @@ It is made where samples are, in the loader's workers, as a pure function of (se
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class DrawnSample:
     """S of the image, in pixels."""
     view: Callable[[int], torch.Tensor]
     """S to uint8 (3, S, S): the image as it was varied for the model, at any size."""
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    """(reason, key) of what was met and passed over, which is counted."""
 
 
 class Extra:

@@ -68,7 +68,7 @@ class SampleDataset(Dataset, ABC):
                 key = record.key
                 added, captions = self.sample(record, rng, bad)
                 place = position, attempt
-                image, more = self._varied(record, index, captions, size, rng, extras, place)
+                image, more = self._varied(record, index, captions, size, rng, extras, place, bad)
                 return {"image": image, **added, **more, "index": index, "replaced": attempt, "bad": bad}
             except BadSample as fault:
                 bad.append((fault.reason, fault.key or key))
@@ -87,6 +87,7 @@ class SampleDataset(Dataset, ABC):
         rng: np.random.Generator,
         extras: Sequence[Extra],
         place: tuple[int, int],
+        bad: Faults,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return the varied image, and what the extras add, each with draws of its own from (position, attempt)."""
         if not extras:
@@ -105,7 +106,7 @@ class SampleDataset(Dataset, ABC):
             return seen[size]
 
         for extra, one in zip(extras, own, strict=True):
-            made = extra.of(DrawnSample(record, index, captions, one, size, view))
+            made = extra.of(DrawnSample(record, index, captions, one, size, view, bad))
             added |= {f"{extra.name}.{key}": value for key, value in made.items()}
         return image, added
 

@@ -38,6 +38,12 @@ def softmax_loss(image, text, logit_scale, positive, counted):
     return -(rows.mean() + columns.mean()) / 2
 
 
+def softmax_loss_with_negatives(image, text, negatives, logit_scale):
+    """`softmax_loss` of B pairs, with negatives (N, E) in the images' denominators and not in the texts' (NegCLIP)."""
+    logits, own = logit_scale * image @ torch.cat([text, negatives]).T, torch.arange(len(image))
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, : len(image)].T, own)) / 2
+
+
 def view_loss(first, second, temperature):
     """Mean cross entropy of each of 2B views: its other view among all views but itself (SimCLR, equation 1)."""
     views = torch.cat([first, second])

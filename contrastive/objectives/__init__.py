@@ -2,6 +2,7 @@
 
 from contrastive.objectives.caption import CaptionConfig
 from contrastive.objectives.distill import DistillConfig
+from contrastive.objectives.hard_negatives import HardNegativesConfig
 from contrastive.objectives.masked import MaskedConfig
 from contrastive.objectives.objective import Objective, ObjectiveConfig, Setting
 from contrastive.objectives.self_distill import SelfDistillConfig
@@ -16,3 +17,4 @@ OBJECTIVES.register("distill")(DistillConfig)
 OBJECTIVES.register("self_distill")(SelfDistillConfig)
 OBJECTIVES.register("masked")(MaskedConfig)
 OBJECTIVES.register("slip")(SlipConfig)
+OBJECTIVES.register("hard_negatives")(HardNegativesConfig)

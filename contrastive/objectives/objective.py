@@ -23,6 +23,7 @@ from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
+from contrastive.losses import LossConfig
 from contrastive.models import DualEncoder, Features, ModelConfig, PackedTokens
 from contrastive.models.encoders import unit_length
 from contrastive.option_types import NotNegative, Probability
@@ -66,6 +67,11 @@ class Setting:
     caption_templates: tuple[str, ...] = ("{}",)
     captions_per_image: int = 1
     augment: AugmentConfig = AugmentConfig()
+    image_column: str | None = None
+    loss: LossConfig | None = None
+    """The contrastive one."""
+    all_captions: bool = False
+    """Whether it takes all captions of an image together."""
     locked: bool = False
     """Whether the image tower does not learn."""
     others: Mapping[str, "Objective"] = field(default_factory=dict)

@@ -206,6 +206,9 @@ class ContrastiveTask(TrainingTask):
         varied = data.caption_templates, data.captions_per_image, data.augment
         return Setting(
             *(name, config.model, *parts, config.train.steps, sizes, config.train.global_batch_size, *varied),
+            image_column=data.image_column,
+            loss=config.loss,
+            all_captions=config.all_captions,
             locked=config.lock == "image",
             others=self.objectives,
         )

@@ -201,7 +201,7 @@ def _finish(trainer: Trainer) -> None:
     bad_samples = merged(row for row in metrics if row["kind"] == "bad_samples")
     if bad_samples["counts"]:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(bad_samples["counts"].items()))
-        warn(f"samples passed over and replaced: {counts}")
+        warn(f"passed over in the data: {counts}")
     write_report(
         report,
         title=folder.name,

@@ -130,7 +130,7 @@ def test_unreadable_images_and_empty_captions_are_counted(tiny, tmp_path, capsys
     run = tmp_path / "run"
     args = ("--data.train", tmp_path / "data.tar", "--data.eval", tmp_path / "data.tar", "--train.steps", "5")
     pretrain_here("--config", tiny, "--run_folder", run, *args)  # 5 steps of 16 visit all 40 twice
-    assert "samples passed over and replaced: " in capsys.readouterr().err
+    assert "passed over in the data: " in capsys.readouterr().err
     for reason in ("unreadable_image", "empty_caption"):
         assert sum(row["counts"].get(reason, 0) for row in rows(run, "bad_samples")) >= 2
     assert len(rows(run)) == 5
