@@ -11,6 +11,7 @@ import typing
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from evaluate.small_model import save_small_model
 from torch.utils.checkpoint import checkpoint
 
 from contrastive.config import _flat_types, flatten, parse, to_dict
@@ -57,6 +58,7 @@ objectives:
   self_distill: {{crops: 1, crop_size: 4, prototypes: 8, hidden: 8, bottleneck: 8, augment: {AUGMENT}}}
   masked: {{prototypes: 8, hidden: 8, bottleneck: 8}}
   slip: {{hidden: 8, out: 8, augment: {AUGMENT}}}
+  distill: {{teacher: [TEACHER], feature_weight: 0.5, project: true}}
 """,
     "classifier": f"""{COMMON}
 model: {{image: {{{IMAGE}, pool: average, projection: true}}, embed_dim: 16}}
@@ -64,7 +66,7 @@ data: {{train: digits, augment: {AUGMENT}}}
 """,
     "finetune": f"{COMMON}\ndata: {{train: digits, augment: {AUGMENT}}}\nwise_ft: {{alphas: [0.0, 0.5]}}",
 }
-WALKED = ("caption", "self_distill", "masked", "slip")  # objectives
+WALKED = ("caption", "self_distill", "masked", "slip", "distill")  # objectives
 VALUES = {  # where another value of the type would be wrong, as the words after the flag
     "schedule.decay": "constant",
     "schedule.cooldown_steps": "2",
@@ -130,6 +132,8 @@ VALUES = {  # where another value of the type would be wrong, as the words after
     "objectives.self_distill.start": "0.5",
     "objectives.masked.start": "0.5",
     "objectives.slip.start": "0.5",
+    "objectives.distill.start": "0.5",
+    "objectives.distill.scale": "3",
     "objectives.self_distill.momentum": "0.1",
     "objectives.masked.momentum": "0.1",
     **{
@@ -250,8 +254,9 @@ def start(kind, folder, words, init):
 def runs(tmp_path_factory):
     """The model that fine-tuning starts from, and the plain run of each kind, started when it is asked for."""
     folder = tmp_path_factory.mktemp("runs")
+    teacher = save_small_model(folder / "teacher")
     for kind, text in FILES.items():
-        (folder / f"{kind}.yaml").write_text(text)
+        (folder / f"{kind}.yaml").write_text(text.replace("TEACHER", str(teacher)))
     plain = {}
 
     def of(kind):
