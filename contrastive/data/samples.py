@@ -144,6 +144,7 @@ class PairDataset(SampleDataset):
     Args:
         caption_templates: one is drawn for each caption, and '{}' in it becomes the caption.
         captions_per_image: K; an image with fewer shows some of them again.
+        spread_captions: draw the k-th of the K from the k-th K-th of the weights, instead of all that follow the first.
         token_dropout: share of the tokens that are left out of each.
     """
 
@@ -158,9 +159,10 @@ class PairDataset(SampleDataset):
         captions_per_image: int = 1,
         token_dropout: float = 0.0,
         extras: Sequence[Extra] = (),
+        spread_captions: bool = False,
     ):
         super().__init__(source, order, image_size, augment, extras)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.spread_captions = tokenizer, spread_captions
         self.caption_templates, self.captions_per_image = caption_templates, captions_per_image
         self.token_dropout = token_dropout
 
@@ -180,12 +182,17 @@ class PairDataset(SampleDataset):
 
         An unusable one is noted and the next one taken, so that the image is not lost with it.
         """
-        faults, usable = [], []
-        for caption in drawn_order(record, rng.random()):
-            fault = caption_fault(caption) or caption_fault(self.tokenizer.cleaned(caption))
-            (usable if fault is None else faults).append(fault or caption)
-            if len(usable) == self.captions_per_image:
-                break
+        faults, usable, orders = [], [], self.captions_per_image if self.spread_captions else 1
+        for number in range(orders):
+            most = self.captions_per_image * (number + 1) // orders
+            for caption in drawn_order(record, (number + rng.random()) / orders):
+                if len(usable) == most:
+                    break
+                fault = caption_fault(caption) or caption_fault(self.tokenizer.cleaned(caption))
+                if fault is not None:
+                    faults.append(fault)
+                elif orders == 1 or caption not in usable:
+                    usable.append(caption)
         if not usable:
             raise BadSample(faults[0], record.key)
         bad.extend((fault, record.key) for fault in faults[:1])

@@ -99,6 +99,8 @@ class DataConfig(CaptionOptions, ImageDataConfig):
     captions_per_image: Positive[int] = 1
     """Captions of an image in one step, each a pair with it among the others' captions: the loss is their mean. The
     image is embedded once, so where texts are short a step learns more for little more time."""
+    spread_captions: bool = False
+    """Draw the K captions evenly over the weights of caption_column: of short=1,long=1 and K 2, one of each column."""
     token_dropout: Probability[float] = 0.0
     """Share of a caption's tokens left out in training, drawn anew each time. 0.1 to 0.3 where captions are few."""
     RENAMED = ImageDataConfig.RENAMED | CaptionOptions.RENAMED

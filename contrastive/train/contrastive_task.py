@@ -83,10 +83,11 @@ def check(config: PretrainConfig) -> None:
         config.model.image.check()
     if config.model.init_logit_bias is not None and config.loss.initial_logits(2)[1] is None:
         raise UserError("model.init_logit_bias is for losses with a bias (sigmoid); leave it out")
-    if config.between_captions and config.data.captions_per_image == 1:
-        raise UserError("between_captions needs several captions of an image in a step: give --data.captions_per_image")
-    if config.all_captions and config.data.captions_per_image == 1:
-        raise UserError("all_captions needs several captions of an image in a step: give --data.captions_per_image")
+    of_several = {"data.spread_captions": config.data.spread_captions}
+    of_several |= {name: getattr(config, name) for name in ("between_captions", "all_captions")}
+    for name, asked in of_several.items():
+        if asked and config.data.captions_per_image == 1:
+            raise UserError(f"{name} needs several captions of an image in a step: give --data.captions_per_image")
     if config.all_captions and not isinstance(config.loss, SoftmaxLossConfig):
         mend = "sigmoid's sums over all pairs, and so has all captions already" if config.loss_name == "sigmoid" else ""
         raise UserError(f"all_captions is for --loss softmax{mend and ': ' + mend}; leave it out")
@@ -221,7 +222,9 @@ class ContrastiveTask(TrainingTask):
         data, size = self.config.data, self.curriculum.image_size
         captions = data.caption_templates, data.captions_per_image, data.token_dropout
         extras = [one.extra for one in self.objectives.values() if one.extra is not None]
-        return PairDataset(self.source, order, self.tokenizer, size, data.augment, *captions, extras)
+        return PairDataset(
+            self.source, order, self.tokenizer, size, data.augment, *captions, extras, data.spread_captions
+        )
 
     def inputs(self, batch: dict) -> Inputs:
         parts = batch["tokens"].chunk(self.config.train.accumulate)

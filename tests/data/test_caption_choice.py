@@ -130,6 +130,30 @@ def test_several_captions_of_an_image_at_once():
     assert len({tuple(map(words.decode, sample["tokens"])) for sample in again}) > 2  # a template for each
 
 
+def spread(source, words, count):
+    samples = texts(source, words, ("{}",), count, 0.0, (), True)
+    return [[words.decode(row) for row in sample["tokens"]] for sample in samples], samples
+
+
+def test_captions_spread_over_columns():
+    """One of each of two columns that weigh alike, whatever they hold; of weights 1 and 3, one and three."""
+    words = train_bpe(["s1 s2 s3 l1 l2 l3"] * 2, 300, 32)
+    both, _ = spread(Memory(["s1", "s2", "s3", "l1"], (1 / 3, 1 / 3, 1 / 3, 1.0)), words, 2)
+    assert {tuple(pair) for pair in both} == {(short, "l1") for short in ("s1", "s2", "s3")}
+    both, _ = spread(Memory(["s1", "s2", "l1", "l2"], (0.5, 0.5, 0.5, 0.5)), words, 2)
+    assert len({tuple(pair) for pair in both}) == 4, "drawn apart"
+    four, _ = spread(Memory(["s1", "s2", "l1", "l2", "l3"], (0.5, 0.5, 1.0, 1.0, 1.0)), words, 4)
+    assert {tuple(sorted(each)) for each in four} == {("l1", "l2", "l3", short) for short in ("s1", "s2")}
+    first, again = (spread(Memory(["s1", "l1", "l2"], (1.0, 0.5, 0.5)), words, 2)[0] for _ in range(2))
+    assert first == again
+    # What cannot be used, and a column that a sample lacks, leave their place to another caption.
+    both, samples = spread(Memory(["s1", "", "l1"], (0.5, 0.5, 1.0)), words, 2)
+    assert all(set(pair) == {"s1", "l1"} for pair in both)
+    assert {len(sample["bad"]) for sample in samples} == {0, 1}
+    assert all(set(pair) == {"s1", "s2"} for pair in spread(Memory(["s1", "s2"], (0.5, 0.5)), words, 2)[0])
+    assert all(pair == ["s1", "s1"] for pair in spread(Memory(["s1"], (1.0,)), words, 2)[0])
+
+
 @pytest.mark.parametrize("tokenizer", ["bpe", "clip"])
 def test_some_tokens_left_out(tokenizer):
     """In their order, with the end after them and padding after that; drawn anew for each sample, and image."""

@@ -38,6 +38,7 @@ def main():
             ["--between_captions", "0.5", "--data.captions_per_image", "2", "--loss.duplicates", "ignore"],
             "between_captions with loss.duplicates ignore: .* use --loss.duplicates negative",
         ),
+        (["--data.spread_captions"], "data.spread_captions needs several captions .* --data.captions_per_image"),
         (["--all_captions", "--loss", "softmax"], "all_captions needs several captions .* --data.captions_per_image"),
         (["--all_captions", "--data.captions_per_image", "2"], "is for --loss softmax: sigmoid's sums over all pairs"),
         (

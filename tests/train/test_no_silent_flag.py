@@ -151,6 +151,7 @@ VALUES = {  # where another value of the type would be wrong, as the words after
 }
 BESIDE = {  # what else it takes for it to matter
     "all_captions": "--data.captions_per_image 2 --loss softmax --loss.duplicates negative",
+    "data.spread_captions": "--data.captions_per_image 2 --data.templates photo",
     "schedule.cooldown_steps": "--schedule.decay wsd",
     "data.lanes": "--data.window 100",
     "data.preprocess.cut": "--data.preprocess.resize crop --data.preprocess.short_side 11",
