@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluate.small_model import save_small_model
 from launching import rows
 from rank_processes import script_on_ranks
 from safetensors.torch import load_file
@@ -107,13 +108,14 @@ BESIDE = """
 objectives:
   self_distill: {start: 0.5, crops: 2, crop_size: 8, prototypes: 16, hidden: 16, bottleneck: 8, balance: sinkhorn}
   masked: {start: 0.3, share: 0.4, prototypes: 16, hidden: 16, bottleneck: 8, keep: true}
+  distill: {teacher: [TEACHER], feature_weight: 0.5, project: true}
 """
 
 
 def test_objectives_that_begin_on_the_way(tiny, trained):
-    """A teacher that is sharded as the student is; heads that wait; another number of ranks that goes on."""
+    """Teachers, one of them sharded as the student is; heads that wait; another number of ranks that goes on."""
     with tiny.open("a") as file:
-        file.write(BESIDE)
+        file.write(BESIDE.replace("TEACHER", str(save_small_model(tiny.parent / "teacher"))))
     flags = ("--config", tiny, *TOGETHER)
     one = trained(1, "one", *flags)
     sharded = trained(2, "sharded", *flags, **FSDP)
@@ -121,7 +123,7 @@ def test_objectives_that_begin_on_the_way(tiny, trained):
     assert_alike(sharded, one)
     for ours, theirs in zip(rows(sharded), rows(one), strict=True):
         names = {name for name in theirs if name.endswith("_loss")}
-        assert len(names) == (1 if theirs["step"] < 3 else 2 if theirs["step"] < 4 else 3)
+        assert len(names) == (2 if theirs["step"] < 3 else 3 if theirs["step"] < 4 else 4)
         assert all(ours[name] == pytest.approx(theirs[name], rel=1e-5) for name in names)
     for name in ("checkpoints/step-00000006", "final", "report.html"):
         (sharded / name).rename(sharded / f"old-{Path(name).name}")
