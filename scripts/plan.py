@@ -50,9 +50,9 @@ def _facts(config, plan, suggestion, recipe_batch: int) -> Table:
         "GPU": f"{config.gpu}, {plan.room / 2**30:.1f} GiB after CUDA's own; {config.utilisation:.0%} of its bf16 rate",
         "batch": f"{batch:,} pairs; suggested: learning rate {rate:.2g}{grown}{warm}",
     }
-    left_out = [name for name, own in by_name(config.objectives).items() if own.NEEDS_DATA]
-    if left_out:
-        facts["not counted"] = f"{', '.join(left_out)}: live teachers take their own memory and time, stored ones none"
+    needs = {name: own.NEEDS_DATA for name, own in by_name(config.objectives).items()}
+    if left_out := "; ".join(f"{name}: {what}" for name, what in needs.items() if what):
+        facts["not counted"] = left_out
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, fact in facts.items():
         table.add_row(name, fact)

@@ -19,7 +19,7 @@ SIDES = ("image", "text")
 class DistillConfig(ObjectiveConfig):
     """Learn from teachers: how they compare the images with the texts of a batch (MobileCLIP, TinyCLIP)."""
 
-    NEEDS_DATA = True
+    NEEDS_DATA = "live teachers take their own memory and time, stored ones none"
 
     teacher: tuple[str, ...] = ()
     """Teachers: models, or folders that scripts/embed.py --views wrote; several are an ensemble."""

@@ -25,6 +25,8 @@ _NONE = -1e9  # the logit of a text that is not there: no float32 sum of exponen
 class HardNegativesConfig(ObjectiveConfig):
     """Captions that are nearly right are wrong ones for every image of the batch; weight 1 is NegCLIP's."""
 
+    NEEDS_DATA = "one caption more of each image"
+
     column: str | None = None
     """Where they are, as data.caption_column says it: a column, a field of KEY.json, a suffix. Of several of a sample
     one is drawn."""

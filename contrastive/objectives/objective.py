@@ -35,8 +35,8 @@ Tensors = Mapping[str, torch.Tensor]
 class ObjectiveConfig:
     """The options that every objective has; each is registered in OBJECTIVES and adds its own."""
 
-    NEEDS_DATA: ClassVar[bool] = False
-    """Whether it can only be built where the run's data are: plan.py leaves it out then."""
+    NEEDS_DATA: ClassVar[str] = ""
+    """What it takes, in words, where it can only be built beside the run's data: plan.py leaves it out then."""
 
     weight: NotNegative[float] = 1.0
     """What its loss is multiplied by; that of the contrastive loss is 1."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from contrastive.data.augment import AugmentConfig
-from contrastive.data.extras import Crops
+from contrastive.data.extras import Crops, DrawnSample
 from contrastive.losses.sigmoid import SigmoidLoss, SigmoidLossConfig
 from contrastive.losses.softmax import SoftmaxLoss
 from contrastive.models import Features
@@ -43,6 +43,13 @@ class SlipConfig(ObjectiveConfig):
         return Slip(self, setting)
 
 
+class TwoViews(Crops):
+    """'views', uint8 (2, 3, S, S), and 'image', int, which image they are of."""
+
+    def of(self, sample: DrawnSample) -> dict[str, Any]:
+        return {**super().of(sample), "image": sample.index}
+
+
 class Slip(Objective):
     """See `SlipConfig`. Of B images each of 2B views is compared with one that matches and 2B - 2 that do not."""
 
@@ -55,14 +62,11 @@ class Slip(Objective):
         layers = (nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU())
         self.head = nn.Sequential(*layers, nn.Linear(hidden, options.out))
         self.normalize = setting.preprocess.normalize
-        self.extra = Crops(self.name, self.first_step, 2, None, options.augment)
+        self.extra = TwoViews(self.name, self.first_step, 2, None, options.augment)
         # Views of one image that are no pair, each with itself above all, are left out.
         self.compare = SoftmaxLoss("ignore") if options.loss == "softmax" else SigmoidLoss("ignore")
         compared = 2 * setting.global_batch_size - 1
         self.bias = None if options.loss == "softmax" else SigmoidLossConfig().initial_logits(compared)[1]
-
-    def inputs(self, batch: dict[str, Any], extras: Tensors) -> dict[str, torch.Tensor]:
-        return {"views": extras["views"], "image": batch["index"]}
 
     def targets(self, part: MicroBatch, inputs: Tensors) -> dict[str, torch.Tensor]:
         return {"image": inputs["image"]}

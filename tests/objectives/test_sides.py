@@ -1,5 +1,7 @@
 """Two views of an image, and captions that are nearly right, against their formulas, under ranks and micro-batches."""
 
+import io
+import json
 import math
 import os
 from dataclasses import replace
@@ -9,11 +11,12 @@ import pytest
 import torch
 from launching import pretrain_here, rows
 from rank_processes import run_on_ranks
+from shard_writing import write_tar
 
 from contrastive.data.extras import DrawnSample
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.record import Record, Source
-from contrastive.data.sources.open import SOURCES
+from contrastive.data.sources.open import SOURCES, open_source
 from contrastive.data.tokenizer import train_bpe
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
@@ -254,3 +257,27 @@ def test_a_run_from_a_table(tiny, tmp_path):
     with pytest.raises(UserError, match="hard_negatives.column wrong: scenes:train has no texts to choose from"):
         words[3] = "scenes"
         pretrain_here(*words, "--run_folder", tmp_path / "c", "--objectives.hard_negatives.column", "wrong")
+
+
+def test_negatives_of_other_kinds_of_data(tmp_path):
+    """A field of KEY.json, a text beside the image, and cells with lists, where rows of one image are one sample."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    stored = {"caption": "a dog", "wrong": ["a cat", "a cow"]}
+    members = [("a.png", file.getvalue()), ("a.json", json.dumps(stored).encode()), ("a.not.txt", b"a fish")]
+    write_tar(tmp_path / "a.tar", members)
+    for name in ("x.png", "y.png"):
+        (tmp_path / name).write_bytes(file.getvalue() + name.encode())
+    rows_ = [("y.png", "a dog", ["no", "not"]), ("x.png", "a dog", ["a cat"]), ("x.png", "a hound", ["a cow", "a dog"])]
+    table = [dict(zip(("image", "caption", "wrong"), row, strict=True)) for row in rows_]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, table)))
+    for data, column, found in (
+        ("a.tar", "wrong", [["a cat", "a cow"]]),
+        ("a.tar", "not.txt", [["a fish"]]),
+        ("t.jsonl", "wrong", [["no", "not"], ["a cat", "a cow"]]),
+    ):
+        source = open_source(str(tmp_path / data))
+        objective = HardNegativesConfig(column=column).build(replace(setting("hard_negatives"), source=source))
+        assert [objective.extra.usable(n, source.captions(n)) for n in range(len(source))] == found

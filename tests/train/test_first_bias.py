@@ -1,4 +1,4 @@
-"""The first logit bias: the log-odds that a text of a batch matches an image of it."""
+"""What a run begins with. The first logit bias: the log-odds that a text of a batch matches an image of it."""
 
 import math
 from dataclasses import replace
@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from contrastive.data.record import Source
+from contrastive.data.settings import DataConfig
 from contrastive.data.sources import open_source
 from contrastive.data.sources.derived import ClassPrompts, Mixture
 from contrastive.data.tokenizer import train_bpe
 from contrastive.losses.sigmoid import SigmoidLossConfig
-from contrastive.train.contrastive_task import PretrainConfig, num_distinct, resolve
+from contrastive.losses.softmax import SoftmaxLossConfig
+from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig, num_distinct, resolve
 from contrastive.train.options import TrainConfig
 
 POSITIVE, NEGATIVE = (SigmoidLossConfig(duplicates=duplicates) for duplicates in ("positive", "negative"))
@@ -98,3 +100,19 @@ def test_of_one_set_of_class_prompts_it_is_the_number_of_classes_exactly(classes
         found = num_distinct(POSITIVE, prompts, batch)
         assert found == min(batch, classes) and type(found) is int
     assert num_distinct(POSITIVE, Part("captioned"), 300) == 300
+
+
+def test_the_loss_of_guessing_among_all_captions_of_a_batch():
+    """With --all_captions a text is one of B·K, an image one of B."""
+    loss, data = SoftmaxLossConfig(duplicates="negative"), DataConfig(captions_per_image=3)
+    config = PretrainConfig(loss=loss, data=data, all_captions=True, train=TrainConfig(steps=1, global_batch_size=8))
+    source, tokenizer = open_source("digits"), train_bpe(["a zero", "a one"], 300, 8)
+    tower = {"width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}
+    image, text = replace(config.model.image, **tower), replace(config.model.text, context_length=8, **tower)
+    config = resolve(
+        replace(config, model=replace(config.model, embed_dim=16, image=image, text=text)), source, tokenizer
+    )
+    task = ContrastiveTask(config, source, tokenizer, [])
+    images, texts = torch.ones(8, 4), torch.ones(24, 4)
+    guessed = task.loss(images, texts, torch.tensor(10.0), caption_ids=torch.arange(8))
+    assert guessed.item() == pytest.approx(task.chance_loss) == math.log(8) + math.log(3) / 2

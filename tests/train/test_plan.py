@@ -16,8 +16,10 @@ from contrastive.named_sections import by_name, chosen
 from contrastive.objectives import OBJECTIVES
 from contrastive.objectives.caption import CaptionConfig
 from contrastive.objectives.distill import DistillConfig
+from contrastive.objectives.hard_negatives import HardNegativesConfig
 from contrastive.objectives.masked import MaskedConfig
 from contrastive.objectives.self_distill import SelfDistillConfig
+from contrastive.objectives.slip import SlipConfig
 from contrastive.optim import AdamWConfig, MuonConfig
 from contrastive.train.counting import count_weights, example_inputs, model_of, one_pass, scalar_of_all
 from contrastive.train.options import TrainConfig
@@ -55,7 +57,9 @@ BESIDE = {
     "caption": CaptionConfig(start=0.25),
     "self_distill": SelfDistillConfig(crops=2, start=0.75, **HEAD),
     "masked": MaskedConfig(start=0.75, **HEAD),
+    "slip": SlipConfig(hidden=16, out=8),
     "distill": DistillConfig(teacher=("nowhere",)),
+    "hard_negatives": HardNegativesConfig(column="wrong"),
 }
 
 
@@ -63,7 +67,7 @@ def test_objectives_are_counted_with_their_modules_teachers_and_views(monkeypatc
     monkeypatch.setattr(products, "ONEDNN", False)
     config = replace(CONFIG, objectives=chosen(OBJECTIVES, BESIDE))
     model = model_of(config)
-    assert list(model.objectives) == ["caption", "self_distill", "masked"], "a teacher that is not there is left out"
+    assert list(model.objectives) == ["caption", "self_distill", "masked", "slip"], "what needs data is left out"
     given = torch.randn(4, 3, 32, 32), torch.ones(4, 8, dtype=torch.int64), example_inputs(config, model, 4)
     given[2]["caption"]["weights"].fill_(1 / 8)  # all tokens count
     with FlopCounterMode(display=False) as counter:
@@ -75,8 +79,9 @@ def test_objectives_are_counted_with_their_modules_teachers_and_views(monkeypatc
     learning = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad and "logit" not in name)
     assert count_weights(config).trainable == sum(p.numel() for p in learning) < count_weights(config).all
+    always = {"slip", "distill", "hard_negatives"}
     names = [(share, set(by_name(stage.objectives))) for share, stage in stages(config)]
-    assert names == [(0.25, {"distill"}), (0.5, {"distill", "caption"}), (0.25, set(BESIDE))]
+    assert names == [(0.25, always), (0.5, always | {"caption"}), (0.25, set(BESIDE))]
 
 
 def test_recomputed_blocks_and_bf16_keep_less():
