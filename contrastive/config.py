@@ -15,7 +15,16 @@ from typing import Any, TypeVar
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.files import read_yaml
-from contrastive.named_sections import NamedSection, check_chosen, choices_of, hidden_fields, settle, take, with_choices
+from contrastive.named_sections import (
+    NONE,
+    NamedSection,
+    check_chosen,
+    choices_of,
+    hidden_fields,
+    settle,
+    take,
+    with_choices,
+)
 from contrastive.option_types import as_option, run_tyro
 from contrastive.words import flag_here, flags_of
 
@@ -66,11 +75,15 @@ def parse(
         if choice.table and named.get(name) in ("list", "help"):
             print(choice.table())
             raise SystemExit(0)
+        unnamed = [path for path in contents if not {name, f"{name}.name"} & contents[path].keys()]
         for path in contents:
             if (
                 choice.registry is not None or path != base
             ):  # what the program wrote of a preset is all that was made of it
                 contents[path] = settle(name, choice, contents[path], named, path)
+        # None has no options: those in a file that names nothing are of others.
+        for path in unnamed if choice.is_slot and named.get(name) == NONE else ():
+            contents[path] = {key: value for key, value in contents[path].items() if not key.startswith(f"{name}.")}
     for group in either:
         _keep_one(group, contents, rest)
     check_chosen(choices, named, rest)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 EVALUATION_FORMAT = "contrastive-evaluation-1"
 EVALUATION_FILE, ZERO_SHOT_FILE = "evaluation.json", "zero_shot.json"
 ZERO_SHOT_FIGURES = ("acc1", "acc5", "mean_per_class_recall", "seen_acc1", "heldout_acc1")
-_FIGURE_ENDS = re.compile(r"(acc\d+|recall|_r\d+|median_rank)$")
+_FIGURE_ENDS = re.compile(r"(acc\d+|recall|_r\d+|median_rank|named|bleu4)$")
 
 
 def folder_name(data: str) -> str:

@@ -94,7 +94,7 @@ def caption_images(
     indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     world, rank = collectives.world_size(), collectives.rank()
     share = indices[rank * len(indices) // world : (rank + 1) * len(indices) // world]
-    preprocess, decode = captioner.bundle.preprocess, captioner.bundle.tokenizer.decode
+    preprocess, decode = captioner.bundle.preprocess, captioner.tokenizer.decode
     loader = eval_loader(source, preprocess, share, batch_size=batch_size, num_workers=num_workers)
     written, bad = [], []
     with torch.no_grad():
@@ -201,16 +201,21 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
     Raises:
         UserError: the package is not installed.
     """
+    bleu, cider = scorers()
+    written = {place: [" ".join(words(text))] for place, text in enumerate(captions)}
+    wanted = {place: [" ".join(words(text)) for text in texts] for place, texts in enumerate(references)}
+    (*_, bleu4), _ = bleu.compute_score(wanted, written, verbose=0)
+    return {"bleu4": 100 * float(bleu4), "cider": 100 * float(cider.compute_score(wanted, written)[0])}
+
+
+def scorers() -> tuple:
+    """Return pycocoevalcap's scorers of BLEU-4 and CIDEr; UserError where the package is not installed."""
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
     except ImportError:
         raise UserError("BLEU and CIDEr need pycocoevalcap; pip install pycocoevalcap") from None
-    written = {place: [" ".join(words(text))] for place, text in enumerate(captions)}
-    wanted = {place: [" ".join(words(text)) for text in texts] for place, texts in enumerate(references)}
-    bleu, _ = Bleu(4).compute_score(wanted, written, verbose=0)
-    cider, _ = Cider().compute_score(wanted, written)
-    return {"bleu4": 100 * float(bleu[3]), "cider": 100 * float(cider)}
+    return Bleu(4), Cider()
 
 
 def words(text: str) -> list[str]:
@@ -249,7 +254,7 @@ def zero_shot_by_likelihood(
     """
     names, bundle = names_to_use(source)["class_names"], captioner.bundle
     templates = templates or default_templates(source)
-    tokens = bundle.tokenizer([text for name in names for text in fill(templates, name)]).to(device)
+    tokens = captioner.tokenizer([text for name in names for text in fill(templates, name)]).to(device)
     scorer = SimpleNamespace(model=_Likelihoods(captioner, tokens, len(names)), preprocess=bundle.preprocess)
     images = embed_labelled(scorer, source, len(names), device=device, **loading)
     return told_of(images, images.features, templates)

@@ -3,7 +3,7 @@
 model.safetensors   weights, float32, by parameter name
 ema.safetensors     averaged weights, where the run kept them; they are what `load` uses
 config.json         architecture and preprocessing; of a classifier the class names too
-tokenizer/          as data.tokenizer saves it; a classifier has none
+tokenizer/          as data.tokenizer saves it; a classifier has none, an image tower alone that of its caption decoder
 """
 
 import hashlib
@@ -40,6 +40,12 @@ from contrastive.words import no_attribute
 M = TypeVar("M", bound=nn.Module)
 FORMAT = "contrastive-1"
 CLASSIFIER_FORMAT = "contrastive-classifier-1"
+IMAGE_FORMAT = "contrastive-image-1"
+_KINDS = {
+    FORMAT: (ModelConfig, DualEncoder),
+    CLASSIFIER_FORMAT: (ClassifierConfig, ImageClassifier),
+    IMAGE_FORMAT: (ImageModelConfig, ImageModel),
+}
 
 
 class Absent:
@@ -94,13 +100,13 @@ class Bundle:
 def save_model(
     folder: Path,
     weights: Mapping[str, torch.Tensor],
-    config: ModelConfig,
+    config: ModelConfig | ImageModelConfig,
     preprocess: PreprocessConfig,
     tokenizer: Tokenizer,
     ema: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a model into an existing folder, so that `load` finds it."""
-    _save(folder, FORMAT, weights, config, preprocess, ema)
+    """Write a model into an existing folder, so that `load` finds it; an image tower's tokenizer is its decoder's."""
+    _save(folder, IMAGE_FORMAT if isinstance(config, ImageModelConfig) else FORMAT, weights, config, preprocess, ema)
     tokenizer.save(folder / "tokenizer")
 
 
@@ -136,7 +142,7 @@ def _save(folder: Path, written_as: str, weights, config, preprocess: Preprocess
 def is_native(folder: Path) -> bool:
     """Whether `folder` is a model folder of ours."""
     try:
-        return json.loads((folder / "config.json").read_text()).get("format") in (FORMAT, CLASSIFIER_FORMAT)
+        return json.loads((folder / "config.json").read_text()).get("format") in _KINDS
     except (OSError, ValueError, RecursionError, AttributeError):
         return False
 
@@ -152,16 +158,17 @@ def load_native(folder: Path, with_tokenizer: bool = True) -> Bundle:
     if wrong is not None:
         raise UserError(f"{folder} is not a whole model folder: {wrong}")
     description = read_json(folder / "config.json")
-    is_classifier, where = description.get("format") == CLASSIFIER_FORMAT, str(folder / "config.json")
-    config = from_dict(ClassifierConfig if is_classifier else ModelConfig, description.get("model"), where)
+    where = str(folder / "config.json")
+    options, kind = _KINDS.get(description.get("format"), _KINDS[FORMAT])
+    config = from_dict(options, description.get("model"), where)
     # A run that keeps averaged weights is judged by them: its evaluations are of these.
     file = folder / "ema.safetensors"
     if not file.exists():
         file = folder / "model.safetensors"
     weights = tensors_in(file)
-    model = build(lambda: ImageClassifier(config) if is_classifier else DualEncoder(config), weights, file)
+    model = build(lambda: kind(config), weights, file)
     fill(model, weights, file)
-    if is_classifier:
+    if kind is not DualEncoder:
         tokenizer = None
     elif with_tokenizer:
         tokenizer = load_tokenizer(folder / "tokenizer", config.text.context_length)

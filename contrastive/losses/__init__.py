@@ -1,5 +1,7 @@
 """Contrastive losses over a global batch of image and text features, by name."""
 
+import math
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import nn
@@ -13,6 +15,7 @@ from contrastive.words import called_here
 __all__ = [
     "LOSSES",
     "LossConfig",
+    "NoLossConfig",
     "NonFiniteFeatures",
     "SigmoidLoss",
     "SigmoidLossConfig",
@@ -35,8 +38,26 @@ class LossConfig(Protocol):
     def chance_loss(self, global_batch_size: int) -> float:
         """Return the loss of features that tell nothing apart: where a run that does not learn sits."""
 
-    def build(self) -> nn.Module:
-        """Return the loss, called as loss(image, text, logit_scale, logit_bias, caption_ids=...)."""
+    def build(self) -> nn.Module | None:
+        """Return the loss, called as loss(image, text, logit_scale, logit_bias, caption_ids=...); None for none."""
+
+
+@dataclass(frozen=True)
+class NoLossConfig:
+    """None: the run's objectives are all that is learnt, by an image tower without a text tower."""
+
+    # No options, and so without types.
+    duplicates = "negative"
+    max_logit_scale = None
+
+    def initial_logits(self, global_batch_size: int) -> tuple[float, float | None]:
+        return 1.0, None
+
+    def chance_loss(self, global_batch_size: int) -> float:
+        return math.inf
+
+    def build(self) -> None:
+        return None
 
 
 def __getattr__(name: str):
@@ -46,3 +67,4 @@ def __getattr__(name: str):
 LOSSES: Registry[type[LossConfig]] = Registry("loss")
 LOSSES.register("sigmoid")(SigmoidLossConfig)
 LOSSES.register("softmax")(SoftmaxLossConfig)
+LOSSES.register("none")(NoLossConfig)

@@ -46,6 +46,7 @@ class Caption(Objective):
     """See `CaptionConfig`; the decoder is `decoder`."""
 
     options: CaptionConfig
+    reads = "patches"
 
     def __init__(self, options: CaptionConfig, setting: Setting):
         super().__init__(options, setting)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from contrastive.config import from_dict
+from contrastive.data.tokenizer import Tokenizer, load_tokenizer
 from contrastive.errors import UserError
 from contrastive.files import read_json
 from contrastive.interop.bundle import Bundle, build, fill, native_folder, newest_whole, tensors_in
@@ -24,6 +25,8 @@ class Captioner:
 
     bundle: Bundle
     decoder: CaptionDecoder
+    tokenizer: Tokenizer
+    """Whose captions the decoder writes; a bundle of an image tower alone has none."""
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the decoder sees of images (B, 3, H, W), normalised: (B, N, D)."""
@@ -65,10 +68,10 @@ def captioner_of(bundle: Bundle, device: str | torch.device) -> Captioner:
         file = where.parent / "model.safetensors"
     prefix = f"{PREFIX}{NAME}.decoder."
     weights = {name.removeprefix(prefix): t for name, t in tensors_in(file).items() if name.startswith(prefix)}
-    width = bundle.config.image.width
-    decoder = build(lambda: decoder_for(options, width, bundle.tokenizer), weights, file)
+    width, tokenizer = bundle.config.image.width, bundle.tokenizer or load_tokenizer(bundle.path / "tokenizer")
+    decoder = build(lambda: decoder_for(options, width, tokenizer), weights, file)
     fill(decoder, weights, file)
-    return Captioner(bundle, decoder.eval().to(device))
+    return Captioner(bundle, decoder.eval().to(device), tokenizer)
 
 
 def _description(folder: Path) -> Path:

@@ -40,6 +40,8 @@ class Distill(Objective):
     The teachers are no modules of it: neither trained nor saved. Checkpoints hold their keys, and go on with no others.
     """
 
+    reads = "texts"
+
     def __init__(self, options: DistillConfig, setting: Setting):
         super().__init__(options, setting)
         from contrastive.objectives.teachers import TeacherInputs, open_teacher  # which only runs with teachers need

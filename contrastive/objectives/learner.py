@@ -1,4 +1,4 @@
-"""The dual encoder with the objectives of its run beside it: what the loop trains, and what it saves apart."""
+"""The model with the objectives of its run beside it: what the loop trains, and what it saves apart."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -9,11 +9,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from contrastive.models import DualEncoder, Features, ModelConfig, PackedTokens
+from contrastive.models import DualEncoder, Features, ImageModel, ImageModelConfig, ModelConfig, PackedTokens
+from contrastive.models.init import initialise_tower
 from contrastive.objectives.objective import MicroBatch, Objective, Tensors
 
 PREFIX = "objectives."
-"""What the names of parameters that are no part of the dual encoder begin with."""
+"""What the names of parameters that are no part of the model begin with."""
 ByObjective = dict[str, dict[str, torch.Tensor]]
 
 
@@ -29,12 +30,11 @@ class Embedded(NamedTuple):
     """0, from all parameters that no loss of this step reaches: DDP waits for the gradients of all."""
 
 
-class Learner(DualEncoder):
-    """A dual encoder whose forward pass feeds objectives too. Its own weights have the names that they always have."""
+class Learning(nn.Module):
+    """A model whose forward pass feeds objectives too. Its own weights have the names that they always have."""
 
-    def __init__(self, config: ModelConfig):
-        super().__init__(config)
-        self.objectives = nn.ModuleDict()  # of Objective
+    objectives: nn.ModuleDict
+    """Of Objective."""
 
     def active(self, step: int) -> dict[str, Objective]:
         """Return those that take part in a step, counted from 0."""
@@ -49,7 +49,7 @@ class Learner(DualEncoder):
     ) -> Features | ByObjective | Embedded:
         """Return the targets of the objectives in `inputs`; with `targets` given, what those and the features come to.
 
-        Without inputs it is the dual encoder's own forward pass. See `MicroBatch` for pixels and texts.
+        Without inputs it is the model's own forward pass. See `MicroBatch` for pixels and texts.
         """
         if inputs is None:
             return super().forward(pixels, texts)
@@ -76,8 +76,33 @@ class Learner(DualEncoder):
         return list(itertools.chain.from_iterable(one.parameters() for one in resting))
 
 
+class Learner(Learning, DualEncoder):
+    """A dual encoder and its objectives."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.objectives = nn.ModuleDict()
+
+
+class ImageLearner(Learning, ImageModel):
+    """An image tower that nothing but objectives train; there are no texts beside its features."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(ImageModelConfig(config.embed_dim, config.image))
+        initialise_tower(self.image_tower, config.init)
+        self.objectives = nn.ModuleDict()
+
+    def idle_parameters(self, active: Mapping[str, Any]) -> list[nn.Parameter]:
+        """As of every model; with those of the pooling, where all that is active reads patches alone."""
+        idle = super().idle_parameters(active)
+        if all(self.objectives[name].reads == "patches" for name in active):
+            named = self.image_tower.named_parameters()
+            idle += [parameter for name, parameter in named if name.startswith(("head.", "projection."))]
+        return idle
+
+
 def own_weights(weights: Tensors) -> dict[str, torch.Tensor]:
-    """Return those of the dual encoder."""
+    """Return those of the model."""
     return {name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}
 
 

@@ -44,6 +44,8 @@ class MaskedPatches(Extra):
 class MaskedPrediction(PrototypeObjective):
     """See `MaskedConfig`. Each hidden patch's token, through the head, to the teacher's of the same place."""
 
+    reads = "patches"
+
     def __init__(self, options: MaskedConfig, setting: Setting):
         super().__init__(options, setting)
         self.mask_token = nn.Parameter(torch.zeros(setting.model.image.width))

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from contrastive.data.record import Source
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.losses import LossConfig
-from contrastive.models import DualEncoder, Features, ModelConfig, PackedTokens
+from contrastive.models import DualEncoder, Features, ImageModel, ModelConfig, PackedTokens
 from contrastive.models.encoders import unit_length
 from contrastive.option_types import NotNegative, Probability
 
@@ -110,6 +110,8 @@ class MicroBatch:
         """What the contrastive loss is of: the model's own forward pass, by way of `patches`."""
         model = self.model
         image = unit_length(model.image_tower.pooled(self.patches))
+        if isinstance(model, ImageModel):
+            return Features(image, None, None, None)
         return Features(image, model.encode_text(self.texts), model.logit_scale.exp(), model.logit_bias)
 
 
@@ -119,6 +121,9 @@ class Objective(nn.Module):
     All of its parameters that learn have to take part in each of its losses. What it draws at random is drawn where
     samples are made, by its `extra`, so that it depends on neither ranks nor micro-batches.
     """
+
+    reads: Literal["patches", "images", "texts"] = "images"
+    """What its losses are of: patch tokens alone, before any pooling; images; or texts too."""
 
     def __init__(self, options: ObjectiveConfig, setting: Setting):
         super().__init__()

@@ -20,11 +20,11 @@ from contrastive.data.tokenizer import Tokenizer
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
 from contrastive.interop.bundle import save_model
-from contrastive.losses import LOSSES, LossConfig, SoftmaxLossConfig
+from contrastive.losses import LOSSES, LossConfig, NoLossConfig, SoftmaxLossConfig
 from contrastive.models import DualEncoder, ModelConfig
 from contrastive.named_sections import Chosen, by_name, preset, several, slot
 from contrastive.objectives import OBJECTIVES, Objective, Setting
-from contrastive.objectives.learner import Learner, objective_weights, own_weights
+from contrastive.objectives.learner import Learner, Learning, objective_weights, own_weights
 from contrastive.objectives.saving import save_objectives
 from contrastive.option_types import NotNegative
 from contrastive.train.gradient import Batch, forward_backward
@@ -91,12 +91,23 @@ def check(config: PretrainConfig) -> None:
     if config.all_captions and not isinstance(config.loss, SoftmaxLossConfig):
         mend = "sigmoid's sums over all pairs, and so has all captions already" if config.loss_name == "sigmoid" else ""
         raise UserError(f"all_captions is for --loss softmax{mend and ': ' + mend}; leave it out")
+    if isinstance(config.loss, NoLossConfig):
+        _check_without_loss(config)
     if config.init and config.init_image:
         raise UserError("give --init or --init_image, not both: --init starts both towers")
     if config.lock == "image" and not (config.init or config.init_image):
         raise UserError(
             "--lock image keeps the image tower as it is: say whose with --init_image MODEL or --init MODEL"
         )
+
+
+def _check_without_loss(config: PretrainConfig) -> None:
+    if not any(one.start == 0 for one in by_name(config.objectives).values()):
+        raise UserError("--loss none learns by objectives alone, one of which starts at 0: give --objectives caption")
+    if config.init:
+        raise UserError("--loss none has no text tower to start: use --init_image")
+    if config.between_captions:
+        raise UserError("between_captions has no effect with --loss none; leave it out")
 
 
 def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> PretrainConfig:
@@ -124,6 +135,8 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
         init_logit_scale=scale if model.init_logit_scale is None else model.init_logit_scale,
         init_logit_bias=bias if model.init_logit_bias is None else model.init_logit_bias,
     )
+    if isinstance(loss, NoLossConfig) and not model.image.projection:
+        model = replace(model, embed_dim=model.image.width)
     return replace(config, model=model, loss=loss)
 
 
@@ -185,7 +198,7 @@ class ContrastiveTask(TrainingTask):
         self.config, self.source, self.tokenizer, self.held_out = config, source, tokenizer, held_out
         torch.manual_seed(config.train.seed)
         options = by_name(config.objectives)
-        self.model = Learner(config.model) if options else DualEncoder(config.model)
+        self.model = self.new_model()
         if config.lock == "image":
             self.model.image_tower.requires_grad_(False).eval()
         self.curriculum = Curriculum(config.curriculum, config.train.steps, self.model.image_tower)
@@ -199,6 +212,10 @@ class ContrastiveTask(TrainingTask):
             self.chance_loss += math.log(config.data.captions_per_image) / 2
         for name, own in options.items():
             self.model.objectives[name] = own.build(self._setting(name))
+
+    def new_model(self) -> nn.Module:
+        """Return the model with fresh weights, its objectives still to come."""
+        return Learner(self.config.model) if by_name(self.config.objectives) else DualEncoder(self.config.model)
 
     def _setting(self, name: str) -> Setting:
         config, data = self.config, self.config.data
@@ -216,7 +233,7 @@ class ContrastiveTask(TrainingTask):
 
     @property
     def objectives(self) -> dict[str, Objective]:
-        return dict(self.model.objectives.items()) if isinstance(self.model, Learner) else {}
+        return dict(self.model.objectives.items()) if isinstance(self.model, Learning) else {}
 
     def dataset(self, order: SampleOrder) -> PairDataset:
         data, size = self.config.data, self.curriculum.image_size
@@ -232,11 +249,16 @@ class ContrastiveTask(TrainingTask):
         ids = batch["caption_id"]
         if self.config.all_captions:
             ids = batch["index"][:, None].expand_as(ids)
-        inputs = {"image": batch["image"], "texts": texts, "caption_id": ids, "objectives": {}}
+        inputs = {"image": batch["image"], "texts": texts, "caption_id": ids}
+        return inputs | {"objectives": self.objective_inputs(batch)}
+
+    def objective_inputs(self, batch: dict) -> dict[str, dict[str, torch.Tensor]]:
+        """Return what of a batch each objective wants, of those that have begun."""
+        inputs = {}
         for name, one in self.objectives.items():
             extras = {key.removeprefix(f"{name}."): batch[key] for key in batch if key.startswith(f"{name}.")}
             if extras or one.extra is None:  # else it has not begun
-                inputs["objectives"][name] = one.inputs(batch, extras)
+                inputs[name] = one.inputs(batch, extras)
         return inputs
 
     def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> Losses:
@@ -294,13 +316,12 @@ class ContrastiveTask(TrainingTask):
         save_objectives(folder / "objectives", self.objectives.values(), weights, ema)
 
     def describe(self) -> list[tuple[str, str]]:
-        text = self.config.model.text
-        size = f"{text.vocab_size:,} tokens, length {text.context_length}, width {text.width}, depth {text.depth}"
-        return [
-            describe_image_tower(self.model.image_tower, self.config.model.image, "locked"),
-            ("text tower", f"{millions(self.model.text_tower)}: {size}"),
-            *((name, self._described(one)) for name, one in self.objectives.items()),
-        ]
+        towers = [describe_image_tower(self.model.image_tower, self.config.model.image, "locked")]
+        if self.loss is not None:
+            text = self.config.model.text
+            size = f"{text.vocab_size:,} tokens, length {text.context_length}, width {text.width}, depth {text.depth}"
+            towers.append(("text tower", f"{millions(self.model.text_tower)}: {size}"))
+        return [*towers, *((name, self._described(one)) for name, one in self.objectives.items())]
 
     def _described(self, objective: Objective) -> str:
         learning = sum(p.numel() for p in objective.parameters() if p.requires_grad)

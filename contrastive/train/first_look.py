@@ -105,12 +105,12 @@ def _figures(task: TrainingTask, found: Measured) -> Rows:
         if source.prompted and task.tokenizer:
             rows.append(("prompts", ", ".join(map(repr, fill(source.templates, names[0])[:3]))))
     rows += [row for row in facts(summary(source, found, task.tokenizer)) if row[0].partition(":")[0] in FACTS]
-    if isinstance(task, ContrastiveTask):
+    if isinstance(task, ContrastiveTask) and task.loss is not None:
         met = f"a caption meets {found.matching * (batch - 1):.2g} identical ones"
         rows.append((f"in a batch of {batch:,}", f"{met}, {MEANING[task.config.loss.duplicates]}"))
     if math.isfinite(task.chance_loss):
         rows.append(("chance", f"loss {task.chance_loss:.3f}"))
-    for other in task.held_out:
+    for other in task.held_out if task.chooses else ():
         told = f"retrieval: R@1 {100 / len(other):.2g} %"
         if names := other.class_names:
             told = f"acc1 {100 / len(names):.2g} %"
@@ -130,7 +130,7 @@ def _doubts_of_run(task: TrainingTask, found: Measured) -> list[str]:
                 f"optimizer.{name} {rate:g} is {rate / recipe:.0f} times what published recipes come to for batch "
                 f"{batch:,} and width {width}: try --optimizer.{name} {recipe:.1g}"
             )
-    if not isinstance(task, ContrastiveTask):
+    if not isinstance(task, ContrastiveTask) or task.loss is None:
         return said
     if batch == 1:
         why = "the loss is always 0" if config.loss_name == "softmax" else "there are no negatives"

@@ -45,6 +45,12 @@ NO_EFFECT = (
     (" ".join(f"model.image.{name}" for name in ONLY_IN_TRAINING), "lock", "image"),
     ("dropout optimizer.layer_decay optimizer.muon_lr", "tune", "head"),
     ("templates wise_ft.alphas", "head", "zeros"),
+    (
+        "model.init_logit_scale model.init_logit_bias model.text.causal model.text.pool model.text.attend_padding "
+        "model.text.projection model.text.projection_bias optimizer.logit_lr_factor data.token_dropout",
+        "loss.name",
+        "none",
+    ),
     ("health.spike_window health.spike_threshold health.spike_steps", "health.on_spike", "none"),
 )
 

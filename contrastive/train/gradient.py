@@ -61,7 +61,7 @@ def joined(parts: Sequence[ByObjective]) -> ByObjective:
 
 def forward_backward(
     model: nn.Module,
-    loss: nn.Module,
+    loss: nn.Module | None,
     batch: Batch,
     *,
     between: float = 0.0,
@@ -75,8 +75,9 @@ def forward_backward(
     'loss' is what is descended; where there are objectives, those that it is made of follow, not weighted.
 
     Args:
-        model: the wrapped dual encoder, or `Learner`. between, all_captions: see `loss_of_captions`.
-        objectives: of a `Learner`, those that take part, as in `batch.inputs`. seed: (run seed, step), for dropout.
+        model: the wrapped dual encoder, or `Learning`. loss: None where objectives are all that is learnt.
+        between, all_captions: see `loss_of_captions`.
+        objectives: of a `Learning`, those that take part, as in `batch.inputs`. seed: (run seed, step), for dropout.
     """
     captions = {"between": between, "all_captions": all_captions}
     step = _Step(model, loss, batch, captions, objectives, seed, runtime)
@@ -106,7 +107,10 @@ class _Step:
         logits = (
             scalar if scalar is None else scalar.detach().clone().requires_grad_() for scalar in cached[0].features[2:]
         )
-        embedded = (torch.cat([part.features[i] for part in cached]).requires_grad_() for i in (0, 1))
+        embedded = (
+            None if one is None else torch.cat([part.features[i] for part in cached]).requires_grad_()
+            for i, one in enumerate(cached[0].features[:2])
+        )
         features = Features(*embedded, *logits)
         more = {
             name: {key: value.requires_grad_() for key, value in own.items()}
@@ -114,14 +118,15 @@ class _Step:
         }
         losses = self._of_batch(features, more)
         total = self._weighted(losses)
-        total.backward()
+        if losses:
+            total.backward()
         of_parts = self._carry_back(features, more)
         return self._told(total + self._weighted(of_parts), _added(losses, of_parts))
 
     def _carry_back(self, features: Features, more: ByObjective) -> dict[str, torch.Tensor]:
         """Embed again, with the gradients that the features were given; return the means of the losses of samples."""
         n = len(self.parts)
-        grads = [leaf.grad.chunk(n) for leaf in features[:2]]
+        grads = [None if leaf is None or leaf.grad is None else leaf.grad.chunk(n) for leaf in features[:2]]
         more_grads = in_parts({name: {k: v.grad for k, v in own.items()} for name, own in more.items()}, n)
         means: dict[str, torch.Tensor] = {}
         for part in range(n):
@@ -129,7 +134,8 @@ class _Step:
             with nullcontext() if is_last else self.runtime.without_gradient_sync(self.model):
                 outputs = self._embed(part)
                 # Its gradient is the loss's: features times the gradients they were given.
-                surrogate = sum((own * grad[part]).sum() for own, grad in zip(outputs.features, grads, strict=False))
+                told = [pair for pair in zip(outputs.features, grads, strict=False) if pair[1] is not None]
+                surrogate = sum((own * grad[part]).sum() for own, grad in told)
                 for scalar, leaf in zip(outputs.features[2:], features[2:], strict=True):
                     if scalar is not None:  # in shares, because under DDP every pass must reach every parameter
                         surrogate = surrogate + scalar * leaf.grad / n
@@ -160,11 +166,15 @@ class _Step:
             outputs = Embedded(self.model(*self.parts[part]), {}, {}, None)
         else:
             outputs = self.model(*self.parts[part], self.targets_of_parts[part])
+        if outputs.features.text is None:
+            return outputs
         text = outputs.features.text.unflatten(0, (-1, *self.caption_ids.shape[1:]))
         return outputs._replace(features=outputs.features._replace(text=text))
 
     def _of_batch(self, features: Features, more: ByObjective) -> dict[str, torch.Tensor]:
-        losses = {CONTRASTIVE: loss_of_captions(self.loss, *features, self.caption_ids, **self.captions)}
+        losses = {}
+        if self.loss is not None:
+            losses[CONTRASTIVE] = loss_of_captions(self.loss, *features, self.caption_ids, **self.captions)
         for name, one in self.objectives.items():
             value = one.loss_of_batch(features, more.get(name, {}), self.targets[name])
             if value is not None:

@@ -159,6 +159,8 @@ def make_plan(config: PlanConfig) -> Plan:
         unknown = "" if config.gpu == "help" else f"unknown GPU '{config.gpu}'.{did_you_mean(config.gpu, GPUS)} "
         raise UserError(f"{unknown}known are {known}")
     check(config)
+    if config.loss_name == "none":
+        raise UserError("plan.py counts both towers; of runs with --loss none it knows nothing yet")
     for gpus in config.gpus:
         check_division(config.train, gpus)
     config = with_vocabulary(config)

@@ -7,6 +7,7 @@ from contrastive.data.record import Source
 from contrastive.data.sources import announce, open_source
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer
 from contrastive.interop.bundle import Bundle
+from contrastive.losses import NoLossConfig
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig, check, resolve
 from contrastive.train.run import open_run, run
 
@@ -43,7 +44,10 @@ def pretrain(config: PretrainConfig) -> bool:
     check_classes([source, *held_out], {"data.classes": data.classes, "data.templates": templates})
     tokenizer = _tokenizer(config, source, checkpoint, start)
     config = resolve(config, source, tokenizer)
-    task = ContrastiveTask(config, source, tokenizer, held_out)
+    kind = ContrastiveTask
+    if isinstance(config.loss, NoLossConfig):
+        from contrastive.train.image_task import ImageTask as kind
+    task = kind(config, source, tokenizer, held_out)
     if start is not None and checkpoint is None:
         copy_weights(start, task.model, config)
     return run(task, checkpoint)

@@ -89,6 +89,8 @@ class TrainingTask(ABC):
     """The loss of a model that tells nothing apart."""
     advice: str
     """What to look at when the loss stays there."""
+    chooses: bool = True
+    """Whether `score` counts right choices, which guessing hits at times."""
 
     @abstractmethod
     def dataset(self, order: SampleOrder) -> SampleDataset:

@@ -61,7 +61,8 @@ def captioner():
     image = ImageTowerConfig(image_size=32, patch_size=8, **small)
     config = ModelConfig(16, image, TextTowerConfig(vocab_size=tokenizer.vocab_size, context_length=40, **small))
     parts = DualEncoder(config).eval(), Preprocess(PreprocessConfig(image_size=32)), tokenizer, config
-    return Captioner(Bundle(*parts, Path("model")), decoder_for(CaptionDecoderConfig(**small), 16, tokenizer).eval())
+    decoder = decoder_for(CaptionDecoderConfig(**small), 16, tokenizer).eval()
+    return Captioner(Bundle(*parts, Path("model")), decoder, tokenizer)
 
 
 def told(monkeypatch, captioner, say):

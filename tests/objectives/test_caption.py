@@ -9,6 +9,7 @@ import torch
 from rank_processes import run_on_ranks
 from safetensors.torch import load_file
 
+import contrastive
 from contrastive.data.extras import DrawnSample
 from contrastive.data.order import Order
 from contrastive.data.samples import PairDataset
@@ -20,11 +21,12 @@ from contrastive.errors import UserError
 from contrastive.log import read_metrics
 from contrastive.losses import SigmoidLoss
 from contrastive.losses.reference import caption_loss, pair_labels, sigmoid_loss
-from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
+from contrastive.models import DualEncoder, ImageModel, ImageTowerConfig, ModelConfig, TextTowerConfig
+from contrastive.models.generate import GenerationConfig, generate
 from contrastive.objectives import Setting
 from contrastive.objectives.caption import CaptionConfig, CaptionRows
 from contrastive.objectives.captioner import load_captioner
-from contrastive.objectives.learner import Learner
+from contrastive.objectives.learner import ImageLearner, Learner
 from contrastive.train.gradient import Batch, forward_backward
 from contrastive.train.pretrain import PretrainConfig, pretrain
 from contrastive.train.run import command
@@ -38,7 +40,7 @@ def setting(config, tokenizer):
     return Setting("caption", config, None, tokenizer, None, 10, (16,), captions_per_image=K)
 
 
-def learner():
+def learner(kind=Learner):
     torch.manual_seed(0)
     tokenizer = train_bpe(TEXTS, 300, 16)
     text = {"vocab_size": tokenizer.vocab_size, "context_length": 16, "width": 16, "num_heads": 2, "mlp_dim": 32}
@@ -50,7 +52,7 @@ def learner():
         init_logit_scale=10.0,
         init_logit_bias=-3.0,
     )
-    model = Learner(config)
+    model = kind(config)
     model.objectives["caption"] = CaptionConfig(weight=2.0).build(setting(config, tokenizer))
     return model.double(), tokenizer
 
@@ -63,40 +65,51 @@ def data(tokenizer):
     return pixels, tokens, order, torch.rand(B, K, generator=generator) < 0.5
 
 
-def gradients(accumulate, runtime, rank=0, world_size=1):
-    model, tokenizer = learner()
+def gradients(accumulate, runtime, rank=0, world_size=1, kind=Learner):
+    model, tokenizer = learner(kind)
     wrapped = runtime.wrap(model)
     pixels, tokens, order, parallel = (part.chunk(world_size)[rank] for part in data(tokenizer))
     inputs = {"caption": model.objectives["caption"].inputs({}, {"ids": tokens, "parallel": parallel})}
     texts = [part.flatten(0, 1) for part in tokens.chunk(accumulate)]
     how = {"objectives": model.active(0), "seed": (0, 5), "runtime": runtime}
-    losses = forward_backward(wrapped, SigmoidLoss(), Batch(pixels, texts, order, inputs), **how)
+    loss = SigmoidLoss() if kind is Learner else None
+    losses = forward_backward(wrapped, loss, Batch(pixels, texts, order, inputs), **how)
     return losses, {name: p.grad for name, p in model.named_parameters()}
 
 
-def check(losses, grads):
-    model, tokenizer = learner()
+def check(losses, grads, kind=Learner):
+    model, tokenizer = learner(kind)
     pixels, tokens, order, parallel = data(tokenizer)
     decoder = model.objectives["caption"].decoder
     assert len(decoder.transformer.blocks) == 2 and decoder.config.mlp_dim == 32
-    image, scale = model.encode_image(pixels), (model.logit_scale.exp(), model.logit_bias)
-    labels = (pair_labels(ids, "negative") for ids in order.T)
-    texts = [model.encode_text(of) for of in tokens.unbind(1)]
-    each = [sigmoid_loss(image, text, *scale, *own) for text, own in zip(texts, labels, strict=True)]
     patches = model.image_tower.forward_features(pixels).repeat_interleave(K, dim=0)
     ids = tokens.flatten(0, 1)[:, 1:]
     told = caption_loss(decoder.logits(decoder(patches, ids, parallel.flatten())), ids, tokenizer.eos_id)
-    wanted = {"loss": sum(each) / K + 2 * told, "contrastive_loss": sum(each) / K, "caption_loss": told}
+    wanted = {"loss": 2 * told, "caption_loss": told}
+    if kind is Learner:
+        image, scale = model.encode_image(pixels), (model.logit_scale.exp(), model.logit_bias)
+        labels = (pair_labels(ids, "negative") for ids in order.T)
+        texts = [model.encode_text(of) for of in tokens.unbind(1)]
+        each = [sigmoid_loss(image, text, *scale, *own) for text, own in zip(texts, labels, strict=True)]
+        contrastive = sum(each) / K
+        wanted |= {"loss": contrastive + 2 * told, "contrastive_loss": contrastive}
+    assert losses.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(losses[name], value.detach(), rtol=1e-6, atol=0)
-    expected = torch.autograd.grad(wanted["loss"], list(model.parameters()))
+    expected = torch.autograd.grad(wanted["loss"], list(model.parameters()), allow_unused=kind is not Learner)
     for (name, grad), want in zip(grads.items(), expected, strict=True):
+        if want is None:  # the pooling, which captions do not train
+            assert name.startswith(("image_tower.head.", "image_tower.projection.")) and (
+                grad is None or not grad.any()
+            )
+            continue
         torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-8, msg=name)  # the weights of tokens are float32
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
-def test_loss_and_gradients_are_the_formulas(accumulate):
-    check(*gradients(accumulate, Runtime("fp32")))
+@pytest.mark.parametrize("kind", [Learner, ImageLearner])
+def test_loss_and_gradients_are_the_formulas(kind, accumulate):
+    check(*gradients(accumulate, Runtime("fp32"), kind=kind), kind=kind)
 
 
 def run_rank(rank, world_size, port, folder):
@@ -105,7 +118,9 @@ def run_rank(rank, world_size, port, folder):
     )
     os.environ["ACCELERATE_USE_CPU"] = "true"
     runtime = Runtime("fp32")
-    torch.save([gradients(k, runtime, rank, world_size) for k in (1, 2)], f"{folder}/rank{rank}.pt")
+    cases = [(kind, k) for kind in (Learner, ImageLearner) for k in (1, 2)]
+    results = [gradients(k, runtime, rank, world_size, kind) for kind, k in cases]
+    torch.save(results, f"{folder}/rank{rank}.pt")
     runtime.close()
 
 
@@ -113,9 +128,9 @@ def run_rank(rank, world_size, port, folder):
 def test_ranks_are_the_formula(ranks, tmp_path, free_port):
     run_on_ranks(ranks, run_rank, ranks, free_port, str(tmp_path))
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(ranks)]
-    for case in (0, 1):
+    for case, kind in enumerate((Learner, Learner, ImageLearner, ImageLearner)):
         losses = {name: sum(r[case][0][name] for r in results) / ranks for name in results[0][case][0]}
-        check(losses, results[0][case][1])
+        check(losses, results[0][case][1], kind)
 
 
 def test_what_is_told_is_the_caption_without_dropout_of_tokens():
@@ -197,3 +212,70 @@ def test_wrong_options_are_one_line(words, said, tiny, tmp_path):
     with pytest.raises(UserError) as error:
         train(tmp_path / "run", tiny, *SETTINGS, *words.split())
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+ALONE = ["--loss", "none", "--model.image.pool", "average", *SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_text):
+    """A run of captions alone, as CapPa's."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "tiny.yaml").write_text(tiny_text + "loss: {duplicates: positive}\n")  # of another loss: left aside
+    train(folder / "run", folder / "tiny.yaml", *ALONE)
+    return folder / "run"
+
+
+def test_captions_alone_give_an_image_model(alone):
+    rows = read_metrics(alone / "metrics.jsonl")
+    assert all(row["loss"] == row["caption_loss"] for row in rows if row["kind"] == "train")
+    assert all("contrastive_loss" not in row and "logit_scale" not in row for row in rows)
+    (last,) = [row for row in rows if row["kind"] == "eval" and row["step"] == 8]
+    assert 0 <= last["captions/digits:test/named"] <= 100
+    bundle = contrastive.load(alone)
+    assert isinstance(bundle.model, ImageModel) and bundle.tokenizer is None
+    weights = load_file(alone / "final/model.safetensors")
+    assert all(name.startswith("image_tower.") for name in weights) and not (alone / "final/objectives").exists()
+    assert bundle.model.encode_image(torch.randn(2, 3, 16, 16)).shape == (2, 16)
+    encoder = contrastive.load_image_encoder(alone)
+    assert encoder(torch.randn(1, 3, 16, 16)).shape == (1, 4, 16)
+    captioner = load_captioner(alone)
+    ids, _ = generate(captioner.decoder, captioner.patches(torch.randn(2, 3, 16, 16)), GenerationConfig())
+    assert all(isinstance(captioner.tokenizer.decode(row), str) for row in ids)
+
+
+def test_captions_alone_resume_exactly(alone, tmp_path):
+    shutil.copytree(alone, tmp_path / "run")
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step-{step:08d}")
+    shutil.rmtree(tmp_path / "run/final")
+    train(tmp_path / "run", alone.parent / "tiny.yaml", "--resume")
+    for name in ("model", "objectives/model", "optimizer"):
+        file = f"checkpoints/step-00000008/{name}.safetensors"
+        ours, theirs = load_file(tmp_path / "run" / file), load_file(alone / file)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+def test_the_image_model_starts_another_run(alone, tmp_path):
+    file = alone.parent / "tiny.yaml"
+    train(tmp_path / "run", file, "--init_image", alone, "--train.steps", 1, "--data.eval", "digits:test")
+    assert isinstance(contrastive.load(tmp_path / "run").model, DualEncoder)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--loss none --objectives none", "--loss none learns by objectives alone, one of which starts at 0"),
+        ("--loss none --objectives.caption.start 0.5", "--loss none learns by objectives alone, one of which starts"),
+        ("--loss none", "model.image.pool attention: nothing trains it with --loss none"),
+        ("--loss none --model.image.pool average --model.image.projection", "model.image.projection true: nothing"),
+        (
+            "--loss none --model.image.pool average --model.text.causal",
+            "model.text.causal has no effect with loss.name",
+        ),
+        ("--loss none --objectives masked --model.image.pool average", "data.eval is scored by captions with --loss"),
+        ("--loss none --init nowhere", "--loss none has no text tower to start: use --init_image"),
+    ],
+)
+def test_what_a_run_without_a_loss_cannot_have(words, said, tiny, tmp_path):
+    test_wrong_options_are_one_line(words, said, tiny, tmp_path)
