@@ -137,6 +137,11 @@ class StoredViews:
         """
         if not self.config.get("complete"):
             raise UserError(f"{self.folder} is unfinished; give its scripts/embed.py command again")
+        if any(part.prompted for part in source.parts):
+            raise UserError(
+                f"{self.folder} holds embeddings of captions, and {source.name} is learned by prompts of its classes: "
+                "give the teacher itself"
+            )
         data = self.config["data"]
         if data["fingerprint"] != source.stored.fingerprint or data["num_samples"] != len(source):
             raise UserError(

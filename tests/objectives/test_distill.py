@@ -251,6 +251,7 @@ def no_text_tower(folder):
             r"data.augment.crop_scale is \(0.3, 0.8\), but the views of .* were drawn with \(1.0, 1.0\)",
         ),
         (taught_by("CUT", "--data.caption_templates", "a {}"), "holds embeddings of captions as they are"),
+        (taught_by("CUT", "--data.train", "digits:test"), "digits:test is learned by prompts of its classes"),
         (taught_by("CUT", "--data.train", "scenes:val"), "holds a teacher's embeddings of other data"),
     ],
 )
