@@ -11,14 +11,13 @@ MobileCLIP's data reinforcement (Vasu et al. 2024), but for the views' parameter
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 from contrastive.config import from_dict
 from contrastive.data.augment import AugmentConfig, augment
@@ -171,13 +170,14 @@ class StoredViews:
         shard, place = divmod(index, self.samples_per_shard)
         return _usable(self._shard(shard)[0][place, number])
 
-    def text(self, index: int, caption: int) -> torch.Tensor:
-        """Return the embedding of a sample's caption, by its number from 0, likewise."""
+    def texts(self, index: int, captions: Sequence[int]) -> torch.Tensor:
+        """Return the embeddings of a sample's captions, by their numbers from 0, (K, E) likewise."""
         shard, place = divmod(index, self.samples_per_shard)
         _, texts, starts = self._shard(shard)
-        if caption >= starts[place + 1] - starts[place]:
+        own = texts[starts[place] : starts[place + 1]]
+        if max(captions) >= len(own):
             raise BadSample("no_embedding")
-        return _usable(texts[starts[place] + caption])
+        return _usable(own[list(captions)])
 
     def _shard(self, shard: int) -> tuple[np.ndarray, ...]:
         """Its images, texts and starts, in memory as they are read."""
@@ -197,10 +197,11 @@ class StoredViews:
             raise UserError(f"{path} is damaged ({reason_of(error)}); delete it and embed again") from None
 
 
-def _usable(row: np.ndarray) -> torch.Tensor:
-    if np.isnan(row[0]):
+def _usable(rows: np.ndarray) -> torch.Tensor:
+    rows = rows.astype(np.float32)
+    if np.isnan(rows).any():
         raise BadSample("no_embedding")
-    return normalize(torch.from_numpy(row.astype(np.float32)), dim=0)  # float16 rounds its length
+    return torch.from_numpy(rows / np.linalg.norm(rows, axis=-1, keepdims=True))  # float16 rounds their lengths
 
 
 def views_config(

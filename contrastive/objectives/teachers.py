@@ -3,7 +3,6 @@
 b samples with K captions each; S, L: a teacher's image size and context length, F its embed_dim.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,13 +117,13 @@ class TeacherInputs(Extra):
             one.stored if isinstance(one, StoredTeacher) else (one.image_size, one.tokenizer) for one in teachers
         ]
         self.views = [one.stored.views for one in teachers if isinstance(one, StoredTeacher)]
+        self._number = 0  # of the view that `draws` drew, for `of`, which is asked next of the same sample
 
     def draws(self, index: int, rng: np.random.Generator) -> np.random.Generator | None:
-        return self.views[0].draws(index, self._number(rng)) if self.views else None
-
-    def _number(self, rng: np.random.Generator) -> int:
-        """The view of a sample; `rng`, which `draws` and `of` get alike, stays as it is."""
-        return int(copy.deepcopy(rng).random() * min(views.count for views in self.views))
+        if not self.views:
+            return None
+        self._number = int(rng.random() * min(views.count for views in self.views))
+        return self.views[0].draws(index, self._number)
 
     def of(self, sample: DrawnSample) -> dict[str, Any]:
         made = {}
@@ -135,8 +134,7 @@ class TeacherInputs(Extra):
 
     def _stored(self, stored: StoredViews, sample: DrawnSample) -> dict[str, torch.Tensor]:
         numbers = [sample.record.captions.index(caption) for caption in sample.captions]
-        texts = torch.stack([stored.text(sample.index, number) for number in numbers])
-        return {"image": stored.image(sample.index, self._number(sample.rng)), "text": texts}
+        return {"image": stored.image(sample.index, self._number), "text": stored.texts(sample.index, numbers)}
 
 
 def _live(image_size: int, tokenizer: Tokenizer, sample: DrawnSample) -> dict[str, torch.Tensor]:

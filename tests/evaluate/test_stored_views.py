@@ -68,8 +68,8 @@ def test_views_and_captions_are_those_that_are_drawn_again(tmp_path, bundle, sou
     for index, caption, text in ((0, 1, "red"), (1, 1, "green"), (9, 0, "number 9")):
         with torch.no_grad():
             expected = bundle.model.encode_text(bundle.tokenizer([text]))[0]
-        torch.testing.assert_close(stored.text(index, caption), expected)
-    for ask in (lambda: stored.image(3, 0), lambda: stored.text(1, 0), lambda: stored.text(2, 0)):
+        torch.testing.assert_close(stored.texts(index, [caption])[0], expected)
+    for ask in (lambda: stored.image(3, 0), lambda: stored.texts(1, [1, 0]), lambda: stored.texts(2, [0])):
         with pytest.raises(BadSample, match="no_embedding"):
             ask()
 
@@ -126,7 +126,7 @@ def test_half_precision(tmp_path, bundle, source):
     assert np.load(tmp_path / "half" / "images-00000.npy").dtype == np.float16
     assert not torch.equal(half.image(0, 1), whole.image(0, 1))
     torch.testing.assert_close(half.image(0, 1), whole.image(0, 1), atol=1e-3, rtol=0)
-    assert half.text(0, 0).norm().item() == pytest.approx(1, abs=1e-6)
+    assert half.texts(0, [0]).norm().item() == pytest.approx(1, abs=1e-6)
 
 
 def other_data(source, stored, out):
