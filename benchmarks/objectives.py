@@ -88,7 +88,7 @@ def main(options: Options) -> None:
     found: dict[str, list[tuple[float, float]]] = {case: [] for case in options.cases}
     with tempfile.TemporaryDirectory() as folder:
         common = ["--config", options.config, "--data.train", options.data, "--train.log_every", "1000"]
-        common += ["--evaluation.limit", "1", "--data.eval", options.data, "--data.templates", "auto"]
+        common += ["--evaluation.limit", "4", "--data.eval", options.data, "--data.templates", "auto"]
         common += ["--checkpoint.every", "100000"]
         if any("distill," in case or case == "distill" for case in options.cases):
             in_a_process([*common, "--train.steps", "5", "--run_folder", f"{folder}/teacher"])

@@ -25,7 +25,7 @@ class Embedded(NamedTuple):
     more: ByObjective
     """Further features of each objective, (b', E)."""
     losses: dict[str, torch.Tensor]
-    """Means over the micro-batch, scalars."""
+    """Means over the micro-batch, scalars; none where no gradients are recorded."""
     idle: torch.Tensor | None
     """0, from all parameters that no loss of this step reaches: DDP waits for the gradients of all."""
 
@@ -57,10 +57,14 @@ class Learning(nn.Module):
         taking_part = {name: self.objectives[name] for name in inputs}
         if targets is None:
             return {name: one.targets(part, inputs[name]) for name, one in taking_part.items()}
+        # First what is embedded twice where there are micro-batches: random numbers are then drawn in the same order.
+        features = part.features
         more = {name: one.features(part, inputs[name]) for name, one in taking_part.items()}
-        losses = {name: one.loss(part, inputs[name], targets[name]) for name, one in taking_part.items()}
+        losses = {}
+        if torch.is_grad_enabled():  # without, it is the features alone that are wanted
+            losses = {name: one.loss(part, inputs[name], targets[name]) for name, one in taking_part.items()}
         losses = {name: loss for name, loss in losses.items() if loss is not None}
-        return Embedded(part.features, more, losses, self._idle(inputs))
+        return Embedded(features, more, losses, self._idle(inputs))
 
     def _idle(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
         if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from objectives.toy import ToyConfig
+from objectives.toy import Toy, ToyConfig
 from rank_processes import run_on_ranks, script_on_ranks
 from safetensors.torch import load_file
 
@@ -95,6 +95,32 @@ def check(losses, grads):
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_all_hooks_equal_the_formula(accumulate):
     check(*gradients(accumulate, Runtime("fp32")))
+
+
+def test_random_parts_are_replayed_beside_losses_that_draw(monkeypatch):
+    """Features of the pass without gradients and of that with are the same, whatever a loss draws between them."""
+    runtime, seen = Runtime("fp32"), {True: [], False: []}
+    monkeypatch.setattr(
+        Toy, "loss", lambda one, part, inputs, targets: (one.colour(part.patches) * torch.rand(())).mean()
+    )
+    model = learner()
+    for tower in (model.image_tower, model.text_tower):
+        for part in tower.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.3
+    forward = model.forward
+
+    def watched(*args):
+        outputs = forward(*args)
+        if len(args) == 4:
+            seen[torch.is_grad_enabled()].append(outputs.features.text.detach().clone())
+        return outputs
+
+    model.forward = watched
+    pixels, tokens, inputs = data()
+    batch = Batch(pixels, tokens.chunk(3), tokens[:, 0], {"toy": inputs})
+    forward_backward(model, SigmoidLoss(), batch, objectives=model.active(0), seed=(0, 5), runtime=runtime)
+    assert len(seen[True]) == 3 and all(map(torch.equal, seen[True], seen[False]))
 
 
 def run_rank(rank, world_size, port, folder):
