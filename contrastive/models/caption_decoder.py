@@ -152,15 +152,20 @@ class CaptionDecoder(nn.Module):
         return (counted / counted.sum(dim=1, keepdim=True))[:, :longest]
 
     def loss(
-        self, image: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, parallel: torch.Tensor
+        self,
+        image: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        parallel: torch.Tensor,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the mean over captions of the mean cross entropy of their tokens, a scalar (CapPa, section 3).
 
         Args:
             image: (B, N, D) patch tokens, not pooled. ids: (B · K, L). weights: theirs, (B · K, l).
-            parallel: bool (B · K,): captions predicted all at once.
+            parallel: bool (B · K,): captions predicted all at once. hidden: see `forward`.
         """
-        states, length = self(image, ids, parallel), weights.shape[1]
+        states, length = self(image, ids, parallel, hidden), weights.shape[1]
         states, ids, weights = states[:, :length].flatten(0, 1), ids[:, :length].flatten(), weights.flatten()
         # A GPU would be waited for, and the fake tensors that plan.py counts have no content.
         if weights.device.type == "cpu" and type(weights) is torch.Tensor:
@@ -173,12 +178,21 @@ class CaptionDecoder(nn.Module):
         losses = token_losses(states, self.token_embedding.weight, ids)
         return (losses * weights).sum() / len(parallel)
 
-    def forward(self, image: torch.Tensor, ids: torch.Tensor, parallel: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        image: torch.Tensor,
+        ids: torch.Tensor,
+        parallel: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the states (B · K, L, D) that tell each of the ids (B · K, L), see `logits`.
 
-        A state sees the image and the ids before its own; where `parallel`, (B · K,) bool, the image alone.
+        A state sees the image and the ids before its own, but for those where `hidden`, (B · K, L) bool; where
+        `parallel`, (B · K,) bool, the image alone.
         """
         x = self.inputs(ids)
+        if hidden is not None:  # an id enters one place later
+            x = torch.cat([x[:, :1], torch.where(hidden[:, :-1, None], self.mask, x[:, 1:])], dim=1)
         position = torch.arange(ids.shape[1], device=ids.device)
         attended = (position <= position[:, None])[None, None]
         if parallel is not None:

@@ -13,7 +13,7 @@ from contrastive.data.extras import DrawnSample, Extra
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.models.caption_decoder import CaptionDecoder, CaptionDecoderConfig
 from contrastive.objectives.objective import MicroBatch, Objective, ObjectiveConfig, Setting, Tensors
-from contrastive.option_types import Share
+from contrastive.option_types import Probability, Share
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class CaptionConfig(ObjectiveConfig, CaptionDecoderConfig):
 
     parallel_share: Share[float] = 0.5
     """Share of the captions that are told all at once, from mask tokens; the others token by token."""
+    hidden_share: Probability[float] = 0.0
+    """Share of the tokens of the others that those after them do not see: a decoder that knows what is usually said
+    looks at the image less (Bowman et al. 2016, "word dropout")."""
 
     def build(self, setting: Setting) -> "Caption":
         return Caption(self.like(setting.model.text), setting)
@@ -30,16 +33,20 @@ class CaptionConfig(ObjectiveConfig, CaptionDecoderConfig):
 class CaptionRows(Extra):
     """The captions as the decoder tells them, tokens that the text tower is spared included, and in which way.
 
-    'ids' (K, L) int64, 'parallel' (K,) bool.
+    'ids' (K, L) int64, 'parallel' (K,) bool; 'hidden' (K, L) bool, where a share is hidden.
     """
 
-    def __init__(self, name: str, first_step: int, tokenizer: Tokenizer, parallel_share: float):
+    def __init__(
+        self, name: str, first_step: int, tokenizer: Tokenizer, parallel_share: float, hidden_share: float = 0.0
+    ):
         super().__init__(name, first_step)
-        self.tokenizer, self.parallel_share = tokenizer, parallel_share
+        self.tokenizer, self.parallel_share, self.hidden_share = tokenizer, parallel_share, hidden_share
 
     def of(self, sample: DrawnSample) -> dict[str, Any]:
         parallel = sample.rng.random(len(sample.captions)) < self.parallel_share
-        return {"ids": self.tokenizer.tokenize_clean(list(sample.captions)), "parallel": np.asarray(parallel)}
+        ids = self.tokenizer.tokenize_clean(list(sample.captions))
+        hidden = {"hidden": sample.rng.random(tuple(ids.shape)) < self.hidden_share} if self.hidden_share else {}
+        return {"ids": ids, "parallel": np.asarray(parallel), **hidden}
 
 
 class Caption(Objective):
@@ -51,16 +58,20 @@ class Caption(Objective):
     def __init__(self, options: CaptionConfig, setting: Setting):
         super().__init__(options, setting)
         self.decoder = decoder_for(options, setting.model.image.width, setting.tokenizer, setting.model.init)
-        self.extra = CaptionRows(self.name, self.first_step, setting.tokenizer, options.parallel_share)
+        self.extra = CaptionRows(
+            self.name, self.first_step, setting.tokenizer, options.parallel_share, options.hidden_share
+        )
 
     def inputs(self, batch: dict[str, Any], extras: Tensors) -> dict[str, torch.Tensor]:
         ids = self.decoder.ids(extras["ids"].flatten(0, 1))
         rows = {"ids": ids, "weights": self.decoder.weights(ids)}
+        if "hidden" in extras:
+            rows["hidden"] = self.decoder.ids(extras["hidden"].flatten(0, 1))
         each = {name: rows.unflatten(0, extras["parallel"].shape) for name, rows in rows.items()}
         return {**each, "parallel": extras["parallel"]}
 
     def loss(self, part: MicroBatch, inputs: Tensors, targets: Tensors) -> torch.Tensor:
-        rows = {name: inputs[name].flatten(0, 1) for name in ("ids", "weights", "parallel")}
+        rows = {name: rows.flatten(0, 1) for name, rows in inputs.items()}
         return self.decoder.loss(part.patches, **rows)
 
     def describe(self) -> str:
