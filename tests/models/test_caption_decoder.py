@@ -124,6 +124,19 @@ def test_both_kinds_in_one_batch_are_each_alone():
     torch.testing.assert_close(model(image[~PARALLEL], ids[~PARALLEL]), states[~PARALLEL])
 
 
+def test_a_hidden_token_is_not_seen_by_those_after_it():
+    model, image, ids = decoder(), images(), ROWS[:, 1:]
+    hidden = torch.zeros(ids.shape, dtype=torch.bool)
+    torch.testing.assert_close(model(image, ids, hidden=hidden), model(image, ids))
+    hidden[:, 4] = True
+    states = model(image, ids, hidden=hidden)
+    changed = ids.clone()
+    changed[:, 4] = 11
+    torch.testing.assert_close(model(image, changed, hidden=hidden), states)
+    changed[:, 3] = 12
+    assert not torch.isclose(model(image, changed, hidden=hidden)[:, 4:], states[:, 4:]).all(dim=-1).any()
+
+
 def test_a_tokenizer_without_bos_has_its_first_token_told():
     assert torch.equal(decoder(bos_id=None).ids(ROWS), ROWS)
     assert decoder(bos_id=None).max_tokens == LENGTH and decoder().max_tokens == LENGTH - 1

@@ -150,6 +150,8 @@ def test_what_is_told_is_the_caption_without_dropout_of_tokens():
     sure = DrawnSample(None, 0, ("a",) * 50, np.random.default_rng(0), 16, None)
     assert not CaptionRows("caption", 0, tokenizer, 0.0).of(sure)["parallel"].any()
     assert CaptionRows("caption", 0, tokenizer, 1.0).of(sure)["parallel"].all()
+    hidden = CaptionRows("caption", 0, tokenizer, 0.25, 0.4).of(sure)["hidden"]
+    assert hidden.shape == (50, 90) and abs(hidden.mean() - 0.4) < 0.05
 
 
 def train(folder, file, *words):
