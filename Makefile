@@ -10,13 +10,14 @@ RANKS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || (nproc || sysctl -n 
 # What accelerate would assume anyway: saying so spares a warning, and --quiet its traceback after our error line.
 PLAIN := --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: help setup lint test test-faults quickstart vlm clean
+.PHONY: help setup lint test test-slow test-faults quickstart vlm clean
 
 help:
 	@echo "make quickstart [LOSS=softmax]  train on rendered scenes, then score zero-shot (minutes, on a CPU)"
 	@echo "make quickstart ARGS=--resume  continue one that was interrupted"
 	@echo "make vlm                        a captioning model on its image tower (minutes more)"
-	@echo "make test                       all tests but the slowest of those below"
+	@echo "make test                       all tests but the slowest"
+	@echo "make test-slow                  those: every part of the GPU benchmark, at toy size"
 	@echo "make test-faults                kills, full disks, damage: all of them, and a table (up to half an hour)"
 	@echo "make lint                       ruff"
 	@echo "make setup                      .venv with everything installed"
@@ -34,7 +35,10 @@ lint: setup
 
 # Processes of one thread: models of a few thousand weights are slower on two, and a loaded machine makes that worse.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow_fault"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow and not slow_fault"
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults tests/security/test_mended_stores.py --fault-table

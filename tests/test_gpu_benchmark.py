@@ -41,6 +41,7 @@ def rows(tmp_path, name):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_every_part_runs_at_toy_size(tmp_path, parts):
     before = {path: path.stat().st_size for path in (ROOT / "benchmarks" / "results").iterdir()}
     told = run(tmp_path, "--toy")
