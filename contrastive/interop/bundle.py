@@ -142,7 +142,7 @@ def _save(folder: Path, written_as: str, weights, config, preprocess: Preprocess
 def is_native(folder: Path) -> bool:
     """Whether `folder` is a model folder of ours."""
     try:
-        return json.loads((folder / "config.json").read_text()).get("format") in _KINDS
+        return json.loads((folder / "config.json").read_text()).get("format") in tuple(_KINDS)
     except (OSError, ValueError, RecursionError, AttributeError):
         return False
 
