@@ -7,8 +7,6 @@ BIN := .venv/bin
 # machine (benchmarks/busy.py).
 RANKS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || (nproc || sysctl -n hw.ncpu || echo 1) 2>/dev/null | \
 	awk '{print($$1 >= 4 ? 4 : $$1 >= 2 ? 2 : 1)}')
-# One more than cores, up to four: many tests wait for processes that start or end.
-TESTERS ?= $(shell (nproc || sysctl -n hw.ncpu || echo 1) 2>/dev/null | awk '{print($$1 >= 3 ? 4 : $$1 + 1)}')
 # What accelerate would assume anyway: saying so spares a warning, and --quiet its traceback after our error line.
 PLAIN := --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
 
@@ -37,7 +35,7 @@ lint: setup
 
 # Processes of one thread: models of a few thousand weights are slower on two, and a loaded machine makes that worse.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile -m "not slow and not slow_fault"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow and not slow_fault"
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
