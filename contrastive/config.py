@@ -77,9 +77,8 @@ def parse(
             raise SystemExit(0)
         unnamed = [path for path in contents if not {name, f"{name}.name"} & contents[path].keys()]
         for path in contents:
-            if (
-                choice.registry is not None or path != base
-            ):  # what the program wrote of a preset is all that was made of it
+            # Of a preset the program wrote all that was made of it.
+            if choice.registry is not None or path != base:
                 contents[path] = settle(name, choice, contents[path], named, path)
         # None has no options: those in a file that names nothing are of others.
         for path in unnamed if choice.is_slot and named.get(name) == NONE else ():
@@ -90,15 +89,8 @@ def parse(
     chosen = with_choices(cls, named)
     known = _flat_types(chosen)
     renamed = {old: new for old, new in _renamed(chosen).items() if old not in known}
-    values = {}
-    for path in reversed(contents):
-        contents[path] = _with_new_names(contents[path], renamed, path == base, path)
-        for key, value in contents[path].items():
-            if value == {}:  # a section that says nothing
-                continue
-            if key not in known:
-                raise UserError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
-            values[key] = as_option(f"{path}: {key}", known[key], value)
+    contents = {path: _with_new_names(own, renamed, path == base, path) for path, own in contents.items()}
+    values = _values(contents, known)
     flags = _options_of(rest, known, (*choices, *also), renamed)
     start = _filled(chosen(), values) if values else None
     words = {"prog": prog, "description": _describe(description, choices), "given": args}
@@ -107,6 +99,19 @@ def parse(
         return config
     given = dict.fromkeys([*named, *contents.get(file, ())], False) | given | dict.fromkeys(flags, True)
     return dataclasses.replace(config, given=given)
+
+
+def _values(contents: dict[Path, dict[str, Any]], known: dict[str, Any]) -> dict[str, Any]:
+    """Return what files say, the first outdoing the others, as the options' types; UserError for an unknown key."""
+    values = {}
+    for path in reversed(contents):
+        for key, value in contents[path].items():
+            if value == {}:  # a section that says nothing
+                continue
+            if key not in known:
+                raise UserError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
+            values[key] = as_option(f"{path}: {key}", known[key], value)
+    return values
 
 
 def _keep_one(group: tuple[str, ...], contents: dict[Path, dict[str, Any]], args: list[str]) -> None:

@@ -32,6 +32,15 @@ def start_ranks(number, function, *args):
     return mp.start_processes(function, args, nprocs=number, join=False, start_method="forkserver")
 
 
+def joined(rank, number, port):
+    """In one of `run_on_ranks`: join the others on the CPU; return the runtime."""
+    from contrastive.distributed.runtime import Runtime
+
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()}, ACCELERATE_USE_CPU="true")
+    return Runtime("fp32")
+
+
 def script_on_ranks(number, port, script, *args, folder, **variables):
     """Run a script on CPU ranks, as torchrun does but for ending the others when one fails.
 

@@ -4,7 +4,7 @@ It is made where samples are, in the loader's workers, as a pure function of (se
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,14 +66,20 @@ class Extra:
 
 
 class Crops(Extra):
-    """Further views of the image: 'views', uint8 (count, 3, S, S), varied by options of their own."""
+    """Further views of the image: 'views', uint8 (count, 3, s, s), varied by options of their own.
 
-    def __init__(self, name: str, first_step: int, count: int, image_size: int | None, options: AugmentConfig):
+    Args:
+        sizes: s in pixels by the image's size, which a curriculum changes; none: s is that.
+    """
+
+    def __init__(
+        self, name: str, first_step: int, count: int, options: AugmentConfig, sizes: Mapping[int, int] | None = None
+    ):
         super().__init__(name, first_step)
-        self.count, self.image_size, self.options = count, image_size, options
+        self.count, self.options, self.sizes = count, options, sizes
 
     def of(self, sample: DrawnSample) -> dict[str, Any]:
-        size = self.image_size or sample.image_size
+        size = sample.image_size if self.sizes is None else self.sizes[sample.image_size]
         return {
             "views": torch.stack(
                 [augment(sample.record.image, size, self.options, sample.rng) for _ in range(self.count)]

@@ -167,7 +167,7 @@ def load_native(folder: Path, with_tokenizer: bool = True) -> Bundle:
         file = folder / "model.safetensors"
     weights = tensors_in(file)
     model = build(lambda: kind(config), weights, file)
-    fill(model, weights, file)
+    fill_model(model, weights, file)
     if kind is not DualEncoder:
         tokenizer = None
     elif with_tokenizer:
@@ -213,12 +213,7 @@ def build(make: Callable[[], M], weights: Mapping[str, torch.Tensor], where: Pat
     return make()
 
 
-def load_weights(model: nn.Module, file: Path, more: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Fill the model from a safetensors file, with `more` beside, every key and shape exactly; otherwise UserError."""
-    fill(model, tensors_in(file) | (more or {}), file)
-
-
-def fill(model: nn.Module, weights: Mapping[str, torch.Tensor], file: Path) -> None:
+def fill_model(model: nn.Module, weights: Mapping[str, torch.Tensor], file: Path) -> None:
     """Fill the model from weights that `file` held, every key and shape exactly; otherwise UserError."""
     try:
         model.load_state_dict(weights)

@@ -9,7 +9,7 @@ from contrastive.config import from_dict
 from contrastive.data.tokenizer import Tokenizer, load_tokenizer
 from contrastive.errors import UserError
 from contrastive.files import read_json
-from contrastive.interop.bundle import Bundle, build, fill, native_folder, newest_whole, tensors_in
+from contrastive.interop.bundle import Bundle, build, fill_model, native_folder, newest_whole, tensors_in
 from contrastive.interop.loading import load
 from contrastive.log import say
 from contrastive.models.caption_decoder import CaptionDecoder
@@ -70,7 +70,7 @@ def captioner_of(bundle: Bundle, device: str | torch.device) -> Captioner:
     weights = {name.removeprefix(prefix): t for name, t in tensors_in(file).items() if name.startswith(prefix)}
     width, tokenizer = bundle.config.image.width, bundle.tokenizer or load_tokenizer(bundle.path / "tokenizer")
     decoder = build(lambda: decoder_for(options, width, tokenizer), weights, file)
-    fill(decoder, weights, file)
+    fill_model(decoder, weights, file)
     return Captioner(bundle, decoder.eval().to(device), tokenizer)
 
 

@@ -45,16 +45,19 @@ class PrototypeConfig(ObjectiveConfig):
     prototypes alike in each global batch (SwAV, DINOv2)."""
 
 
+def three_layers(width: int, hidden: int, out: int) -> nn.Sequential:
+    """Return the MLP of a head, (..., width) to (..., out), with two hidden layers."""
+    layers = (nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, out))
+    return nn.Sequential(*layers)
+
+
 class PrototypeHead(nn.Module):
     """Features (..., D) to cosines with K prototypes (..., K): an MLP of three layers, unit length, unit prototypes."""
 
     def __init__(self, width: int, options: PrototypeConfig):
         super().__init__()
-        hidden, bottleneck = options.hidden, options.bottleneck
-        self.mlp = nn.Sequential(
-            *(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
-        )
-        self.prototypes = nn.Parameter(torch.empty(options.prototypes, bottleneck))
+        self.mlp = three_layers(width, options.hidden, options.bottleneck)
+        self.prototypes = nn.Parameter(torch.empty(options.prototypes, options.bottleneck))
         for parameter in self.parameters():
             if parameter.ndim == 1:
                 nn.init.zeros_(parameter)

@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from contrastive.data.augment import AugmentConfig, augment
-from contrastive.data.extras import DrawnSample, Extra
+from contrastive.data.augment import AugmentConfig
+from contrastive.data.extras import Crops
 from contrastive.errors import UserError
 from contrastive.objectives.objective import MicroBatch, Setting, Tensors
 from contrastive.objectives.prototypes import PrototypeConfig, PrototypeObjective
@@ -40,19 +39,6 @@ class SelfDistillConfig(PrototypeConfig):
         return SelfDistill(self, setting)
 
 
-class LocalCrops(Extra):
-    """'crops', uint8 (count, 3, s, s); `sizes` maps the image's size to s."""
-
-    def __init__(self, name: str, first_step: int, count: int, sizes: dict[int, int], options: AugmentConfig):
-        super().__init__(name, first_step)
-        self.count, self.sizes, self.options = count, sizes, options
-
-    def of(self, sample: DrawnSample) -> dict[str, Any]:
-        size = self.sizes[sample.image_size]
-        crops = [augment(sample.record.image, size, self.options, sample.rng) for _ in range(self.count)]
-        return {"crops": torch.stack(crops)}
-
-
 class SelfDistill(PrototypeObjective):
     """See `SelfDistillConfig`. The pooled feature of each crop, through the head, to the teacher's of the image."""
 
@@ -67,7 +53,7 @@ class SelfDistill(PrototypeObjective):
                     f"curriculum may make smaller, and a multiple of the patch size {patch}"
                 )
         self.normalize = setting.preprocess.normalize
-        self.extra = LocalCrops(self.name, self.first_step, options.crops, sizes, options.augment)
+        self.extra = Crops(self.name, self.first_step, options.crops, options.augment, sizes)
 
     def targets(self, part: MicroBatch, inputs: Tensors) -> dict[str, torch.Tensor]:
         tower = self.teacher.tower
@@ -78,7 +64,7 @@ class SelfDistill(PrototypeObjective):
         return {"prototypes": self.probabilities(targets["prototypes"])}
 
     def loss(self, part: MicroBatch, inputs: Tensors, targets: Tensors) -> torch.Tensor:
-        crops = self.normalize(inputs["crops"].flatten(0, 1)).to(part.pixels.dtype)
+        crops = self.normalize(inputs["views"].flatten(0, 1)).to(part.pixels.dtype)
         told = self.head(part.model.image_tower(crops, project=False)).unflatten(0, (-1, self.options.crops))
         return self.cross_entropy(told, targets["prototypes"][:, None])
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.extras import Crops, DrawnSample
@@ -13,6 +12,7 @@ from contrastive.losses.softmax import SoftmaxLoss
 from contrastive.models import Features
 from contrastive.models.encoders import unit_length
 from contrastive.objectives.objective import MicroBatch, Objective, ObjectiveConfig, Setting, Tensors
+from contrastive.objectives.prototypes import three_layers
 from contrastive.option_types import Positive
 
 
@@ -58,11 +58,9 @@ class Slip(Objective):
     def __init__(self, options: SlipConfig, setting: Setting):
         super().__init__(options, setting)
         setting.check_learns_images()
-        width, hidden = setting.model.image.width, options.hidden
-        layers = (nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU())
-        self.head = nn.Sequential(*layers, nn.Linear(hidden, options.out))
+        self.head = three_layers(setting.model.image.width, options.hidden, options.out)
         self.normalize = setting.preprocess.normalize
-        self.extra = TwoViews(self.name, self.first_step, 2, None, options.augment)
+        self.extra = TwoViews(self.name, self.first_step, 2, options.augment)
         # Views of one image that are no pair, each with itself above all, are left out.
         self.compare = SoftmaxLoss("ignore") if options.loss == "softmax" else SigmoidLoss("ignore")
         compared = 2 * setting.global_batch_size - 1

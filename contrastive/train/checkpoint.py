@@ -28,7 +28,7 @@ from contrastive.distributed.collectives import rank, world_size
 from contrastive.distributed.sharding import like, whole_tensors
 from contrastive.errors import UserError, reason_of
 from contrastive.files import read_json, write_folder
-from contrastive.interop.bundle import load_weights, newest_whole, tensors_in
+from contrastive.interop.bundle import fill_model, newest_whole, tensors_in
 from contrastive.log import warn
 from contrastive.objectives.learner import PREFIX
 from contrastive.optim import ExponentialMovingAverage
@@ -155,7 +155,12 @@ def read_cursor(folder: Path) -> dict:
 
 def load_model(folder: Path, model: nn.Module) -> None:
     """Fill the model, not sharded yet, from a verified checkpoint; UserError where it is another."""
-    load_weights(model, folder / "model.safetensors", _beside(folder / "objectives/model.safetensors"))
+    fill_model(model, saved_weights(folder), folder / "model.safetensors")
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all weights of a checkpoint by parameter name, those of objectives with the model's."""
+    return tensors_in(folder / "model.safetensors") | _beside(folder / "objectives/model.safetensors")
 
 
 def load_training_state(

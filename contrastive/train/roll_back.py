@@ -3,13 +3,12 @@
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import nn
 
 from contrastive.distributed.sharding import like
 from contrastive.errors import UserError
 from contrastive.files import problem
-from contrastive.train.checkpoint import read_cursor
+from contrastive.train.checkpoint import read_cursor, saved_weights
 from contrastive.train.health import TroubleError
 from contrastive.train.retention import checkpoints_in, step_of
 
@@ -42,5 +41,5 @@ def last_good(checkpoints: Path, trouble: TroubleError, max_roll_backs: int) -> 
 
 def reload_weights(model: nn.Module, checkpoint: Path) -> None:
     """Put a verified checkpoint's weights into a model, sharded or not, that may be compiled and wrapped."""
-    saved, own = load_file(checkpoint / "model.safetensors"), model.state_dict()
+    saved, own = saved_weights(checkpoint), model.state_dict()
     model.load_state_dict({name: like(saved[name].to(tensor.device), tensor) for name, tensor in own.items()})

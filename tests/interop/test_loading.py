@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.interop.bundle import Absent, load_weights
+from contrastive.interop.bundle import Absent, fill_model, tensors_in
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_weights_that_do_not_fit(tmp_path, change, message):
     if change is None:
         file.write_bytes(file.read_bytes()[:30])
     with pytest.raises(UserError, match=message) as caught:
-        load_weights(model, file)
+        fill_model(model, tensors_in(file), file)
     assert "\n" not in str(caught.value)
 
 

@@ -44,6 +44,16 @@ def everything(tiny, tmp_path, free_port):
     return [*words, "--checkpoint.keep", 9]
 
 
+def test_a_run_rolls_back_across_a_begin(everything, tmp_path, free_port):
+    """From step 5 and 6, which are not finite, to a checkpoint from before some of them had begun."""
+    words = [*everything, "--run_folder", tmp_path / "run", "--health.on_non_finite", "roll_back"]
+    words += ["--train.max_skipped", 2, "--checkpoint.every", 3]
+    statuses, told = script_on_ranks(1, free_port, FAULTY, *words, folder=tmp_path / "told", FAULT="nan,0,5,2")
+    assert statuses == [0] and "back to step-00000003" in told, told
+    last = rows(tmp_path / "run")[-1]
+    assert last["step"] == 8 and all(last[f"{name}_loss"] == last[f"{name}_loss"] for name in NAMES)
+
+
 def test_a_kill_changes_no_bit(everything, tmp_path, free_port):
     def run(name, fault, *more, mortal=False):
         start = script_on_mortal_ranks if mortal else script_on_ranks

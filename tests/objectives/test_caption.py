@@ -1,12 +1,11 @@
 """Captions as an objective: the formula on ranks and in micro-batches, what is drawn, resume, and reading it back."""
 
-import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from rank_processes import run_on_ranks
+from rank_processes import joined, run_on_ranks
 from safetensors.torch import load_file
 
 import contrastive
@@ -113,11 +112,7 @@ def test_loss_and_gradients_are_the_formulas(kind, accumulate):
 
 
 def run_rank(rank, world_size, port, folder):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    runtime = Runtime("fp32")
+    runtime = joined(rank, world_size, port)
     cases = [(kind, k) for kind in (Learner, ImageLearner) for k in (1, 2)]
     results = [gradients(k, runtime, rank, world_size, kind) for kind, k in cases]
     torch.save(results, f"{folder}/rank{rank}.pt")

@@ -1,6 +1,5 @@
 """Teachers in a run: the formula under ranks and micro-batches, live and stored ones alike, never saved, checked."""
 
-import os
 import shutil
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from evaluate.small_model import save_small_model
 from launching import pretrain_here
-from rank_processes import run_on_ranks
+from rank_processes import joined, run_on_ranks
 from safetensors.torch import load_file
 
 import contrastive
@@ -111,9 +110,7 @@ def test_micro_batches_equal_the_formula(teachers, accumulate):
 
 
 def run_rank(rank, world_size, port, folder, teachers):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
-    os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
-    runtime = Runtime("fp32")
+    runtime = joined(rank, world_size, port)
     torch.save([gradients(teachers, k, runtime, rank, world_size) for k in (1, 2)], f"{folder}/rank{rank}.pt")
     runtime.close()
 

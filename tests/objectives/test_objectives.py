@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from objectives.toy import Toy, ToyConfig
-from rank_processes import run_on_ranks, script_on_ranks
+from rank_processes import joined, run_on_ranks, script_on_ranks
 from safetensors.torch import load_file
 
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
@@ -124,11 +124,7 @@ def test_random_parts_are_replayed_beside_losses_that_draw(monkeypatch):
 
 
 def run_rank(rank, world_size, port, folder):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    runtime = Runtime("fp32")
+    runtime = joined(rank, world_size, port)
     results = [gradients(k, runtime, rank, world_size) for k in (1, 2)]
     results += [gradients(k, runtime, rank, world_size, active=False) for k in (1, 2)]
     torch.save(results, f"{folder}/rank{rank}.pt")

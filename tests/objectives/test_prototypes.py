@@ -1,14 +1,13 @@
 """Self-distillation and masked prediction against their formulas, under ranks and micro-batches; their teacher."""
 
 import math
-import os
 
 import pytest
 import torch
-from rank_processes import run_on_ranks
+from rank_processes import joined, run_on_ranks
 
 from contrastive.data.augment import AugmentConfig
-from contrastive.data.extras import DrawnSample
+from contrastive.data.extras import Crops, DrawnSample
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.record import Record
 from contrastive.distributed.runtime import Runtime
@@ -19,7 +18,7 @@ from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.objectives import Setting
 from contrastive.objectives.learner import Learner
 from contrastive.objectives.masked import MaskedConfig, MaskedPatches
-from contrastive.objectives.self_distill import LocalCrops, SelfDistillConfig
+from contrastive.objectives.self_distill import SelfDistillConfig
 from contrastive.train.gradient import Batch, forward_backward
 
 CONFIG = ModelConfig(
@@ -62,7 +61,7 @@ def data():
     tokens = torch.randint(0, 20, (B, 6), generator=generator)
     crops = torch.randint(0, 256, (B, CROPS, 3, 8, 8), generator=generator, dtype=torch.uint8)
     places = torch.rand(B, 16, generator=generator).argsort(dim=1)[:, :MASKED].sort(dim=1).values
-    return pixels, tokens, {"self_distill": {"crops": crops}, "masked": {"places": places}}
+    return pixels, tokens, {"self_distill": {"views": crops}, "masked": {"places": places}}
 
 
 def gradients(balance, accumulate, runtime, rank=0, world_size=1):
@@ -101,7 +100,7 @@ def wanted(balance):
         if balance == "sinkhorn":
             of_image = formulas.sinkhorn(of_image, 0.04, 3)
             of_patches = formulas.sinkhorn(of_patches.flatten(0, 1), 0.04, 3).unflatten(0, (B, MASKED))
-    crops = PREPROCESS.normalize(inputs["self_distill"]["crops"].flatten(0, 1)).double()
+    crops = PREPROCESS.normalize(inputs["self_distill"]["views"].flatten(0, 1)).double()
     told = distill.head(student(crops, project=False)).unflatten(0, (B, CROPS))
     own = loss(told, of_image[:, None].expand_as(told), distill.center)
     x = student.patch_embed(pixels).flatten(2).transpose(1, 2).clone()
@@ -143,11 +142,7 @@ def test_both_equal_their_formulas(balance, accumulate):
 
 
 def run_rank(rank, world_size, port, folder):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    runtime = Runtime("fp32")
+    runtime = joined(rank, world_size, port)
     results = {(balance, k): gradients(balance, k, runtime, rank, world_size) for balance in BALANCES for k in (1, 2)}
     torch.save(results, f"{folder}/rank{rank}.pt")
     runtime.close()
@@ -194,10 +189,10 @@ def drawn(size, seed=0):
 
 
 def test_what_is_drawn():
-    crops = LocalCrops("self_distill", 0, 3, {16: 8, 32: 12}, AugmentConfig(crop_scale=(0.1, 0.2)))
-    assert crops.of(drawn(16))["crops"].shape == (3, 3, 8, 8) and crops.of(drawn(32))["crops"].shape == (3, 3, 12, 12)
-    assert torch.equal(crops.of(drawn(16))["crops"], crops.of(drawn(16))["crops"])
-    assert not torch.equal(crops.of(drawn(16))["crops"], crops.of(drawn(16, 1))["crops"])
+    crops = Crops("self_distill", 0, 3, AugmentConfig(crop_scale=(0.1, 0.2)), {16: 8, 32: 12})
+    assert crops.of(drawn(16))["views"].shape == (3, 3, 8, 8) and crops.of(drawn(32))["views"].shape == (3, 3, 12, 12)
+    assert torch.equal(crops.of(drawn(16))["views"], crops.of(drawn(16))["views"])
+    assert not torch.equal(crops.of(drawn(16))["views"], crops.of(drawn(16, 1))["views"])
     seen = torch.zeros(16)
     for seed in range(400):
         places = torch.from_numpy(MaskedPatches("masked", 0, 0.3, 4).of(drawn(16, seed))["places"])

@@ -3,14 +3,13 @@
 import io
 import json
 import math
-import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from launching import pretrain_here, rows
-from rank_processes import run_on_ranks
+from rank_processes import joined, run_on_ranks
 from shard_writing import write_tar
 
 from contrastive.data.extras import DrawnSample
@@ -156,11 +155,7 @@ def test_of_different_images_it_is_the_loss_of_simclr():
 
 
 def run_rank(rank, world_size, port, folder):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    runtime = Runtime("fp32")
+    runtime = joined(rank, world_size, port)
     results = {(kind, k): gradients(kind, k, runtime, rank, world_size) for kind in KINDS for k in (1, 2)}
     torch.save(results, f"{folder}/rank{rank}.pt")
     runtime.close()

@@ -30,7 +30,7 @@ class Toy(Objective):
         self.colour = nn.Linear(width, 3)
         self.normalize = setting.preprocess.normalize
         self.register_buffer("updates", torch.zeros(()))
-        self.extra = WeighedCrop("toy", self.first_step, 1, None, AugmentConfig(crop_scale=(0.3, 0.6)))
+        self.extra = WeighedCrop("toy", self.first_step, 1, AugmentConfig(crop_scale=(0.3, 0.6)))
 
     def inputs(self, batch, extras):
         return {"weight": extras["weight"].float(), "views": extras["views"]}

@@ -1,12 +1,11 @@
 """Micro-batches give the gradient of the whole batch: every parameter, dropout replayed."""
 
 import math
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-from rank_processes import run_on_ranks
+from rank_processes import joined, run_on_ranks
 
 from contrastive.distributed.runtime import Runtime
 from contrastive.losses import LOSSES, NonFiniteFeatures
@@ -191,11 +190,7 @@ def test_random_parts_are_replayed(options):
 
 
 def run_rank(rank, world_size, port, folder):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    runtime = Runtime("fp32")
+    runtime = joined(rank, world_size, port)
     assert (runtime.rank, runtime.world_size) == (rank, world_size)
     cases = [(1, False), (3, False), (1, True), (3, True)]
     results = [gradients("sigmoid", k, runtime, rank, world_size, broken) for k, broken in cases]
@@ -218,11 +213,7 @@ def test_micro_batches_on_two_ranks_equal_one_process(tmp_path, free_port):
 
 
 def run_rank_with_all_captions(rank, world_size, port, folder):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    runtime = Runtime("fp32")
+    runtime = joined(rank, world_size, port)
     values = [step_with_all_captions("softmax", k, True, runtime, rank, world_size) for k in (1, 2)]
     torch.save(values, f"{folder}/rank{rank}.pt")
     runtime.close()
