@@ -32,7 +32,8 @@ def test_measures_every_rival_on_the_same_data(benchmark, tmp_path, capsys):
     for row in rows:
         assert (row["train"], row["val"], row["test"], row["dim"], row["classes"]) == (300, 60, 300, 16, 3)
         assert 0 < row["seconds_sweep_min"] <= row["seconds_sweep_median"] and row["rounds"] == 2
-        assert row["seconds_sweep_min"] < row["seconds_min"]
+        # Ours is timed twice, its search alone and all of it; theirs are parts of one clock.
+        assert row["rival"] == "ours" or row["seconds_sweep_min"] < row["seconds_min"]
         assert row["test_acc1"] > 50 and row["rival"] in shown
     assert ours["probability_difference"] < 1e-3 and ours["objective_excess"] < 1e-5
     assert abs(ours["test_acc1"] - theirs["test_acc1"]) < 2
