@@ -1,6 +1,7 @@
 """What an image goes through before the image tower, in evaluation and for users: fixed size, normalised."""
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn.functional import interpolate
 from contrastive.data.decode import decode
 from contrastive.data.record import BadSample
 from contrastive.errors import UserError
+from contrastive.patches import Patches
 from contrastive.words import no_attribute
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -21,6 +23,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 MOST_PIXELS = 4096  # a side: no model takes more, and what a file says is not made whatever memory it takes
+MOST_PATCHES = 2**14  # likewise of a native image: attention of as many tokens to each other
 Interpolation = Literal["bicubic", "bilinear"]
 Kernel = Literal["bicubic", "bilinear", "nearest-exact"]
 Cut = Literal["round", "floor", "corner"]
@@ -30,8 +33,9 @@ Cut = Literal["round", "floor", "corner"]
 class PreprocessOptions:
     """How images become pixels in evaluation and for users; training images are cut and resized by `data.augment`."""
 
-    resize: Literal["squash", "crop"] = "squash"
-    """squash: scale both sides to the size (SigLIP); crop: scale the short side, then cut the centre (CLIP)."""
+    resize: Literal["squash", "crop", "native"] = "squash"
+    """squash: scale both sides to the size (SigLIP); crop: scale the short side, then cut the centre (CLIP); native:
+    keep the aspect, as patches (SigLIP 2's NaFlex), which goes with model.image.native."""
     mean: tuple[float, float, float] = SIGLIP_MEAN
     """Subtracted from each channel, where white is 1; from training images too."""
     std: tuple[float, float, float] = SIGLIP_STD
@@ -49,17 +53,19 @@ class PreprocessOptions:
             raise UserError(f"unknown cut '{self.cut}'; use 'round', 'floor' or 'corner'")
         if self.interpolation not in ("bicubic", "bilinear"):
             raise UserError(f"unknown interpolation '{self.interpolation}'; use 'bicubic' or 'bilinear'")
-        if self.resize not in ("squash", "crop"):
-            raise UserError(f"unknown resize '{self.resize}'; use 'squash' or 'crop'")
+        if self.resize not in ("squash", "crop", "native"):
+            raise UserError(f"unknown resize '{self.resize}'; use 'squash', 'crop' or 'native'")
+        if self.resize == "native" and (self.short_side is not None or self.cut != "round"):
+            raise UserError("resize 'native' cuts nothing: leave short_side and cut out")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3:
                 raise UserError(f"preprocess {name} {values} has to be three numbers, of red, green and blue")
         if min(self.std) <= 0:
             raise UserError(f"preprocess std {self.std} has to be positive in each channel")
 
-    def at(self, image_size: int) -> "PreprocessConfig":
-        """These options for a model of this size in pixels."""
-        return PreprocessConfig(image_size, **vars(self))
+    def at(self, image_size: int, patch_size: int | None = None) -> "PreprocessConfig":
+        """These options for a model of this size in pixels; for a native one with its patch size."""
+        return PreprocessConfig(image_size, patch_size if self.resize == "native" else None, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,16 @@ class PreprocessConfig(PreprocessOptions):
     """How images become pixels of a model's size: what a model folder keeps."""
 
     image_size: int | tuple[int, int] = 224
-    """Side of the square in pixels, or (height, width)."""
+    """Side of the square in pixels, or (height, width). Of native images what the positions are made for."""
+    patch_size: int | None = None
+    """Of native images: side of a patch in pixels."""
+    patches: int | None = None
+    """Of native images: the most patches of one; none: as many as a square of image_size has."""
 
     def __post_init__(self):
         super().__post_init__()
         height, width = self.size
+        self._check_patches()
         if max(height, width, self.short_side or 0) > MOST_PIXELS:
             raise UserError(f"image size {self.image_size} is beyond {MOST_PIXELS} pixels a side, the most there is")
         if min(height, width) < 1:
@@ -84,9 +95,24 @@ class PreprocessConfig(PreprocessOptions):
                 "leave it out"
             )
 
+    def _check_patches(self) -> None:
+        if self.resize != "native":
+            if self.patch_size is not None or self.patches is not None:
+                raise UserError(f"patch_size and patches are for resize 'native', not '{self.resize}'; leave them out")
+        elif self.patch_size is None or self.patch_size < 1 or any(side % self.patch_size for side in self.size):
+            raise UserError(f"resize 'native' needs a patch_size that divides image size {self.image_size}")
+        elif self.patches is not None and not 0 < self.patches <= MOST_PATCHES:
+            raise UserError(f"{self.patches} patches of an image: use 1 to {MOST_PATCHES:,}")
+
+    @property
+    def most_patches(self) -> int:
+        """Of a native image: how many patches it has at most."""
+        height, width = self.size
+        return self.patches or (height // self.patch_size) * (width // self.patch_size)
+
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of what comes out."""
+        """Height and width of what comes out; not of native images, whose size is their own."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
@@ -99,23 +125,30 @@ ImageLike = Image.Image | np.ndarray | bytes | str | Path
 
 
 class PixelBatch(dict):
-    """What `return_tensors="pt"` gives: {'pixel_values': (B, 3, H, W)}, by attribute too, as transformers' batches."""
+    """What `return_tensors="pt"` gives, by attribute too, as transformers' batches.
+
+    {'pixel_values': (B, 3, H, W)}; of native images (B, N, P·P·3), with 'pixel_attention_mask' int32 (B, N) and
+    'spatial_shapes' int64 (B, 2), as Siglip2's processor has them.
+    """
 
     @property
     def pixel_values(self) -> torch.Tensor:
-        """(B, 3, H, W) float32."""
+        """(B, 3, H, W) or (B, N, P·P·3), float32."""
         return self["pixel_values"]
 
     def to(self, *args, **kwargs) -> "PixelBatch":
-        """The same on another device or in another dtype, as `Tensor.to` takes them."""
-        return PixelBatch(pixel_values=self.pixel_values.to(*args, **kwargs))
+        """The same on another device, the pixels in another dtype too, as `Tensor.to` takes them."""
+        pixels = self.pixel_values.to(*args, **kwargs)
+        others = {name: value.to(pixels.device) for name, value in self.items() if name != "pixel_values"}
+        return PixelBatch(pixel_values=pixels, **others)
 
 
 class Preprocess:
     """Turn images into the pixels a model was trained on.
 
     `preprocess(image)` gives float32 (3, S, S), normalised: what a user wants for one image; a list of them gives
-    (B, 3, S, S). Loaders keep the two halves apart, so that images travel as uint8 and are normalised on the device.
+    (B, 3, S, S). Of native images both are Patches. Loaders keep the two halves apart, so that images travel as uint8
+    and are normalised on the device.
     """
 
     def __init__(self, config: PreprocessConfig):
@@ -126,8 +159,8 @@ class Preprocess:
 
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], return_tensors: str | None = None
-    ) -> "torch.Tensor | PixelBatch":
-        """Preprocess one image, (3, S, S) float32, or several, (B, 3, S, S).
+    ) -> "torch.Tensor | Patches | PixelBatch":
+        """Preprocess one image, (3, S, S) float32, or several, (B, 3, S, S); native ones to Patches.
 
         Args:
             images: a PIL image, a file's path or its bytes, an array (H, W, 3) uint8; or a list or tuple of these.
@@ -143,18 +176,33 @@ class Preprocess:
             return self._one(images)
         if several and not images:
             raise UserError("no images: the list is empty")
-        pixels = torch.stack([self._one(image) for image in (images if several else [images])])
-        return pixels if return_tensors is None else PixelBatch(pixel_values=pixels)
+        made = [self._one(image) for image in (images if several else [images])]
+        pixels = Patches.batch(made) if self.config.resize == "native" else torch.stack(made)
+        if return_tensors is None:
+            return pixels
+        if isinstance(pixels, Patches):
+            masks = {"pixel_attention_mask": pixels.mask.int(), "spatial_shapes": pixels.grids}
+            return PixelBatch(pixel_values=pixels.values, **masks)
+        return PixelBatch(pixel_values=pixels)
 
-    def _one(self, image: ImageLike) -> torch.Tensor:
+    def _one(self, image: ImageLike) -> "torch.Tensor | Patches":
         try:
             return self.normalize(self.pixels(_readable(image)))
         except BadSample as error:
             raise BadSample(error.reason, str(image) if isinstance(image, (str, Path)) else "") from error
 
-    def pixels(self, image: bytes | Image.Image | np.ndarray) -> torch.Tensor:
-        """Return uint8 RGB (3, S, S), without augmentation."""
-        return self._fitted(decode(image), self.config.interpolation)
+    def pixels(self, image: bytes | Image.Image | np.ndarray) -> "torch.Tensor | Patches":
+        """Return uint8 RGB (3, S, S), or the Patches of one native image, without augmentation."""
+        pixels, config = decode(image), self.config
+        if config.resize == "native":
+            return native_patches(pixels, config.patch_size, config.most_patches, config.interpolation)
+        return self._fitted(pixels, config.interpolation)
+
+    def collate(self, images: "Sequence[torch.Tensor | Patches]") -> "torch.Tensor | Patches":
+        """Return what `pixels` made of images as a batch, also of none."""
+        if self.config.resize == "native":
+            return Patches.batch(images) if images else Patches.none(self.config.patch_size)
+        return torch.stack(list(images)) if images else torch.empty(0, 3, *self.config.size, dtype=torch.uint8)
 
     def mask(self, mask: np.ndarray) -> torch.Tensor:
         """Return uint8 (S, S): what `pixels` makes of the picture, of a mask uint8 (H, W); no value is mixed."""
@@ -169,8 +217,10 @@ class Preprocess:
             pixels = _resize_short_side(pixels, config.short_side or height, kernel)
         return _cut(pixels, height, width, config.cut)
 
-    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return (pixels / 255 - mean) / std as float32 on the same device; pixels uint8 (..., 3, H, W)."""
+    def normalize(self, pixels: "torch.Tensor | Patches") -> "torch.Tensor | Patches":
+        """Return (pixels / 255 - mean) / std as float32 on the same device; pixels uint8 (..., 3, H, W), or Patches."""
+        if isinstance(pixels, Patches):
+            return pixels.map(self.normalize)
         mean, std = (_per_channel(values, pixels.device) for values in (self.config.mean, self.config.std))
         # The same operations in the same order as torchvision, so the bits are the same too.
         return (pixels.to(torch.float32) / 255).sub_(mean).div_(std)
@@ -205,6 +255,36 @@ def resize(image: torch.Tensor, height: int, width: int, kernel: Kernel = "bicub
     if image.shape[1:] == (height, width):
         return image
     return interpolate(image[None], size=(height, width), mode=kernel, antialias=kernel != "nearest-exact")[0]
+
+
+def native_patches(pixels: torch.Tensor, patch_size: int, most: int, kernel: Kernel = "bicubic") -> Patches:
+    """Resize uint8 (3, H, W), its aspect kept as far as patches allow, as transformers' Siglip2 and timm; and cut it.
+
+    Raises:
+        BadSample: 'too_thin', so long for its width that `most` patches in a row cannot show it.
+    """
+    height, width = pixels.shape[1:]
+    if max(height, width) > most * min(height, width):
+        raise BadSample("too_thin")
+    rows, columns = native_grid(height, width, patch_size, most)
+    return Patches.of(resize(pixels, rows * patch_size, columns * patch_size, kernel), patch_size)
+
+
+def native_grid(height: int, width: int, patch_size: int, most: int) -> tuple[int, int]:
+    """Return rows and columns of patches: those of the largest scale at which they, rounded up, are `most` in all.
+
+    The scale is found by bisection in these steps, because the last digits decide at times.
+    """
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        scale = (low + high) / 2
+        fits = math.prod(_whole_patches(side, scale, patch_size) for side in (height, width)) <= most
+        low, high = (scale, high) if fits else (low, scale)
+    return _whole_patches(height, low, patch_size), _whole_patches(width, low, patch_size)
+
+
+def _whole_patches(side: int, scale: float, patch_size: int) -> int:
+    return max(1, math.ceil(side * scale / patch_size))
 
 
 def _resize_short_side(pixels: torch.Tensor, size: int, kernel: Kernel) -> torch.Tensor:

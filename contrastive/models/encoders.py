@@ -13,6 +13,7 @@ from contrastive.models.image_tower import ImageTower, ImageTowerConfig
 from contrastive.models.init import InitStyle, initialise_tower
 from contrastive.models.text_tower import PackedTokens, TextTower, TextTowerConfig
 from contrastive.option_types import Positive
+from contrastive.patches import Patches
 from contrastive.words import no_attribute
 
 
@@ -96,13 +97,17 @@ class _Model(nn.Module):
 class _WithImageTower(_Model):
     """What models with an `image_tower` share."""
 
-    def encode_image(self, pixels: torch.Tensor, normalize: bool = True, project: bool = True) -> torch.Tensor:
+    def encode_image(
+        self, pixels: torch.Tensor | Patches, normalize: bool = True, project: bool = True
+    ) -> torch.Tensor:
         """Embed images: (B, 3, H, W) float, preprocessed, to (B, E); unit length unless normalize=False.
 
+        A model with `image.native` takes Patches too, as its bundle's preprocess makes them.
         With project=False the features are those before the projection, (B, D); towers without one have the
         same either way.
         """
-        _check_tensor(pixels, 4, "pixels (B, 3, H, W): bundle.preprocess(images) makes them")
+        if not isinstance(pixels, Patches):
+            _check_tensor(pixels, 4, "pixels (B, 3, H, W): bundle.preprocess(images) makes them")
         features = self.image_tower(pixels, project)
         return unit_length(features) if normalize else features
 

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.models.transformer import MOST, AttentionPooling, Transformer, TransformerConfig
+from contrastive.models.packing import Packing
+from contrastive.models.positions import Places, interpolate_position_embedding, sincos_position_embedding
+from contrastive.models.transformer import MOST, AttentionPooling, Extent, Transformer, TransformerConfig
 from contrastive.option_types import Positive, Probability
+from contrastive.patches import Patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,9 @@ class ImageTowerConfig(TransformerConfig):
     """Linear projection (no bias) to embed_dim after pooling, as in CLIP; without it width must equal embed_dim."""
     patch_dropout: Probability[float] = 0.0
     """Share of patches dropped in training (FLIP); 0.5 halves the tower's work."""
+    native: bool = False
+    """Take images in their own aspect, as any number of patches (SigLIP 2's NaFlex). The positions are those of a
+    square of image_size, resampled for each image (bilinear, antialiased)."""
 
     @property
     def grid_size(self) -> int:
@@ -65,6 +71,10 @@ class ImageTowerConfig(TransformerConfig):
             raise UserError("model.image.pool 'class' needs model.image.class_token true")
         if self.position == "sincos" and self.width % 4:
             raise UserError(f"model.image.position 'sincos' needs a width divisible by 4, not {self.width}")
+        if self.native and self.patch_dropout:
+            raise UserError(
+                "model.image.patch_dropout is not for native images; use fewer patches, data.native.patches"
+            )
 
 
 class PatchEmbedding(nn.Conv2d):
@@ -89,11 +99,15 @@ class Hidden(NamedTuple):
 
 
 class ImageTrunk(nn.Module):
-    """Pixels (B, 3, H, W) to the hidden states of a ViT, (B, N, D) each.
+    """Pixels (B, 3, H, W), or with `native` also Patches, to the hidden states of a ViT, (B, N, D) each.
 
     Hidden state 0 is what enters the first block, k what leaves block k. The class token, where there is one, comes
     first. `architecture` holds the options; `patch_dropout` begins as theirs, and a curriculum changes it.
+
+    packs: whether Patches are computed one image behind the other, without padding; else with a mask, to the same.
     """
+
+    packs = True
 
     def __init__(self, config: ImageTowerConfig):
         super().__init__()
@@ -154,7 +168,7 @@ class ImageTrunk(nn.Module):
         now = self.position_embedding
         if self.architecture.position == "learned":
             prefix, patches = now.detach().tensor_split([self.num_prefix_tokens])
-            resampled = torch.cat([prefix, interpolate_position_embedding(patches, old, grid)])
+            resampled = torch.cat([prefix, interpolate_position_embedding(patches, old, grid, self._resampling_mode)])
             self.position_embedding = nn.Parameter(resampled, requires_grad=now.requires_grad)
         else:
             self.position_embedding = self._fixed_positions().to(now)
@@ -175,8 +189,8 @@ class ImageTrunk(nn.Module):
         if hidden is not None:
             x = torch.where(hidden.patches[..., None], hidden.token.to(x.dtype), x)
         prefix, patches = self.position_embedding.tensor_split([self.num_prefix_tokens])
-        if self.architecture.position == "learned":
-            patches = interpolate_position_embedding(patches, self.grid, grid)
+        if self.architecture.position == "learned" or self.architecture.native:
+            patches = interpolate_position_embedding(patches, self.grid, grid, self._resampling_mode)
         elif grid != self.grid:
             patches = sincos_position_embedding(*grid, self.architecture.width).to(self.position_embedding)
         # Under autocast the sum is float32, and so is what the blocks add to: bfloat16 would round it at every block.
@@ -193,15 +207,76 @@ class ImageTrunk(nn.Module):
         x = self.embed_patches(pixels, hidden)
         return x if self.pre_norm is None else self.pre_norm(x)
 
-    def states(self, pixels: torch.Tensor, wanted: Collection[int]) -> dict[int, torch.Tensor]:
-        """The hidden states of these numbers, (B, N, D) each, none of them normalised by the final LayerNorm."""
-        return self.transformer.states(self.embed(pixels), wanted)
+    def embed_native(self, images: Patches) -> tuple[torch.Tensor, Extent, Packing | None]:
+        """Patches to hidden state 0, what attention stays within, and how they are packed, (T, D).
 
-    def pool_tokens(self, x: torch.Tensor, pool: str) -> torch.Tensor:
-        """(B, N, D) to (B, D); 'attention' needs the subclass's `head`."""
+        Where `packs` is off, and in an export, they are padded, (B, N, D), and None is the packing.
+
+        Raises:
+            UserError: the tower is not native, or its patches are of another size.
+        """
+        self._check_patches(images)
+        images, embed = images.cut(), self.patch_embed
+        packing = (
+            Packing.of(images, self.num_prefix_tokens) if self.packs and not torch.compiler.is_exporting() else None
+        )
+        if packing is None:
+            values, numbers = images.values, torch.arange(images.values.shape[1], device=images.values.device)
+            places = Places.of(images.grids.to(numbers.device)[:, None], numbers)
+        else:
+            values, places = images.values.flatten(0, 1)[packing.patches], packing.places
+        x = F.linear(values, embed.weight.permute(0, 2, 3, 1).flatten(1), embed.bias)
+        prefix, patches = self.position_embedding.tensor_split([self.num_prefix_tokens])
+        x = x + places.sample(patches, self.grid)
+        if self.class_token is not None:
+            class_token = (self.class_token + prefix[0]).to(x.dtype)
+            if packing is None:
+                x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)
+            else:
+                x = torch.where(packing.prefix[:, None], class_token, x)
+        x = x if self.pre_norm is None else self.pre_norm(x)
+        if packing is not None:
+            return x, packing.segments, packing
+        return x, F.pad(images.mask, (self.num_prefix_tokens, 0), value=True)[:, None, None], None
+
+    def states(self, pixels: torch.Tensor | Patches, wanted: Collection[int]) -> dict[int, torch.Tensor]:
+        """The hidden states of these numbers, (B, N, D) each, none of them normalised by the final LayerNorm."""
+        if not isinstance(pixels, Patches):
+            return self.transformer.states(self.embed(pixels), wanted)
+        x, extent, packing = self.embed_native(pixels)
+        states = self.transformer.states(x, wanted, extent)
+        return {number: self._unpacked(state, pixels, packing) for number, state in states.items()}
+
+    def pool_tokens(self, x: torch.Tensor, pool: str, images: Patches | None = None) -> torch.Tensor:
+        """(B, N, D) to (B, D); 'attention' needs the subclass's `head`. Of Patches, `images`, padding is left out."""
+        prefix = self.num_prefix_tokens
+        if pool == "class":
+            return x[:, 0]
+        if images is None:
+            return self.head(x) if pool == "attention" else x[:, prefix:].mean(dim=1)
+        own = images.cut().mask
         if pool == "attention":
-            return self.head(x)
-        return x[:, 0] if pool == "class" else x[:, self.num_prefix_tokens :].mean(dim=1)
+            return self.head(x, F.pad(own, (prefix, 0), value=True)[:, None, None])
+        return torch.where(own[..., None], x[:, prefix:], 0).sum(dim=1) / own.sum(dim=1, keepdim=True)
+
+    def _check_patches(self, images: Patches) -> None:
+        patch = self.architecture.patch_size
+        if not self.architecture.native:
+            raise UserError("Patches are for towers with model.image.native; this one takes pixels (B, 3, H, W)")
+        if images.values.ndim != 3 or images.values.shape[-1] != 3 * patch**2:
+            told = f"Patches of {tuple(images.values.shape)}"
+            raise UserError(f"{told} are not (B, N, {3 * patch**2}), as patches of {patch}×{patch} pixels are")
+
+    def _unpacked(self, x: torch.Tensor, images: Patches, packing: Packing | None) -> torch.Tensor:
+        """(B, N, D), N as in `images.cut()`, 0 where there is padding."""
+        images, prefix = images.cut(), self.num_prefix_tokens
+        if packing is not None:
+            return packing.unpacked(x, images, prefix)
+        return torch.where(F.pad(images.mask, (prefix, 0), value=True)[..., None], x, 0)
+
+    @property
+    def _resampling_mode(self) -> str:
+        return "bilinear" if self.architecture.native else "bicubic"
 
     def _fixed_positions(self) -> torch.Tensor:
         fixed = sincos_position_embedding(*self.grid, self.architecture.width)
@@ -228,17 +303,33 @@ class ImageTower(ImageTrunk):
         """The options; image_size is the one set last where that was square."""
         return self.architecture
 
-    def forward_features(self, pixels: torch.Tensor, hidden: Hidden | None = None) -> torch.Tensor:
-        """Tokens after the last block and the final LayerNorm: (B, 3, H, W) to (B, N, D)."""
-        return self.norm(self.transformer(self.embed(pixels, hidden)))
+    def forward_features(self, pixels: torch.Tensor | Patches, hidden: Hidden | None = None) -> torch.Tensor:
+        """Tokens after the last block and the final LayerNorm: (B, 3, H, W) to (B, N, D).
 
-    def forward(self, pixels: torch.Tensor, project: bool = True) -> torch.Tensor:
-        """(B, 3, H, W) normalised pixels to (B, E), not L2-normalised; to (B, D) with project=False."""
-        return self.pooled(self.forward_features(pixels), project)
+        Of Patches with N at most of an image's own; 0 follows those of the others.
+        """
+        if not isinstance(pixels, Patches):
+            return self.norm(self.transformer(self.embed(pixels, hidden)))
+        x, extent, packing = self.embed_native(pixels)
+        return self._unpacked(self.norm(self.transformer(x, extent)), pixels, packing)
 
-    def pooled(self, tokens: torch.Tensor, project: bool = True) -> torch.Tensor:
-        """What `forward` makes of the tokens (B, N, D) that `forward_features` gives."""
-        x = self.pool_tokens(tokens, self.architecture.pool)
+    def forward(self, pixels: torch.Tensor | Patches, project: bool = True) -> torch.Tensor:
+        """(B, 3, H, W) normalised pixels, or Patches, to (B, E), not L2-normalised; to (B, D) with project=False."""
+        if not isinstance(pixels, Patches):
+            return self.pooled(self.forward_features(pixels), project)
+        x, extent, packing = self.embed_native(pixels)
+        x, pool = self.norm(self.transformer(x, extent)), self.architecture.pool
+        if packing is None:
+            return self.pooled(x, project, pixels)
+        return self._projected(
+            self.head(x, extent)[packing.order] if pool == "attention" else packing.pooled(x, pool), project
+        )
+
+    def pooled(self, tokens: torch.Tensor, project: bool = True, images: Patches | None = None) -> torch.Tensor:
+        """What `forward` makes of the tokens (B, N, D) that `forward_features` gives, of Patches with `images`."""
+        return self._projected(self.pool_tokens(tokens, self.architecture.pool, images), project)
+
+    def _projected(self, x: torch.Tensor, project: bool) -> torch.Tensor:
         return self.projection(x) if project and self.projection is not None else x
 
 
@@ -250,46 +341,3 @@ def drop_patches(x: torch.Tensor, rate: float) -> torch.Tensor:
     num_keep = max(1, round(x.shape[1] * (1 - rate)))
     keep = torch.rand(x.shape[:2], device=x.device).topk(num_keep, dim=1).indices
     return x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
-
-
-def sincos_position_embedding(grid_height: int, grid_width: int, width: int) -> torch.Tensor:
-    """Return the fixed 2-D sin-cos embedding, (grid_height · grid_width, width), float32.
-
-    A quarter of the width each for sin and cos of the column and of the row, temperature 10,000
-    (Beyer et al. 2022, "Better plain ViT baselines"; big_vision `posemb_sincos_2d`). Width must divide by 4.
-    """
-    rows, columns = torch.meshgrid(
-        torch.arange(grid_height, dtype=torch.float64),
-        torch.arange(grid_width, dtype=torch.float64),
-        indexing="ij",
-    )
-    quarter = width // 4
-    frequency = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / max(quarter - 1, 1))
-    x = columns.reshape(-1, 1) * frequency
-    y = rows.reshape(-1, 1) * frequency
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
-
-
-def interpolate_position_embedding(
-    embedding: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
-) -> torch.Tensor:
-    """Resample a grid of position embeddings, (h·w, D) to (h'·w', D), bicubic with antialiasing.
-
-    Grids are (rows, columns). The same grid returns the embedding itself (ViT, section 3.2).
-    """
-    if old_grid == new_grid:
-        return embedding
-    rows, columns = (_resampling(old, new, embedding.device) for old, new in zip(old_grid, new_grid, strict=True))
-    grid = embedding.float().unflatten(0, old_grid)  # (h, w, D)
-    with torch.autocast(grid.device.type, enabled=False):
-        return torch.einsum("ih,jw,hwd->ijd", rows, columns, grid).flatten(0, 1).to(embedding.dtype)
-
-
-def _resampling(old: int, new: int, device: torch.device) -> torch.Tensor:
-    """The weights of bicubic resampling along one side, (new, old).
-
-    As a matrix, because the gradient of F.interpolate is not deterministic on CUDA, and torch.compile cannot trace it
-    for sizes that change.
-    """
-    each = torch.eye(old, device=device, dtype=torch.float32)[None, None]
-    return F.interpolate(each, size=(new, old), mode="bicubic", antialias=True, align_corners=False)[0, 0]

@@ -120,15 +120,12 @@ class TextTower(nn.Module):
         if self.config.pool == "last" or (self.config.attend_padding and not self.config.causal):
             return tokens
         self._check_length(tokens)
-        lengths, order = self._lengths(tokens).sort(stable=True)
-        inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        # Texts of one token that nobody asked for make T a multiple of about a sixteenth of itself: products, kernels
-        # and memory are then met again. Of any T, oneDNN makes a new program every step, and freed memory fits nothing.
-        total = int(lengths.sum())
-        extra = -total % max(1, 2 ** (total.bit_length() - 5))
-        segments = Segments.of(F.pad(lengths, (extra, 0), value=1), longest=self.config.context_length)
+        lengths = self._lengths(tokens)
+        segments, order, places = Segments.of(lengths, longest=self.config.context_length)
+        inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[order, None]
+        extra = len(segments.boundaries) - 1 - len(tokens)
         ids, positions = (F.pad(part, (extra, 0)) for part in (tokens[order][inside], inside.nonzero()[:, 1]))
-        return PackedTokens(ids, positions, order.argsort() + extra, segments)
+        return PackedTokens(ids, positions, places, segments)
 
     def forward_features(self, tokens: torch.Tensor | PackedTokens) -> torch.Tensor:
         """Tokens after the last block and the final LayerNorm: ids (B, N) to (B, N, D), packed ones to (T, D).

@@ -124,10 +124,24 @@ class Segments(NamedTuple):
     """None is longer."""
 
     @classmethod
-    def of(cls, lengths: torch.Tensor, longest: int) -> "Segments":
-        """Describe sequences of these lengths, (S,) int64 on the CPU, rising."""
-        runs = zip(*(part.tolist() for part in lengths.unique_consecutive(return_counts=True)), strict=True)
-        return cls(tuple(runs), F.pad(lengths.cumsum(0), (1, 0)).int(), longest)
+    def of(cls, lengths: torch.Tensor, longest: int) -> "tuple[Segments, torch.Tensor, torch.Tensor]":
+        """Lay out sequences of these lengths, (B,) int64 on the CPU, 1 to `longest`.
+
+        A few of one token that nobody asked for precede them, so that T is a multiple of about a sixteenth of itself:
+        products, kernels and memory are then met again. Of any T, oneDNN makes a new program every step, and freed
+        memory fits nothing.
+
+        Returns:
+            The segments; (B,) int64, the sequences in their order, those of equal length as they came; and (B,) int64,
+            the segment of each sequence.
+        """
+        rising, order = lengths.sort(stable=True)
+        total = int(lengths.sum())
+        extra = -total % max(1, 2 ** (total.bit_length() - 5))
+        rising = F.pad(rising, (extra, 0), value=1)
+        runs = zip(*(part.tolist() for part in rising.unique_consecutive(return_counts=True)), strict=True)
+        segments = cls(tuple(runs), F.pad(rising.cumsum(0), (1, 0)).int(), longest)
+        return segments, order, order.argsort() + extra
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
         return self._replace(boundaries=self.boundaries.to(device, non_blocking=non_blocking))
@@ -159,7 +173,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Attend from `query` (B, M, D), or from x itself, to x (B, N, D). Returns (B, M, D).
 
-        With segments as `extent`, x is (T, D) and so is what is returned, and there is no query but x.
+        With segments as `extent`, x is (T, D) and so is what is returned; or `query` is one of each segment, (S, D).
         """
         query = x if query is None else query
         return self.attend(self.queries(query), *self.keys_values(x), is_causal, extent)
@@ -189,7 +203,7 @@ def _attend(q, k, v, dropout: float, is_causal: bool, mask: torch.Tensor | None 
 
 
 def attend_within(q, k, v, segments: Segments, dropout: float, is_causal: bool) -> torch.Tensor:
-    """Attention of each segment to itself alone: (T, H, D/H) each, to the same.
+    """Attention of each segment to itself alone: (T, H, D/H) each, to the same; or of one query each, (S, H, D/H).
 
     By one kernel where there is one; else segments of equal length, which lie together, are a batch without padding.
     """
@@ -198,16 +212,19 @@ def attend_within(q, k, v, segments: Segments, dropout: float, is_causal: bool) 
 
         window = (-1, 0 if is_causal else -1)
         ends, longest = segments.boundaries, segments.longest
-        return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=window)
+        of_queries = (ends, longest) if len(q) == len(k) else (torch.arange(len(ends), device=q.device).int(), 1)
+        return varlen_attn(q, k, v, of_queries[0], ends, of_queries[1], longest, window_size=window)
     by_length = _uncompiled(_attend_by_length) if torch.compiler.is_compiling() else _attend_by_length
     return by_length(q, k, v, segments, dropout, is_causal)
 
 
 def _attend_by_length(q, k, v, segments: Segments, dropout: float, is_causal: bool) -> torch.Tensor:
+    numbers = [number for _, number in segments.runs]
     sizes = [length * number for length, number in segments.runs]
+    of_queries = q.split(sizes if len(q) == len(k) else numbers)
     attended = []
-    for (length, number), *run in zip(segments.runs, *(part.split(sizes) for part in (q, k, v)), strict=True):
-        batch = (part.unflatten(0, (number, length)) for part in run)
+    for number, *run in zip(numbers, of_queries, k.split(sizes), v.split(sizes), strict=True):
+        batch = (part.unflatten(0, (number, -1)) for part in run)
         attended.append(_attend(*batch, dropout, is_causal).flatten(0, 1))
     return torch.cat(attended)
 
@@ -278,11 +295,11 @@ class Transformer(nn.Module):
                 self.mean_squares.append(x.detach().float().square().mean())
         return x
 
-    def states(self, x: torch.Tensor, wanted: Collection[int]) -> dict[int, torch.Tensor]:
+    def states(self, x: torch.Tensor, wanted: Collection[int], extent: Extent = None) -> dict[int, torch.Tensor]:
         """Run all blocks and keep the tokens with these numbers: 0 is x itself, k what leaves block k."""
         kept = {0: x} if 0 in wanted else {}
         for number in range(len(self.blocks)):
-            x = self._through(number, x)
+            x = self._through(number, x, extent)
             if number + 1 in wanted:
                 kept[number + 1] = x
         return kept
@@ -306,7 +323,8 @@ class Transformer(nn.Module):
 class AttentionPooling(nn.Module):
     """Multi-head attention pooling: one learned probe attends to all tokens, then a residual MLP.
 
-    (B, N, D) to (B, D). Source: Zhai et al. 2022, "Scaling Vision Transformers"; SigLIP's MAP head.
+    (B, N, D) to (B, D), or packed (T, D) to one of each segment, (S, D), with their `extent`. Source: Zhai et al. 2022,
+    "Scaling Vision Transformers"; SigLIP's MAP head.
     """
 
     def __init__(self, options: TransformerConfig):
@@ -316,6 +334,12 @@ class AttentionPooling(nn.Module):
         self.norm = nn.LayerNorm(options.width, eps=options.norm_eps)
         self.mlp = MLP(options.width, options.mlp_dim, options.activation)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pooled = self.attention(x, query=self.probe.to(x.dtype).expand(x.shape[0], -1, -1))
-        return (pooled + self.mlp(self.norm(pooled)))[:, 0]
+    def forward(self, x: torch.Tensor, extent: Extent = None) -> torch.Tensor:
+        probe = self.probe.to(x.dtype)
+        if isinstance(extent, Segments):
+            query = probe[0].expand(len(extent.boundaries) - 1, -1)
+        else:
+            query = probe.expand(x.shape[0], -1, -1)
+        pooled = self.attention(x, query=query, extent=extent)
+        pooled = pooled + self.mlp(self.norm(pooled))
+        return pooled if isinstance(extent, Segments) else pooled[:, 0]

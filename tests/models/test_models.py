@@ -19,7 +19,8 @@ from contrastive.models import (
     classifier_config,
     list_classifiers,
 )
-from contrastive.models.image_tower import drop_patches, interpolate_position_embedding, sincos_position_embedding
+from contrastive.models.image_tower import drop_patches
+from contrastive.models.positions import interpolate_position_embedding, sincos_position_embedding
 from contrastive.models.presets import model_config
 from contrastive.models.transformer import Attention
 

@@ -133,6 +133,7 @@ def test_tensorboard_forgets_the_steps_that_a_resumed_run_repeats(tiny, tmp_path
     with pytest.raises(MemoryError):
         pretrain_here(*flags)  # saved at step 4
     monkeypatch.undo()
+    time.sleep(1)  # the names of its files tell seconds, and are read in their order
     pretrain_here(*flags, "--resume")
     events = EventAccumulator(str(run / "run"))
     events.Reload()

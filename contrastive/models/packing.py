@@ -1,0 +1,65 @@
+"""How the tokens of images of any shape lie one behind the other, so that no padding is computed.
+
+B images, N the most patches of one of them, T tokens of all images together.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from contrastive.models.positions import Places
+from contrastive.models.transformer import Segments
+from contrastive.patches import Patches
+
+
+class Packing(NamedTuple):
+    """How the tokens of images lie one behind the other, without padding, in rising order of length.
+
+    Images of one token that nobody asked for may precede them, see `Segments.of`.
+    """
+
+    patches: torch.Tensor
+    """(T,) int64: which of the B·N patches each token is; 0 where it is none."""
+    prefix: torch.Tensor | None
+    """(T,) bool: which tokens are no patches but an image's class token; None where there is none."""
+    places: Places
+    segments: Segments
+    order: torch.Tensor
+    """(B,) int64: the segment of each image."""
+
+    @classmethod
+    def of(cls, images: Patches, num_prefix: int) -> "Packing":
+        """Pack the tokens of images whose values are on any device; what is returned is there too."""
+        device, (batch, most) = images.values.device, images.values.shape[:2]
+        lengths = images.lengths + num_prefix
+        segments, by_length, order = Segments.of(lengths, longest=most + num_prefix)
+        extra = len(segments.boundaries) - 1 - batch
+        whose = by_length.repeat_interleave(lengths[by_length])
+        begins = segments.boundaries[order].long()[whose]
+        number = torch.arange(extra, extra + len(whose)) - begins - num_prefix  # below 0 before an image's patches
+        prefix = F.pad(number < 0, (extra, 0)) if num_prefix else None
+        number = number.clamp(min=0)
+        places = Places.of(images.grids[whose], number)
+        tokens = (F.pad(part, (extra, 0)) for part in (whose * most + number, *places))
+        patches, *places = (part.to(device, non_blocking=True) for part in tokens)
+        prefix = None if prefix is None else prefix.to(device, non_blocking=True)
+        return cls(patches, prefix, Places(*places), segments.to(device, non_blocking=True), order.to(device))
+
+    def pooled(self, x: torch.Tensor, pool: str) -> torch.Tensor:
+        """Return the class token ('class') or the mean of the patches of each image: (T, D) to (B, D)."""
+        boundaries = self.segments.boundaries
+        if pool == "class":
+            return x[boundaries[self.order]]
+        lengths = boundaries.diff()[:, None]
+        if self.prefix is not None:
+            x, lengths = x.masked_fill(self.prefix[:, None], 0), (lengths - 1).clamp(min=1)
+        total = torch.segment_reduce(x, "sum", offsets=boundaries, unsafe=True)  # unsafe: no check that waits for a GPU
+        return (total / lengths)[self.order]
+
+    def unpacked(self, x: torch.Tensor, images: Patches, num_prefix: int) -> torch.Tensor:
+        """Return tokens (T, D) as (B, num_prefix + N, D) in the images' order, 0 behind those of an image."""
+        begins = self.segments.boundaries[self.order].long()[:, None]
+        number = torch.arange(num_prefix + images.values.shape[1], device=x.device)
+        own = number < images.lengths.to(x.device)[:, None] + num_prefix
+        return torch.where(own[..., None], x[torch.where(own, begins + number, 0)], 0)

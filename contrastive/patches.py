@@ -1,0 +1,93 @@
+"""Images of any shape as patches: what a tower with `native` takes in place of pixels (SigLIP 2's NaFlex).
+
+B images, N the most patches of one of them, P the side of a patch in pixels, T tokens of all images together.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Images cut into patches, and how many rows and columns of them each has.
+
+    It goes where a tensor of pixels does: to another device, into micro-batches, indexed by image.
+    """
+
+    values: torch.Tensor
+    """(B, N, P·P·3): patches row by row, pixels row by row in each, the channel last; uint8, or normalised floats. What
+    follows an image's own patches is never looked at."""
+    grids: torch.Tensor
+    """(B, 2) int64, on the CPU: rows and columns of patches."""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, images) -> "Patches":
+        return Patches(self.values[images], self.grids[images])
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(B,) int64, on the CPU: patches of each image."""
+        return self.grids.prod(dim=-1)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, N) bool, on the device of the values: which patches are the image's own."""
+        lengths = self.lengths.to(self.values.device)
+        return torch.arange(self.values.shape[-2], device=lengths.device) < lengths[..., None]
+
+    def to(self, *args, **kwargs) -> "Patches":
+        """Return them with the values on another device or in another dtype, as `Tensor.to` takes them."""
+        return Patches(self.values.to(*args, **kwargs), self.grids)
+
+    def pin_memory(self) -> "Patches":
+        return Patches(self.values.pin_memory(), self.grids)
+
+    def cut(self) -> "Patches":
+        """Return them without what no image of the batch needs."""
+        return Patches(self.values[:, : int(self.lengths.max())] if len(self) else self.values[:, :0], self.grids)
+
+    def chunk(self, n: int) -> list["Patches"]:
+        """Return n parts of as many images each, as `Tensor.chunk`, each cut to its own longest."""
+        parts = zip(self.values.chunk(n), self.grids.chunk(n), strict=True)
+        return [Patches(*part).cut() for part in parts]
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Patches":
+        """Return them changed by what takes and returns pixels (..., 3, H, W), each by itself."""
+        pixels = self.values.unflatten(-1, (-1, 1, 3)).movedim(-1, -3)  # (B, N, 3, P·P, 1)
+        return Patches(change(pixels).movedim(-3, -1).flatten(-3), self.grids)
+
+    @staticmethod
+    def none(patch_size: int) -> "Patches":
+        """Return a batch of no images."""
+        return Patches(torch.empty(0, 0, 3 * patch_size**2, dtype=torch.uint8), torch.empty(0, 2, dtype=torch.int64))
+
+    @staticmethod
+    def of(pixels: torch.Tensor, patch_size: int) -> "Patches":
+        """Cut images (..., 3, H, W), whose sides are multiples of the patch size, into patches."""
+        height, width = pixels.shape[-2:]
+        grid = height // patch_size, width // patch_size
+        cut = pixels.unflatten(-1, (grid[1], patch_size)).unflatten(-3, (grid[0], patch_size))  # (..., 3, h, P, w, P)
+        cut = cut.movedim(-5, -1).transpose(-4, -3)  # (..., h, w, P, P, 3)
+        return Patches(cut.flatten(-3).flatten(-3, -2), torch.tensor(grid).expand(*pixels.shape[:-3], 2))
+
+    @staticmethod
+    def batch(images: Sequence["Patches"], collate_fn_map=None) -> "Patches":
+        """Return single images, (n, P·P·3) each, as a batch; what follows the shorter ones is 0.
+
+        collate_fn_map: as torch's collate hands it over.
+        """
+        most = max(len(one.values) for one in images)
+        values = [F.pad(one.values, (0, 0, 0, most - len(one.values))) for one in images]
+        return Patches(torch.stack(values), torch.stack([one.grids for one in images]))
+
+    def pixels(self) -> torch.Tensor:
+        """Return one image, values (N, P·P·3), as (3, H, W)."""
+        rows, columns = self.grids.tolist()
+        side = round((self.values.shape[-1] / 3) ** 0.5)
+        cut = self.values[: rows * columns].view(rows, columns, side, side, 3)
+        return cut.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2)
