@@ -14,18 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.samples import SampleDataset
 from contrastive.distributed import end_with_parent
 from contrastive.errors import UserError
+from contrastive.patches import Patches
 
 if TYPE_CHECKING:
     from contrastive.data.stored_views import Views
 
 _SAMPLES_AHEAD = 2**18  # samples of a rank whose shards are asked for ahead of time
+_COLLATE = {**default_collate_fn_map, Patches: Patches.batch}
 _KILLED = "was killed, perhaps for want of memory; use fewer (--data.num_workers)"
 
 
@@ -175,13 +178,15 @@ def eval_loader(
 ) -> DataLoader:
     """Return a loader over `indices` of the source, in their order.
 
-    A batch is image uint8 (b, 3, S, S), index int64 (b,), key, the list of their keys, and bad, the list of
-    (reason, key) of images that could not be read. Those are left out, so b may be below `batch_size`, or 0.
+    A batch is image uint8 (b, 3, S, S), or Patches of native images, index int64 (b,), key, the list of their keys,
+    and bad, the list of (reason, key) of images that could not be read. Those are left out, so b may be below
+    `batch_size`, or 0.
 
     views: to load these variations of each image, (b, K, 3, S, S), instead of all of it.
     more: what it makes of each record, for workers to pickle, is in the batch too, but for one of no images.
     """
-    image = torch.empty(0, *((views.count,) if views else ()), 3, *preprocess.config.size, dtype=torch.uint8)
+    size = preprocess.config.size
+    image = torch.empty(0, views.count, 3, *size, dtype=torch.uint8) if views else preprocess.collate([])
     empty = {"image": image, "index": torch.empty(0, dtype=torch.int64), "key": []}
     return _Loader(
         _Images(source, preprocess, np.asarray(indices, np.int64), views, more),
@@ -219,7 +224,7 @@ def _collate(samples: list[dict[str, Any]], empty: dict[str, Any] | None = None)
     """Return a batch of the samples that hold more than what was "bad"; `empty` is one of no samples at all."""
     bad = [fault for sample in samples for fault in sample.pop("bad")]
     good = [sample for sample in samples if sample]
-    return {**(default_collate(good) if good else empty), "bad": bad}
+    return {**(collate(good, collate_fn_map=_COLLATE) if good else empty), "bad": bad}
 
 
 def _worker_options(num_workers: int, timeout: float) -> dict[str, Any]:

@@ -271,10 +271,11 @@ def image_batches(
     for batch in bar(loader, "embedding images", -(-len(indices) // batch_size), shown=progress):
         features = torch.empty(0, 0)
         if len(batch["index"]):
-            pixels = preprocess.normalize(batch["image"].to(device, non_blocking=True).flatten(0, -4))
+            images = batch["image"].to(device, non_blocking=True)
+            images = images.flatten(0, 1) if views else images
             with in_precision(precision, device):
-                features = model.encode_image(pixels, **options).float().cpu()
-            features = features.unflatten(0, batch["image"].shape[:-3])
+                features = model.encode_image(preprocess.normalize(images), **options).float().cpu()
+            features = features.unflatten(0, (-1, views.count)) if views else features
         yield ImageEmbeddings(features, batch["index"], batch["key"], batch["bad"])
 
 
