@@ -22,7 +22,7 @@ from contrastive.log import run_script, warn
 from contrastive.models.generate import GenerationConfig
 from contrastive.objectives.captioner import load_captioner
 
-SAMPLING = ("temperature", "top_k", "top_p", "seed")
+SAMPLING = ("temperature", "top_k", "top_p", "seed", "best_of")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -38,6 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-k", type=at_least(1), metavar="K", help="of --sample: draw from the K likeliest tokens")
     parser.add_argument("--top-p", **number, help="of --sample: draw from the likeliest tokens of this probability")
     parser.add_argument("--seed", type=at_least(0), metavar="N", help="of --sample (default 0)")
+    parser.add_argument("--best-of", type=at_least(1), metavar="N", help="of --sample: of N, the nearest to the image")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="of each data set, a fixed random subset of N")
     parser.add_argument("--json", action="store_true", help="print an object a line")
     parser.add_loading()

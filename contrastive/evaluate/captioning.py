@@ -36,7 +36,7 @@ from contrastive.evaluate.tasks import (
     zero_shot_outcome,
 )
 from contrastive.log import bar
-from contrastive.models.generate import GenerationConfig, generate, log_likelihood
+from contrastive.models.generate import GenerationConfig, log_likelihood
 from contrastive.objectives.captioner import Captioner, captioner_of
 from contrastive.visualize.pictured_model import is_image_name, loose_images
 
@@ -91,10 +91,13 @@ def caption_images(
 
     With several ranks each captions a share and all get every caption: call it on all of them.
     """
+    how.check()
+    if how.best_of > 1:
+        captioner.bundle.check_text_tower("best_of compares captions with images")
     indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
     world, rank = collectives.world_size(), collectives.rank()
     share = indices[rank * len(indices) // world : (rank + 1) * len(indices) // world]
-    preprocess, decode = captioner.bundle.preprocess, captioner.tokenizer.decode
+    preprocess = captioner.bundle.preprocess
     loader = eval_loader(source, preprocess, share, batch_size=batch_size, num_workers=num_workers)
     written, bad = [], []
     with torch.no_grad():
@@ -104,8 +107,7 @@ def caption_images(
             if not numbers:
                 continue
             pixels = preprocess.normalize(batch["image"].to(device, non_blocking=True))
-            ids, score = generate(captioner.decoder, captioner.patches(pixels), how, numbers)
-            said = list(map(GeneratedCaption, numbers, batch["key"], map(decode, ids.cpu()), score.tolist()))
+            said = list(map(GeneratedCaption, numbers, batch["key"], *captioner.write(pixels, how, numbers)))
             written += said
             for one in said if tell else ():
                 tell(one)
@@ -270,16 +272,24 @@ class Captioning(EvaluationTask):
     data: str
     method: Literal["greedy", "beam", "sample"] = "greedy"
     """How a caption is chosen."""
+    best_of: int = 1
+    """sample: of so many drawn captions, the one nearest to the image."""
 
     @property
     def features_title(self) -> str:
-        return f"captions, {self.method}"
+        return f"captions, {self.method}" + (f", best of {self.best_of}" if self.best_of > 1 else "")
+
+    def check(self) -> None:
+        GenerationConfig(self.method, best_of=self.best_of).check()
 
     def needs(self) -> list[Need]:
         return []
 
     def run(self, subject: EvaluatedModel) -> Outcome:
-        captioner, how = captioner_of(subject.bundle, subject.device), GenerationConfig(self.method)
+        captioner, how = (
+            captioner_of(subject.bundle, subject.device),
+            GenerationConfig(self.method, best_of=self.best_of),
+        )
         source, asked = subject.source(self.data), {"device": subject.device, "limit": subject.limit}
         result = captioning(captioner, source, how, **asked, **subject.loading)
         counts = result.pop("num_named", {})

@@ -5,7 +5,7 @@ What earlier positions and the patches are attended to with, their keys and valu
 B images, K captions of each, N patches, L tokens, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,12 +40,17 @@ class GenerationConfig:
     """sample: draw from the likeliest tokens that together have this probability (nucleus, Holtzman et al. 2020)."""
     seed: NotNegative[int] = 0
     """sample: of the random numbers, which depend on it and on the image's number alone."""
+    best_of: Positive[int] = 1
+    """sample: draw so many captions of each image, and take the one whose embedding is nearest to the image's. The
+    towers know pairs that the decoder has never told, such as a colour and a shape."""
 
     def check(self) -> None:
         """Raise UserError for a number that makes no sense."""
         check_bounds(self)
         if self.top_p > 1:
             raise UserError(f"top_p is {self.top_p}; it is a probability, 1 at most")
+        if self.best_of > 1 and self.method != "sample":
+            raise UserError(f"best_of {self.best_of} is for captions drawn at random, not for method '{self.method}'")
 
 
 class Decoding:
@@ -82,7 +87,11 @@ class Decoding:
 
 @torch.no_grad()
 def generate(
-    decoder: CaptionDecoder, image: torch.Tensor, how: GenerationConfig, numbers: Sequence[int] | None = None
+    decoder: CaptionDecoder,
+    image: torch.Tensor,
+    how: GenerationConfig,
+    numbers: Sequence[int] | None = None,
+    attempt: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a caption of each image: ids (B, L), `eos_id` from its end on, and its log-likelihood (B,) in nats.
 
@@ -90,6 +99,7 @@ def generate(
 
     Args:
         image: patch tokens (B, N, D). numbers: of the images, which the random numbers go by; from 0 when None.
+        attempt: which of the captions drawn for an image, 0 for the first; `best_of` is the caller's to choose.
     """
     how.check()
     if how.method == "beam":
@@ -99,7 +109,8 @@ def generate(
     ended = torch.zeros(count, dtype=torch.bool, device=image.device)
     draws = None
     if how.method == "sample":
-        draws = _draws(how.seed, range(count) if numbers is None else numbers, decoder.max_tokens).to(image.device)
+        places = ((number, attempt) if attempt else (number,) for number in numbers or range(count))
+        draws = _draws(how.seed, places, decoder.max_tokens).to(image.device)
     while ids.shape[1] < decoder.max_tokens and not ended.all():
         likely = decoding.log_probabilities(ids)
         token = likely.argmax(dim=-1) if draws is None else _drawn(likely, draws[:, ids.shape[1]], how)
@@ -110,9 +121,9 @@ def generate(
     return ids, score
 
 
-def _draws(seed: int, numbers: Sequence[int], length: int) -> torch.Tensor:
+def _draws(seed: int, places: Iterable[tuple[int, ...]], length: int) -> torch.Tensor:
     """Numbers in [0, 1), float64 (B, length): a row for each image, whatever batch it comes in."""
-    return torch.from_numpy(np.stack([np.random.default_rng((seed, number)).random(length) for number in numbers]))
+    return torch.from_numpy(np.stack([np.random.default_rng((seed, *place)).random(length) for place in places]))
 
 
 def _drawn(likely: torch.Tensor, draws: torch.Tensor, how: GenerationConfig) -> torch.Tensor:

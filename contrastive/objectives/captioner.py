@@ -1,5 +1,6 @@
 """A trained model and its caption decoder, read back from the folder of a run, a checkpoint or a final model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from contrastive.interop.bundle import Bundle, build, fill_model, native_folder,
 from contrastive.interop.loading import load
 from contrastive.log import say
 from contrastive.models.caption_decoder import CaptionDecoder
+from contrastive.models.encoders import unit_length
+from contrastive.models.generate import GenerationConfig, generate
 from contrastive.objectives.caption import CaptionConfig, decoder_for
 from contrastive.objectives.learner import PREFIX
 
@@ -31,6 +34,23 @@ class Captioner:
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the decoder sees of images (B, 3, H, W), normalised: (B, N, D)."""
         return self.bundle.model.image_tower.forward_features(pixels)
+
+    def write(
+        self, pixels: torch.Tensor, how: GenerationConfig, numbers: Sequence[int]
+    ) -> tuple[list[str], list[float]]:
+        """Return a caption of each image (B, 3, H, W), and its log-likelihood in nats; `numbers` as for `generate`."""
+        patches = self.patches(pixels)
+        attempts = [generate(self.decoder, patches, how, numbers, attempt) for attempt in range(how.best_of)]
+        texts = [list(map(self.tokenizer.decode, ids.cpu())) for ids, _ in attempts]
+        best = [0] * len(numbers)
+        if how.best_of > 1:
+            model = self.bundle.model
+            image = unit_length(model.image_tower.pooled(patches))
+            tokens = (self.tokenizer(some).to(pixels.device) for some in texts)
+            likeness = torch.stack([(image * model.encode_text(some)).sum(dim=1) for some in tokens])
+            best = likeness.argmax(dim=0).tolist()
+        scores = [score.tolist() for _, score in attempts]
+        return [texts[k][row] for row, k in enumerate(best)], [scores[k][row] for row, k in enumerate(best)]
 
 
 def load_captioner(path: str | Path, device: str | torch.device = "cpu") -> Captioner:

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +23,8 @@ from contrastive.files import write_folder
 from contrastive.interop.bundle import Bundle, save_model
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.models.caption_decoder import CaptionDecoderConfig
-from contrastive.models.generate import GenerationConfig, log_likelihood
+from contrastive.models.generate import GenerationConfig, generate, log_likelihood
+from contrastive.objectives import captioner as captioner_module
 from contrastive.objectives.caption import CaptionConfig, decoder_for
 from contrastive.objectives.captioner import Captioner
 from contrastive.objectives.saving import save_objectives
@@ -68,11 +69,11 @@ def captioner():
 def told(monkeypatch, captioner, say):
     """Have a decoder that says of image `number` what `say` does."""
 
-    def generate(decoder, image, how, numbers):
+    def generate(decoder, image, how, numbers, attempt):
         assert image.shape == (len(numbers), 16, 16)
         return decoder.ids(captioner.bundle.tokenizer([say(number) for number in numbers])), torch.zeros(len(numbers))
 
-    monkeypatch.setattr(captioning, "generate", generate)
+    monkeypatch.setattr(captioner_module, "generate", generate)
 
 
 def test_a_model_that_tells_the_truth_names_every_class(monkeypatch, captioner):
@@ -99,6 +100,30 @@ def test_images_are_captioned_by_the_decoder_itself(captioner):
     assert all(one.log_likelihood < 0 for one in written)
     alone, _ = captioning.caption_images(captioner, Scenes("val", 32), GenerationConfig(), indices=[3], device="cpu")
     assert alone[0].text == written[3].text
+
+
+def test_the_best_of_several_drawn_captions_is_nearest_to_its_image(captioner):
+    """Among those that are drawn anyway, whatever batch an image is in; one alone is what it was."""
+    source, numbers = Scenes("val", 32, 5), range(5)
+
+    def written(how, indices=numbers, **more):
+        return captioning.caption_images(captioner, source, how, indices=indices, device="cpu", **more)[0]
+
+    pixels = torch.stack([captioner.bundle.preprocess(source[index].image) for index in numbers])
+    patches, model = captioner.patches(pixels), captioner.bundle.model
+    how, texts, likeness = GenerationConfig("sample", seed=1), [], []
+    for attempt in range(4):
+        ids, _ = generate(captioner.decoder, patches, how, numbers, attempt)
+        texts.append(list(map(captioner.tokenizer.decode, ids)))
+        likeness.append((model.encode_image(pixels) * model.encode_text(captioner.tokenizer(texts[-1]))).sum(dim=1))
+    nearest = torch.stack(likeness).argmax(dim=0).tolist()
+    found = written(GenerationConfig("sample", seed=1, best_of=4), batch_size=2)
+    assert [one.text for one in found] == [texts[k][row] for row, k in enumerate(nearest)] and len(set(nearest)) > 1
+    assert written(GenerationConfig("sample", seed=1, best_of=4), [3])[0].text == found[3].text
+    assert [one.text for one in written(how)] == texts[0]
+    with pytest.raises(UserError, match="model has no text tower: best_of compares captions with images"):
+        bundle = replace(captioner.bundle, tokenizer=None)
+        captioning.caption_images(replace(captioner, bundle=bundle), source, replace(how, best_of=2), device="cpu")
 
 
 def test_classes_by_the_mean_likelihood_of_their_prompts(captioner):
@@ -177,6 +202,7 @@ def test_the_script_captions_files_folders_and_data(folder, tmp_path, monkeypatc
         (["scenes:test", "--length-penalty", "2"], "--length-penalty has no effect without --beam"),
         (["scenes:test", "--sample", "--top-p", "2"], "top_p is 2.0; it is a probability, 1 at most"),
         (["scenes:test", "--sample", "--beam", "2"], "not allowed with argument"),
+        (["scenes:test", "--best-of", "2"], "--best-of has no effect without --sample; leave it out"),
     ],
 )
 def test_what_cannot_be_is_one_line(words, said, folder, monkeypatch, capfd):
