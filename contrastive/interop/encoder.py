@@ -12,6 +12,7 @@ from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent
 from contrastive.interop.loading import read, usable
 from contrastive.models.image_encoder import ImageEncoder
+from contrastive.patches import Patches
 
 
 def load_image_encoder(
@@ -64,7 +65,7 @@ def load_image_encoder(
 class ImageProcessor:
     """Exactly the pixels of `contrastive.load(PATH).preprocess`, under several names.
 
-    processor(image)                                  # (3, H, W) float32; of a list (B, 3, H, W)
+    processor(image)                                  # (3, H, W) float32; of a list (B, 3, H, W); native ones Patches
     processor(images, return_tensors="pt")["pixel_values"]               # (B, 3, H, W), as LLaVA calls it
     processor.preprocess(image, return_tensors="pt")["pixel_values"][0]  # (3, H, W)
 
@@ -78,7 +79,7 @@ class ImageProcessor:
 
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], return_tensors: str | None = None
-    ) -> torch.Tensor | PixelBatch:
+    ) -> torch.Tensor | Patches | PixelBatch:
         """As `Preprocess.__call__`."""
         return self._preprocess(images, return_tensors)
 
@@ -100,6 +101,10 @@ class ImageProcessor:
             message = f"this model's preprocessing cannot make {height}×{width}: {error}"
             return ImageProcessor(Absent(f"{message}; make the pixels yourself"), self._original)
         return ImageProcessor(Preprocess(changed), self._original)
+
+    def with_patches(self, most: int) -> "ImageProcessor":
+        """The same for native images of at most so many patches; UserError for pixels of a fixed size."""
+        return ImageProcessor(Preprocess(replace(self.config, patches=most)))
 
     @property
     def config(self) -> PreprocessConfig:

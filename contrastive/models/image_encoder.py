@@ -2,6 +2,7 @@
 
 tokens = encoder(pixels)               # (B, N, D): patch tokens, the class token left out
 grid = encoder(pixels, fmt="NCHW")     # (B, D, h, w)
+ragged = encoder(patches, fmt="packed")  # of images of any shape (T, D), one behind the other, with their grids
 """
 
 from collections.abc import Callable, Iterable
@@ -15,14 +16,18 @@ from contrastive.errors import UserError
 from contrastive.models.image_encoder_config import (
     ACTIVATION_NAMES,
     ImageEncoderConfig,
+    RaggedTokens,
     check_pool,
     hidden_state_numbers,
+    one_grid,
+    ragged,
 )
 from contrastive.models.image_tower import ImageTower, ImageTrunk
 from contrastive.models.transformer import AttentionPooling
+from contrastive.patches import Patches
 from contrastive.words import no_attribute
 
-Tokens = torch.Tensor | tuple[torch.Tensor, ...]
+Output = torch.Tensor | RaggedTokens
 
 
 class ImageEncoder(ImageTrunk):
@@ -92,42 +97,59 @@ class ImageEncoder(ImageTrunk):
         theirs = tower.state_dict()
         self.load_state_dict({name: theirs[name].clone() for name in self.state_dict()}, assign=True)
 
-    def forward(self, pixels: torch.Tensor, fmt: Literal["NLC", "NCHW"] = "NLC") -> Tokens:
-        """Encode preprocessed images, (B, 3, H, W) float of any size in whole patches.
+    def forward(
+        self, pixels: torch.Tensor | Patches, fmt: Literal["NLC", "NCHW", "packed"] = "NLC"
+    ) -> Output | tuple[Output, ...]:
+        """Encode preprocessed images, (B, 3, H, W) float of any size in whole patches; of a native tower Patches too.
 
         Returns:
-            (B, N, D) patch tokens, row by row; (B, D, h, w) with fmt='NCHW'; (B, D) where the encoder pools. A tuple
-            of these where several layers were asked for. In the encoder's dtype.
+            (B, N, D) patch tokens, row by row; of Patches N is the most of an image, and 0 follows those of the others
+            (`Patches.mask` tells which are real). (B, D, h, w) with fmt='NCHW', RaggedTokens with fmt='packed'; (B, D)
+            where the encoder pools. A tuple of these where several layers were asked for. In the encoder's dtype.
+
+        Raises:
+            UserError: what is no batch of either kind; 'NCHW' of images whose grids differ.
         """
-        if fmt not in ("NLC", "NCHW"):
-            raise UserError(f"fmt is {fmt!r}; use 'NLC' for (B, N, D) or 'NCHW' for (B, D, h, w)")
-        if fmt == "NCHW" and (self.pool is not None or self.keep_prefix):
-            raise UserError("fmt 'NCHW' is for patch tokens alone: load the encoder without pool and keep_prefix")
+        if fmt not in ("NLC", "NCHW", "packed"):
+            raise UserError(f"fmt is {fmt!r}; use 'NLC' for (B, N, D), 'NCHW' for (B, D, h, w) or 'packed' for (T, D)")
+        if fmt != "NLC" and (self.pool is not None or self.keep_prefix):
+            raise UserError(f"fmt {fmt!r} is for patch tokens alone: load the encoder without pool and keep_prefix")
         states = self._checked_states(pixels, self.numbers)
         outputs = tuple(self._output(states[number], fmt, pixels) for number in self.numbers)
         return outputs if isinstance(self.layer, tuple) else outputs[0]
 
-    def _output(self, x: torch.Tensor, fmt: str, pixels: torch.Tensor) -> torch.Tensor:
+    def _output(self, x: torch.Tensor, fmt: str, pixels: torch.Tensor | Patches) -> Output:
         if self.norm is not None:
-            x = self.norm(x)
+            x = self._normed(x, pixels)
         if self.pool is not None:
-            return self.pool_tokens(x, self.pool)
+            return self.pool_tokens(x, self.pool, pixels if isinstance(pixels, Patches) else None)
         if not self.keep_prefix:
             x = x[:, self.num_prefix_tokens :]
+        if fmt == "packed":
+            images = pixels if isinstance(pixels, Patches) else Patches.of(pixels, self.patch_size)
+            return ragged(x, images.grids)
         return self._as_grid(x, pixels) if fmt == "NCHW" else x
 
-    def _as_grid(self, x: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        rows, columns = (side // self.patch_size for side in pixels.shape[-2:])
+    def _as_grid(self, x: torch.Tensor, pixels: torch.Tensor | Patches) -> torch.Tensor:
+        if isinstance(pixels, Patches):
+            rows, columns = one_grid(pixels)
+        else:
+            rows, columns = (side // self.patch_size for side in pixels.shape[-2:])
         return x.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
 
-    def _checked_states(self, pixels: torch.Tensor, numbers: Iterable[int]) -> dict[int, torch.Tensor]:
-        if not isinstance(pixels, torch.Tensor):
+    def _normed(self, x: torch.Tensor, pixels: torch.Tensor | Patches) -> torch.Tensor:
+        x = self.norm(x)
+        return self._unpacked(x, pixels, None) if isinstance(pixels, Patches) else x  # the norm has a bias
+
+    def _checked_states(self, pixels: torch.Tensor | Patches, numbers: Iterable[int]) -> dict[int, torch.Tensor]:
+        values = pixels.values if isinstance(pixels, Patches) else pixels
+        if not isinstance(values, torch.Tensor):
             kind = type(pixels).__name__
             raise UserError(f"pixels are a {kind}, not a tensor (B, 3, H, W); encoder.preprocess makes (3, H, W)")
-        if pixels.ndim != 4 or pixels.shape[1] != 3:
+        if values is pixels and (pixels.ndim != 4 or pixels.shape[1] != 3):
             raise UserError(f"pixels are {tuple(pixels.shape)}, not (B, 3, H, W); encoder.preprocess makes (3, H, W)")
-        if not pixels.is_floating_point():
-            raise UserError(f"pixels are {pixels.dtype}, not normalised floats; encoder.preprocess makes them")
+        if not values.is_floating_point():
+            raise UserError(f"pixels are {values.dtype}, not normalised floats; encoder.preprocess makes them")
         return self.states(pixels.to(self.dtype), frozenset(numbers))
 
     def hidden_states(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -173,7 +195,7 @@ class ImageEncoder(ImageTrunk):
         states = self._checked_states(x, numbers)
         outputs = []
         for number in numbers:
-            state = self.norm(states[number]) if norm else states[number]
+            state = self._normed(states[number], x) if norm else states[number]
             prefix, patches = state.tensor_split([self.num_prefix_tokens], dim=1)
             patches = self._as_grid(patches, x) if reshape else patches
             if return_class_token:
@@ -204,10 +226,16 @@ class ImageEncoder(ImageTrunk):
     def set_input_size(self, size: int | tuple[int, int]) -> None:
         """Resample the positions once for another image size in pixels, a side or (height, width); see `ImageTrunk`.
 
-        `preprocess` then makes that size, and `grid_size`, `num_patches` and `config` tell it.
+        `preprocess` then makes that size, and `grid_size`, `num_patches` and `config` tell it. UserError for a native
+        tower, which takes any size as it is.
         """
         if self.preprocess is not None and not hasattr(self.preprocess, "with_size"):
             raise UserError("encoder.preprocess is your own: set it to None, the size, then it to one of the new size")
+        if self.architecture.native:
+            raise UserError(
+                "positions of native images are made for each; for more or fewer patches of one set "
+                "encoder.preprocess = encoder.preprocess.with_patches(N)"
+            )
         super().set_input_size(size)
         if self.preprocess is not None:
             self.preprocess = self.preprocess.with_size(self.input_size)

@@ -2,10 +2,13 @@
 
 import operator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from contrastive.errors import UserError
 from contrastive.models.image_tower import ImageTowerConfig
+from contrastive.patches import Patches
 
 POOLS = ("class", "average", "attention", "tower")
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}  # transformers'
@@ -42,6 +45,34 @@ class ImageEncoderConfig:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values."""
         return asdict(self)
+
+
+class RaggedTokens(NamedTuple):
+    """Tokens of B images of any shape without padding, T in all."""
+
+    tokens: torch.Tensor
+    """(T, D): one image behind the other, each row by row."""
+    grids: torch.Tensor
+    """(B, 2) int64, on the CPU: rows and columns of each image."""
+    lengths: torch.Tensor
+    """(B,) int64, on the CPU: tokens of each."""
+
+
+def ragged(x: torch.Tensor, grids: torch.Tensor) -> RaggedTokens:
+    """(B, N, D) patch tokens, anything behind those of an image, to T of them without padding."""
+    lengths = grids.prod(dim=1)
+    # Which are real is found on the CPU: a GPU would be waited for.
+    real = (torch.arange(x.shape[1]) < lengths[:, None]).flatten().nonzero()[:, 0]
+    return RaggedTokens(x.flatten(0, 1)[real.to(x.device)], grids, lengths)
+
+
+def one_grid(images: Patches) -> tuple[int, int]:
+    """Return the rows and columns that all images have; UserError where they differ."""
+    found = images.grids.unique(dim=0).tolist()
+    if len(found) > 1:
+        told = ", ".join(f"{rows}×{columns}" for rows, columns in found[:3])
+        raise UserError(f"images of {len(found)} grids ({told}) have no one (B, D, h, w): take their tokens (B, N, D)")
+    return tuple(found[0])
 
 
 def hidden_state_numbers(layers: tuple[int, ...], depth: int) -> tuple[int, ...]:

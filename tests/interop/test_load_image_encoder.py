@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from native_model import save_native
 from PIL import Image
 
 import contrastive
@@ -276,10 +277,13 @@ def test_a_resized_model_is_saved_with_its_size_or_not_at_all(tmp_path):
 def test_the_docs_page_runs_as_it_stands(tmp_path):
     blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE.read_text(), flags=re.MULTILINE)
     code = "\n".join(re.sub(r"^    ", "", line) for block in blocks for line in block.splitlines())
-    assert code.count("load_image_encoder") == 4
+    assert code.count("load_image_encoder") == 5
     names = {"image": picture(), "torch": torch}
-    exec(code.replace("runs/mine", str(save_dual(tmp_path / "model"))), names)
+    code = code.replace("runs/mine", str(save_dual(tmp_path / "model")))
+    exec(code.replace("runs/native", str(save_native(tmp_path / "native"))), names)
     assert names["tokens"].shape == (1, 16, 16) and names["grid"].shape == (1, 16, 4, 4)
     assert len(names["states"]) == 4 and names["pooled"].shape == (1, 16) and names["batch"].shape == (2, 3, 32, 32)
     assert [x.shape for x in names["last_two"]] == [(1, 16, 4, 4)] * 2
     assert isinstance(names["encoder"], ImageEncoder) and names["encoder"].grid_size == (8, 8)
+    assert [part.shape for part in names["prefixes"]] == [(16, 64)] * 2
+    assert names["packed"].grids.tolist() == [[4, 4], [2, 8]]
