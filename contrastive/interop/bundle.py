@@ -159,7 +159,7 @@ def load_native(folder: Path, with_tokenizer: bool = True) -> Bundle:
         raise UserError(f"{folder} is not a whole model folder: {wrong}")
     description = read_json(folder / "config.json")
     where = str(folder / "config.json")
-    options, kind = _KINDS.get(description.get("format"), _KINDS[FORMAT])
+    options, kind = _KINDS.get(str(description.get("format")), _KINDS[FORMAT])
     config = from_dict(options, description.get("model"), where)
     # A run that keeps averaged weights is judged by them: its evaluations are of these.
     file = folder / "ema.safetensors"

@@ -72,6 +72,28 @@ def _native(kind: str) -> Made:
     return fill
 
 
+def _captioner(folder: Path) -> None:
+    from types import SimpleNamespace
+
+    from small_bundles import small_bundle
+
+    from contrastive.files import write_folder
+    from contrastive.interop.bundle import save_model
+    from contrastive.objectives.caption import CaptionConfig, decoder_for
+    from contrastive.objectives.saving import save_objectives
+
+    bundle = small_bundle("siglip")
+    options = CaptionConfig(width=8, depth=1, num_heads=1, mlp_dim=8)
+    decoder = decoder_for(options, bundle.config.image.width, bundle.tokenizer)
+    weights = {f"objectives.caption.decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+
+    def fill(to: Path) -> None:
+        save_model(to, bundle.model.state_dict(), bundle.config, bundle.preprocess.config, bundle.tokenizer)
+        save_objectives(to / "objectives", [SimpleNamespace(name="caption", options=options)], weights, None)
+
+    write_folder(folder / "final", fill)
+
+
 def seal_manifest(files: Files) -> Files:
     """Write the sums of each folder with a manifest anew, as whoever changes a file can."""
     import hashlib
@@ -208,6 +230,7 @@ def readers() -> list[Reader]:
         Reader("tokenizer json", made(_exported("transformers", "clip")), reading.read_tokenizer),
         Reader("model ours", made(_native("siglip")), reading.read_run, seal_manifest),
         Reader("model classifier", made(_native("classifier")), reading.read_run, seal_manifest),
+        Reader("captioner", made(_captioner), reading.read_captioner, seal_manifest),
         Reader("model transformers siglip", made(_transformers("SiglipModel")), reading.read_model),
         Reader("model transformers clip", made(_exported("transformers", "clip")), reading.read_model),
         Reader("model open_clip", made(_exported("open_clip", "clip")), reading.read_model),

@@ -78,6 +78,15 @@ def read_model(folder: Path) -> int:
     return bad
 
 
+def read_captioner(folder: Path) -> None:
+    from contrastive.models.generate import GenerationConfig
+    from contrastive.objectives.captioner import load_captioner
+
+    captioner = load_captioner(folder)
+    pixels = captioner.bundle.preprocess([Image.new("RGB", (50, 40))])
+    captioner.write(pixels, GenerationConfig(), [0])
+
+
 def read_encoder(folder: Path) -> None:
     import contrastive
 
