@@ -47,8 +47,15 @@ class Patches:
     def pin_memory(self) -> "Patches":
         return Patches(self.values.pin_memory(), self.grids)
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """As Siglip2's processor in transformers gives them and its model takes them, by name."""
+        return {"pixel_values": self.values, "pixel_attention_mask": self.mask.int(), "spatial_shapes": self.grids}
+
     def cut(self) -> "Patches":
         """Return them without what no image of the batch needs."""
+        if torch.compiler.is_exporting():  # a graph is for images of any shape
+            return self
         return Patches(self.values[:, : int(self.lengths.max())] if len(self) else self.values[:, :0], self.grids)
 
     def chunk(self, n: int) -> list["Patches"]:

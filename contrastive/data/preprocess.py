@@ -180,10 +180,7 @@ class Preprocess:
         pixels = Patches.batch(made) if self.config.resize == "native" else torch.stack(made)
         if return_tensors is None:
             return pixels
-        if isinstance(pixels, Patches):
-            masks = {"pixel_attention_mask": pixels.mask.int(), "spatial_shapes": pixels.grids}
-            return PixelBatch(pixel_values=pixels.values, **masks)
-        return PixelBatch(pixel_values=pixels)
+        return PixelBatch(pixels.inputs if isinstance(pixels, Patches) else {"pixel_values": pixels})
 
     def _one(self, image: ImageLike) -> "torch.Tensor | Patches":
         try:

@@ -203,20 +203,20 @@ class TransformersTokenizer(Tokenizer):
 
 def _read_core(folder: Path):
     """A tokenizer of transformers, and its ids of a text of one letter."""
-    from transformers import AutoTokenizer
+    import transformers
 
-    if (config := folder / "tokenizer_config.json").is_file():  # a length of 10^30 stands for none
-        check_sizes(read_json(config), config, {"model_max_length": math.inf})
+    named = read_json(config) if (config := folder / "tokenizer_config.json").is_file() else {}
+    check_sizes(named, config, {"model_max_length": math.inf})  # a length of 10^30 stands for none
+    # Beside a Siglip2 model AutoTokenizer takes anything for Gemma's tokenizer, these too, which ours are written as.
+    plain = named.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend", "CLIPTokenizer")
+    reader = getattr(transformers, named["tokenizer_class"] if plain else "AutoTokenizer")
     try:
-        core = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        core = reader.from_pretrained(str(folder), local_files_only=True)
         ids, _ = core("a")["input_ids"], core(PROBE)
     except Exception as error:  # a damaged folder fails in as many ways as it has files
         raise UserError(f"cannot read a tokenizer from folder '{folder}': {reason_of(error)}") from error
     if not ids:
-        raise UserError(
-            f"the tokenizer in '{folder}' has no ids for the text 'a': its vocabulary lacks letters and an unk_token; "
-            "copy the whole folder again"
-        )
+        raise UserError(f"the tokenizer in '{folder}' has no ids for the text 'a', no unk_token: copy the whole folder")
     return core, ids
 
 

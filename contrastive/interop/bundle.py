@@ -30,6 +30,7 @@ from contrastive.models import (
     ImageClassifier,
     ImageModel,
     ImageModelConfig,
+    ImageTowerConfig,
     ModelConfig,
     TextModel,
     TextModelConfig,
@@ -124,6 +125,7 @@ def save_classifier(
 
 def _save(folder: Path, written_as: str, weights, config, preprocess: PreprocessConfig, ema, **more) -> None:
     """Write weights and config.json. UserError where `set_input_size` changed a tower and its config does not know."""
+    _check_patches(config.image, preprocess, f"{folder}: the model")
     positions = weights.get("image_tower.position_embedding")
     expected = config.image.num_patches + config.image.class_token
     if positions is not None and len(positions) != expected:
@@ -137,6 +139,22 @@ def _save(folder: Path, written_as: str, weights, config, preprocess: Preprocess
             save_file(plain, folder / f"{name}.safetensors")
     described = {"format": written_as, "model": asdict(config), "preprocess": asdict(preprocess), **more}
     write_json(folder / "config.json", described)
+
+
+def _check_patches(image: ImageTowerConfig, preprocess: PreprocessConfig, where: str) -> None:
+    """Raise UserError where images are made into patches that the tower cannot take."""
+    if preprocess.resize != "native":
+        return
+    if not image.native:
+        raise UserError(
+            f"{where} has preprocess.resize 'native', which makes patches of images of any shape, and an image tower "
+            "of squares: set model.image.native true, or preprocess.resize 'squash'"
+        )
+    if preprocess.patch_size != image.patch_size:
+        raise UserError(
+            f"{where} has preprocess.patch_size {preprocess.patch_size} and model.image.patch_size {image.patch_size}: "
+            "set both alike"
+        )
 
 
 def is_native(folder: Path) -> bool:
@@ -177,6 +195,7 @@ def load_native(folder: Path, with_tokenizer: bool = True) -> Bundle:
     else:
         tokenizer = NOT_LOADED
     preprocess = from_dict(PreprocessConfig, description.get("preprocess"), where)
+    _check_patches(config.image, preprocess, where)
     names = as_option(f"{where}: class_names", tuple[str, ...] | None, description.get("class_names"))
     return Bundle(
         model=model.eval(),

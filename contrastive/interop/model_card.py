@@ -73,6 +73,11 @@ def _of_format(to: str, folder: Path) -> dict[str, Any]:
     """What the code that loads it needs beside its name."""
     if to == "onnx":
         return {"onnx_example": (files("contrastive.interop.formats") / "onnx_example.py").read_text("utf-8").strip()}
+    if to == "transformers":
+        file = folder / "tokenizer_config.json"
+        return {
+            "tokenizer_class": json.loads(file.read_text())["tokenizer_class"] if file.exists() else "AutoTokenizer"
+        }
     if to != "timm":
         return {}
     config = json.loads((folder / "config.json").read_text())

@@ -16,6 +16,8 @@ from rich.table import Table
 from contrastive.data.tokenizer import TransformersTokenizer
 from contrastive.interop.bundle import Bundle
 from contrastive.models import ImageClassifier
+from contrastive.models.image_tower import ImageTower
+from contrastive.patches import Patches
 
 # Two float32 implementations of one tower differ by the order of their sums: 2e-7 in a unit vector at most over a few
 # blocks, up to some 1e-6 over 30. A wrong activation, layer or mask gives 1e-4 and more, an epsilon of 1e-5 for 1e-6
@@ -56,8 +58,8 @@ class Outputs:
     """(T, E) float32, unit length."""
     logits: torch.Tensor | None = None
     """(B, T) float32: scale · image · textᵀ, plus the bias where there is one. Of a classifier its (B, C) scores."""
-    pixels: torch.Tensor | None = None
-    """(B, 3, H, W) float32: the images as the folder's own preprocessing makes them."""
+    pixels: torch.Tensor | Patches | None = None
+    """(B, 3, H, W) float32, or Patches: the images as the folder's own preprocessing makes them."""
     tokens: torch.Tensor | None = None
     """(T, N) int64: the texts as the folder's own tokenizer makes them."""
 
@@ -93,7 +95,7 @@ class Probe:
 
     images: list[Image.Image]
     texts: list[str]
-    pixels: torch.Tensor | None
+    pixels: torch.Tensor | Patches | None
     """None for a text tower alone."""
     tokens: torch.Tensor | None
 
@@ -105,9 +107,9 @@ class Probe:
             texts = [bundle.tokenizer.cleaned(text) for text in texts]
         config, generator = bundle.config, torch.Generator().manual_seed(0)
         if bundle.preprocess:
-            pixels = torch.stack([bundle.preprocess(image) for image in images])
+            pixels = bundle.preprocess(images)
         elif bundle.preprocess is not None:
-            pixels = torch.randn(len(images), 3, *bundle.model.image_tower.input_size, generator=generator)
+            pixels = _some_pixels(bundle.model.image_tower, len(images), generator)
         if bundle.tokenizer:
             tokens = bundle.tokenizer(texts)
         elif bundle.tokenizer is not None:
@@ -230,6 +232,15 @@ def _sizes(bundle: Bundle) -> list[tuple[int, int]]:
         return [(64, 64)] * 4
     options = bundle.preprocess.config
     side = options.short_side or min(options.size)
+    if options.resize == "native":
+        long = min(4, options.most_patches)
+        return [
+            (long * side, side),
+            (side, long * side),
+            (3 * side, 2 * side),
+            (side, side),
+            (side // 2 + 1, side // 3),
+        ]
     more = 2 * max(1, side // 8)
     return [
         (3 * (side + more), 3 * side),
@@ -238,6 +249,16 @@ def _sizes(bundle: Bundle) -> list[tuple[int, int]]:
         (4 * side, 4 * side),
         (side // 2 + 1, side // 2 + 1),
     ]
+
+
+def _some_pixels(tower: ImageTower, count: int, generator: torch.Generator) -> torch.Tensor | Patches:
+    """Noise of the size that the tower takes; of one that takes any, grids that get wider and lower."""
+    height, width = tower.input_size
+    if not tower.config.native:
+        return torch.randn(count, 3, height, width, generator=generator)
+    patch, rows = tower.config.patch_size, tower.grid[0]
+    sizes = ((max(1, rows - k) * patch, width + k * patch) for k in range(count))
+    return Patches.batch([Patches.of(torch.randn(3, *size, generator=generator), patch) for size in sizes])
 
 
 def _some_tokens(config, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -250,11 +271,16 @@ def _some_tokens(config, count: int, generator: torch.Generator) -> torch.Tensor
     return tokens
 
 
-def _pixel_checks(bundle: Bundle, ours: torch.Tensor, theirs: torch.Tensor) -> list[Check]:
-    if ours.shape != theirs.shape:
+def _pixel_checks(bundle: Bundle, ours: torch.Tensor | Patches, theirs: torch.Tensor | Patches) -> list[Check]:
+    native = isinstance(ours, Patches)
+    if native and not torch.equal(ours.grids, theirs.grids):
+        return [Check("patches of other grids", "max difference", float("nan"), 0.0)]
+    if not native and ours.shape != theirs.shape:
         return [Check(f"pixels of shape {tuple(theirs.shape)}", "max difference", float("nan"), 0.0)]
     with torch.inference_mode():
         own, other = (bundle.model.encode_image(pixels) for pixels in (ours, theirs))
+    if native:
+        ours, theirs = (pixels.values[pixels.mask] for pixels in (ours, theirs))
     level = 1 / 255 / min(bundle.preprocess.config.std)
     mean = (ours.double() - theirs.double()).abs().mean().item()
     return [

@@ -27,7 +27,7 @@ CLIP_LIKE = {"activation": "quick_gelu", "norm_eps": 1e-5}
 
 
 def small_bundle(kind, image_size=32, patch_size=8, seed=0):
-    """Return a Bundle: 'siglip', 'clip', 'average', 'classifier', 'image' or 'text'."""
+    """Return a Bundle: 'siglip', 'native' (images of any shape), 'clip', 'average', 'classifier', 'image' or 'text'."""
     torch.manual_seed(seed)
     tokenizer = train_bpe(CAPTIONS, vocab_size=300, context_length=12)
     ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "eos_id", "pad_id")}
@@ -44,6 +44,10 @@ def small_bundle(kind, image_size=32, patch_size=8, seed=0):
         image = replace(image, pool="average", position="sincos", activation="gelu", projection=True)
         text = replace(text, pool="average", attend_padding=False, activation="gelu")
         config = replace(siglip, image=image, text=text)
+    elif kind == "native":
+        config = replace(siglip, image=replace(image, native=True))
+        options = {"resize": "native", "interpolation": "bilinear", "patches": 20}
+        preprocess = PreprocessConfig(image_size, patch_size, **options)
     elif kind == "classifier":
         config = ClassifierConfig(replace(image, pool="average", class_token=True), 32, num_classes=5)
     elif kind == "image":

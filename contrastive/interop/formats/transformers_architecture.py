@@ -50,7 +50,9 @@ PROJECTIONS = {
     ),
     "siglip": ((r"^text_model\.projection\.", "text_model.head."),),
 }
+PROJECTIONS["siglip2"] = PROJECTIONS["siglip"]
 SCALARS = ("logit_scale", "logit_bias")
+PATCHES = "image_tower.patch_embed.weight"
 HEAD = "vision_model.head."
 """What the keys of the pooling head begin with."""
 
@@ -61,7 +63,7 @@ def towers_of(model: nn.Module) -> Towers:
 
 
 def fitting_family(model: nn.Module, name: str) -> str:
-    """Return 'siglip' or 'clip', whichever can hold the model exactly.
+    """Return 'siglip', 'siglip2' (images of any shape) or 'clip', whichever can hold the model exactly.
 
     Args:
         name: of the model, for the message.
@@ -119,7 +121,7 @@ def their_config(towers: Towers, family: str, embed_dim: int, image_size: int, t
     """Return the content of config.json.
 
     Args:
-        image_size: of the images, with the pixels that patches do not fill.
+        image_size: of the images, with the pixels that patches do not fill; SigLIP 2 has the number of positions.
         tokenizer: for the special ids; None leaves them out but for what the text tower pools at.
     """
     sections, is_clip = {}, family == "clip"
@@ -131,7 +133,8 @@ def their_config(towers: Towers, family: str, embed_dim: int, image_size: int, t
             "attention_dropout": 0.0,
         }
     if "image" in towers:
-        sections["image"] |= {"num_channels": 3, "image_size": image_size, "patch_size": towers["image"].patch_size}
+        places = {"num_patches": towers["image"].num_patches} if family == "siglip2" else {"image_size": image_size}
+        sections["image"] |= {"num_channels": 3, **places, "patch_size": towers["image"].patch_size}
         sections["image"] |= {"projection_dim": embed_dim} if is_clip else {"vision_use_head": True}
     if "text" in towers:
         sections["text"] |= {theirs: getattr(towers["text"], ours) for theirs, ours in VOCABULARY.items()}
@@ -146,8 +149,8 @@ def their_config(towers: Towers, family: str, embed_dim: int, image_size: int, t
 
 
 def key_table(names: Iterable[str], family: str) -> list[TensorNames]:
-    """Return what each of our names is called in a model of 'siglip' or 'clip'."""
-    unit_axes = dict.fromkeys(SCALARS, 1) if family == "siglip" else {}
+    """Return what each of our names is called in a model of 'siglip', 'siglip2' or 'clip'."""
+    unit_axes = {} if family == "clip" else dict.fromkeys(SCALARS, 1)
     return renamed_table(names, (*RENAMES, *PROJECTIONS[family]), unit_axes=unit_axes)
 
 
@@ -195,7 +198,7 @@ def is_mean_head(weights: Mapping[str, torch.Tensor]) -> bool:
 def adapted(
     weights: Mapping[str, torch.Tensor], towers: Towers, family: str
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Return weights by our names as a model of 'siglip' or 'clip' has them.
+    """Return weights by our names as a model of 'siglip', 'siglip2' or 'clip' has them.
 
     SigLIP's towers all have a patch bias, an attention head and a text projection, CLIP's no patch bias, and both are
     projected if both are here. The notes say in plain sentences what of the model that puts in other terms.
@@ -203,9 +206,11 @@ def adapted(
     made, notes = dict(weights), []
     if "image" in towers and towers["image"].position == "sincos":
         notes.append("the fixed sin-cos positions are written as learned ones")
-    for tensors, note in (_siglip_parts if family == "siglip" else _clip_parts)(weights, towers):
+    for tensors, note in (_clip_parts if family == "clip" else _siglip_parts)(weights, towers):
         made |= tensors
         notes.append(note)
+    if family == "siglip2" and "image" in towers:  # a Linear over (row, column, channel)
+        made[PATCHES] = made[PATCHES].permute(0, 2, 3, 1).flatten(1)
     if family == "clip":
         made.pop("logit_bias", None)  # zero, or it would not fit
         made.pop("image_tower.patch_embed.bias", None)

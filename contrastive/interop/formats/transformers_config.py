@@ -57,14 +57,16 @@ FITTING = {
             "class_token": (False,),
             "pre_norm": (False,),
             "projection": (False,),
+            "native": (False,),
         },
         "text": {"pool": ("last",), "causal": (False,)},
     },
     "clip": {
-        "image": {"pool": ("class",), "class_token": (True,), "pre_norm": (True,)},
+        "image": {"pool": ("class",), "class_token": (True,), "pre_norm": (True,), "native": (False,)},
         "text": {"pool": ("eos",), "causal": (True,), "projection_bias": (False,)},
     },
 }
+FITTING["siglip2"] = {**FITTING["siglip"], "image": FITTING["siglip"]["image"] | {"native": (True,)}}
 LEGACY_EOS = 2
 """In a CLIP configuration this eos_token_id is an old mistake; the model then pools at the highest id of a text."""
 
@@ -239,7 +241,7 @@ def _tower_config(found: Description, tower: str) -> ImageTowerConfig | TextTowe
     if activation not in ACTIVATIONS:
         raise UserError(f"{where}hidden_act '{activation}' is not supported; known: {', '.join(ACTIVATIONS)}")
     ours = {ours: options[theirs] for theirs, ours in BLOCKS.items()} | {"activation": ACTIVATIONS[activation]}
-    ours |= {option: values[0] for option, values in FITTING["clip" if is_clip else "siglip"][tower].items()}
+    ours |= {option: values[0] for option, values in FITTING[found.family][tower].items()}
     ours |= {"projection": bool(found.projected)} if is_clip else {}
     if tower == "image":
         whole_patches = found.native_size - found.native_size % found.patch_size

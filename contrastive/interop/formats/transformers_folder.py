@@ -1,6 +1,6 @@
 """Folders of transformers: SigLIP, SigLIP 2 and CLIP models and their towers alone.
 
-Ours are written as SiglipModel, CLIPModel, or the class of a tower alone.
+Ours are written as SiglipModel, CLIPModel, of images of any shape Siglip2Model, or the class of a tower alone.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from contrastive import models
+from contrastive.data.preprocess import Preprocess
 from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle, build
@@ -23,6 +24,7 @@ from contrastive.interop.formats.tokenizer_files import read_transformers_tokeni
 from contrastive.interop.formats.transformers_architecture import (
     HEAD,
     adapted,
+    class_name,
     fitting_family,
     is_mean_head,
     key_table,
@@ -30,19 +32,21 @@ from contrastive.interop.formats.transformers_architecture import (
     their_config,
     towers_of,
 )
-from contrastive.interop.formats.transformers_config import Towers, our_config, read_description
+from contrastive.interop.formats.transformers_config import STEMS, Towers, our_config, read_description
 from contrastive.interop.formats.transformers_preprocess import FILE, read_preprocess, write_preprocess
 from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.log import warn
 from contrastive.models.encoders import unit_length
+from contrastive.patches import Patches
 
 WEIGHTS = "model.safetensors"
-PROCESSORS = {"siglip": "SiglipProcessor", "clip": "CLIPProcessor"}
+PROCESSORS = {"siglip": "SiglipProcessor", "siglip2": "Siglip2Processor", "clip": "CLIPProcessor"}
 MODELS = {
     models.ModelConfig: models.DualEncoder,
     models.ImageModelConfig: models.ImageModel,
     models.TextModelConfig: models.TextModel,
 }
+GEMMA, SIGLIP2_PATCHES = "Siglip2Tokenizer", (16, 256)  # what transformers' Siglip2Processor is made for
 PIPELINE_LENGTH = 64  # what transformers' zero-shot pipeline pads texts to for every SigLIP model
 
 
@@ -76,14 +80,13 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(HEAD)}
     config = our_config(found, mean_head)
     model = build(lambda: MODELS[type(config)](config), weights, folder / WEIGHTS)
-    family = "clip" if found.family == "clip" else "siglip"
-    ours, theirs = to_ours(key_table(model.state_dict(), family), weights, folder / WEIGHTS)
+    ours, theirs = to_ours(key_table(model.state_dict(), found.family), weights, folder / WEIGHTS)
     fill(model, ours, folder / WEIGHTS, theirs)
     if without_pooling:
         warn(f"{folder} has no pooling head (vision_use_head is false): its image embedding is the mean of the patches")
     preprocess = tokenizer = None
     if has_image:
-        preprocess = read_preprocess(folder, found.native_size, config.image.patch_size)
+        preprocess = read_preprocess(folder, found.native_size, config.image.patch_size, config.image.native)
     if "text" in found.towers:
         tokenizer = read_transformers_tokenizer(folder, config.text) if with_tokenizer else NOT_LOADED
     return Bundle(model.eval(), preprocess, tokenizer, config, folder)
@@ -111,6 +114,12 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     if "image" in towers:
         size, patch_size = towers["image"].image_size, towers["image"].patch_size
         if preprocess is not None:
+            if (preprocess.config.resize == "native") != towers["image"].native:
+                raise UserError(
+                    f"{bundle.path}: {class_name(towers, family)} takes images "
+                    f"{'of any shape as patches' if towers['image'].native else 'of one size'}, and its preprocessing "
+                    f"is '{preprocess.config.resize}': give the bundle a Preprocess that goes with the tower"
+                )
             processor_class = PROCESSORS[family] if len(towers) == 2 else None
             notes += write_preprocess(preprocess.config, size, patch_size, processor_class, folder)
             size = taken_size(preprocess.config, patch_size)[0]
@@ -125,14 +134,33 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
         notes.append(f"{bundle.path} has no tokenizer, so its files were left out")
     write_json(folder / "config.json", their_config(towers, family, bundle.model.config.embed_dim, size, tokenizer))
     save_file(to_theirs(key_table(state, family), state), folder / WEIGHTS, metadata={"format": "pt"})
+    if family == "siglip2" and tokenizer is not None:
+        notes += _advice_on_processors(preprocess, folder)
     return notes + _advice(bundle.model, towers, family)
+
+
+def _advice_on_processors(preprocess: Preprocess | None, folder: Path) -> list[str]:
+    """What the library's automatic classes do with a Siglip2 model whose files are not as Google's."""
+    notes, kind = [], read_json(folder / "tokenizer_config.json")["tokenizer_class"]
+    if kind != GEMMA:
+        notes.append(
+            "AutoTokenizer and AutoProcessor take any tokenizer beside a Siglip2 model for Gemma's: load this one by "
+            f"{kind}.from_pretrained"
+        )
+    made = None if preprocess is None else (preprocess.config.patch_size, preprocess.config.most_patches)
+    if made not in (None, SIGLIP2_PATCHES):
+        notes.append(
+            f"Siglip2Processor passes over the folder's patches, which AutoImageProcessor does not: call it with "
+            f"patch_size={made[0]}, max_num_patches={made[1]}"
+        )
+    return notes
 
 
 def _advice(model: torch.nn.Module, towers: Towers, family: str) -> list[str]:
     notes = []
     if isinstance(model, models.ImageClassifier):
         notes.append("only the image tower was written: transformers has no class for it with this head")
-    if "text" not in towers or family != "siglip":
+    if "text" not in towers or family == "clip":
         return notes
     notes.append(
         'the text tower reads its last position: with a bare tokenizer always ask for padding="max_length", '
@@ -168,7 +196,9 @@ def outputs(folder: Path, probe: Probe) -> Outputs:
             raise UserError(f"transformers' {name} does not take the weights in {folder}: {wrong[0]}")
         made, ids = _processed(folder, probe.images, probe.texts)
         given = {} if probe.tokens is None else {"input_ids": probe.tokens}
-        if probe.pixels is not None:
+        if isinstance(probe.pixels, Patches):
+            given |= probe.pixels.inputs
+        elif probe.pixels is not None:
             side = getattr(model.config, "vision_config", model.config).image_size
             given["pixel_values"] = padded(probe.pixels, (side, side))
             made = None if made is None else cropped(made, probe.pixels)
@@ -199,18 +229,23 @@ def _quiet() -> Iterator[None]:
 
 def _processed(
     folder: Path, images: list[Image.Image], texts: list[str]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor | Patches | None, torch.Tensor | None]:
     """Pixels and ids as the folder's own processor makes them, as a user would ask for them."""
+    import transformers
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     offline = {"local_files_only": True}
     has_pixels, has_ids = ((folder / name).exists() for name in (FILE, "tokenizer_config.json"))
-    if has_pixels and has_ids:
+    native = read_json(folder / "config.json")["architectures"][0].startswith(STEMS["siglip2"])
+    if native and has_ids:  # of such a folder AutoTokenizer takes every tokenizer for Gemma's
+        AutoTokenizer = getattr(transformers, read_json(folder / "tokenizer_config.json")["tokenizer_class"])
+    if has_pixels and has_ids and not native:
         both = AutoProcessor.from_pretrained(str(folder), **offline)(text=texts, images=images, return_tensors="pt")
         return both["pixel_values"], both["input_ids"]
     pixels = ids = None
     if has_pixels:
-        pixels = AutoImageProcessor.from_pretrained(str(folder), **offline)(images, return_tensors="pt")["pixel_values"]
+        made = AutoImageProcessor.from_pretrained(str(folder), **offline)(images, return_tensors="pt")
+        pixels = Patches(made["pixel_values"], made["spatial_shapes"]).cut() if native else made["pixel_values"]
     if has_ids:
         full = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         ids = AutoTokenizer.from_pretrained(str(folder), **offline)(texts, **full)["input_ids"]

@@ -27,6 +27,13 @@ DEFAULTS = {
         "image_mean": CLIP_MEAN,
         "image_std": CLIP_STD,
     },
+    NAFLEX: {
+        "resample": 2,
+        "patch_size": 16,
+        "max_num_patches": 256,
+        "image_mean": SIGLIP_MEAN,
+        "image_std": SIGLIP_STD,
+    },
 }
 SHARED_DEFAULTS = {
     "do_resize": True,
@@ -38,12 +45,13 @@ SHARED_DEFAULTS = {
 OLD_NAMES = {"CLIPFeatureExtractor": CROP, "SiglipFeatureExtractor": SQUASH}
 
 
-def read_preprocess(folder: Path, image_size: int, patch_size: int) -> Preprocess | Absent:
+def read_preprocess(folder: Path, image_size: int, patch_size: int, native: bool = False) -> Preprocess | Absent:
     """Return what the folder's image processor does; `Absent`, with the reason, where we cannot do exactly that.
 
     Args:
         image_size: what the model takes, in pixels; what does not fill a patch at its right and bottom is cut off, as
             the model itself does.
+        native: whether the model takes images of any shape.
 
     Raises:
         UserError: a damaged file.
@@ -60,14 +68,18 @@ def read_preprocess(folder: Path, image_size: int, patch_size: int) -> Preproces
             "from, or make a contrastive.data.preprocess.Preprocess of your own"
         )
     try:
-        return _preprocess(options, image_size, patch_size)
+        kind, options = _filled(options)
+        return (
+            _native(options, image_size, patch_size, native)
+            if kind == NAFLEX
+            else _preprocess(options, image_size, patch_size)
+        )
     except UserError as error:
         return Absent(f"{file}: {error}")
 
 
 def _preprocess(options: dict, image_size: int, patch_size: int) -> Preprocess:
     """UserError says, without the file, what we do not do."""
-    options = _filled(options, image_size)
     size, crop_size = _size(options, "size", ("shortest_edge",)), _size(options, "crop_size", ("height", "width"))
     resample, short, cropped = options["resample"], size.get("shortest_edge"), bool(options["do_center_crop"])
     kept, scaled = crop_size if cropped else size, short or size.get("height")
@@ -99,21 +111,37 @@ def _preprocess(options: dict, image_size: int, patch_size: int) -> Preprocess:
     return made_preprocess(resize, scaled, (image_size, image_size), patch_size, statistics, RESAMPLE[resample], cut)
 
 
-def _filled(options: dict, image_size: int) -> dict:
-    """The options with the defaults of their class; null stays, which the library takes for off, or fails at."""
-    check(isinstance(options, dict), "image_processor", options, "an object of options")
-    named = options.get("image_processor_type") or options.get("feature_extractor_type") or ""
-    check(isinstance(named, str), "image_processor_type", named, "the name of a class")
-    kind = OLD_NAMES.get(named, named.removesuffix("Fast").removesuffix("Pil"))
-    if kind == NAFLEX:
+def _native(options: dict, image_size: int, patch_size: int, native: bool) -> Preprocess:
+    """As `_preprocess`, of images of any shape."""
+    if not native:
         raise UserError(
             f"{NAFLEX} keeps the aspect ratio, with another grid of patches for each image, which this tower has not; "
             "for images squashed to its square make a contrastive.data.preprocess.Preprocess(PreprocessConfig("
             f"{image_size}, interpolation='bilinear'))"
         )
+    resample, most = options["resample"], options["max_num_patches"]
+    check(type(resample) is int and resample in RESAMPLE, "resample", resample, "2 (bilinear) or 3 (bicubic)")
+    check(is_count(most), "max_num_patches", most, "a whole number above 0")
+    if not options["do_resize"]:
+        raise UserError("do_resize false (or null) leaves images as large as they are: resize them yourself")
+    if options["patch_size"] != patch_size:
+        raise UserError(
+            f"patch_size is {options['patch_size']!r}, but the model's weights are of patches of {patch_size}: set it "
+            "to that"
+        )
+    made = {"resize": "native", "interpolation": RESAMPLE[resample], "patches": most}
+    return Preprocess(PreprocessConfig(image_size, patch_size, **made, **_normalisation(options)))
+
+
+def _filled(options: dict) -> tuple[str, dict]:
+    """The class and the options with its defaults; null stays, which the library takes for off, or fails at."""
+    check(isinstance(options, dict), "image_processor", options, "an object of options")
+    named = options.get("image_processor_type") or options.get("feature_extractor_type") or ""
+    check(isinstance(named, str), "image_processor_type", named, "the name of a class")
+    kind = OLD_NAMES.get(named, named.removesuffix("Fast").removesuffix("Pil"))
     if kind not in DEFAULTS:
         raise UserError(f"image_processor_type '{named}' is not supported; known: {', '.join(DEFAULTS)}")
-    return {**SHARED_DEFAULTS, **DEFAULTS[kind], **options}
+    return kind, {**SHARED_DEFAULTS, **DEFAULTS[kind], **options}
 
 
 def _size(options: dict, name: str, number_means: tuple[str, ...]) -> dict:
@@ -173,14 +201,20 @@ def write_preprocess(
     cropped = scaled != whole or config.resize == "crop"
     if cropped and config.cut == "corner":
         raise UserError("preprocess cut 'corner': transformers cuts the centre only; set cut 'floor'")
-    options = {
+    sized = {
         "image_processor_type": CROP if cropped else SQUASH,
-        "do_convert_rgb": True,
-        **SHARED_DEFAULTS,
         "size": {"shortest_edge": scaled} if config.resize == "crop" else {"height": scaled, "width": scaled},
-        "resample": next(number for number, name in RESAMPLE.items() if name == config.interpolation),
         "do_center_crop": cropped,
         **({"crop_size": {"height": image_size, "width": image_size}} if cropped else {}),
+    }
+    if config.resize == "native":
+        patches = {"patch_size": config.patch_size, "max_num_patches": config.most_patches}
+        sized = {"image_processor_type": NAFLEX, **patches}
+    options = {
+        "do_convert_rgb": True,
+        **SHARED_DEFAULTS,
+        **sized,
+        "resample": next(number for number, name in RESAMPLE.items() if name == config.interpolation),
         "image_mean": list(config.mean),
         "image_std": list(config.std),
         **({"processor_class": processor_class} if processor_class else {}),
