@@ -276,7 +276,7 @@ def _texts(images: torch.Tensor, columns: dict[str, list], features: np.ndarray)
 
 def model_identity(bundle) -> dict:
     """Return what a store says of its model: 'path', 'key' (see `model_key`) and 'preprocess', its options."""
-    preprocess = json.loads(json.dumps(asdict(bundle.preprocess.config)))  # as config.json gives them back
+    preprocess = json.loads(json.dumps(_said(asdict(bundle.preprocess.config))))  # as config.json gives them back
     return {"path": str(getattr(bundle, "path", "")), "key": model_key(bundle), "preprocess": preprocess}
 
 
@@ -291,10 +291,17 @@ def model_key(bundle) -> str:
     parts = (
         weights_key(model),
         type(model).__name__,
-        json.dumps(options, sort_keys=True, default=str),
+        json.dumps(_said(options), sort_keys=True, default=str),
         _tokenizer_key(bundle.tokenizer),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _said(options: dict) -> dict:
+    """Return options without those of native images where a model has none: what was stored before is still its own."""
+    of_native = ("native", "patch_size", "patches")
+    kept = {name: value for name, value in options.items() if value or name not in of_native}
+    return {name: _said(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _tokenizer_key(tokenizer) -> str:
