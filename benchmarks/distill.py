@@ -2,10 +2,10 @@
 
     python benchmarks/distill.py --data 'flickr8k/train-*.tar' --dev flickr8k/dev-000000.tar
 
-The teacher is a run of `--config`, and its embeddings of `--views` views of each image are stored once. The students
-are runs of the same recipe with smaller towers; with every seed one learns without a teacher, one from the stored
-views. They are scored on the held-out shards: recall at 1, 5 and 10 in percent both ways, with all captions, and their
-mean.
+The teacher is a run of `--config`, and its embeddings of `--views` views of each image are stored once; several with
+other seeds are an ensemble. The students are runs of the same recipe with smaller towers; with every seed one learns
+without a teacher, one from the stored views. They are scored on the held-out shards: recall at 1, 5 and 10 in percent
+both ways, with all captions, and their mean.
 
 What lies in `--work` is not done again, and its CPU seconds are then not known. A row for each student goes to
 results/distill.jsonl.
@@ -54,6 +54,8 @@ class Options:
     """Flags that say how it learns from the teacher."""
     more: str = ""
     """Further flags of all runs."""
+    teachers: Positive[int] = 3
+    """Runs of the recipe, with the seeds 0, 1, ..."""
     views: Positive[int] = 10
     """Of each image."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -67,22 +69,26 @@ class Options:
 def main(options: Options) -> None:
     torch.set_num_threads(1)
     work = Path(options.work)
-    teacher, stored = work / "teacher", work / "views"
-    pretrain(options, teacher, "")
+    teachers, stored = ([work / f"{name}-{k}" for k in range(options.teachers)] for name in ("teacher", "views"))
     how = ["--views", str(options.views), "--augment", options.config, "--dtype", "float16"]
-    run("embed.py", [str(teacher), options.data, str(stored), *how])
-    taught = f"--objectives distill --teacher {shlex.quote(str(stored))} {options.distill}"
+    for seed, (teacher, views) in enumerate(zip(teachers, stored, strict=True)):
+        pretrain(options, teacher, f"--seed {seed}")
+        run("embed.py", [str(teacher), options.data, str(views), *how])
+    taught = f"--objectives distill --teacher {shlex.join(map(str, stored))} {options.distill}"
     kinds = {"alone": options.student, "taught": f"{options.student} {taught}"}
     dev, rows = open_source(options.dev), []
-    of_teacher = {f"teacher_{name}": value for name, value in scores(teacher, dev).items()}
+    found = [scores(teacher, dev) for teacher in teachers]
+    of_teacher = {
+        "teacher_parameters": found[0]["parameters"],
+        "teacher_mean_recall": [one["mean_recall"] for one in found],
+    }
     for seed in options.seeds:
         for kind, own in kinds.items():
             folder = work / f"{kind}-{seed}"
             seconds = pretrain(options, folder, f"{own} --seed {seed}")
             row = {"student": kind, "seed": seed, "loss": options.loss, "views": options.views, **scores(folder, dev)}
             row |= {"distill": options.distill if kind == "taught" else "", "cpu_seconds": seconds}
-            row |= {name: of_teacher[name] for name in ("teacher_parameters", "teacher_mean_recall")}
-            rows.append(append(options.results, row, shlex.join(["python", *sys.argv])))
+            rows.append(append(options.results, row | of_teacher, shlex.join(["python", *sys.argv])))
     Console().print(table(rows))
 
 
@@ -121,15 +127,18 @@ def table(rows: list[dict]) -> Table:
     """Means over the seeds, with the spread of the mean recall."""
     table = Table("", "parameters", "mean recall", "CPU seconds", box=SIMPLE_HEAD)
     first = rows[0]
-    table.add_row("teacher", f"{first['teacher_parameters']:,}", f"{first['teacher_mean_recall']:.2f}", "")
+    table.add_row("teacher", f"{first['teacher_parameters']:,}", _spread(first["teacher_mean_recall"]), "")
     for kind in ("alone", "taught"):
         of = [row for row in rows if row["student"] == kind]
         recalls = [row["mean_recall"] for row in of]
-        spread = f"{statistics.mean(recalls):.2f} ({min(recalls):.2f}–{max(recalls):.2f})"
         seconds = [row["cpu_seconds"] for row in of if row["cpu_seconds"] is not None]
         told = f"{statistics.mean(seconds):.0f}" if seconds else ""
-        table.add_row(kind, f"{of[0]['parameters']:,}", spread, told)
+        table.add_row(kind, f"{of[0]['parameters']:,}", _spread(recalls), told)
     return table
+
+
+def _spread(recalls: list[float]) -> str:
+    return f"{statistics.mean(recalls):.2f} ({min(recalls):.2f}–{max(recalls):.2f})"
 
 
 if __name__ == "__main__":

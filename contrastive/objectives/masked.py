@@ -23,6 +23,9 @@ class MaskedConfig(PrototypeConfig):
     """What its loss is multiplied by; that of the contrastive loss is 1."""
     share: Probability[float] = 0.5
     """Share of the patches that are hidden, drawn for each image; one at least."""
+    center_images: bool = False
+    """Take each image's mean off the teacher's logits: a patch is told by what sets it apart in its image. Else, where
+    few samples are seen, all patches of an image go to the same prototypes, which tell images apart and not places."""
 
     def build(self, setting: Setting) -> "MaskedPrediction":
         return MaskedPrediction(self, setting)
@@ -52,7 +55,11 @@ class MaskedPrediction(PrototypeObjective):
         self.extra = MaskedPatches(self.name, self.first_step, options.share, setting.model.image.patch_size)
 
     def targets(self, part: MicroBatch, inputs: Tensors) -> dict[str, torch.Tensor]:
-        return {"prototypes": self.teacher_head(self._at(self.teacher.tokens(part), inputs["places"]))}
+        patches, places = self._patches(self.teacher.tokens(part)), inputs["places"]
+        if not self.options.center_images:
+            return {"prototypes": self.teacher_head(_at(patches, places))}
+        logits = self.teacher_head(patches)
+        return {"prototypes": _at(logits - logits.mean(dim=1, keepdim=True), places)}
 
     def whole_targets(self, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         logits = targets["prototypes"]  # (b, M, K)
@@ -63,12 +70,15 @@ class MaskedPrediction(PrototypeObjective):
         num_patches = math.prod(side // tower.config.patch_size for side in part.pixels.shape[-2:])
         hidden = torch.zeros(len(places), num_patches, dtype=torch.bool, device=places.device).scatter(1, places, True)
         tokens = tower.forward_features(part.pixels, Hidden(hidden, self.mask_token))
-        return self.cross_entropy(self.head(self._at(tokens, places)), targets["prototypes"])
+        return self.cross_entropy(self.head(_at(self._patches(tokens), places)), targets["prototypes"])
 
-    def _at(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Tokens (b', N, D) of these patches, (b', M, D)."""
-        patches = tokens[:, self.teacher.tower.num_prefix_tokens :]
-        return patches.gather(1, places[..., None].expand(-1, -1, patches.shape[-1]))
+    def _patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[:, self.teacher.tower.num_prefix_tokens :]
 
     def describe(self) -> str:
         return f"{self.options.share:.0%} of the patches to {self.options.prototypes:,} prototypes, "
+
+
+def _at(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """What (b', N, D) has at these patches: (b', M, D)."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))

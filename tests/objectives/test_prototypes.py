@@ -42,7 +42,9 @@ def learner(balance="center", **starts):
     model = Learner(CONFIG)
     configs = {
         "self_distill": SelfDistillConfig(crops=CROPS, balance=balance, start=starts.get("self_distill", 0.0), **HEAD),
-        "masked": MaskedConfig(balance=balance, start=starts.get("masked", 0.0), **HEAD),
+        "masked": MaskedConfig(
+            balance=balance, start=starts.get("masked", 0.0), center_images=balance == "sinkhorn", **HEAD
+        ),
     }
     for name, config in configs.items():
         model.objectives[name] = config.build(setting(name, dict(model.objectives.items())))
@@ -93,6 +95,8 @@ def wanted(balance):
         rows = torch.arange(B)[:, None], 1 + inputs["masked"]["places"]  # after the class token
         of_image = distill.teacher_head(distill.own_teacher.tower.pooled(seen, project=False))
         of_patches = masked.teacher_head(seen[rows])
+        if masked.options.center_images:
+            of_patches = of_patches - masked.teacher_head(seen[:, 1:]).mean(dim=1, keepdim=True)
         centers = {
             "self_distill": 0.9 * distill.center + 0.1 * of_image.mean(0),
             "masked": 0.9 * masked.center + 0.1 * of_patches.flatten(0, 1).mean(0),
