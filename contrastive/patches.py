@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 
 @dataclass(frozen=True)
 class Patches:
     """Images cut into patches, and how many rows and columns of them each has.
 
-    It goes where a tensor of pixels does: to another device, into micro-batches, indexed by image.
+    It goes where a tensor of pixels does: to another device, into micro-batches, indexed by image. torch's
+    DataLoader makes batches of single images as `batch` does.
     """
 
     values: torch.Tensor
@@ -92,9 +94,19 @@ class Patches:
         values = [F.pad(one.values, (0, 0, 0, most - len(one.values))) for one in images]
         return Patches(torch.stack(values), torch.stack([one.grids for one in images]))
 
-    def pixels(self) -> torch.Tensor:
-        """Return one image, values (N, P·P·3), as (3, H, W)."""
+    def pixels(self, channels: int = 3) -> torch.Tensor:
+        """Return one image, values (N, P·P·3), as (3, H, W); of what has other channels so many."""
         rows, columns = self.grids.tolist()
-        side = round((self.values.shape[-1] / 3) ** 0.5)
-        cut = self.values[: rows * columns].view(rows, columns, side, side, 3)
+        side = round((self.values.shape[-1] / channels) ** 0.5)
+        cut = self.values[: rows * columns].view(rows, columns, side, side, channels)
         return cut.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2)
+
+
+default_collate_fn_map[Patches] = Patches.batch
+
+
+def one_by_one(images: torch.Tensor | Patches, channels: int = 3) -> list[torch.Tensor]:
+    """Return the pixels (3, H, W) of each image of a batch, or of what has so many channels; of one channel (H, W)."""
+    if not isinstance(images, Patches):
+        return list(images)
+    return [images[row].pixels(channels).squeeze(0) for row in range(len(images))]

@@ -20,8 +20,10 @@ NAMES = ("cat", "dog", "star")
 class Shapes(Source):
     """Noise of 8 shapes; class c is brighter by 30 c, and so is what its mask says."""
 
-    name = fingerprint = "shapes"
     class_names, masked, mask_names = NAMES, True, ("ground", *NAMES)
+
+    def __init__(self, name="shapes"):
+        self.name = self.fingerprint = name
 
     def __len__(self):
         return 24
@@ -34,7 +36,7 @@ class Shapes(Source):
 
     def __getitem__(self, index):
         height, width = SIZES[index % len(SIZES)]
-        image = np.random.default_rng(index).integers(0, 150, (height, width, 3), np.uint8)
+        image = np.random.default_rng([len(self.name), index]).integers(0, 150, (height, width, 3), np.uint8)
         mask = np.zeros((height, width), np.uint8)
         mask[: height // 2] = 1 + index % 3
         image[: height // 2] += np.uint8(30 * mask[0, 0])

@@ -14,21 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils.collate import collate, default_collate_fn_map
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.samples import SampleDataset
 from contrastive.distributed import end_with_parent
 from contrastive.errors import UserError
-from contrastive.patches import Patches
 
 if TYPE_CHECKING:
     from contrastive.data.stored_views import Views
 
 _SAMPLES_AHEAD = 2**18  # samples of a rank whose shards are asked for ahead of time
-_COLLATE = {**default_collate_fn_map, Patches: Patches.batch}
 _KILLED = "was killed, perhaps for want of memory; use fewer (--data.num_workers)"
 
 
@@ -224,7 +221,7 @@ def _collate(samples: list[dict[str, Any]], empty: dict[str, Any] | None = None)
     """Return a batch of the samples that hold more than what was "bad"; `empty` is one of no samples at all."""
     bad = [fault for sample in samples for fault in sample.pop("bad")]
     good = [sample for sample in samples if sample]
-    return {**(collate(good, collate_fn_map=_COLLATE) if good else empty), "bad": bad}
+    return {**(default_collate(good) if good else empty), "bad": bad}
 
 
 def _worker_options(num_workers: int, timeout: float) -> dict[str, Any]:

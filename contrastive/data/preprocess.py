@@ -201,9 +201,15 @@ class Preprocess:
             return Patches.batch(images) if images else Patches.none(self.config.patch_size)
         return torch.stack(list(images)) if images else torch.empty(0, 3, *self.config.size, dtype=torch.uint8)
 
-    def mask(self, mask: np.ndarray) -> torch.Tensor:
-        """Return uint8 (S, S): what `pixels` makes of the picture, of a mask uint8 (H, W); no value is mixed."""
-        return self._fitted(torch.from_numpy(mask)[None], "nearest-exact")[0]
+    def mask(self, mask: np.ndarray) -> "torch.Tensor | Patches":
+        """Return uint8 (S, S): what `pixels` makes of the picture, of a mask uint8 (H, W); no value is mixed.
+
+        Of native images as Patches of one channel.
+        """
+        one, config = torch.from_numpy(mask)[None], self.config
+        if config.resize == "native":
+            return native_patches(one, config.patch_size, config.most_patches, "nearest-exact")
+        return self._fitted(one, "nearest-exact")[0]
 
     def _fitted(self, pixels: torch.Tensor, kernel: Kernel) -> torch.Tensor:
         config, (height, width) = self.config, self.config.size
@@ -255,7 +261,7 @@ def resize(image: torch.Tensor, height: int, width: int, kernel: Kernel = "bicub
 
 
 def native_patches(pixels: torch.Tensor, patch_size: int, most: int, kernel: Kernel = "bicubic") -> Patches:
-    """Resize uint8 (3, H, W), its aspect kept as far as patches allow, as transformers' Siglip2 and timm; and cut it.
+    """Resize uint8 (C, H, W), its aspect kept as far as patches allow, as transformers' Siglip2 and timm; and cut it.
 
     Raises:
         BadSample: 'too_thin', so long for its width that `most` patches in a row cannot show it.

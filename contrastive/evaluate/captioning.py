@@ -38,6 +38,7 @@ from contrastive.evaluate.tasks import (
 from contrastive.log import bar
 from contrastive.models.generate import GenerationConfig, log_likelihood
 from contrastive.objectives.captioner import Captioner, captioner_of
+from contrastive.patches import Patches
 from contrastive.visualize.pictured_model import is_image_name, loose_images
 
 
@@ -236,8 +237,9 @@ class _Likelihoods(nn.Module):
         self.captioner, self.tokens = captioner, tokens
         self.config = SimpleNamespace(embed_dim=num_classes)
 
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        likely = log_likelihood(self.captioner.decoder, self.captioner.patches(pixels), self.tokens)
+    def encode_image(self, pixels: torch.Tensor | Patches) -> torch.Tensor:
+        patches, own = self.captioner.patches(pixels), self.captioner.own_tokens(pixels)
+        likely = log_likelihood(self.captioner.decoder, patches, self.tokens, own)
         likely = likely.unflatten(1, (self.config.embed_dim, -1))
         return likely.logsumexp(dim=2) - math.log(likely.shape[2])
 

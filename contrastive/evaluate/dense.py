@@ -1,6 +1,7 @@
 """What evaluations of single patches share: tokens and masks of a source, a batch at a time, nothing kept.
 
-B images, P patches (h rows, w columns), D width, S side of the model's input in pixels, C classes.
+B images, P patches (h rows, w columns), D width, S side of the model's input in pixels, C classes. Native images have
+a P, h and w of their own, and their masks likewise: what is done with patches is done picture by picture.
 """
 
 from abc import abstractmethod
@@ -23,6 +24,7 @@ from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.tasks import EvaluationTask, Need, Outcome
 from contrastive.log import bar
 from contrastive.models.image_encoder import ImageEncoder
+from contrastive.patches import Patches, one_by_one
 
 NUM_VALUES = 256
 """Of a mask's pixels. Counts are kept for all of them: which occur is known when all masks were read."""
@@ -82,14 +84,16 @@ class TokenTask(DenseTask):
         return f"patch tokens, layer {self.layer}" + ("" if self.norm else ", not normalised")
 
     def encoder(self, subject: EvaluatedModel) -> ImageEncoder:
-        """Return the tower up to the layer, (B, 3, S, S) to (B, P, D)."""
+        """Return the tower up to the layer, (B, 3, S, S) to (B, P, D), or of Patches."""
         return ImageEncoder(subject.bundle.model.image_tower, self.layer, self.norm)
 
 
 def dense_batches(
     subject: EvaluatedModel, source: Source, indices: np.ndarray, text: str, skipped: Counter[str], ignore=None
 ) -> Iterator[dict]:
-    """Read the pictures at `indices`: batches of `eval_loader` with at least one, and their 'mask' uint8 (B, S, S).
+    """Read the pictures at `indices`: batches of `eval_loader` with at least one.
+
+    Beside 'image' they have 'picture' and 'mask', lists of the single pictures, uint8 (3, H, W), and masks, (H, W).
 
     Args:
         text: of the progress bar. skipped: counts what is left out, by reason.
@@ -98,7 +102,8 @@ def dense_batches(
     Raises:
         UserError: a mask of another size than its picture, or of values that are no classes; nothing that can be read.
     """
-    read, preprocess, patches = 0, subject.bundle.preprocess, subject.bundle.model.image_tower.config.num_patches
+    read, preprocess, options = 0, subject.bundle.preprocess, subject.bundle.model.image_tower.config
+    patches = preprocess.config.most_patches if options.native else options.num_patches
     size = min(subject.loading.get("batch_size", 256), max(1, BLOCK_ELEMENTS // (patches * NUM_VALUES)))
     more = None if ignore is None else partial(_read_mask, names=source.mask_names, ignore=ignore)
     loader = eval_loader(source, preprocess, indices, size, subject.loading.get("num_workers", 0), more=more)
@@ -109,6 +114,9 @@ def dense_batches(
             raise UserError(f"{source.name}: {fault}")
         if len(batch["index"]):
             read += len(batch["index"])
+            batch["picture"] = one_by_one(batch["image"])
+            if more:
+                batch["mask"] = one_by_one(batch["mask"], channels=1)
             yield batch
     if not read:
         raise UserError(f"{source.name}: none of its {len(indices):,} samples can be used ({dict(skipped)})")
@@ -120,22 +128,22 @@ def _read_mask(record: Record, preprocess: Preprocess, names, ignore) -> dict:
     try:
         mask = decode_mask(record.mask, decode(record.image).shape[1:], names, ignore, record.key)
     except UserError as error:
-        return {"mask": torch.empty(preprocess.config.size, dtype=torch.uint8), "fault": str(error)}
+        return {"mask": preprocess.mask(np.zeros((1, 1), np.uint8)), "fault": str(error)}
     return {"mask": preprocess.mask(mask), "fault": ""}
 
 
-def to_tokens(encoder: ImageEncoder, subject: EvaluatedModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Return the patch tokens (B, P, D), float32, of uint8 pixels (B, 3, S, S)."""
-    return encoder(subject.bundle.preprocess.normalize(pixels.to(subject.device))).float()
+def to_tokens(encoder: ImageEncoder, subject: EvaluatedModel, images: torch.Tensor | Patches) -> torch.Tensor:
+    """Return the patch tokens (B, P, D), float32, of uint8 pixels (B, 3, S, S); of Patches 0 behind an image's own."""
+    return encoder(subject.bundle.preprocess.normalize(images.to(subject.device))).float()
 
 
 def patch_counts(masks: torch.Tensor, patch: int) -> torch.Tensor:
-    """Return how many pixels of each patch have each value: (B, S, S) uint8 to (B, P, 256) int64."""
-    blocks = masks.unfold(1, patch, patch).unfold(2, patch, patch).flatten(3).flatten(1, 2).long()  # (B, P, pixels)
-    counts = blocks.new_zeros(*blocks.shape[:2], NUM_VALUES)
-    return counts.scatter_add_(2, blocks, torch.ones_like(blocks))
+    """Return how many pixels of each patch have each value: (..., H, W) uint8 to (..., P, 256) int64."""
+    blocks = masks.unfold(-2, patch, patch).unfold(-2, patch, patch).flatten(-2).flatten(-3, -2).long()  # (..., P, px)
+    counts = blocks.new_zeros(*blocks.shape[:-1], NUM_VALUES)
+    return counts.scatter_add_(-1, blocks, torch.ones_like(blocks))
 
 
 def patch_centres(masks: torch.Tensor, patch: int) -> torch.Tensor:
-    """Return the value at the centre of each patch: (B, S, S) to (B, P), row by row."""
-    return masks[:, patch // 2 :: patch, patch // 2 :: patch].flatten(1)
+    """Return the value at the centre of each patch: (..., H, W) to (..., P), row by row."""
+    return masks[..., patch // 2 :: patch, patch // 2 :: patch].flatten(-2)

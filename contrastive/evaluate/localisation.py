@@ -28,6 +28,7 @@ from contrastive.evaluate.embeddings import pick_indices
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.tasks import SEED, TASKS, Figure, Outcome, clustered_interval
 from contrastive.models.image_tower import ImageTower
+from contrastive.patches import Patches
 from contrastive.visualize.attention import reading_attention, trace
 from contrastive.visualize.representations import patch_embeddings, text_similarity
 
@@ -99,21 +100,24 @@ class Correspondence(TokenTask):
         kernel, rows = subject.bundle.preprocess.config.interpolation, []
         indices = pick_indices(len(source), subject.limit)
         for batch in dense_batches(subject, source, indices, self.title, skipped, ignore):
-            size, grid = batch["image"].shape[-2:], encoder.grid_size
+            pictures, indices_of = batch["picture"], batch["index"].tolist()
             views = [
-                draw_view(*size, self.scale, np.random.default_rng([SEED, index])) for index in batch["index"].tolist()
+                draw_view(*picture.shape[1:], self.scale, np.random.default_rng([SEED, index]))
+                for index, picture in zip(indices_of, pictures, strict=True)
             ]
-            seen = torch.stack([view.of(pixels, kernel) for view, pixels in zip(views, batch["image"], strict=True)])
-            whole, part = (F.normalize(to_tokens(encoder, subject, each), dim=2) for each in (batch["image"], seen))
-            block = max(1, BLOCK_ELEMENTS // whole.shape[1] ** 2)
-            pairs = zip(part.split(block), whole.split(block), strict=True)
-            nearest = torch.cat([(of @ among.transpose(1, 2)).argmax(dim=2).cpu() for of, among in pairs])
+            seen = [view.of(picture, kernel) for view, picture in zip(views, pictures, strict=True)]
+            together = [Patches.of(one, encoder.patch_size) for one in seen] if encoder.architecture.native else seen
+            both = batch["image"], subject.bundle.preprocess.collate(together)
+            whole, part = (F.normalize(to_tokens(encoder, subject, each), dim=2) for each in both)
             for row, view in enumerate(views):
+                size = pictures[row].shape[1:]
+                grid = size[0] // encoder.patch_size, size[1] // encoder.patch_size
                 places = view.places(grid, size)
                 objects = torch.zeros(len(places), dtype=torch.bool)
                 if source.masked:
                     objects = self._on_objects(batch["mask"][row], places, grid)
-                rows.append(_found(nearest[row], places, grid, int(batch["index"][row]), objects))
+                nearest = (part[row, : len(places)] @ whole[row, : len(places)].T).argmax(dim=1).cpu()
+                rows.append(_found(nearest, places, grid, indices_of[row], objects))
         found = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         return _matched(found)
 
@@ -173,10 +177,11 @@ class Pointing(DenseTask):
         found: dict[str, list[tuple[float, float, int]]] = {"by_attention": [], "by_text": []}
         indices = pick_indices(len(source), subject.limit)
         for batch in dense_batches(subject, source, indices, self.title, skipped, self.ignore):
-            pixels = subject.bundle.preprocess.normalize(batch["image"].to(subject.device))
-            values = patch_centres(batch["mask"], tower.config.patch_size)
-            maps = zip(batch["index"].tolist(), values, *pointing_maps(tower, pixels, texts), strict=True)
-            for index, at, attended, similar in maps:
+            alike = [one[None] for one in batch["picture"]] if tower.config.native else [batch["image"]]
+            pixels = (subject.bundle.preprocess.normalize(images.to(subject.device)) for images in alike)
+            maps = (pair for images in pixels for pair in zip(*pointing_maps(tower, images, texts), strict=True))
+            for index, mask, (attended, similar) in zip(batch["index"].tolist(), batch["mask"], maps, strict=True):
+                at = patch_centres(mask, tower.config.patch_size)
                 counted = ~torch.isin(at, torch.tensor(self.ignore, dtype=torch.uint8))
                 at, attended, similar = at[counted], attended[counted], similar[:, counted]
                 things = [value for value in at.unique().tolist() if value]

@@ -80,7 +80,8 @@ class Segmentation(TokenTask):
         found = self._tallies(subject, encoder, *test, bank, score, skipped)
         figures = segmentation_figures(*found, test[0].mask_names)
         details |= {"num_patches": len(bank.tokens), "num_train_images": len(bank.image.unique())}
-        details |= {"num_test_images": len(found[0]), "grid": "×".join(map(str, encoder.grid_size))}
+        grid = "native" if encoder.architecture.native else "×".join(map(str, encoder.grid_size))
+        details |= {"num_test_images": len(found[0]), "grid": grid}
         return Outcome(figures, ("miou", "pixel_accuracy"), details)
 
     def _parts(self, subject: EvaluatedModel) -> tuple[tuple[Source, np.ndarray], tuple[Source, np.ndarray]]:
@@ -102,12 +103,13 @@ class Segmentation(TokenTask):
         most = -(-self.patches // len(indices))
         tokens, counts, image = [], [], []
         for batch in dense_batches(subject, source, indices, "patches to fit on", skipped, self.ignore):
-            seen, of_patch = to_tokens(encoder, subject, batch["image"]).cpu(), self._counts(batch["mask"], encoder)
-            for row, index in enumerate(batch["index"].tolist()):
-                places = (of_patch[row].sum(dim=1) > 0).nonzero()[:, 0].numpy()
+            seen = to_tokens(encoder, subject, batch["image"]).cpu()
+            for index, own, mask in zip(batch["index"].tolist(), seen, batch["mask"], strict=True):
+                of_patch = self._counts(mask, encoder)
+                places = (of_patch.sum(dim=1) > 0).nonzero()[:, 0].numpy()
                 places = np.random.default_rng([SEED, index]).permutation(places)[:most]
-                tokens.append(seen[row, places])
-                counts.append(of_patch[row, places].to(torch.int32))
+                tokens.append(own[places])
+                counts.append(of_patch[places].to(torch.int32))
                 image.append(torch.full((len(places),), index))
         counts = torch.cat(counts)
         values = counts.sum(dim=0).nonzero()[:, 0]
@@ -117,9 +119,9 @@ class Segmentation(TokenTask):
         shares = counts[:, values].float()
         return Bank(torch.cat(tokens), shares / shares.sum(dim=1, keepdim=True), torch.cat(image), values)
 
-    def _counts(self, masks: torch.Tensor, encoder: ImageEncoder) -> torch.Tensor:
-        """(B, P, 256): pixels that count."""
-        counts = patch_counts(masks, encoder.patch_size)
+    def _counts(self, mask: torch.Tensor, encoder: ImageEncoder) -> torch.Tensor:
+        """(P, 256): pixels that count."""
+        counts = patch_counts(mask, encoder.patch_size)
         counts[..., list(self.ignore)] = 0
         return counts
 
@@ -127,16 +129,17 @@ class Segmentation(TokenTask):
         """`tally` of each scored picture, (M, 3, 256), and the same as if the shares of every patch were known."""
         tallies = []
         for batch in dense_batches(subject, source, indices, "pictures to score", skipped, self.ignore):
-            tokens, masks = to_tokens(encoder, subject, batch["image"]), batch["mask"].long()
+            tokens = to_tokens(encoder, subject, batch["image"])
             scores = score(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
-            counted = ~torch.isin(masks, torch.tensor(self.ignore))
-            known = self._counts(batch["mask"], encoder).float()
-            known /= known.sum(dim=2, keepdim=True).clamp(min=1)
-            values = known.sum(dim=(0, 1)).nonzero()[:, 0]
-            for each, of in ((scores, bank.values), (known[..., values], values)):
-                said = labelled_pixels(each, of, encoder.grid_size, masks.shape[1:])
-                tallies.append(torch.stack([tally(*one) for one in zip(masks, said, counted, strict=True)]).numpy())
-        return np.concatenate(tallies[::2]), np.concatenate(tallies[1::2])
+            for own, mask in zip(scores, batch["mask"], strict=True):
+                counted = ~torch.isin(mask, torch.tensor(self.ignore, dtype=torch.uint8))
+                known = self._counts(mask, encoder).float()
+                known /= known.sum(dim=1, keepdim=True).clamp(min=1)
+                values = known.sum(dim=0).nonzero()[:, 0] if counted.any() else bank.values
+                for each, of in ((own[: len(known)], bank.values), (known[:, values], values)):
+                    said = labelled_pixels(each, of, encoder.patch_size, mask.shape)
+                    tallies.append(tally(mask.long(), said, counted).numpy())
+        return np.stack(tallies[::2]), np.stack(tallies[1::2])
 
 
 @TASKS.register("segmentation_knn")
@@ -202,18 +205,14 @@ class LinearSegmentation(Segmentation):
         return lambda asked: probe.scores(asked).softmax(dim=1), told
 
 
-def labelled_pixels(
-    scores: torch.Tensor, values: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]
-) -> torch.Tensor:
-    """Return the value of the highest score at each pixel: (B, P, C) to (B, H, W) int64, on the CPU.
+def labelled_pixels(scores: torch.Tensor, values: torch.Tensor, patch: int, size: tuple[int, int]) -> torch.Tensor:
+    """Return the value of the highest score at each pixel: (P, C) to (H, W) int64, on the CPU.
 
     Args:
-        values: (C,) of the classes. grid: h, w. size: H, W; scores are bilinear in between the patches' centres.
+        values: (C,) of the classes. patch: side in pixels. size: H, W; between patches' centres scores are bilinear.
     """
-    maps = scores.transpose(1, 2).unflatten(2, grid)
-    rows = max(1, BLOCK_ELEMENTS // (maps.shape[1] * size[0] * size[1]))
-    larger = (F.interpolate(block, size=tuple(size), mode="bilinear") for block in maps.split(rows))
-    return values[torch.cat([block.argmax(dim=1).cpu() for block in larger])]
+    maps = scores.T.unflatten(1, (size[0] // patch, size[1] // patch))[None]
+    return values[F.interpolate(maps, size=tuple(size), mode="bilinear")[0].argmax(dim=0).cpu()]
 
 
 def tally(truth: torch.Tensor, said: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

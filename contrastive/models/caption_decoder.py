@@ -52,6 +52,8 @@ class Attended(NamedTuple):
     """Those of the same caption, bool (B · K, 1, L, L), True where a row attends to a column."""
     image: torch.Tensor
     """Patch tokens (B, N, D)."""
+    own: torch.Tensor | None = None
+    """Which of those are no padding, bool (B, 1, 1, N); None: all."""
 
 
 class DecoderBlock(Block):
@@ -64,27 +66,30 @@ class DecoderBlock(Block):
 
     def through(self, x: torch.Tensor, is_causal: bool, extent: Attended) -> torch.Tensor:
         x = x + self.dropout(self.attention(self.norm1(x), extent=extent.positions))
-        x = x + self.dropout(self._from_image(x, self.image_attention.keys_values(extent.image)))
+        x = x + self.dropout(self._from_image(x, self.image_attention.keys_values(extent.image), extent.own))
         return x + self.mlp(self.norm2(x))
 
-    def go_on(self, x: torch.Tensor, image: KeysValues, past: KeysValues | None) -> tuple[torch.Tensor, KeysValues]:
+    def go_on(
+        self, x: torch.Tensor, image: KeysValues, past: KeysValues | None, own: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, KeysValues]:
         """What `through` gives of the positions after those of `past`, without dropout, and the past with them.
 
         Args:
             x: (B · K, M, D); M is 1 where there is a past. image: what `image_attention` keeps of the B images.
+            own: which of their tokens are no padding, as in `Attended`.
         """
         normed = self.norm1(x)
-        own = self.attention.keys_values(normed)
+        told = self.attention.keys_values(normed)
         if past is not None:
-            own = tuple(torch.cat(parts, dim=1) for parts in zip(past, own, strict=True))
-        x = x + self.attention.attend(self.attention.queries(normed), *own, is_causal=x.shape[1] > 1)
-        x = x + self._from_image(x, image)
-        return x + self.mlp(self.norm2(x)), own
+            told = tuple(torch.cat(parts, dim=1) for parts in zip(past, told, strict=True))
+        x = x + self.attention.attend(self.attention.queries(normed), *told, is_causal=x.shape[1] > 1)
+        x = x + self._from_image(x, image, own)
+        return x + self.mlp(self.norm2(x)), told
 
-    def _from_image(self, x: torch.Tensor, image: KeysValues) -> torch.Tensor:
+    def _from_image(self, x: torch.Tensor, image: KeysValues, own: torch.Tensor | None = None) -> torch.Tensor:
         # All captions of an image are one row of queries: its keys and values need no copy for each.
         queries = self.image_attention.queries(self.image_norm(x).view(len(image[0]), -1, x.shape[-1]))
-        return self.image_attention.attend(queries, *image).view_as(x)
+        return self.image_attention.attend(queries, *image, extent=own).view_as(x)
 
 
 class CaptionDecoder(nn.Module):
@@ -158,14 +163,15 @@ class CaptionDecoder(nn.Module):
         weights: torch.Tensor,
         parallel: torch.Tensor,
         hidden: torch.Tensor | None = None,
+        own: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the mean over captions of the mean cross entropy of their tokens, a scalar (CapPa, section 3).
 
         Args:
             image: (B, N, D) patch tokens, not pooled. ids: (B · K, L). weights: theirs, (B · K, l).
-            parallel: bool (B · K,): captions predicted all at once. hidden: see `forward`.
+            parallel: bool (B · K,): captions predicted all at once. hidden, own: see `forward`.
         """
-        states, length = self(image, ids, parallel, hidden), weights.shape[1]
+        states, length = self(image, ids, parallel, hidden, own), weights.shape[1]
         states, ids, weights = states[:, :length].flatten(0, 1), ids[:, :length].flatten(), weights.flatten()
         # A GPU would be waited for, and the fake tensors that plan.py counts have no content.
         if weights.device.type == "cpu" and type(weights) is torch.Tensor:
@@ -184,11 +190,13 @@ class CaptionDecoder(nn.Module):
         ids: torch.Tensor,
         parallel: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
+        own: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the states (B · K, L, D) that tell each of the ids (B · K, L), see `logits`.
 
         A state sees the image and the ids before its own, but for those where `hidden`, (B · K, L) bool; where
-        `parallel`, (B · K,) bool, the image alone.
+        `parallel`, (B · K,) bool, the image alone. Of the image it sees those tokens that are its
+        `own`, (B, N) bool, or all.
         """
         x = self.inputs(ids)
         if hidden is not None:  # an id enters one place later
@@ -199,7 +207,8 @@ class CaptionDecoder(nn.Module):
             x = torch.where(parallel[:, None, None], self.mask, x)
             attended = attended | parallel[:, None, None, None]
         x = x + self.position_embedding[: ids.shape[1]]
-        return self.norm(self.transformer(x, Attended(attended, self.image_projection(image))))
+        own = None if own is None else own[:, None, None]
+        return self.norm(self.transformer(x, Attended(attended, self.image_projection(image), own)))
 
     def inputs(self, ids: torch.Tensor) -> torch.Tensor:
         """Return what enters for each of the ids (B, L), without positions: the one before it, (B, L, D)."""

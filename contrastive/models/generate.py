@@ -57,21 +57,21 @@ class Decoding:
     """K captions of each of B images under way: what all positions so far are attended to with.
 
     Args:
-        image: patch tokens (B, N, D).
+        image: patch tokens (B, N, D). own: which of them are no padding, bool (B, N); None: all.
     """
 
-    def __init__(self, decoder: CaptionDecoder, image: torch.Tensor):
+    def __init__(self, decoder: CaptionDecoder, image: torch.Tensor, own: torch.Tensor | None = None):
         self.decoder, self.blocks, self.length = decoder, decoder.transformer.blocks, 0
         projected = decoder.image_projection(image)
         self.image = [block.image_attention.keys_values(projected) for block in self.blocks]
-        self.past = [None] * len(self.blocks)
+        self.past, self.own = [None] * len(self.blocks), None if own is None else own[:, None, None]
 
     def states(self, x: torch.Tensor) -> torch.Tensor:
         """Go on by M positions: `inputs` of the decoder (B · K, M, D) to the states that tell their ids."""
         x = x + self.decoder.position_embedding[self.length : self.length + x.shape[1]]
         self.length += x.shape[1]
         for number, block in enumerate(self.blocks):
-            x, self.past[number] = block.go_on(x, self.image[number], self.past[number])
+            x, self.past[number] = block.go_on(x, self.image[number], self.past[number], self.own)
         return self.decoder.norm(x)
 
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
@@ -92,19 +92,20 @@ def generate(
     how: GenerationConfig,
     numbers: Sequence[int] | None = None,
     attempt: int = 0,
+    own: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a caption of each image: ids (B, L), `eos_id` from its end on, and its log-likelihood (B,) in nats.
 
     L is `max_tokens` at most; a caption that has not ended by then has no end. The decoder has to be in eval mode.
 
     Args:
-        image: patch tokens (B, N, D). numbers: of the images, which the random numbers go by; from 0 when None.
+        image, own: see `Decoding`. numbers: of the images, which the random numbers go by; from 0 when None.
         attempt: which of the captions drawn for an image, 0 for the first; `best_of` is the caller's to choose.
     """
     how.check()
     if how.method == "beam":
-        return _beam_search(decoder, image, how)
-    decoding, count = Decoding(decoder, image), len(image)
+        return _beam_search(Decoding(decoder, image, own), image, how)
+    decoding, count = Decoding(decoder, image, own), len(image)
     ids, score = image.new_empty(count, 0, dtype=torch.int64), image.new_zeros(count, dtype=torch.float32)
     ended = torch.zeros(count, dtype=torch.bool, device=image.device)
     draws = None
@@ -138,10 +139,9 @@ def _drawn(likely: torch.Tensor, draws: torch.Tensor, how: GenerationConfig) -> 
     return tokens.gather(1, place.clamp(max=most - 1)[:, None])[:, 0]
 
 
-def _beam_search(decoder: CaptionDecoder, image: torch.Tensor, how: GenerationConfig) -> tuple:
+def _beam_search(decoding: Decoding, image: torch.Tensor, how: GenerationConfig) -> tuple:
     """As `generate`. A caption that ends leaves its beam empty; the best that has ended is what is returned."""
-    count, beams, length = len(image), how.num_beams, decoder.max_tokens
-    decoding, eos = Decoding(decoder, image), decoder.eos_id
+    count, beams, length, eos = len(image), how.num_beams, decoding.decoder.max_tokens, decoding.decoder.eos_id
     ids = image.new_empty(count, beams, 0, dtype=torch.int64)
     score = image.new_full((count, beams), -torch.inf, dtype=torch.float32)
     score[:, 0] = 0  # all begin alike, and one will do
@@ -168,17 +168,19 @@ def _beam_search(decoder: CaptionDecoder, image: torch.Tensor, how: GenerationCo
     return best_ids, best_raw
 
 
-def log_likelihood(decoder: CaptionDecoder, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def log_likelihood(
+    decoder: CaptionDecoder, image: torch.Tensor, tokens: torch.Tensor, own: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return log p(caption | image) of each image and caption, ends included, (B, C) in nats.
 
     Args:
-        image: patch tokens (B, N, D). tokens: a tokenizer's rows for C captions, (C, context_length).
+        image, own: see `Decoding`. tokens: a tokenizer's rows for C captions, (C, context_length).
     """
     ids = decoder.ids(tokens)
     counted = before_end(ids, decoder.eos_id)
     longest = int(counted.sum(dim=1).amax())  # what follows is not looked at
     ids, counted, count = ids[:, :longest], counted[:, :longest], len(image)
-    decoding, found = Decoding(decoder, image), []
+    decoding, found = Decoding(decoder, image, own), []
     at_once = max(1, POSITIONS_AT_ONCE // (count * longest))
     for some, inside in zip(ids.split(at_once), counted.split(at_once), strict=True):
         decoding.past, decoding.length = [None] * len(decoding.blocks), 0

@@ -237,7 +237,7 @@ class ImageTrunk(nn.Module):
         x = x if self.pre_norm is None else self.pre_norm(x)
         if packing is not None:
             return x, packing.segments, packing
-        return x, F.pad(images.mask, (self.num_prefix_tokens, 0), value=True)[:, None, None], None
+        return x, self.own_tokens(images)[:, None, None], None
 
     def states(self, pixels: torch.Tensor | Patches, wanted: Collection[int]) -> dict[int, torch.Tensor]:
         """The hidden states of these numbers, (B, N, D) each, none of them normalised by the final LayerNorm."""
@@ -254,10 +254,15 @@ class ImageTrunk(nn.Module):
             return x[:, 0]
         if images is None:
             return self.head(x) if pool == "attention" else x[:, prefix:].mean(dim=1)
-        own = images.cut().mask
+        own = self.own_tokens(images)
         if pool == "attention":
-            return self.head(x, F.pad(own, (prefix, 0), value=True)[:, None, None])
+            return self.head(x, own[:, None, None])
+        own = own[:, prefix:]
         return torch.where(own[..., None], x[:, prefix:], 0).sum(dim=1) / own.sum(dim=1, keepdim=True)
+
+    def own_tokens(self, images: Patches) -> torch.Tensor:
+        """Which tokens are an image's own, class token included, and not padding: bool (B, N), N as of `states`."""
+        return F.pad(images.cut().mask, (self.num_prefix_tokens, 0), value=True)
 
     def _check_patches(self, images: Patches) -> None:
         patch = self.architecture.patch_size
@@ -269,10 +274,9 @@ class ImageTrunk(nn.Module):
 
     def _unpacked(self, x: torch.Tensor, images: Patches, packing: Packing | None) -> torch.Tensor:
         """(B, N, D), N as in `images.cut()`, 0 where there is padding."""
-        images, prefix = images.cut(), self.num_prefix_tokens
         if packing is not None:
-            return packing.unpacked(x, images, prefix)
-        return torch.where(F.pad(images.mask, (prefix, 0), value=True)[..., None], x, 0)
+            return packing.unpacked(x, images.cut(), self.num_prefix_tokens)
+        return torch.where(self.own_tokens(images)[..., None], x, 0)
 
     @property
     def _resampling_mode(self) -> str:

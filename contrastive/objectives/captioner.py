@@ -18,6 +18,7 @@ from contrastive.models.encoders import unit_length
 from contrastive.models.generate import GenerationConfig, generate
 from contrastive.objectives.caption import CaptionConfig, decoder_for
 from contrastive.objectives.learner import PREFIX
+from contrastive.patches import Patches
 
 NAME = "caption"
 
@@ -31,22 +32,28 @@ class Captioner:
     tokenizer: Tokenizer
     """Whose captions the decoder writes; a bundle of an image tower alone has none."""
 
-    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the decoder sees of images (B, 3, H, W), normalised: (B, N, D)."""
+    def patches(self, pixels: torch.Tensor | Patches) -> torch.Tensor:
+        """What the decoder sees of images (B, 3, H, W), normalised, or Patches: (B, N, D)."""
         return self.bundle.model.image_tower.forward_features(pixels)
 
+    def own_tokens(self, pixels: torch.Tensor | Patches) -> torch.Tensor | None:
+        """Which of `patches` are no padding, bool (B, N); None: all."""
+        return self.bundle.model.image_tower.own_tokens(pixels) if isinstance(pixels, Patches) else None
+
     def write(
-        self, pixels: torch.Tensor, how: GenerationConfig, numbers: Sequence[int]
+        self, pixels: torch.Tensor | Patches, how: GenerationConfig, numbers: Sequence[int]
     ) -> tuple[list[str], list[float]]:
         """Return a caption of each image (B, 3, H, W), and its log-likelihood in nats; `numbers` as for `generate`."""
-        patches = self.patches(pixels)
-        attempts = [generate(self.decoder, patches, how, numbers, attempt) for attempt in range(how.best_of)]
+        patches, own = self.patches(pixels), self.own_tokens(pixels)
+        attempts = [generate(self.decoder, patches, how, numbers, attempt, own) for attempt in range(how.best_of)]
         texts = [list(map(self.tokenizer.decode, ids.cpu())) for ids, _ in attempts]
         best = [0] * len(numbers)
         if how.best_of > 1:
             model = self.bundle.model
-            image = unit_length(model.image_tower.pooled(patches))
-            tokens = (self.tokenizer(some).to(pixels.device) for some in texts)
+            image = unit_length(
+                model.image_tower.pooled(patches, images=pixels if isinstance(pixels, Patches) else None)
+            )
+            tokens = (self.tokenizer(some).to(patches.device) for some in texts)
             likeness = torch.stack([(image * model.encode_text(some)).sum(dim=1) for some in tokens])
             best = likeness.argmax(dim=0).tolist()
         scores = [score.tolist() for _, score in attempts]

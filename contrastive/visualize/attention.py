@@ -27,10 +27,6 @@ class Trace:
         """(B, P, D): `tokens` without the class token."""
         return self.tokens[:, self.num_prefix :]
 
-    def on_grid(self, values: torch.Tensor) -> torch.Tensor:
-        """One value a token, (..., N), to the patches' values in their places: (..., rows, columns)."""
-        return values[..., self.num_prefix :].unflatten(-1, self.grid)
-
 
 @torch.no_grad()
 def trace(tower: ImageTower, pixels: torch.Tensor) -> Trace:

@@ -78,6 +78,7 @@ def colour_scale(
     from matplotlib.colors import ListedColormap, Normalize, PowerNorm
 
     numbers = as_array(values.abs() if centre else values)
+    numbers = numbers[~np.isnan(numbers)]
     high = float(np.quantile(numbers, 1 - cut, method="higher")) if high is None else high
     low = -high if centre else float(numbers.min()) if low is None else low
     if high - low < 1e-6:
@@ -94,12 +95,14 @@ def over(image: torch.Tensor, values: torch.Tensor, scale: "ScalarMappable") -> 
     """Lay values (rows, columns) over an image uint8 (3, H, W) in grey: uint8 (H, W, 3).
 
     Each value covers the pixels of its patch, no more and no less; H and W are multiples of rows and columns. Over
-    middle grey the colours are those of the scale.
+    middle grey the colours are those of the scale. NaN is white: there is no patch.
     """
     brightness = as_picture(image) / 255 @ np.array([0.299, 0.587, 0.114])
     # Of half the contrast: a white thing in the image shall not look like a high value.
     grey = (1 - HEAT_SHARE) * 0.5 * (brightness - 0.5)
-    return as_uint8(spread(scale.to_rgba(as_array(values))[..., :3], image.shape[1:]) + grey[..., None])
+    numbers = as_array(values)
+    picture = spread(scale.to_rgba(numbers)[..., :3], image.shape[1:]) + grey[..., None]
+    return as_uint8(np.where(spread(np.isnan(numbers), image.shape[1:])[..., None], 1, picture))
 
 
 def as_array(values: torch.Tensor) -> np.ndarray:

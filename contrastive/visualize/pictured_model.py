@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from contrastive.data.captions import caption_fault
@@ -19,6 +20,7 @@ from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.log import warn
 from contrastive.models.image_tower import ImageTower
+from contrastive.patches import Patches, one_by_one
 from contrastive.visualize.attention import (
     Trace,
     layer_index,
@@ -39,8 +41,8 @@ MAX_CLASS_TEXTS = 12
 class Inputs:
     """Images as the model sees them, and what is known of them."""
 
-    images: torch.Tensor
-    """(B, 3, H, W) uint8: resized and cropped, before normalisation."""
+    images: torch.Tensor | Patches
+    """(B, 3, H, W) uint8, or Patches: resized and cropped, before normalisation."""
     names: tuple[str, ...]
     """B file names or keys."""
     texts: tuple[str, ...]
@@ -49,6 +51,13 @@ class Inputs:
     """Of each image the number of the text that belongs to it, where the data says so."""
     texts_of_data: bool
     """Whether the texts are those of the data."""
+
+    @cached_property
+    def canvas(self) -> torch.Tensor:
+        """(B, 3, H, W) uint8: the images as they are drawn, native ones on white of the size that all fit on."""
+        images = one_by_one(self.images)
+        height, width = (max(image.shape[side] for image in images) for side in (1, 2))
+        return torch.stack([_on_canvas(image, (height, width), 255) for image in images])
 
 
 @dataclass(frozen=True)
@@ -91,14 +100,15 @@ class PicturedModel:
 
     @property
     def shown(self) -> tuple[torch.Tensor, tuple[str, ...]]:
-        """(S, 3, H, W) uint8, the first images, and their names."""
-        return self.inputs.images[:MAX_SHOWN], self.inputs.names[:MAX_SHOWN]
+        """(S, 3, H, W) uint8, the first images as they are drawn, and their names."""
+        return self.inputs.canvas[:MAX_SHOWN], self.inputs.names[:MAX_SHOWN]
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        height, width = self.inputs.images.shape[-2:]
-        return height // self.tower.config.patch_size, width // self.tower.config.patch_size
+        """Rows and columns of patches that each image has which is shown."""
+        images, patch = one_by_one(self.inputs.images[:MAX_SHOWN]), self.tower.config.patch_size
+        rows, columns = (min(image.shape[side] // patch for image in images) for side in (1, 2))
+        return rows, columns
 
     @property
     def patch(self) -> tuple[int, int]:
@@ -106,26 +116,31 @@ class PicturedModel:
         return self.query or (self.grid[0] // 2, self.grid[1] // 2)
 
     @cached_property
-    def pixels(self) -> torch.Tensor:
-        """(B, 3, H, W) normalised, on the model's device."""
+    def pixels(self) -> torch.Tensor | Patches:
+        """(B, 3, H, W) normalised, or Patches, on the model's device."""
         return self.preprocess.normalize(self.inputs.images.to(self.tower.patch_embed.weight.device))
+
+    @property
+    def batches(self) -> list[torch.Tensor | Patches]:
+        """`pixels` in parts."""
+        return [self.pixels[start : start + 8] for start in range(0, len(self.pixels), 8)]
 
     @cached_property
     def patch_tokens(self) -> torch.Tensor:
-        """(S, P, D) after the final norm."""
-        return torch.cat([seen.patch_tokens for seen in self._traces])
+        """(1, P, D) after the final norm, of all S images one behind the other."""
+        return torch.cat([seen.patch_tokens for seen in self._traces], dim=1)
 
     @cached_property
     @torch.no_grad()
     def image_features(self) -> torch.Tensor:
         """(B, E), unit length."""
-        return torch.cat([self.model.encode_image(batch) for batch in self.pixels.split(8)])
+        return torch.cat([self.model.encode_image(batch) for batch in self.batches])
 
     @cached_property
     @torch.no_grad()
     def text_features(self) -> torch.Tensor:
         """(T, E), unit length."""
-        return self.model.encode_text(self.tokenizer(list(self.inputs.texts)).to(self.pixels.device))
+        return self.model.encode_text(self.tokenizer(list(self.inputs.texts)).to(self.tower.patch_embed.weight.device))
 
     @cached_property
     def text_maps(self) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -135,8 +150,8 @@ class PicturedModel:
             own = [text for text in self.inputs.own[:MAX_SHOWN] if text is not None]
             chosen = sorted(list(dict.fromkeys([*own, *chosen]))[:MAX_DATA_TEXTS])
         patches = patch_embeddings(self.tower, self.patch_tokens)
-        maps = text_similarity(patches, self.text_features[chosen])
-        return maps.unflatten(-1, self.grid).cpu(), tuple(texts[text] for text in chosen)
+        maps = text_similarity(patches, self.text_features[chosen])[0]
+        return self.on_canvas(maps, torch.nan), tuple(texts[text] for text in chosen)
 
     @cached_property
     def untrained(self) -> ImageTower:
@@ -146,16 +161,34 @@ class PicturedModel:
     @cached_property
     def _traces(self) -> tuple[Trace, ...]:
         """Of each image that is shown, by itself: the weights of all heads of a large grid fill the memory."""
-        return tuple(trace(self.tower, pixels[None]) for pixels in self.pixels[:MAX_SHOWN])
+        return tuple(trace(self.tower, pixels[None]) for pixels in one_by_one(self.pixels[:MAX_SHOWN]))
 
     def maps(self, of: Callable[[Trace], torch.Tensor]) -> torch.Tensor:
-        """(1, ..., N) of each trace to (S, ..., rows, columns), times the number of tokens: uniform attention has 1."""
-        return torch.cat([seen.on_grid(of(seen)) * seen.tokens.shape[1] for seen in self._traces]).cpu()
+        """(1, ..., N) of each trace to (S, ..., rows, columns), times the number of tokens: uniform attention has 1.
+
+        NaN is where a native image has no patch.
+        """
+        found = (of(seen)[0, ..., seen.num_prefix :] * seen.tokens.shape[1] for seen in self._traces)
+        return self.on_canvas(torch.cat(list(found), dim=-1), torch.nan)
+
+    def on_canvas(self, values: torch.Tensor, blank: float) -> torch.Tensor:
+        """(..., P) of the patches of all S images to (S, ..., rows, columns) on the canvas, `blank` beside an image."""
+        whole = [side // self.tower.config.patch_size for side in self.inputs.canvas.shape[2:]]
+        grids = [seen.grid for seen in self._traces]
+        parts = values.cpu().split([rows * columns for rows, columns in grids], dim=-1)
+        return torch.stack(
+            [_on_canvas(part.unflatten(-1, grid), whole, blank) for part, grid in zip(parts, grids, strict=True)]
+        )
+
+
+def _on_canvas(image: torch.Tensor, size: Sequence[int], blank: float) -> torch.Tensor:
+    """(..., h, w) to (..., H, W): in the corner at the top left."""
+    return F.pad(image, (0, size[1] - image.shape[-1], 0, size[0] - image.shape[-2]), value=blank)
 
 
 class _Image(NamedTuple):
     name: str
-    pixels: torch.Tensor
+    pixels: torch.Tensor | Patches
     text: str | None = None
 
 
@@ -184,7 +217,7 @@ def read_inputs(
         offered += class_texts or [image.text for image in found if image.text]
     offered = list(dict.fromkeys(offered if texts is None else texts))
     return Inputs(
-        images=torch.stack([image.pixels for image in images]),
+        images=preprocess.collate([image.pixels for image in images]),
         names=tuple(image.name for image in images),
         texts=tuple(offered),
         own=tuple(offered.index(image.text) if image.text in offered else None for image in images),

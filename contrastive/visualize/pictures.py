@@ -19,7 +19,7 @@ from contrastive.visualize.draw_pictures import (
     draw_match,
     draw_positions,
 )
-from contrastive.visualize.drawing import as_uint8, colour_scale, over, png
+from contrastive.visualize.drawing import as_picture, as_uint8, colour_scale, over, png
 from contrastive.visualize.pictured_model import PicturedModel
 from contrastive.visualize.representations import (
     above_mean,
@@ -126,7 +126,7 @@ def _head_maps(pictured: PicturedModel, maps: torch.Tensor, marked: tuple[int, i
     maps = torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1)
     labels = ["mean", *(f"head {number}" for number in range(1, maps.shape[1]))]
     # Over all maps, not one by one: colours of two heads, or of two images, are to be compared.
-    peaked = bool(maps.flatten().quantile(1 - ATTENTION_CUT) > PEAKED)
+    peaked = bool(maps.flatten().nanquantile(1 - ATTENTION_CUT) > PEAKED)
     scale = colour_scale(maps, low=0.0, cut=ATTENTION_CUT, root=peaked)
     unit = f"{UNIFORM} (square-root scale)" if peaked else UNIFORM
     return draw_maps(*pictured.shown, maps, labels, scale, unit=unit, marked=marked)
@@ -136,13 +136,14 @@ def attention_rollout(pictured: PicturedModel) -> Drawn:
     maps = pictured.maps(lambda seen: rollout_reading(pictured.tower, seen))
     scale = colour_scale(maps, cut=ATTENTION_CUT)
     seen = [over(image, values, scale) for image, values in zip(pictured.shown[0], maps, strict=True)]
-    found = f"Between {maps.min():.2f} and {maps.max():.2f} times uniform attention."
+    there = maps[~maps.isnan()]
+    found = f"Between {there.min():.2f} and {there.max():.2f} times uniform attention."
     return Drawn(draw_beside(*pictured.shown, seen, scale, UNIFORM), found)
 
 
 def patch_colours(pictured: PicturedModel) -> Drawn:
     colours = pca_colours(pictured.patch_tokens)
-    pictures = [as_uint8(one.unflatten(0, pictured.grid).cpu().numpy()) for one in colours.rgb]
+    pictures = [as_uint8(as_picture(one)) for one in pictured.on_canvas(colours.rgb[0].T, 1.0)]
     shares = [f"{100 * share:.0f} %" for share in colours.explained.tolist()]
     found = f"Red, green and blue hold {', '.join(shares[:2])} and {shares[2]} of the variance."
     return Drawn(draw_beside(*pictured.shown, pictures), found)
@@ -180,7 +181,7 @@ def image_text(pictured: PicturedModel) -> Drawn | str:
         loss, short = "each image's probabilities add up to 1: softmax over these texts", "softmax over the texts"
     else:
         loss, short = "each pair has a probability of its own: sigmoid, with the bias that training found", "sigmoid"
-    figure = draw_match(inputs.images, inputs.texts, cosines, probabilities, inputs.own, f"probability ({short})")
+    figure = draw_match(inputs.canvas, inputs.texts, cosines, probabilities, inputs.own, f"probability ({short})")
     pairs = [(number, text) for number, text in enumerate(inputs.own) if text is not None]
     right = sum(cosines[number].argmax().item() == text for number, text in pairs)
     found = f"Of {len(pairs)} images, {right} are nearest to their own text." if pairs else ""
@@ -202,7 +203,7 @@ def _no_texts(pictured: PicturedModel, least: int = 1) -> str | None:
 def embeddings(pictured: PicturedModel) -> Drawn | str:
     if len(pictured.inputs.images) < 2:
         return "one image has nothing to be compared with; give two or more"
-    untrained = unit_length(torch.cat([pictured.untrained(batch) for batch in pictured.pixels.split(8)])).cpu()
+    untrained = unit_length(torch.cat([pictured.untrained(batch) for batch in pictured.batches])).cpu()
     trained = pictured.image_features.cpu()
     found = [f"effective rank {effective_rank(x):.1f}, mean cosine {mean_cosine(x):.2f}" for x in (untrained, trained)]
     most = f"The rank can be {min(trained.shape)} at most."

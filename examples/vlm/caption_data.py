@@ -2,10 +2,11 @@
 
 import torch
 from captioner import MAX_TOKENS
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from contrastive.data.record import BadSample, Source
 from contrastive.errors import UserError
+from contrastive.patches import Patches
 
 TRIES = 10
 
@@ -25,8 +26,8 @@ class CaptionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels (3, H, W) and ids (T,) int64. What cannot be read is replaced by what follows it."""
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | Patches, torch.Tensor]:
+        """Pixels (3, H, W) or Patches, and ids (T,) int64. What cannot be read is replaced by what follows it."""
         for offset in range(TRIES):
             try:
                 record = self.source[(index + offset) % len(self)]
@@ -43,12 +44,12 @@ class CaptionDataset(Dataset):
         return torch.tensor([*ids, self.tokenizer.eos_token_id])
 
 
-def collate(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch: pixels (B, 3, H, W), ids (B, T) padded with zeros on the right, mask (B, T)."""
+def collate(samples: list[tuple[torch.Tensor | Patches, torch.Tensor]]) -> dict[str, torch.Tensor | Patches]:
+    """A batch: pixels (B, 3, H, W) or Patches, ids (B, T) padded with zeros on the right, mask (B, T)."""
     ids = torch.nn.utils.rnn.pad_sequence([ids for _, ids in samples], batch_first=True)
     lengths = torch.tensor([len(ids) for _, ids in samples])
     return {
-        "pixels": torch.stack([pixels for pixels, _ in samples]),
+        "pixels": default_collate([pixels for pixels, _ in samples]),
         "ids": ids,
         "mask": torch.arange(ids.shape[1]) < lengths[:, None],
     }

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from language import load_language
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,6 +18,7 @@ import contrastive
 from contrastive.errors import UserError
 from contrastive.files import write_json
 from contrastive.interop.bundle import weights_key
+from contrastive.patches import Patches
 
 IGNORED = -100  # the label that transformers' loss leaves out
 MAX_TOKENS = 40  # of a caption, its end included
@@ -35,11 +37,13 @@ class Captioner(nn.Module):
         super().__init__()
         if tokenizer.eos_token_id is None:
             raise UserError("the language model's tokenizer has no eos token: captions would have no end")
-        needed = 1 + encoder.num_patches + MAX_TOKENS
+        native = encoder.architecture.native
+        self.num_patches = encoder.preprocess.config.most_patches if native else encoder.num_patches  # at most
+        needed = 1 + self.num_patches + MAX_TOKENS
         most = getattr(language_model.config, "max_position_embeddings", needed)
         if needed > most:
             raise UserError(
-                f"{encoder.num_patches} patches and {MAX_TOKENS} tokens are more than the {most} positions of the "
+                f"{self.num_patches} patches and {MAX_TOKENS} tokens are more than the {most} positions of the "
                 "language model; take an encoder of larger patches or smaller images"
             )
         self.encoder = encoder.requires_grad_(False)
@@ -59,38 +63,46 @@ class Captioner(nn.Module):
                 part.eval()
         return self
 
-    def prefix(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the caption follows: (B, 3, H, W) to (B, 1 + N, hidden), without the 1 where there is no bos."""
+    def prefix(self, pixels: torch.Tensor | Patches) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the caption follows: (B, 3, H, W) to (B, 1 + N, hidden), without the 1 where there is no bos.
+
+        And which of it is real, bool: native images of fewer patches than others have padding, on the left.
+        """
         with torch.no_grad():
             patches = self.encoder(pixels)  # (B, N, D)
-        images = self.projector(patches.to(self.projector[0].weight.dtype))
-        if self.tokenizer.bos_token_id is None:
-            return images
-        bos = torch.full((len(pixels), 1), self.tokenizer.bos_token_id, device=pixels.device)
-        return torch.cat([self.language_model.get_input_embeddings()(bos), images], dim=1)
+        prefix = self.projector(patches.to(self.projector[0].weight.dtype))
+        real = pixels.cut().mask if isinstance(pixels, Patches) else patches.new_ones(patches.shape[:2]).bool()
+        if self.tokenizer.bos_token_id is not None:
+            bos = torch.full((len(patches), 1), self.tokenizer.bos_token_id, device=patches.device)
+            prefix = torch.cat([self.language_model.get_input_embeddings()(bos), prefix], dim=1)
+            real = F.pad(real, (1, 0), value=True)
+        order = real.int().argsort(dim=1, stable=True)
+        return prefix.gather(1, order[..., None].expand_as(prefix)), real.gather(1, order)
 
-    def forward(self, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor | Patches, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The mean cross entropy of the captions' tokens, a scalar.
 
         Args:
-            pixels: (B, 3, H, W), preprocessed.
+            pixels: (B, 3, H, W), preprocessed, or Patches.
             ids: (B, T) int64, each caption ended by eos, padded on the right with anything.
             mask: (B, T) bool, false on padding.
         """
-        prefix = self.prefix(pixels)
+        prefix, real = self.prefix(pixels)
         words = self.language_model.get_input_embeddings()(ids)
         labels = torch.cat([ids.new_full(prefix.shape[:2], IGNORED), ids.masked_fill(~mask, IGNORED)], dim=1)
-        seen = torch.cat([mask.new_ones(prefix.shape[:2]), mask], dim=1)
+        seen = torch.cat([real, mask], dim=1).long()
         embeddings = torch.cat([prefix.to(words.dtype), words], dim=1)
-        return self.language_model(inputs_embeds=embeddings, attention_mask=seen.long(), labels=labels).loss
+        # Padding before the text is none of its positions; generate counts so by itself.
+        places = {"position_ids": (seen.cumsum(dim=1) - 1).clamp(min=0)} if isinstance(pixels, Patches) else {}
+        return self.language_model(inputs_embeds=embeddings, attention_mask=seen, labels=labels, **places).loss
 
     @torch.no_grad()
-    def caption(self, pixels: torch.Tensor, max_tokens: int = MAX_TOKENS) -> list[str]:
-        """Caption images (B, 3, H, W), greedily."""
-        prefix = self.prefix(pixels)
+    def caption(self, pixels: torch.Tensor | Patches, max_tokens: int = MAX_TOKENS) -> list[str]:
+        """Caption images (B, 3, H, W), or Patches, greedily."""
+        prefix, real = self.prefix(pixels)
         ids = self.language_model.generate(
             inputs_embeds=prefix.to(self.language_model.dtype),
-            attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device),
+            attention_mask=real.long(),
             max_new_tokens=max_tokens,
             do_sample=False,
             eos_token_id=self.tokenizer.eos_token_id,

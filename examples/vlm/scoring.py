@@ -6,6 +6,7 @@ import torch
 from captioner import Captioner
 from rich.markup import escape
 from rich.table import Table
+from torch.utils.data import default_collate
 
 from contrastive.data.record import BadSample, Source
 from contrastive.log import console, say, warn
@@ -26,7 +27,7 @@ def score(model: Captioner, source: Source, images: int, device: torch.device) -
     rows, right = [], []
     for first in range(0, len(chosen), BATCH):
         records, pixels = _readable(model, source, chosen[first : first + BATCH])
-        captions = model.caption(torch.stack(pixels).to(device)) if pixels else []
+        captions = model.caption(default_collate(pixels).to(device)) if pixels else []
         for record, caption in zip(records, captions, strict=True):
             rows.append((caption, record.captions[0] if record.captions else ""))
             if record.label is not None and source.class_names is not None:

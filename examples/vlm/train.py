@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> None:
     model = build(options, source)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    say(f"{trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen; {model.encoder.num_patches} patches")
+    say(f"{trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen; {model.num_patches} patches")
     if options.dry_run:
         for caption in itertools.islice(sampled_captions(source), 3):
             say(f"{caption!r} is read as {model.tokenizer.decode(model.tokenizer(caption)['input_ids'])!r}")

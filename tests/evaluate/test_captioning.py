@@ -69,7 +69,7 @@ def captioner():
 def told(monkeypatch, captioner, say):
     """Have a decoder that says of image `number` what `say` does."""
 
-    def generate(decoder, image, how, numbers, attempt):
+    def generate(decoder, image, how, numbers, attempt, own):
         assert image.shape == (len(numbers), 16, 16)
         return decoder.ids(captioner.bundle.tokenizer([say(number) for number in numbers])), torch.zeros(len(numbers))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from evaluate.small_model import save_small_model
+from native_model import Shapes, save_native
 from PIL import Image
 
 from contrastive.errors import UserError
@@ -79,7 +80,7 @@ def test_the_loss_is_that_of_the_caption_alone(examples, encoder):
     loss = model(pixels, ids, mask)
     other_padding = ids.masked_fill(~mask, 7)
     torch.testing.assert_close(model(pixels, other_padding, mask), loss)
-    embeddings = torch.cat([model.prefix(pixels), model.language_model.get_input_embeddings()(ids)], dim=1)
+    embeddings = torch.cat([model.prefix(pixels)[0], model.language_model.get_input_embeddings()(ids)], dim=1)
     first = embeddings.shape[1] - ids.shape[1]
     scores = model.language_model(inputs_embeds=embeddings).logits[:, first - 1 : -1]  # each position tells the next
     expected = torch.nn.functional.cross_entropy(scores[mask], ids[mask])
@@ -181,3 +182,23 @@ def test_a_caption_that_names_more_than_the_class_is_wrong(examples):
     assert not names_exactly("a red circle and a blue star", 0, CLASSES)  # also a red star, in a blue circle's company
     assert not names_exactly("", 0, CLASSES)
     assert names_exactly("This is a red circle!", 0, ("Red Circle", "Blue Star"))
+
+
+def test_native_images_are_captioned_in_a_batch_as_alone(tmp_path, examples):
+    from caption_data import CaptionDataset, collate
+
+    import contrastive
+
+    model = build(contrastive.load_image_encoder(save_native(tmp_path / "model"), layer=-1)).eval()
+    assert model.num_patches == 16
+    data = CaptionDataset(Shapes(), model.encoder.preprocess, model.tokenizer)
+    samples = [data[index] for index in range(8)]
+    batch = collate(samples)
+    counts = batch["mask"].sum(dim=1).double()
+    each = torch.stack([model(**collate([sample])).double() for sample in samples])
+    torch.testing.assert_close(model(**batch).double(), (each * counts).sum() / counts.sum(), rtol=1e-4, atol=1e-5)
+    pixels = batch["pixels"]
+    assert len(set(pixels.lengths.tolist())) > 2
+    assert model.caption(pixels) == [model.caption(pixels[row : row + 1])[0] for row in range(8)]
+    model.train()(**batch).backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in model.projector.parameters())
