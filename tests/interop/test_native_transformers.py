@@ -18,6 +18,7 @@ from contrastive.interop.bundle import save_classifier, save_model
 from contrastive.interop.export import export
 from contrastive.interop.formats.transformers_preprocess import FILE
 from contrastive.models import ClassifierConfig, ImageClassifier
+from contrastive.patches import Patches
 
 PATCHES = 24
 
@@ -50,6 +51,18 @@ def test_a_ragged_batch_and_one_by_one_are_what_siglip2_makes_of_them(theirs):
         ragged = bundle.model.encode_image(patches)
     assert (ragged - expected).abs().max() < 1e-5 and (alone - expected).abs().max() < 1e-5
     assert (expected[0] - expected[-1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_an_encoder_gives_their_tokens_of_what_their_processor_makes(theirs):
+    model, processor, folder = theirs
+    made = processor(pictures(), return_tensors="pt")
+    own, last = made["pixel_attention_mask"].bool(), contrastive.load_image_encoder(folder, layer=-1, norm=True)
+    found = last(Patches(made["pixel_values"], made["spatial_shapes"]), fmt="packed")
+    expected = getattr(model, "vision_model", model)(**made).last_hidden_state[own]
+    torch.testing.assert_close(found.tokens, expected, rtol=0, atol=1e-5)
+    assert torch.equal(found.lengths, own.sum(dim=1)) and torch.equal(found.grids, made["spatial_shapes"])
+    assert torch.equal(last(last.preprocess(pictures()), fmt="packed").grids, found.grids)
 
 
 def test_a_round_trip_is_equal_to_the_bit(theirs, tmp_path):
