@@ -49,6 +49,9 @@ class Patches:
     def pin_memory(self) -> "Patches":
         return Patches(self.values.pin_memory(), self.grids)
 
+    def record_stream(self, stream) -> None:
+        self.values.record_stream(stream)
+
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """As Siglip2's processor in transformers gives them and its model takes them, by name."""

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from contrastive.data.decode import Box, decode
-from contrastive.data.preprocess import resize
+from contrastive.data.preprocess import NativeSize, resize
 from contrastive.errors import UserError
+from contrastive.patches import Patches
 
 CROP_ATTEMPTS = 10
 MAX_MAGNITUDE = 30
@@ -42,7 +43,7 @@ class AugmentConfig:
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of the area that a crop keeps; 1 1 keeps the whole image."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
-    """Smallest and largest width / height of a crop."""
+    """Smallest and largest width / height of a crop; of native images, as multiples of their own."""
     flip: bool = False
     """Mirror every second image. Off, because captions say 'left' and 'right'."""
     rand_augment_ops: int = 0
@@ -75,19 +76,27 @@ class AugmentConfig:
 
 
 def augment(
-    image: bytes | Image.Image | np.ndarray, image_size: int, config: AugmentConfig, rng: np.random.Generator
-) -> torch.Tensor:
-    """Return a random variation of an image, as `decode` takes it, as uint8 (3, S, S), S = image_size.
+    image: bytes | Image.Image | np.ndarray,
+    image_size: int | NativeSize,
+    config: AugmentConfig,
+    rng: np.random.Generator,
+) -> torch.Tensor | Patches:
+    """Return a random variation of an image, as `decode` takes it, as uint8 (3, S, S), S = image_size; or as Patches.
 
     The crop is the one of "Going deeper with convolutions" (Szegedy et al., 2014), torchvision's
     RandomResizedCrop. It is drawn before anything is decoded, and cut before anything is resized, so that no
-    more is decoded than the crop needs. Nothing is drawn for what is off. BadSample as from `decode`.
+    more is decoded than the crop needs. Nothing is drawn for what is off.
+
+    Raises:
+        BadSample: as from `decode` and `NativeSize.of`.
     """
     mirrored = config.flip and rng.random() < 0.5
-    choose_crop = None
+    choose_crop, native = None, isinstance(image_size, NativeSize)
     if config.crop_scale[0] < 1:
-        choose_crop = functools.partial(_fit_crop, config=config, draws=rng.random((CROP_ATTEMPTS, 4)))
-    pixels = resize(decode(image, choose_crop, image_size), image_size, image_size)
+        draws = rng.random((CROP_ATTEMPTS, 4))
+        choose_crop = functools.partial(_fit_crop, config=config, draws=draws, to_own_ratio=native)
+    pixels = decode(image, choose_crop, image_size.room if native else image_size)
+    pixels = resize(pixels, *(image_size.of(*pixels.shape[1:]) if native else (image_size, image_size)))
     if mirrored:
         pixels = pixels.flip(2)
     if config.rand_augment_ops:
@@ -98,16 +107,17 @@ def augment(
         from torchvision.transforms.v2.functional import rgb_to_grayscale
 
         pixels = rgb_to_grayscale(pixels, num_output_channels=3)  # by the luma weights of ITU-R 601
-    return pixels
+    return Patches.of(pixels, image_size.patch_size) if native else pixels
 
 
-def _fit_crop(height: int, width: int, config: AugmentConfig, draws: np.ndarray) -> Box:
+def _fit_crop(height: int, width: int, config: AugmentConfig, draws: np.ndarray, to_own_ratio: bool = False) -> Box:
     """Return the first crop that fits; `draws` has a row of four numbers in 0..1 for each attempt.
 
-    The ratio is log-uniform, the scale uniform.
+    The ratio is log-uniform, the scale uniform. With `to_own_ratio` it is a multiple of the image's.
     """
     low, high = config.crop_scale
-    log_low, log_high = math.log(config.crop_ratio[0]), math.log(config.crop_ratio[1])
+    least, most = (ratio * (width / height if to_own_ratio else 1) for ratio in config.crop_ratio)
+    log_low, log_high = math.log(least), math.log(most)
     for u_scale, u_ratio, u_top, u_left in draws.tolist():
         area = height * width * (low + (high - low) * u_scale)
         ratio = math.exp(log_low + (log_high - log_low) * u_ratio)
@@ -116,7 +126,7 @@ def _fit_crop(height: int, width: int, config: AugmentConfig, draws: np.ndarray)
             top, left = int(u_top * (height - crop_height + 1)), int(u_left * (width - crop_width + 1))
             return top, left, crop_height, crop_width
     # No such crop fits: the largest centred one whose ratio is allowed.
-    ratio = min(max(width / height, config.crop_ratio[0]), config.crop_ratio[1])
+    ratio = min(max(width / height, least), most)
     crop_height = min(height, max(1, round(width / ratio)))
     crop_width = min(width, max(1, round(height * ratio)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width

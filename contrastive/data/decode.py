@@ -25,10 +25,11 @@ REDUCTIONS = (8, 4, 2)
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 ChooseCrop = Callable[[int, int], Box]
+MinSide = int | Callable[[int, int], tuple[int, int]]
 
 
 def decode(
-    image: bytes | Image.Image | np.ndarray, choose_crop: ChooseCrop | None = None, min_side: int | None = None
+    image: bytes | Image.Image | np.ndarray, choose_crop: ChooseCrop | None = None, min_side: MinSide | None = None
 ) -> torch.Tensor:
     """Return the pixels of an image as uint8 RGB (3, H, W).
 
@@ -40,7 +41,7 @@ def decode(
             to keep; it may be called twice. None keeps it all.
         min_side: when given, a JPEG may come back at 1/2, 1/4 or 1/8 of its size (scaled inside the inverse
             DCT, which is far cheaper than decoding it all), as long as both sides of what is kept have
-            `min_side` pixels.
+            `min_side` pixels; or the (height, width) that it returns for those of what is kept.
 
     Raises:
         BadSample: 'unreadable_image', or 'too_large' above MAX_PIXELS; the caller fills in the key.
@@ -71,7 +72,7 @@ def _cut(pixels: np.ndarray, choose_crop: ChooseCrop | None) -> np.ndarray:
     return pixels[top : top + height, left : left + width]
 
 
-def _decode_file(data: bytes, choose_crop: ChooseCrop | None, min_side: int | None) -> np.ndarray:
+def _decode_file(data: bytes, choose_crop: ChooseCrop | None, min_side: MinSide | None) -> np.ndarray:
     if data[:3] == b"\xff\xd8\xff":
         try:
             return _decode_jpeg(data, choose_crop or (lambda height, width: (0, 0, height, width)), min_side)
@@ -81,7 +82,7 @@ def _decode_file(data: bytes, choose_crop: ChooseCrop | None, min_side: int | No
         return _cut(_to_rgb(opened), choose_crop)
 
 
-def _decode_jpeg(data: bytes, choose_crop: ChooseCrop, min_side: int | None) -> np.ndarray:
+def _decode_jpeg(data: bytes, choose_crop: ChooseCrop, min_side: MinSide | None) -> np.ndarray:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise BadSample("too_large")
@@ -89,7 +90,8 @@ def _decode_jpeg(data: bytes, choose_crop: ChooseCrop, min_side: int | None) -> 
         raise ValueError("left to Pillow, which knows Adobe's inverted inks")
     orientation = _jpeg_orientation(data)
     box = choose_crop(*((width, height) if orientation in TURNED else (height, width)))
-    factor = next((f for f in REDUCTIONS if min_side and min(box[2:]) >= f * min_side), 1)
+    rows, columns = min_side(*box[2:]) if callable(min_side) else (min_side, min_side)
+    factor = next((f for f in REDUCTIONS if min_side and box[2] >= f * rows and box[3] >= f * columns), 1)
     shrink = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
     pixels = simplejpeg.decode_jpeg(data, "RGB", **(shrink if factor > 1 else {}))
     return _cut(_orient(pixels, orientation), functools.partial(_reduced, box, factor))

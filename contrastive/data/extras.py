@@ -30,7 +30,7 @@ class DrawnSample:
     rng: np.random.Generator
     """Draws of this extra alone."""
     image_size: int
-    """S of the image, in pixels."""
+    """S of the image, in pixels; of a native one its NativeSize."""
     view: Callable[[int], torch.Tensor]
     """S to uint8 (3, S, S): the image as it was varied for the model, at any size."""
     bad: list[tuple[str, str]] = field(default_factory=list)

@@ -137,8 +137,8 @@ def train_loader(
 ) -> DataLoader:
     """Return a loader of one local batch for each step from `start_step` on.
 
-    A batch is image uint8 (b, 3, S, S), tokens int64 (b, L), caption_id, index and replaced int64 (b,), and bad,
-    the list of (reason, key) met while making it; b = the order's batch / world_size. The batches of all ranks
+    A batch is image uint8 (b, 3, S, S), or Patches, tokens int64 (b, L), caption_id, index and replaced int64 (b,),
+    and bad, the list of (reason, key) met while making it; b = the order's batch / world_size. The batches of all ranks
     in rank order are the global batch, whatever the number of ranks and workers. No global random state is
     read or changed.
 

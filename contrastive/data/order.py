@@ -11,7 +11,7 @@ import numpy as np
 from contrastive.errors import UserError
 
 # Counter values that keep the random streams of one (seed, number) pair apart.
-PERMUTATION, DRAWS, SHARDS, WINDOWS, REMAINDER, REPLACEMENT, MIXTURE, VIEWS = range(8)
+PERMUTATION, DRAWS, SHARDS, WINDOWS, REMAINDER, REPLACEMENT, MIXTURE, VIEWS, PATCHES = range(9)
 
 
 def philox(seed: int, number: int, stream: int, attempt: int = 0) -> np.random.Philox:

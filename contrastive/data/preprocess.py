@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -260,17 +260,34 @@ def resize(image: torch.Tensor, height: int, width: int, kernel: Kernel = "bicub
     return interpolate(image[None], size=(height, width), mode=kernel, antialias=kernel != "nearest-exact")[0]
 
 
+class NativeSize(NamedTuple):
+    """How large native images are made: of patches of this side in pixels, so many of them at most."""
+
+    patch_size: int
+    most: int
+
+    def of(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width in pixels that an image is resized to.
+
+        Raises:
+            BadSample: 'too_thin', so long for its width that `most` patches in a row cannot show it.
+        """
+        if max(height, width) > self.most * min(height, width):
+            raise BadSample("too_thin")
+        rows, columns = native_grid(height, width, self.patch_size, self.most)
+        return rows * self.patch_size, columns * self.patch_size
+
+    def room(self, height: int, width: int) -> tuple[int, int]:
+        """Return what a picture may be reduced to before: a patch more a side, as its rounded sides may get one."""
+        return tuple(side + self.patch_size for side in self.of(height, width))
+
+
 def native_patches(pixels: torch.Tensor, patch_size: int, most: int, kernel: Kernel = "bicubic") -> Patches:
     """Resize uint8 (C, H, W), its aspect kept as far as patches allow, as transformers' Siglip2 and timm; and cut it.
 
-    Raises:
-        BadSample: 'too_thin', so long for its width that `most` patches in a row cannot show it.
+    BadSample as from `NativeSize.of`.
     """
-    height, width = pixels.shape[1:]
-    if max(height, width) > most * min(height, width):
-        raise BadSample("too_thin")
-    rows, columns = native_grid(height, width, patch_size, most)
-    return Patches.of(resize(pixels, rows * patch_size, columns * patch_size, kernel), patch_size)
+    return Patches.of(resize(pixels, *NativeSize(patch_size, most).of(*pixels.shape[1:]), kernel), patch_size)
 
 
 def native_grid(height: int, width: int, patch_size: int, most: int) -> tuple[int, int]:

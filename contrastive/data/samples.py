@@ -4,7 +4,7 @@ import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,16 +13,38 @@ from torch.utils.data import Dataset
 from contrastive.data.augment import AugmentConfig, augment
 from contrastive.data.captions import caption_fault, caption_id, drawn_order
 from contrastive.data.extras import DrawnSample, Extra
-from contrastive.data.order import DRAWS, SampleOrder, philox
+from contrastive.data.order import DRAWS, PATCHES, SampleOrder, philox
+from contrastive.data.preprocess import NativeSize
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
+from contrastive.patches import Patches
 
 MAX_ATTEMPTS = 100
 
 Captions = tuple[str, ...]  # of one sample
 Faults = list[tuple[str, str]]  # (reason, key) of each sample or caption that could not be used
-ImageSize = int | Callable[[int], int]  # S in pixels, or S of the samples of a step
+Size = int | NativeSize  # S in pixels, or that of native images
+ImageSize = Size | Callable[[int], Size]  # or that of the samples of a step
+
+
+class DrawnSize(NamedTuple):
+    """The size of native images at a step, drawn from (seed, step): the same on all ranks and after a restart."""
+
+    patch_size: int
+    choices: tuple[int, ...]
+    """The most patches of an image, of which one is drawn for a step, all equally likely."""
+    seed: int
+
+    def __call__(self, step: int) -> NativeSize:
+        word = int(philox(self.seed, step, PATCHES).random_raw())
+        return NativeSize(self.patch_size, self.choices[word % len(self.choices)])
+
+    def __str__(self) -> str:
+        """'native, up to 64, 128 or 256 patches of 16 px, drawn for each step'."""
+        *some, last = map(str, sorted(set(self.choices)))
+        drawn = f"{', '.join(some)} or {last}" if some else last
+        return f"native, up to {drawn} patches of {self.patch_size} px{', drawn for each step' if some else ''}"
 
 
 class SampleDataset(Dataset, ABC):
@@ -48,6 +70,8 @@ class SampleDataset(Dataset, ABC):
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Return the sample at `position`: image uint8 (3, S, S), varied, and what `sample` and the extras add.
 
+        A native image is Patches, and patches, int, how many there may be of it at most.
+
         index: int, the place in the source. replaced: how many samples could not be used before this one.
         bad: (reason, key) of what was met and passed over.
 
@@ -69,6 +93,7 @@ class SampleDataset(Dataset, ABC):
                 added, captions = self.sample(record, rng, bad)
                 place = position, attempt
                 image, more = self._varied(record, index, captions, size, rng, extras, place, bad)
+                more |= {"patches": size.most} if isinstance(size, NativeSize) else {}
                 return {"image": image, **added, **more, "index": index, "replaced": attempt, "bad": bad}
             except BadSample as fault:
                 bad.append((fault.reason, fault.key or key))
@@ -83,12 +108,12 @@ class SampleDataset(Dataset, ABC):
         record: Record,
         index: int,
         captions: Captions,
-        size: int,
+        size: Size,
         rng: np.random.Generator,
         extras: Sequence[Extra],
         place: tuple[int, int],
         bad: Faults,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+    ) -> tuple[torch.Tensor | Patches, dict[str, Any]]:
         """Return the varied image, and what the extras add, each with draws of its own from (position, attempt)."""
         if not extras:
             return augment(record.image, size, self.augment, rng), {}

@@ -14,6 +14,15 @@ CONTEXT_LENGTH = 64
 
 
 @dataclass(frozen=True)
+class NativeConfig:
+    """How native images are trained on, which keep their aspect: see model.image.native."""
+
+    patches: Positive[tuple[int, ...]] = ()
+    """The most patches of an image in training; of several numbers one is drawn for each step (NaFlex). None: as many
+    as a square of image_size has, as in evaluation."""
+
+
+@dataclass(frozen=True)
 class ImageDataConfig:
     """How images are found, ordered, varied and handed to the model."""
 
@@ -26,6 +35,7 @@ class ImageDataConfig:
     classes: str | None = None
     """Names of the classes of labelled data: a set (imagenet, ...) or a file, joined by name; none: its own."""
     preprocess: PreprocessOptions = field(default_factory=PreprocessOptions)
+    native: NativeConfig = field(default_factory=NativeConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     num_workers: NotNegative[int | None] = None
     """Loader processes per rank; none: 0 without a GPU, else the rank's share of the cores up to 8."""

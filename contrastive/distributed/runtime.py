@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +31,14 @@ from contrastive.distributed.launching import asked_precision, check_environment
 from contrastive.distributed.sharding import asked_to_shard, shard
 from contrastive.errors import UserError, reason_of
 from contrastive.log import warn
+from contrastive.patches import Patches
 
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
+
+
+def _is_moved(part: Any) -> bool:
+    return isinstance(part, (torch.Tensor, Patches))
 
 
 class Runtime:
@@ -127,12 +133,12 @@ class Runtime:
         copying = torch.cuda.Stream(self.device)
         for batch in batches:
             with torch.cuda.stream(copying):
-                pinned = recursively_apply(torch.Tensor.pin_memory, inputs(batch))
+                pinned = recursively_apply(methodcaller("pin_memory"), inputs(batch), test_type=_is_moved)
                 moved = send_to_device(pinned, self.device, non_blocking=True)
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(copying)
             # Their memory is free again when the step is done with them.
-            recursively_apply(torch.Tensor.record_stream, moved, computing)
+            recursively_apply(methodcaller("record_stream", computing), moved, test_type=_is_moved)
             yield batch, moved
 
     def compiles(self, asked: Compile) -> bool:

@@ -20,6 +20,7 @@ from contrastive.evaluate.report_charts import (
 )
 from contrastive.files import write_whole
 from contrastive.page import PARTS, data_uri, filled, html_page
+from contrastive.patches import one_by_one
 
 MAX_WRITTEN_PAIRS = 20
 THUMBNAIL = 128
@@ -172,7 +173,7 @@ def _embedded(model, source, preprocess, device, num: int) -> tuple[list[np.ndar
     with evaluating(model):
         for batch in eval_loader(source, preprocess, picked, batch_size=64, num_workers=0):
             if len(batch["index"]):
-                pixels.extend(batch["image"].permute(0, 2, 3, 1).cpu().numpy())
+                pixels.extend(one.permute(1, 2, 0).numpy() for one in one_by_one(batch["image"]))
                 normalised = preprocess.normalize(batch["image"].to(device))
                 features.append(model.encode_image(normalised).float().cpu())
                 indices.extend(batch["index"].tolist())

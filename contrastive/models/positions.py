@@ -36,14 +36,14 @@ def interpolate_position_embedding(
     """
     if old_grid == new_grid:
         return embedding
-    rows, columns = (_resampling(*sizes, embedding.device, mode) for sizes in zip(old_grid, new_grid, strict=True))
+    rows, columns = (resampling(*sizes, embedding.device, mode) for sizes in zip(old_grid, new_grid, strict=True))
     grid = embedding.float().unflatten(0, old_grid)  # (h, w, D)
     with torch.autocast(grid.device.type, enabled=False):
         return torch.einsum("ih,jw,hwd->ijd", rows, columns, grid).flatten(0, 1).to(embedding.dtype)
 
 
-def _resampling(old: int, new: int, device: torch.device, mode: str) -> torch.Tensor:
-    """The weights of resampling along one side, (new, old).
+def resampling(old: int, new: int, device: torch.device, mode: str) -> torch.Tensor:
+    """Return the weights of resampling along one side, (new, old).
 
     As a matrix, because the gradient of F.interpolate is not deterministic on CUDA, and torch.compile cannot trace it
     for sizes that change.

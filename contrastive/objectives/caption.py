@@ -72,7 +72,7 @@ class Caption(Objective):
 
     def loss(self, part: MicroBatch, inputs: Tensors, targets: Tensors) -> torch.Tensor:
         rows = {name: rows.flatten(0, 1) for name, rows in inputs.items()}
-        return self.decoder.loss(part.patches, **rows)
+        return self.decoder.loss(part.patches, **rows, own=part.own_tokens)
 
     def describe(self) -> str:
         options = self.options

@@ -21,6 +21,8 @@ class DistillConfig(ObjectiveConfig):
 
     NEEDS_DATA = "live teachers take their own memory and time, stored ones none"
 
+    NOT_NATIVE = "shows teachers square views"
+
     teacher: tuple[str, ...] = ()
     """Teachers: models, or folders that scripts/embed.py --views wrote; several are an ensemble."""
     scale: tuple[Positive[float], ...] = ()

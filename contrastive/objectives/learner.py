@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from contrastive.models import DualEncoder, Features, ImageModel, ImageModelConfig, ModelConfig, PackedTokens
 from contrastive.models.init import initialise_tower
 from contrastive.objectives.objective import MicroBatch, Objective, Tensors
+from contrastive.patches import Patches
 
 PREFIX = "objectives."
 """What the names of parameters that are no part of the model begin with."""
@@ -42,7 +43,7 @@ class Learning(nn.Module):
 
     def forward(
         self,
-        pixels: torch.Tensor,
+        pixels: torch.Tensor | Patches,
         texts: torch.Tensor | PackedTokens,
         inputs: Mapping[str, Tensors] | None = None,
         targets: Mapping[str, Tensors] | None = None,

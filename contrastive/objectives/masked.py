@@ -19,6 +19,8 @@ from contrastive.option_types import Probability
 class MaskedConfig(PrototypeConfig):
     """Patches that the model does not see learn to be told as the teacher tells them, who sees the whole image."""
 
+    NOT_NATIVE = "hides as many patches of each image"
+
     weight: float = 0.25
     """What its loss is multiplied by; that of the contrastive loss is 1."""
     share: Probability[float] = 0.5

@@ -27,6 +27,7 @@ from contrastive.losses import LossConfig
 from contrastive.models import DualEncoder, Features, ImageModel, ModelConfig, PackedTokens
 from contrastive.models.encoders import unit_length
 from contrastive.option_types import NotNegative, Probability
+from contrastive.patches import Patches
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -37,6 +38,9 @@ class ObjectiveConfig:
 
     NEEDS_DATA: ClassVar[str] = ""
     """What it takes, in words, where it can only be built beside the run's data: plan.py leaves it out then."""
+
+    NOT_NATIVE: ClassVar[str] = ""
+    """What it does, in words, that images of any shape (model.image.native) do not allow."""
 
     weight: NotNegative[float] = 1.0
     """What its loss is multiplied by; that of the contrastive loss is 1."""
@@ -87,12 +91,17 @@ class MicroBatch:
     """A micro-batch on its way through the model; each part is computed when it is first asked for.
 
     Args:
-        pixels: (b', 3, H, W), normalised. texts: ids (b'·K, L), or packed.
+        pixels: (b', 3, H, W), normalised, or Patches. texts: ids (b'·K, L), or packed.
     """
 
-    def __init__(self, model: DualEncoder, pixels: torch.Tensor, texts: torch.Tensor | PackedTokens):
+    def __init__(self, model: DualEncoder, pixels: torch.Tensor | Patches, texts: torch.Tensor | PackedTokens):
         self.model, self.pixels, self.texts = model, pixels, texts
         self._made: dict[str, Any] = {}
+
+    @functools.cached_property
+    def own_tokens(self) -> torch.Tensor | None:
+        """Which of `patches` are an image's own, bool (b', N), where images of any shape leave padding; None: all."""
+        return self.model.image_tower.own_tokens(self.pixels) if isinstance(self.pixels, Patches) else None
 
     @functools.cached_property
     def patches(self) -> torch.Tensor:
@@ -109,7 +118,8 @@ class MicroBatch:
     def features(self) -> Features:
         """What the contrastive loss is of: the model's own forward pass, by way of `patches`."""
         model = self.model
-        image = unit_length(model.image_tower.pooled(self.patches))
+        images = self.pixels if isinstance(self.pixels, Patches) else None
+        image = unit_length(model.image_tower.pooled(self.patches, images=images))
         if isinstance(model, ImageModel):
             return Features(image, None, None, None)
         return Features(image, model.encode_text(self.texts), model.logit_scale.exp(), model.logit_bias)

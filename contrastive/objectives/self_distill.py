@@ -20,6 +20,8 @@ LOCAL_SHARE = 3 / 7
 class SelfDistillConfig(PrototypeConfig):
     """Crops of an image learn to be told as the whole image is, by a teacher that is the model's own average."""
 
+    NOT_NATIVE = "cuts square crops"
+
     crops: Positive[int] = 8
     """Local crops of each image."""
     crop_size: Positive[int | None] = None

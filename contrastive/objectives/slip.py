@@ -20,6 +20,8 @@ from contrastive.option_types import Positive
 class SlipConfig(ObjectiveConfig):
     """Two further views of each image match each other, among the views of all images of the batch (SLIP)."""
 
+    NOT_NATIVE = "cuts square views"
+
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """softmax, as published, or sigmoid, with the bias that goes with the batch."""
     temperature: Positive[float] = 0.1

@@ -19,6 +19,7 @@ from contrastive.errors import UserError
 from contrastive.interop.bundle import save_classifier
 from contrastive.models import ImageClassifier
 from contrastive.option_types import NotNegative, Probability
+from contrastive.train.native import parts_of_batch
 from contrastive.train.options import RunConfig, check_run
 from contrastive.train.task import Curriculum, Inputs, Losses, TrainingTask, Weights, describe_image_tower, seed_step
 
@@ -62,24 +63,25 @@ class ClassificationTask(TrainingTask):
         self.config, self.model, self.source, self.held_out = config, model, source, held_out
         num_classes = model.config.num_classes
         self.curriculum = Curriculum(config.curriculum, config.train.steps, model.image_tower)
-        self.preprocess = Preprocess(config.data.preprocess.at(model.config.image.image_size))
+        image = model.config.image
+        self.preprocess = Preprocess(config.data.preprocess.at(image.image_size, image.patch_size))
         self.mixing = Mixing(config.mixup, config.cutmix, num_classes)
         self.chance_loss = math.log(num_classes)
         self._accuracy: torch.Tensor | None = None  # of the last step
 
     def dataset(self, order: SampleOrder) -> LabelledDataset:
-        size, augment = self.curriculum.image_size, self.config.data.augment
+        size, augment = self.image_size(order), self.config.data.augment
         return LabelledDataset(self.source, order, size, augment, self.model.config.num_classes)
 
     def inputs(self, batch: dict) -> Inputs:
-        return {name: batch[name] for name in ("image", "label")}
+        return {"image": batch["image"], "labels": batch["label"].chunk(parts_of_batch(self.config.train, batch))}
 
     def forward_backward(self, wrapped: nn.Module, inputs: Inputs, step: int, runtime: Runtime) -> Losses:
         device, train = runtime.device, self.config.train
         _, self.model.image_tower.patch_dropout = self.curriculum.at(step)
-        pixels, labels = self.preprocess.normalize(inputs["image"]), inputs["label"]
+        pixels, labels = self.preprocess.normalize(inputs["image"]), inputs["labels"]
         total, hits = torch.zeros((), device=device), torch.zeros((), device=device)
-        parts = list(zip(pixels.chunk(train.accumulate), labels.chunk(train.accumulate), strict=True))
+        parts = list(zip(pixels.chunk(len(labels)), labels, strict=True))
         for number, (images, own) in enumerate(parts):
             seed_step(train.seed, step, runtime.rank, number)
             mixed, targets = self.mixing(images, own)

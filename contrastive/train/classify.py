@@ -19,6 +19,7 @@ from contrastive.models import ClassifierConfig, ImageClassifier, classifier_con
 from contrastive.named_sections import preset
 from contrastive.option_types import Positive
 from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
+from contrastive.train.native import resolve_native
 from contrastive.train.options import resolve_run
 from contrastive.train.run import open_run, run
 
@@ -57,7 +58,7 @@ def train_classifier(config: TrainClassifierConfig) -> bool:
     model_config = replace(model_config, num_classes=num_classes(source, config.model.num_classes))
     image = model_config.image
     config = replace(config, model=model_config, image_size=image.image_size, patch_size=image.patch_size)
-    config = resolve_run(config, source)
+    config = resolve_native(resolve_run(config, source), image)
     torch.manual_seed(config.train.seed)
     model = ImageClassifier(model_config)
     show_parameters(model)

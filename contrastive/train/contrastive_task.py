@@ -28,6 +28,7 @@ from contrastive.objectives.learner import Learner, Learning, objective_weights,
 from contrastive.objectives.saving import save_objectives
 from contrastive.option_types import NotNegative
 from contrastive.train.gradient import Batch, forward_backward
+from contrastive.train.native import parts_of_batch, resolve_native
 from contrastive.train.options import RunConfig, check_run, resolve_run
 from contrastive.train.task import (
     Curriculum,
@@ -117,7 +118,8 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
         UserError: the tokenizer does not fit the model, options do not fit together, or there are fewer samples than
             one batch.
     """
-    config = resolve_run(config, source)
+    config = resolve_native(resolve_run(config, source), config.model.image)
+    _check_objectives(config)
     loss, model = config.loss, config.model
     if loss.duplicates == "auto":
         named = any(part.class_names for part in source.parts)
@@ -138,6 +140,12 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
     if isinstance(loss, NoLossConfig) and not model.image.projection:
         model = replace(model, embed_dim=model.image.width)
     return replace(config, model=model, loss=loss)
+
+
+def _check_objectives(config: PretrainConfig) -> None:
+    for name, own in by_name(config.objectives).items() if config.model.image.native else ():
+        if own.NOT_NATIVE:
+            raise UserError(f"--objectives {name} {own.NOT_NATIVE}, which is not for model.image.native; leave one out")
 
 
 def num_distinct(loss: LossConfig, source: Source, global_batch_size: int) -> int | float:
@@ -202,7 +210,8 @@ class ContrastiveTask(TrainingTask):
         if config.lock == "image":
             self.model.image_tower.requires_grad_(False).eval()
         self.curriculum = Curriculum(config.curriculum, config.train.steps, self.model.image_tower)
-        self.preprocess = Preprocess(config.data.preprocess.at(config.model.image.image_size))
+        image = config.model.image
+        self.preprocess = Preprocess(config.data.preprocess.at(image.image_size, image.patch_size))
         self.loss = (replace(config.loss, duplicates="positive") if config.all_captions else config.loss).build()
         batch = config.train.global_batch_size
         # With many matches in a row the loss of guessing is another one for each loss: no advice is given then.
@@ -236,7 +245,7 @@ class ContrastiveTask(TrainingTask):
         return dict(self.model.objectives.items()) if isinstance(self.model, Learning) else {}
 
     def dataset(self, order: SampleOrder) -> PairDataset:
-        data, size = self.config.data, self.curriculum.image_size
+        data, size = self.config.data, self.image_size(order)
         captions = data.caption_templates, data.captions_per_image, data.token_dropout
         extras = [one.extra for one in self.objectives.values() if one.extra is not None]
         return PairDataset(
@@ -244,7 +253,7 @@ class ContrastiveTask(TrainingTask):
         )
 
     def inputs(self, batch: dict) -> Inputs:
-        parts = batch["tokens"].chunk(self.config.train.accumulate)
+        parts = batch["tokens"].chunk(parts_of_batch(self.config.train, batch))
         texts = [self.model.text_tower.pack(part.flatten(0, -2)) for part in parts]
         ids = batch["caption_id"]
         if self.config.all_captions:

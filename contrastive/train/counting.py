@@ -28,6 +28,7 @@ from contrastive.named_sections import by_name
 from contrastive.objectives import Setting
 from contrastive.objectives.learner import Learner
 from contrastive.train.contrastive_task import PretrainConfig
+from contrastive.train.native import most_patches
 
 
 class Allocations(TorchDispatchMode):
@@ -91,7 +92,10 @@ def one_pass(config: PretrainConfig, batch: int, tokens: int, bf16: bool, keeps:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        pixels = torch.empty(batch, 3, image.image_size, image.image_size, dtype=torch.float32)
+        height, width = (image.image_size, image.image_size)
+        if image.native:  # the most patches in a row: as many tokens, none of which a shape depends on
+            height, width = image.patch_size, most_patches(config, image) * image.patch_size
+        pixels = torch.empty(batch, 3, height, width, dtype=torch.float32)
         ids = torch.ones(batch * config.data.captions_per_image, tokens, dtype=torch.int64)
         more = (example_inputs(config, model, batch),) if isinstance(model, Learner) else ()
         counter = FlopCounterMode(display=False)
@@ -150,7 +154,7 @@ def model_of(config: PretrainConfig) -> DualEncoder:
     model = Learner(config.model) if options else DualEncoder(config.model)
     if config.lock == "image":
         model.image_tower.requires_grad_(False)
-    preprocess = StandInPreprocess(config.data.preprocess.at(image.image_size))
+    preprocess = StandInPreprocess(config.data.preprocess.at(image.image_size, image.patch_size))
     parts = config.model, None, StandInTokenizer(config.model.text), preprocess, NEVER_ENDING
     for name, own in options.items():
         others = dict(model.objectives.items())

@@ -22,6 +22,7 @@ from contrastive.option_types import Bound, Positive, Probability
 from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
 from contrastive.train.classify import num_classes, open_data
 from contrastive.train.given import at_size, check_brought
+from contrastive.train.native import resolve_native
 from contrastive.train.options import resolve_run
 from contrastive.train.run import open_run, run
 
@@ -86,6 +87,7 @@ def finetune(config: FinetuneConfig) -> bool:
     data = replace(config.data, preprocess=bundle.preprocess.config.options)
     check_brought(config, replace(config, data=data), "init")
     config = resolve_run(replace(config, data=data, head=_kind_of_head(config, bundle, source)), source)
+    config = resolve_native(config, bundle.config.image)
     torch.manual_seed(config.train.seed)
     model = _classifier_from(bundle, config, source)
     if config.tune == "head":

@@ -25,6 +25,7 @@ from contrastive.data.record import BadSample, Source
 from contrastive.distributed.runtime import Runtime
 from contrastive.log import console, warn
 from contrastive.train.contrastive_task import ContrastiveTask
+from contrastive.train.native import most_patches
 from contrastive.train.options import RunConfig
 from contrastive.train.task import TrainingTask
 
@@ -59,17 +60,20 @@ def first_look(task: TrainingTask, order: SampleOrder, runtime: Runtime, resumed
     threads = f", {torch.get_num_threads()} threads each" if runtime.device.type == "cpu" else ""
     rows = [("run", task.config.run_folder), *task.describe(), ("training", f"{samples}, {epochs}{from_step}")]
     rows += [("curriculum", str(task.curriculum))] if task.config.curriculum else []
+    dataset, image = task.dataset(order), task.model.config.image
+    rows += [("images", str(dataset.image_size))] if image.native else []
     rows += [("on", f"{runtime.world_size} x {runtime.device.type}, {runtime.precision}{threads}")]
     if not resumed_at:
         count = min(len(source), max(MEASURED[0], min(MEASURED[1], train.global_batch_size)))
         if source.remote:
             count = min(count, train.global_batch_size // runtime.world_size)
-        for sample in first_samples(task.dataset(order), min(SHOWN, count)):
+        for sample in first_samples(dataset, min(SHOWN, count)):
             rows += _sample(sample, task)
         indices = dict.fromkeys(map(order.index_of, range(count)))
         found = measure(source, _while_there_is_time(indices), task.tokenizer, DECODED)
         rows += _figures(task, found)
-        said = doubts(source, found, task.tokenizer, task.model.config.image.image_size) + _doubts_of_run(task, found)
+        side = math.isqrt(most_patches(task.config, image)) * image.patch_size if image.native else image.image_size
+        said = doubts(source, found, task.tokenizer, side) + _doubts_of_run(task, found)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*map(Text, row))

@@ -18,9 +18,12 @@ from contrastive.interop.bundle import Bundle
 from contrastive.interop.loading import load
 from contrastive.log import say
 from contrastive.models import DualEncoder
+from contrastive.models.patch_size import set_patch_size
+from contrastive.objectives.learner import PREFIX
 from contrastive.optim.schedule import COOLED_DOWN, ScheduleConfig
 from contrastive.option_types import as_option
 from contrastive.train.contrastive_task import PretrainConfig
+from contrastive.train.native import native_options
 from contrastive.train.options import LENGTHS, ONLY_IN_TRAINING, RunConfig, Stage, num_workers
 from contrastive.train.task import Curriculum, TrainingTask
 
@@ -29,7 +32,7 @@ from contrastive.train.task import Curriculum, TrainingTask
 MAY_CHANGE = re.compile(
     r"trackers|init_key|max_restarts|curriculum|objectives\.\w+\.teacher|(schedule|evaluation|checkpoint|health|wise_ft)\..*|"
     r"optimizer\.(lr|muon_lr|weight_decay|logit_lr_factor|layer_decay|beta2|eps)|"
-    r"train\.(steps|seed|global_batch_size|accumulate|precision|compile|gradient_checkpointing|max_grad_norm|log_every|max_skipped)|"
+    r"train\.(steps|seed|global_batch_size|accumulate|micro_batch_tokens|precision|compile|gradient_checkpointing|max_grad_norm|log_every|max_skipped)|"
     r"data\.(train|eval|window|lanes|replacement|num_workers|timeout|max_bad_share|bad_window)"
 )
 # Options that another one leaves without any effect: which, the other one, and its value then.
@@ -208,8 +211,12 @@ def starting_model(config: PretrainConfig, checkpoint: Path | None) -> tuple[Bun
     start = load(checkpoint or config.init or config.init_image)
     start.check_image_tower("a run starts from an image tower, or from both")
     flag = "init" if config.init else "init_image"
-    size, length = config.model.image.image_size, config.model.text.context_length
-    start = at_size(start, size if counts(config, "model.image.image_size", flag) else None)
+    image, length = config.model.image, config.model.text.context_length
+    size, patch = (
+        getattr(image, name) if counts(config, f"model.image.{name}", flag) else None
+        for name in ("image_size", "patch_size")
+    )
+    start = at_size(start, size, patch)
     asked = config.init and start.tokenizer is not None and counts(config, "model.text.context_length", flag)
     if asked and length != start.config.text.context_length:
         tokenizer, tower = start.tokenizer.with_length(length), start.model.text_tower
@@ -220,12 +227,18 @@ def starting_model(config: PretrainConfig, checkpoint: Path | None) -> tuple[Bun
     return start, whole
 
 
-def at_size(bundle: Bundle, size: int | None) -> Bundle:
-    """Return the bundle for images of `size` pixels, its positions resampled; itself for None and its own size."""
-    if size in (None, bundle.config.image.image_size):
+def at_size(bundle: Bundle, size: int | None, patch: int | None = None) -> Bundle:
+    """Return the bundle for images, and patches, of so many pixels, resampled; itself for None and its own sizes."""
+    own = bundle.config.image
+    size, patch = size or own.image_size, patch or own.patch_size
+    if (size, patch) == (own.image_size, own.patch_size):
         return bundle
-    model, preprocess = bundle.model, Preprocess(bundle.preprocess.config.options.at(size))
-    model.image_tower.set_input_size(size)
+    model, preprocess = bundle.model, Preprocess(bundle.preprocess.config.options.at(size, patch))
+    if patch == own.patch_size:
+        model.image_tower.set_input_size(size)
+    else:
+        set_patch_size(model.image_tower, patch, size)
+        say(f"the patch embedding of {bundle.path} is resampled for patches of {patch} pixels")
     model.config = replace(model.config, image=model.image_tower.config)
     say(f"the positions of {bundle.path} are resampled for images of {size} pixels")
     return replace(bundle, preprocess=preprocess, config=replace(bundle.config, image=model.config.image))
@@ -239,7 +252,8 @@ def copy_weights(start: Bundle, model: DualEncoder, config: PretrainConfig) -> N
             weights.pop("logit_bias", None)
         else:
             weights.setdefault("logit_bias", model.logit_bias.detach())
-        model.load_state_dict(weights)
+        beside = {name: value for name, value in model.state_dict().items() if name.startswith(PREFIX)}
+        model.load_state_dict(weights | beside)  # objectives start afresh
     else:
         model.image_tower.load_state_dict(start.model.image_tower.state_dict())
     say(f"starting from {start.path}: its {'towers' if config.init else 'image tower'} and preprocessing")
@@ -253,8 +267,10 @@ def _with_parts_of(start: Bundle, config: PretrainConfig) -> PretrainConfig:
     Raises:
         UserError: --init of a model without a text tower.
     """
-    image = _trained_as(config.model.image, start.config.image)
-    data = replace(config.data, preprocess=start.preprocess.config.options)
+    image, preprocess = _trained_as(config.model.image, start.config.image), start.preprocess.config.options
+    if config.model.image.native and not image.native:  # SigLIP 2's second stage: the same weights, images as they are
+        image, preprocess = replace(image, native=True), native_options(preprocess)
+    data = replace(config.data, preprocess=preprocess)
     if config.init is None:
         model = replace(config.model, image=image, embed_dim=start.model.config.embed_dim)
     else:

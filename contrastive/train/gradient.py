@@ -17,6 +17,7 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.models import Features, PackedTokens
 from contrastive.objectives.learner import ByObjective, Embedded
 from contrastive.objectives.objective import Objective, Tensors
+from contrastive.patches import Patches
 from contrastive.train.task import seed_step
 
 CONTRASTIVE = "contrastive"
@@ -26,8 +27,8 @@ CONTRASTIVE = "contrastive"
 class Batch:
     """This rank's share of a step, b samples with K captions each, cut into n micro-batches of b' = b / n."""
 
-    pixels: torch.Tensor
-    """(b, 3, H, W), normalised."""
+    pixels: torch.Tensor | Patches
+    """(b, 3, H, W), normalised, or native images."""
     texts: Sequence[torch.Tensor | PackedTokens]
     """Of each micro-batch: ids (b'·K, L), or packed."""
     caption_ids: torch.Tensor

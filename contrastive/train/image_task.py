@@ -7,6 +7,7 @@ from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.objectives.learner import ImageLearner
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig
+from contrastive.train.native import parts_of_batch
 from contrastive.train.task import Inputs
 
 CAPTION = "caption"
@@ -51,7 +52,7 @@ class ImageTask(ContrastiveTask):
             "caption_id": batch["caption_id"],
             "objectives": self.objective_inputs(batch),
         }
-        return inputs | {"texts": [torch.empty(0)] * self.config.train.accumulate}
+        return inputs | {"texts": [torch.empty(0)] * parts_of_batch(self.config.train, batch)}
 
     def figures(self) -> dict[str, torch.Tensor | None]:
         return {}

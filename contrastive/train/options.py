@@ -35,6 +35,8 @@ class TrainConfig:
     accumulate: Positive[int] = 1
     """Micro-batches a rank takes its share in: less memory, the same gradient. Of pairs that costs one more forward
     pass."""
+    micro_batch_tokens: Positive[int | None] = None
+    """Of native images instead: as few micro-batches as keep each at so many patches at most, and all equal."""
     precision: Precision = "auto"
     """bf16 or fp32 towers; the loss is fp32. auto: bf16 on a GPU that has it."""
     compile: Compile = "auto"

@@ -12,6 +12,7 @@ from contrastive.objectives import OBJECTIVES
 from contrastive.option_types import Positive
 from contrastive.train.contrastive_task import PretrainConfig, check
 from contrastive.train.counting import Weights, count_weights, model_of, one_pass
+from contrastive.train.native import micro_batches, most_patches, resolve_native
 from contrastive.train.options import check_division
 from contrastive.train.pretrain import CLIP_VOCABULARY
 from contrastive.train.traffic import Exchange, step_traffic
@@ -163,26 +164,33 @@ def make_plan(config: PlanConfig) -> Plan:
         raise UserError("plan.py counts both towers; of runs with --loss none it knows nothing yet")
     for gpus in config.gpus:
         check_division(config.train, gpus)
-    config = with_vocabulary(config)
+    config = resolve_native(with_vocabulary(config), config.model.image)
     text, gpu = config.model.text, GPUS[config.gpu]
     if config.tokens is not None and (text.pool == "last" or (text.attend_padding and not text.causal)):
         raise UserError("tokens: this text tower computes its padding, so that all captions count as the whole context")
     tokens = math.ceil(config.tokens or text.context_length)
     bf16, weights = config.train.precision != "fp32", count_weights(config)
-    flops = model_flops = 0.0
+    flops = model_flops = again = 0.0
     for share, stage in stages(config):
         once = one_pass(stage, 8, tokens, bf16, keeps=False)
         plainly = replace(stage, train=replace(config.train, gradient_checkpointing=0.0))
         model_flops += share * one_pass(plainly, 8, tokens, bf16, keeps=False).both / 8
-        # Micro-batches are embedded once more, without a graph, before the loss of all of them is known.
-        flops += share * (once.both + (once.forward if config.train.accumulate > 1 else 0)) / 8
+        flops += share * once.both / 8
+        again += share * once.forward / 8
     room, samples = gpu.memory * GIB - CONTEXT, _samples(config)
+
+    def on(gpus: int) -> tuple[PlanConfig, float]:
+        samples, most = config.train.global_batch_size // gpus, most_patches(config, config.model.image)
+        parts = micro_batches(config.train, samples, most)
+        # Micro-batches are embedded once more, without a graph, before the loss of all of them is known.
+        return replace(config, train=replace(config.train, accumulate=parts)), flops + (again if parts > 1 else 0)
 
     def forecast(gpus: int) -> Forecast:
         own_pairs = config.train.global_batch_size // gpus
-        micro_batch = own_pairs // config.train.accumulate
-        common = config, weights, gpus
-        rate = gpus * gpu.teraflops * 1e12 * config.utilisation / flops
+        own, own_flops = on(gpus)
+        micro_batch = own_pairs // own.train.accumulate
+        common = own, weights, gpus
+        rate = gpus * gpu.teraflops * 1e12 * config.utilisation / own_flops
         return Forecast(
             gpus,
             own_pairs,
@@ -191,13 +199,13 @@ def make_plan(config: PlanConfig) -> Plan:
             rank_memory(*common, micro_batch, tokens, bf16, True) if gpus > 1 else None,
             fitting_batch(*common, tokens, bf16, False, room),
             fitting_batch(*common, tokens, bf16, True, room) if gpus > 1 else 0,
-            sum(traffic(config, gpus, bf16, False).values()),
-            sum(traffic(config, gpus, bf16, True).values()),
+            sum(traffic(own, gpus, bf16, False).values()),
+            sum(traffic(own, gpus, bf16, True).values()),
             rate,
             None if samples is None else samples / rate / 3600,
         )
 
-    return Plan(weights, model_flops, flops, tokens, room, [forecast(gpus) for gpus in config.gpus])
+    return Plan(weights, model_flops, on(config.gpus[0])[1], tokens, room, [forecast(gpus) for gpus in config.gpus])
 
 
 def stages(config: PretrainConfig) -> list[tuple[float, PretrainConfig]]:

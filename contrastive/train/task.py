@@ -13,7 +13,7 @@ from torch import nn
 from contrastive.data.order import SampleOrder
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
-from contrastive.data.samples import SampleDataset
+from contrastive.data.samples import DrawnSize, ImageSize, SampleDataset
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
@@ -91,6 +91,13 @@ class TrainingTask(ABC):
     """What to look at when the loss stays there."""
     chooses: bool = True
     """Whether `score` counts right choices, which guessing hits at times."""
+
+    def image_size(self, order: SampleOrder) -> ImageSize:
+        """Return how large the images of a step are, or of all."""
+        image = self.model.config.image
+        if not image.native:
+            return self.curriculum.image_size
+        return DrawnSize(image.patch_size, self.config.data.native.patches or (image.num_patches,), order.seed)
 
     @abstractmethod
     def dataset(self, order: SampleOrder) -> SampleDataset:

@@ -76,6 +76,8 @@ VALUES = {  # where another value of the type would be wrong, as the words after
     "train.samples": "24",
     "train.global_batch_size": "4",
     "train.accumulate": "2",
+    "train.micro_batch_tokens": "64",
+    "data.native.patches": "2 4",
     "train.precision": "bf16",
     "train.compile": "off",
     "train.ema_decay": "0.05",

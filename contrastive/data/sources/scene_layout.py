@@ -5,7 +5,7 @@ serves every image size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +23,8 @@ MARGIN = 0.04  # kept free at the border, so that neither drawing nor a light cr
 
 # The largest turn in degrees. Small where a turn would make one shape look like another.
 TURNS = {"star": 36.0, "crescent": 35.0, "triangle": 18.0, "heart": 18.0, "square": 14.0, "cross": 14.0}
+
+SPREAD = 4  # times as long as the short side are pictures with two ends
 
 _DRAWS = 64  # numbers drawn for one scene, more than any scene uses
 _TWO_OBJECTS = 0.2  # the share of training scenes with a second object
@@ -52,6 +54,8 @@ _RELATIONS = {
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
+ENDS = {"left": ("on the left", "on the right"), "above": ("at the top", "at the bottom")}
+"""How the two ends of a long picture are called, by the relation of the first to the second."""
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
@@ -157,6 +161,23 @@ def draw_any(draws: Draws, pairs: Sequence[tuple[str, str]]) -> Scene:
     return Scene(backdrop, tuple(things), relation)
 
 
+def draw_ends(draws: Draws, relation: str, first: tuple[str, str], second: tuple[str, str]) -> Scene:
+    """A scene with a thing in the first and one in the last square of a long picture, that is "left" of it or "above".
+
+    The picture is the top, or the left, of a square with its long side.
+    """
+    backdrop = _draw_backdrop(draws)
+    things = []
+    for pair, begin in ((first, 0), (second, SPREAD - 1)):
+        size = draws.choice(tuple(RADII))
+        radius = draws.between(*RADII[size])
+        along, across = (draws.between(radius + MARGIN, 1 - radius - MARGIN) for _ in range(2))
+        place = (begin + along) / SPREAD, across / SPREAD
+        x, y = place if relation == "left" else reversed(place)
+        things.append(_draw_thing(draws, pair, size, x, y, radius / SPREAD))
+    return Scene(replace(backdrop, period=backdrop.period / SPREAD), tuple(things), relation)
+
+
 def _draw_backdrop(draws: Draws) -> Backdrop:
     # Dark, so that every colour is brighter than its ground: edges then look alike in all colours, and what a
     # model learns of a shape in one colour serves it in another.
@@ -227,6 +248,25 @@ def _word_pair(scene: Scene, draws: Draws) -> list[str]:
         related[0].format(_article(one.name), _article(other.name)),
         f"{_article(one.name)} and {_article(other.name)}",
     ]
+
+
+def word_ends(scene: Scene, draws: Draws) -> tuple[str, ...]:
+    """Three or four captions of both ends of a long picture, the shortest last."""
+    (first, second), (here, there) = scene.things, ENDS[scene.relation]
+    related = f"{_article(first.name)} {draws.choice(_RELATIONS[scene.relation])} {_article(second.name)}"
+    captions = [
+        _framed(f"{_sized(first, draws)} {here} and {_sized(second, draws)} {there}", draws),
+        _framed(f"{_article(second.name)} {there} and {_article(first.name)} {here}", draws),
+        related,
+        _article(name_ends(scene.relation, (first.colour, first.shape), (second.colour, second.shape))),
+    ]
+    return tuple(dict.fromkeys(captions))
+
+
+def name_ends(relation: str, first: tuple[str, str], second: tuple[str, str]) -> str:
+    """'red star on the left and a blue circle on the right'."""
+    here, there = ENDS[relation]
+    return f"{' '.join(first)} {here} and {_article(' '.join(second))} {there}"
 
 
 def _framed(words: str, draws: Draws) -> str:
