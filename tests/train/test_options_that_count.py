@@ -46,7 +46,7 @@ def first_command(model, run):
     ("args", "message"),
     [
         (["--model.text.context_length", "2"], "context length 2 leaves no room for text"),
-        (["--model.image.patch_size", "4"], "its own model.image.patch_size: model.image.patch_size 4 .the model's: 8"),
+        (["--model.image.patch_size", "5"], "input size 16×16: 16 is not a multiple of the patch size 5"),
         (["--model.image.width", "32"], "its own model.image.width: model.image.width 32 .the model's: 16"),
         (["--model", "clip_vit_b_16"], "its own model.embed_dim: model.embed_dim 512 .the model's: 16"),
         (["--data.tokenizer", "clip"], "its own data.tokenizer: data.tokenizer clip"),
