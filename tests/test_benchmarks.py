@@ -112,3 +112,13 @@ train: {steps: 3, global_batch_size: 8}
     metrics = [json.loads(line) for line in (tmp_path / "work/taught-4/metrics.jsonl").read_text().splitlines()]
     assert any("distill_loss" in row for row in metrics)
     assert "teacher" in done.stdout
+
+
+def test_native_measures_both_kinds_of_images(tmp_path, monkeypatch, capsys):
+    flags = "--patches 8 --patch-size 4 --width 16 --depth 1 --num-heads 2 --batch 4 --turns 2"
+    monkeypatch.setattr(sys, "argv", ["native.py", *flags.split(), "--results", str(tmp_path / "rows")])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    runpy.run_path(str(ROOT / "benchmarks" / "native.py"), run_name="__main__")
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert 4 < row["tokens"] <= 8 and row["share"] > 0 and row["mixed_ms"] > 0
+    assert str(row["share"]) in capsys.readouterr().out
