@@ -270,7 +270,9 @@ class ImageTrunk(nn.Module):
             raise UserError("Patches are for towers with model.image.native; this one takes pixels (B, 3, H, W)")
         if images.values.ndim != 3 or images.values.shape[-1] != 3 * patch**2:
             told = f"Patches of {tuple(images.values.shape)}"
-            raise UserError(f"{told} are not (B, N, {3 * patch**2}), as patches of {patch}×{patch} pixels are")
+            raise UserError(
+                f"{told} are not (B, N, {3 * patch**2}), as patches of {patch}×{patch} pixels are; of one image [None]"
+            )
 
     def _unpacked(self, x: torch.Tensor, images: Patches, packing: Packing | None) -> torch.Tensor:
         """(B, N, D), N as in `images.cut()`, 0 where there is padding."""

@@ -1,6 +1,7 @@
 """Training on images in their own aspect: exact on resume, ranks and in micro-batches; what goes with it, what not."""
 
 import csv
+import json
 import re
 import shutil
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from launching import assert_same_run, pretrain_here, rows
+from native_model import save_native
 from PIL import Image
 from rank_processes import joined, run_on_ranks
 from safetensors.torch import load_file
@@ -22,6 +24,7 @@ from contrastive.models.caption_decoder import CaptionDecoder, CaptionDecoderCon
 from contrastive.patches import Patches
 from contrastive.train.classify import TrainClassifierConfig, train_classifier
 from contrastive.train.counting import one_pass
+from contrastive.train.finetune import FinetuneConfig, finetune
 from contrastive.train.gradient import Batch, forward_backward
 from contrastive.train.native import micro_batches
 from contrastive.train.options import TrainConfig
@@ -210,6 +213,23 @@ def test_a_classifier_is_trained_on_native_images(folder, tmp_path, capsys):
     assert "native, up to 4 or 8 patches of 2 px" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(UserError, match="mixup mixes images of one size"):
         command(TrainClassifierConfig, train_classifier, [*words[:-1], str(tmp_path / "other"), "--mixup", "1"], **how)
+
+
+def test_a_native_model_is_fine_tuned_and_stays_one(tmp_path):
+    model = save_native(tmp_path / "model")
+    words = f"--data.train digits:train --data.eval digits:test --train.steps 2 --batch_size 8 --wise_ft.alphas 0 1 \
+        --evaluation.limit 8 --wise_ft.eval digits:test --run_folder {tmp_path / 'run'} --init {model}"
+    (tmp_path / "finetune.yaml").write_text("{}")
+    how = {"prog": "t", "description": "", "default_file": tmp_path / "finetune.yaml"}
+    command(FinetuneConfig, finetune, words.split(), **how)
+    curve = json.loads((tmp_path / "run" / "wise_ft.json").read_text())
+    assert [row["alpha"] for row in curve] == [0, 1] and "zero-shot digits:test" in curve[0]
+    before, after = (contrastive.load(folder) for folder in (model, tmp_path / "run" / "encoder"))
+    assert after.preprocess.config == before.preprocess.config and after.config.image.native
+    images = before.preprocess([np.full((20, 90, 3), 99, np.uint8), np.full((60, 20, 3), 200, np.uint8)])
+    with torch.no_grad():
+        change = after.model.encode_image(images) - before.model.encode_image(images)
+    assert 1e-6 < change.abs().max() < 0.5
 
 
 def test_a_plan_counts_the_most_patches(folder):
