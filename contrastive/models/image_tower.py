@@ -231,7 +231,7 @@ class ImageTrunk(nn.Module):
         if self.class_token is not None:
             class_token = (self.class_token + prefix[0]).to(x.dtype)
             if packing is None:
-                x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)
+                x = torch.cat([class_token.expand(x.shape[0], 1, -1), x], dim=1)  # by len() an export would fix B
             else:
                 x = torch.where(packing.prefix[:, None], class_token, x)
         x = x if self.pre_norm is None else self.pre_norm(x)

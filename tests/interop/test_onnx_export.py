@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from native_pictures import pictures
 from PIL import Image
 from small_bundles import small_bundle
 
@@ -19,8 +20,9 @@ from contrastive.interop.bundle import Absent
 from contrastive.interop.export import export
 from contrastive.interop.formats import onnx_example as example
 from contrastive.interop.formats import onnx_folder as writing
-from contrastive.interop.formats.onnx_folder import ImageGraph, TextGraph, write_graph
+from contrastive.interop.formats.onnx_folder import ImageGraph, TextGraph, graph_inputs, image_graph, write_graph
 from contrastive.interop.parity import probe_image as picture
+from contrastive.models import ImageModel
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +79,40 @@ def test_a_folder_for_any_batch_in_both_precisions(exported, kind, towers):
 def test_the_other_architectures(tmp_path, capfd, kind, tower):
     bundle = small_bundle(kind)
     graph = (ImageGraph if tower == "image" else TextGraph)(bundle.model, torch.float32)
-    write_graph(graph, *inputs(tower, 2), tmp_path / "graph.onnx")
+    write_graph(graph, inputs(tower, 2)[1:], tmp_path / "graph.onnx")
     assert capfd.readouterr() == ("", "")  # the exporter likes to talk
     check(bundle, tower, tmp_path / "graph.onnx")
+
+
+def test_images_of_any_shape(tmp_path):
+    """In one session: any number of patches and images, whatever follows an image's own patches."""
+    bundle, images = small_bundle("native"), pictures()
+    config = replace(small_bundle("image").config, image=replace(bundle.config.image, class_token=True))
+    torch.manual_seed(0)
+    model = ImageModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    write_graph(*image_graph(replace(bundle, model=model), torch.float32), tmp_path / "graph.onnx")
+    session = example.open_graph(tmp_path / "graph.onnx")
+    for some in ([0], [9], list(range(20)), [19, 3, 7]):
+        given = bundle.preprocess([images[k] for k in some])
+        with torch.no_grad():
+            expected = model.encode_image(given)
+        inputs = graph_inputs("", given)
+        assert np.abs(session.run(None, inputs)[0] - expected.numpy()).max() < 1e-6
+        beyond = np.full_like(inputs["pixel_values"], 1e3)
+        inputs["pixel_values"] = np.concatenate([inputs["pixel_values"], beyond], axis=1)
+        assert np.abs(session.run(None, inputs)[0] - expected.numpy()).max() < 1e-6
+
+
+def test_the_example_makes_our_patches():
+    bundle = small_bundle("native")
+    options = json.loads(json.dumps(writing.description_of(bundle)))["preprocess"]
+    for image in pictures():
+        ours, (values, grid) = bundle.preprocess(image), example.patches(image, options)
+        assert values.dtype == np.float32 and grid.dtype == np.int64 and grid.tolist() == ours.grids.tolist()
+        assert np.abs(ours.values.numpy() - values).max() < 2.5 / 255 / 0.5
 
 
 def test_text_is_pooled_where_it_ends(exported):

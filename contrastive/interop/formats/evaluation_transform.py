@@ -69,6 +69,34 @@ def read_timm_transform(cfg: Mapping, size: tuple[int, int], patch_size: int, wh
     return made_preprocess(TIMM_MODES[mode], scaled, size, patch_size, statistics, interpolation)
 
 
+def read_native_timm_transform(cfg: Mapping, image: ImageTowerConfig, where: Path) -> Preprocess | Absent:
+    """As `read_timm_transform`, of a NaFlexVit: as many patches at most as an image of its input_size has."""
+    from timm.data import resolve_data_config
+
+    cfg = resolve_data_config(pretrained_cfg=cfg)
+    height, width = whole_patches(cfg["input_size"][1:], image.patch_size)
+    return native_preprocess(image, height * width // image.patch_size**2, "pretrained_cfg", cfg, where)
+
+
+def native_preprocess(
+    image: ImageTowerConfig, patches: int, section: str, cfg: Mapping, where: Path
+) -> Preprocess | Absent:
+    """Return ours for images of any shape, of so many patches at most.
+
+    Args:
+        section: the object of the file `where` that holds mean, std and interpolation, and `cfg`, what it holds.
+    """
+    interpolation = cfg["interpolation"]
+    if interpolation not in ("bicubic", "bilinear"):
+        return Absent(
+            f"{section} in {where} asks for interpolation '{interpolation}', which our preprocessing has not; give the "
+            "model Patches of your own"
+        )
+    statistics = _statistics(section, cfg, where)
+    made = {"resize": "native", "interpolation": interpolation, "patches": patches}
+    return Preprocess(PreprocessConfig(image.image_size, image.patch_size, **made, **statistics))
+
+
 def read_open_clip_transform(cfg: Any, size: tuple[int, int], patch_size: int, where: Path) -> Preprocess | Absent:
     """Return the preprocessing of open_clip's evaluation transform; what the config leaves out is CLIP's.
 
@@ -80,6 +108,33 @@ def read_open_clip_transform(cfg: Any, size: tuple[int, int], patch_size: int, w
     Raises:
         UserError: preprocess_cfg or one of its options is of another kind than open_clip's.
     """
+    cfg = _open_clip_options(cfg, where)
+    mode = cfg["resize_mode"]
+    if mode not in tuple(OPEN_CLIP_MODES) or not _is_possible(mode == "squash", size, patch_size):
+        pixels = "" if _is_possible(False, size, patch_size) else f" to {size[0]}×{size[1]} pixels"
+        return Absent(
+            f"the model's preprocess_cfg has resize_mode '{mode}'{pixels}, which our preprocessing has not; prepare "
+            "images with open_clip's transform and give the model pixels, or set resize_mode to 'squash' or 'shortest'"
+        )
+    statistics = _statistics("preprocess_cfg", cfg, where)
+    return made_preprocess(OPEN_CLIP_MODES[mode], size[0], size, patch_size, statistics, cfg["interpolation"])
+
+
+def read_native_open_clip_transform(
+    cfg: Any, vision: Mapping[str, Any], image: ImageTowerConfig, where: Path
+) -> Preprocess | Absent:
+    """As `read_open_clip_transform`, of a tower that takes any shape.
+
+    open_clip 4 itself squashes to image_size unless its caller asks for patches; ours are always patches, at most
+    image_seq_len of them, else as many as an image of image_size has.
+    """
+    height, width = whole_patches(both_sides(vision["image_size"]), image.patch_size)
+    patches = vision["image_seq_len"] or height * width // image.patch_size**2
+    return native_preprocess(image, patches, "preprocess_cfg", _open_clip_options(cfg, where), where)
+
+
+def _open_clip_options(cfg: Any, where: Path) -> dict[str, Any]:
+    """`preprocess_cfg` with open_clip's defaults for evaluation; UserError where one is of another kind."""
     check(isinstance(cfg, Mapping), f"{where}: preprocess_cfg", cfg, "an object with options", ";")
     defaults = {"mean": CLIP_MEAN, "std": CLIP_STD, "resize_mode": "shortest", "interpolation": "bicubic"}
     cfg = defaults | {name: value for name, value in cfg.items() if value}
@@ -88,15 +143,7 @@ def read_open_clip_transform(cfg: Any, size: tuple[int, int], patch_size: int, w
     known = ("bicubic", "bilinear", "random")
     if interpolation not in known:
         raise UserError(f"{where}: preprocess_cfg.interpolation is {interpolation!r}; use one of {', '.join(known)}")
-    if mode not in tuple(OPEN_CLIP_MODES) or not _is_possible(mode == "squash", size, patch_size):
-        pixels = "" if _is_possible(False, size, patch_size) else f" to {size[0]}×{size[1]} pixels"
-        return Absent(
-            f"the model's preprocess_cfg has resize_mode '{mode}'{pixels}, which our preprocessing has not; prepare "
-            "images with open_clip's transform and give the model pixels, or set resize_mode to 'squash' or 'shortest'"
-        )
-    statistics = _statistics("preprocess_cfg", cfg, where)
-    interpolation = "bicubic" if interpolation == "random" else interpolation  # as open_clip in evaluation
-    return made_preprocess(OPEN_CLIP_MODES[mode], size[0], size, patch_size, statistics, interpolation)
+    return cfg | ({"interpolation": "bicubic"} if interpolation == "random" else {})
 
 
 def _is_possible(squashes: bool, size: tuple[int, int], patch_size: int) -> bool:
@@ -161,6 +208,9 @@ def checked_preprocess(bundle: Bundle, scales: bool) -> tuple[PreprocessConfig, 
             f"{fits[0]}×{fits[1]}: call model.image_tower.set_input_size or give the bundle another preprocess"
         )
     problems, taken = [], taken_size(config, bundle.model.image_tower.config.patch_size)
+    native = bundle.model.image_tower.config.native
+    if native != (config.resize == "native"):
+        problems.append(f"preprocess resize '{config.resize}' with model.image.native {str(native).lower()}")
     cuts = config.resize == "crop" or config.short_side not in (None, config.size[0])
     if config.cut == "corner" and cuts and taken == config.size:
         problems.append("preprocess cut 'corner' (they cut the centre)")
@@ -186,7 +236,11 @@ def notes_on_images(image: ImageTowerConfig, config: PreprocessConfig) -> list[s
 def write_timm_transform(config: PreprocessConfig, patch_size: int) -> dict:
     """Return the entries of `pretrained_cfg` for which timm's evaluation transform does the same."""
     size, crop_pct = taken_size(config, patch_size), 1.0
-    if config.short_side not in (None, size[0]):
+    if config.resize == "native":  # the size tells how many patches an image has at most
+        most = config.most_patches
+        rows = next(n for n in range(math.isqrt(most), 0, -1) if most % n == 0)
+        size = rows * patch_size, most // rows * patch_size
+    elif config.short_side not in (None, size[0]):
         crop_pct = size[0] / config.short_side
         if math.floor(size[0] / crop_pct) != config.short_side:  # rounded down by one
             crop_pct = size[0] / (config.short_side + 0.5)
@@ -194,7 +248,7 @@ def write_timm_transform(config: PreprocessConfig, patch_size: int) -> dict:
         "input_size": [3, *size],
         "interpolation": config.interpolation,
         "crop_pct": crop_pct,
-        "crop_mode": _named(TIMM_MODES, config.resize),
+        "crop_mode": "squash" if config.resize == "native" else _named(TIMM_MODES, config.resize),
         "mean": list(config.mean),
         "std": list(config.std),
     }

@@ -7,7 +7,9 @@ tokenizer.json                               pads and cuts to the context length
 example.py                                   all of it at work, with numpy, pillow, tokenizers and onnxruntime
 
 Both precisions take float32 pixels (B, 3, H, W) and int64 ids (B, N) and give float32 embeddings of unit length, so
-that one can stand for the other. Any batch size; the image size is fixed.
+that one can stand for the other. Any batch size; the image size is fixed. A model of images of any shape takes
+pixel_values (B, N, P·P·3), patches of P pixels as Siglip2's, of any N, and spatial_shapes int64 (B, 2), their rows and
+columns; what follows an image's own patches is not looked at.
 """
 
 import copy
@@ -17,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ from contrastive.interop.formats import onnx_example
 from contrastive.interop.formats.tokenizer_files import pad_and_cut, write_tokenizer
 from contrastive.interop.parity import Outputs, Probe
 from contrastive.models import DualEncoder, ImageClassifier
+from contrastive.patches import Patches
 
 FORMAT = "contrastive-onnx-1"
 PRECISIONS = {"": torch.float32, "_fp16": torch.float16}
@@ -37,6 +41,7 @@ EXAMPLE_FILE = "example.py"
 # Has GELU and LayerNormalization as single operators; onnxruntime reads it since 1.17.
 OPSET = 20
 PIXELS, TOKENS, EMBEDDINGS, SCORES = "pixels", "tokens", "embeddings", "scores"
+VALUES, SHAPES = "pixel_values", "spatial_shapes"
 
 
 def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
@@ -49,12 +54,12 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     notes = []
     for suffix, dtype in PRECISIONS.items():
         if bundle.preprocess is not None:
-            pixels = torch.zeros(2, 3, *input_size(bundle))
-            write_graph(ImageGraph(bundle.model, dtype), PIXELS, pixels, folder / f"image_tower{suffix}.onnx")
+            graph, example = image_graph(bundle, dtype)
+            write_graph(graph, example, folder / f"image_tower{suffix}.onnx")
         if bundle.tokenizer is not None:
             text = bundle.config.text
             tokens = torch.full((2, text.context_length), text.eos_id or 0)
-            write_graph(TextGraph(bundle.model, dtype), TOKENS, tokens, folder / f"text_tower{suffix}.onnx")
+            write_graph(TextGraph(bundle.model, dtype), (tokens,), folder / f"text_tower{suffix}.onnx")
     write_json(folder / "config.json", description_of(bundle))
     if isinstance(bundle.tokenizer, Absent):
         notes.append("no tokenizer.json: the source has no tokenizer, so texts have to come as ids")
@@ -64,6 +69,15 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
         notes.append("config.json says nothing of preprocessing: the source does not")
     (folder / EXAMPLE_FILE).write_text(Path(onnx_example.__file__).read_text())
     return notes
+
+
+def image_graph(bundle: Bundle, dtype: torch.dtype) -> tuple["ImageGraph", tuple[torch.Tensor, ...]]:
+    """Return the graph of the image tower and what it takes, of two images."""
+    tower = bundle.model.image_tower
+    if not tower.config.native:
+        return ImageGraph(bundle.model, dtype), (torch.zeros(2, 3, *input_size(bundle)),)
+    patches = torch.zeros(2, 6, 3 * tower.config.patch_size**2)
+    return NativeGraph(bundle.model, dtype), (patches, torch.tensor([[2, 3], [1, 4]]))
 
 
 def input_size(bundle: Bundle) -> tuple[int, int]:
@@ -80,6 +94,8 @@ def description_of(bundle: Bundle) -> dict:
         options = bundle.preprocess.config
         short_side = options.short_side or (min(options.size) if options.resize == "crop" else None)
         preprocess = {**asdict(options.options), "size": list(options.size), "short_side": short_side}
+        if options.resize == "native":
+            preprocess |= {"patch_size": options.patch_size, "patches": options.most_patches}
     description = {"format": FORMAT, "embed_dim": bundle.config.embed_dim, "preprocess": preprocess}
     if bundle.tokenizer is not None:
         description["context_length"] = bundle.config.text.context_length
@@ -94,7 +110,10 @@ def description_of(bundle: Bundle) -> dict:
 def outputs(folder: Path, probe: Probe) -> Outputs:
     """What onnxruntime says of the float32 graphs; pixels and ids as example.py makes them."""
     found, options = _computed(folder, "", probe), read_json(folder / "config.json")["preprocess"]
-    if options is not None:
+    if options is not None and options["resize"] == "native":
+        made = (map(torch.from_numpy, onnx_example.patches(image, options)) for image in probe.images)
+        found = replace(found, pixels=Patches.batch([Patches(*one) for one in made]))
+    elif options is not None:
         made = np.stack([onnx_example.preprocess(image, options) for image in probe.images])
         found = replace(found, pixels=torch.from_numpy(made))
     if (folder / "tokenizer.json").exists():
@@ -120,11 +139,19 @@ def _computed(folder: Path, suffix: str, probe: Probe) -> Outputs:
     return Outputs(image, text, logits)
 
 
-def _in_parts(graph: Path, name: str, values: torch.Tensor) -> list[torch.Tensor]:
+def _in_parts(graph: Path, name: str, values: torch.Tensor | Patches) -> list[torch.Tensor]:
     """The outputs for the first sample alone, then for the others together: other batch sizes than the traced one."""
     session = onnx_example.open_graph(graph)
-    parts = [session.run(None, {name: part.numpy()}) for part in (values[:1], values[1:])]
+    parts = [session.run(None, graph_inputs(name, part)) for part in (values[:1], values[1:])]
     return [torch.from_numpy(np.concatenate(output)) for output in zip(*parts, strict=True)]
+
+
+def graph_inputs(name: str, values: torch.Tensor | Patches) -> dict[str, np.ndarray]:
+    """Return what a graph takes, by name; images of any shape without what none of them needs."""
+    if not isinstance(values, Patches):
+        return {name: values.numpy()}
+    values = values.cut()
+    return {VALUES: values.values.numpy(), SHAPES: values.grids.numpy()}
 
 
 def _write_tokenizer(bundle: Bundle, folder: Path) -> list[str]:
@@ -145,6 +172,8 @@ class TextGraph(nn.Module):
     """What text_tower.onnx computes: ids (B, context_length) to unit embeddings (B, E)."""
 
     output_names = [EMBEDDINGS]
+    dynamic: ClassVar = {TOKENS: {0: "batch"}}
+    """Its inputs and which of their axes are of any length."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
@@ -158,11 +187,13 @@ class TextGraph(nn.Module):
 class ImageGraph(TextGraph):
     """What image_tower.onnx computes: pixels (B, 3, H, W) to unit embeddings (B, E), of a classifier scores too."""
 
+    dynamic: ClassVar = {PIXELS: {0: "batch"}}
+
     @property
     def output_names(self) -> list[str]:
         return [EMBEDDINGS, SCORES] if isinstance(self.model, ImageClassifier) else [EMBEDDINGS]
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, pixels: torch.Tensor | Patches) -> tuple[torch.Tensor, ...]:
         pixels = pixels.to(self.dtype)
         embeddings = self.model.encode_image(pixels)  # float32: unit length is made in it
         if isinstance(self.model, ImageClassifier):
@@ -170,18 +201,28 @@ class ImageGraph(TextGraph):
         return (embeddings,)
 
 
-def write_graph(graph: ImageGraph | TextGraph, input_name: str, example: torch.Tensor, file: Path) -> None:
-    """Write the graph; weights beyond 2 GB go to a file beside it. `example`: one input of two samples or more."""
+class NativeGraph(ImageGraph):
+    """As ImageGraph, of images of any shape."""
+
+    dynamic: ClassVar = {VALUES: {0: "batch", 1: "patches"}, SHAPES: {0: "batch"}}
+
+    def forward(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return super().forward(Patches(pixel_values, spatial_shapes))
+
+
+def write_graph(graph: ImageGraph | TextGraph, example: tuple[torch.Tensor, ...], file: Path) -> None:
+    """Write the graph; weights beyond 2 GB go to a file beside it. `example`: inputs of two samples or more."""
+    dims = {name: torch.export.Dim(name) for axes in graph.dynamic.values() for name in axes.values()}
     with _quiet():
         program = torch.onnx.export(
             graph,
-            (example,),
+            example,
             dynamo=True,
             verbose=False,
             opset_version=OPSET,
-            input_names=[input_name],
+            input_names=list(graph.dynamic),
             output_names=graph.output_names,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=tuple({axis: dims[name] for axis, name in axes.items()} for axes in graph.dynamic.values()),
         )
         # The exporter notes where in whose source every node comes from: nobody's business, and paths of this machine.
         program.model.metadata_props.clear()

@@ -33,7 +33,8 @@ ALSO_TAKEN = {
     "eos_id": int | None,
     "pad_id": int | None,
 }
-# What open_clip 4 adds, with the values that change nothing. None: no value does, for what reads it is refused.
+# What open_clip 4 adds, with the values that change nothing, by its public code and tests of 2026: the classes of its
+# options, their defaults, and what reads them. None: any value, for what reads it is refused.
 _OFF = (False, None)
 _UNREAD = ("bos_id", "tiktoken_name", "attention_mode", "mlp_type", "norm_eps", "pos_embed", "rope_temperature")
 NEUTRAL = {
@@ -46,7 +47,10 @@ NEUTRAL = {
     | dict.fromkeys(("value_residual", "zero_init_residual", "reg_tokens", "correct_cls_mask"), _OFF)
     | dict.fromkeys(_UNREAD),
 }
-POSITIVE = ("embed_dim", "layers", "width", "head_width", "patch_size", "image_size", "mlp_ratio")
+# Two of these mean something of a tower of timm: what timm.create_model gets beside the name, and how many patches
+# evaluation gives an image of any shape at most (none: as the command line says).
+OF_TIMM = {"timm_model_kwargs": dict | None, "image_seq_len": int | None}
+POSITIVE = ("embed_dim", "image_seq_len", "layers", "width", "head_width", "patch_size", "image_size", "mlp_ratio")
 POSITIVE += ("context_length", "vocab_size", "heads")
 EXAMPLES = {str: "text", float: 2.66, int: 1, dict: {}}
 
@@ -91,8 +95,10 @@ def _completed(section: str, given: Any, config_class: type, where: Path) -> dic
         raise UserError(f"{where}: {section} has to be an object with options, not {given!r}")
     defaults = {field.name: field.default for field in fields(config_class)}
     types = get_type_hints(config_class) | ALSO_TAKEN
+    if section == "vision_cfg" and given.get("timm_model_name"):
+        defaults, types = defaults | dict.fromkeys(OF_TIMM), types | OF_TIMM
     for name, value in given.items():
-        if name in NEUTRAL[section]:
+        if name in NEUTRAL[section] and name not in types:
             harmless = NEUTRAL[section][name]
             if harmless is not None and value not in harmless:
                 raise UserError(f"{where}: our towers have no {section}.{name} {value!r}; open_clip itself can load it")

@@ -1,7 +1,7 @@
 """Folders of open_clip: open_clip_config.json, safetensors and the tokenizer's files.
 
 They are read without making open_clip's model. Image towers are its own ViT or a ViT of timm (then timm is imported,
-for what its name stands for).
+for what its name stands for), of version 4 also a NaFlexVit of timm, for images of any shape.
 
 Written is a dual encoder. A tower as CLIP's becomes open_clip's own ViT. Any other, SigLIP's above all, becomes a ViT
 of timm, under its name in timm's registry where it has one. Where it has none, a config.json of timm describes it, and
@@ -24,6 +24,7 @@ from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle, build
 from contrastive.interop.formats.evaluation_transform import (
     checked_preprocess,
     notes_on_images,
+    read_native_open_clip_transform,
     read_open_clip_transform,
     size_option,
     taken_size,
@@ -79,6 +80,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     if "model_cfg" not in description:
         raise UserError(f"{where} has no model_cfg: put the options of the model under that key")
     model_cfg, vision, text = read_sections(description["model_cfg"], where)
+    preprocess_cfg = description.get("preprocess_cfg") or {}
     trunk = None
     if vision["timm_model_name"]:
         trunk, image, size = read_trunk(vision, model_cfg["embed_dim"], folder, where)
@@ -96,7 +98,11 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),
-        preprocess=read_open_clip_transform(description.get("preprocess_cfg") or {}, size, image.patch_size, where),
+        preprocess=(
+            read_native_open_clip_transform(preprocess_cfg, vision, image, where)
+            if image.native
+            else read_open_clip_transform(preprocess_cfg, size, image.patch_size, where)
+        ),
         tokenizer=_tokenizer(text, config, folder) if with_tokenizer else NOT_LOADED,
         config=config,
         path=folder,
@@ -133,6 +139,10 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     image, text = model.image_tower.config, model.config.text
     native = is_native(image, text)
     problems = [] if native else timm_problems(image)
+    if image.native:
+        problems.append(
+            "model.image.native true (images of any shape; --to transformers holds it, --to timm its image tower)"
+        )
     if text.pool == "average":
         problems.append("model.text.pool 'average' (its text towers pool at one token; train with 'eos' or 'last')")
     if not text.attend_padding:

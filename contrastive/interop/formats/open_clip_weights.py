@@ -1,5 +1,6 @@
 """Names of open_clip's weights and ours; its image towers that are models of timm (`timm_model_name`)."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,14 @@ import torch
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.files import read_json
+from contrastive.files import check_sizes, read_json
 from contrastive.interop.formats.evaluation_transform import both_sides
 from contrastive.interop.formats.key_table import TensorNames, renamed_table, to_ours, to_theirs
 from contrastive.interop.formats.state_dicts import weights_of
 from contrastive.interop.formats.timm_vit import PROJECTION, build_on_meta, describe_vit, tower_to_ours, tower_to_theirs
 from contrastive.log import warn
 from contrastive.models import DualEncoder, ImageTowerConfig
+from contrastive.models.transformer import MOST
 
 TRUNK = "visual.trunk."
 TEXT_PREFIX = "text."
@@ -133,6 +135,7 @@ def read_trunk(
         _compare_places(name, folder, where)
         name = f"local-dir:{folder}"
     arguments = {"patch_drop_rate": cfg["patch_dropout"]} if cfg["patch_dropout"] > 0 else {}
+    arguments |= _timm_arguments(cfg["timm_model_kwargs"] or {}, where)
     if projection == "linear":
         trunk = build_on_meta(name, where, **arguments)
         try:
@@ -141,9 +144,25 @@ def read_trunk(
             raise UserError(f"{where}: vision_cfg.timm_pool '{pool}' does not fit '{name}': {error}") from None
     else:
         num_classes = 0 if projection else embed_dim
-        trunk = build_on_meta(name, where, num_classes=num_classes, global_pool=pool, **arguments)
+        trunk = build_on_meta(name, where, **arguments | {"num_classes": num_classes, "global_pool": pool})
     image, size = describe_vit(trunk, where, both_sides(cfg["image_size"]))
+    if cfg["image_seq_len"] and not image.native:
+        raise UserError(
+            f"{where}: vision_cfg.image_seq_len {cfg['image_seq_len']} is for image towers that take any shape, and "
+            f"'{cfg['timm_model_name']}' takes one size; leave it out"
+        )
     return trunk, replace(image, projection=projection != "none"), size
+
+
+def _timm_arguments(given: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
+    """Return `timm_model_kwargs`, if they say what the tower is; UserError where they say what to read or run."""
+    files = [name for name in given if re.search("pretrained|checkpoint|cache|cfg", name)]
+    if files:
+        raise UserError(
+            f"{where}: vision_cfg.timm_model_kwargs has '{files[0]}', which is no option of the tower; leave it out"
+        )
+    check_sizes(given, where, MOST)
+    return given
 
 
 def _compare_places(name: str, folder: Path, where: Path) -> None:

@@ -6,6 +6,7 @@ A model whose head is a classifier becomes an ImageClassifier, another an ImageM
 image towers and classifiers.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,12 @@ from contrastive.interop.bundle import Bundle, build
 from contrastive.interop.formats.evaluation_transform import (
     checked_preprocess,
     notes_on_images,
+    read_native_timm_transform,
     read_timm_transform,
     whole_patches,
 )
 from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
+from contrastive.interop.formats.timm_naflex import naflex_inputs, naflex_pixels
 from contrastive.interop.formats.timm_vit import (
     PROJECTION,
     build_on_meta,
@@ -38,6 +41,7 @@ from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.log import warn
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ImageModel, ImageModelConfig
 from contrastive.models.encoders import unit_length
+from contrastive.patches import Patches
 
 HeadKind = Literal["none", "projection", "classifier"]
 HEAD_KEY = "contrastive_head"
@@ -92,7 +96,11 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),
-        preprocess=read_timm_transform(skeleton.pretrained_cfg, size, image.patch_size, file),
+        preprocess=(
+            read_native_timm_transform(skeleton.pretrained_cfg, image, file)
+            if image.native
+            else read_timm_transform(skeleton.pretrained_cfg, size, image.patch_size, file)
+        ),
         tokenizer=None,
         config=model.config,
         path=folder,
@@ -196,16 +204,26 @@ def outputs(folder: Path, probe: Probe) -> Outputs:
     from timm.data import create_transform, resolve_model_data_config
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    options, native = resolve_model_data_config(model), isinstance(probe.pixels, Patches)
+    if native:
+        patch = model.embeds.patch_size[0]
+        most = math.prod(side // patch for side in options["input_size"][1:])
+        options |= {"naflex": True, "patch_size": patch, "max_seq_len": most, "patchify": True}
+    transform = create_transform(**options, is_training=False)
+    made = [transform(image.convert("RGB")) for image in probe.images]
     is_classifier = read_json(folder / "config.json")[HEAD_KEY] == "classifier"
     with torch.inference_mode():
-        full = padded(probe.pixels, model.patch_embed.img_size)
-        pooled = model.forward_head(model.forward_features(full), pre_logits=True)
+        if native:
+            features = model.forward_features(**naflex_inputs(probe.pixels))
+            pooled = model.forward_head(**features, pre_logits=True)
+        else:
+            full = padded(probe.pixels, model.patch_embed.img_size)
+            pooled = model.forward_head(model.forward_features(full), pre_logits=True)
         head = model.head(pooled)
     return Outputs(
         image=unit_length(pooled if is_classifier else head),
         logits=head if is_classifier else None,
-        pixels=cropped([transform(image.convert("RGB")) for image in probe.images], probe.pixels),
+        pixels=naflex_pixels(made) if native else cropped(made, probe.pixels),
     )
 
 

@@ -14,8 +14,10 @@ from torch import nn
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.errors import UserError, reason_of
 from contrastive.files import check_sizes, read_json
+from contrastive.interop.formats import timm_naflex
 from contrastive.interop.formats.evaluation_transform import taken_size, whole_patches, write_timm_transform
 from contrastive.interop.formats.key_table import TensorNames, renamed_table, to_ours, to_theirs
+from contrastive.interop.formats.timm_naflex import is_naflex
 from contrastive.log import warn
 from contrastive.models import ImageModel, ImageModelConfig, ImageTowerConfig
 from contrastive.models.transformer import MOST
@@ -80,7 +82,8 @@ def describe_vit(
 ) -> tuple[ImageTowerConfig, tuple[int, int]]:
     """Return our options for a ViT of timm, its classifier left aside, and the (height, width) of its images in pixels.
 
-    The options hold the height alone, as far as patches fill it; `set_input_size` makes a tower of oblong images.
+    The options hold the height alone, as far as patches fill it; `set_input_size` makes a tower of oblong images. Of a
+    NaFlexVit the size is that which its positions are made for.
 
     Args:
         size: (height, width) of the images, where it is not the model's own.
@@ -88,13 +91,14 @@ def describe_vit(
     Raises:
         UserError: it has parts that our tower has not; all of them are named.
     """
-    problems = _strange_parts(model)
+    problems, native = _strange_parts(model), is_naflex(model)
     if not problems:  # the options of such a model can be read off
-        size = tuple(size or model.patch_embed.img_size)
+        size = timm_naflex.position_size(model) if native else tuple(size or model.patch_embed.img_size)
         problems = _strange_options(model, size)
     if problems:
         raise UserError(f"{where}: our ViT has no {', no '.join(problems)}; timm itself can load this model")
-    block, patch, pool = model.blocks[0], model.patch_embed.patch_size[0], model.global_pool
+    embedding = model.embeds if native else model.patch_embed
+    block, patch, pool = model.blocks[0], embedding.patch_size[0], model.global_pool
     if not pool:
         pool, taken = ("token", "the class token") if model.has_class_token else ("avg", "the mean of the patches")
         warn(f"{where}: the model has no pooling of its own (global_pool ''); encode_image takes {taken}")
@@ -108,10 +112,11 @@ def describe_vit(
         pool=POOLS[pool],
         class_token=model.has_class_token,
         pre_norm=not isinstance(model.norm_pre, nn.Identity),
-        patch_bias=model.patch_embed.proj.bias is not None,
+        patch_bias=embedding.proj.bias is not None,
         activation=_activation(block.mlp.act),
         norm_eps=next(module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)),
-        patch_dropout=getattr(model.patch_drop, "prob", 0.0),
+        patch_dropout=0.0 if native else getattr(model.patch_drop, "prob", 0.0),
+        native=native,
     )
     return config, size
 
@@ -121,12 +126,14 @@ def _strange_parts(model: nn.Module) -> list[str]:
     from timm.layers import Attention, Mlp, PatchEmbed
     from timm.models.vision_transformer import Block, VisionTransformer
 
-    if type(model) is not VisionTransformer:
+    native = is_naflex(model)
+    if type(model) is not VisionTransformer and not native:
         return [f"'{type(model).__name__}'"]
     if not len(model.blocks):
         return ["depth of 0"]
     block = next((block for block in model.blocks if type(block) is not Block), model.blocks[0])
-    kinds = [("patch embedding", model.patch_embed, PatchEmbed), ("block", block, Block)]
+    kinds = [] if native else [("patch embedding", model.patch_embed, PatchEmbed)]
+    kinds.append(("block", block, Block))
     if type(block) is Block:
         kinds += [("attention", block.attn, Attention), ("mlp", block.mlp, Mlp)]
         norm = next((each.norm1 for each in model.blocks if not isinstance(each.norm1, nn.LayerNorm)), block.norm1)
@@ -135,21 +142,22 @@ def _strange_parts(model: nn.Module) -> list[str]:
 
 
 def _strange_options(model: nn.Module, size: tuple[int, int]) -> list[str]:
-    block, pool = model.blocks[0], model.global_pool
-    patch = model.patch_embed.patch_size
+    block, pool, native = model.blocks[0], model.global_pool, is_naflex(model)
+    embedding = model.embeds if native else model.patch_embed
+    patch = embedding.patch_size
     fc_norm = not isinstance(model.fc_norm, nn.Identity)
     takes_prefix = model.pool_include_prefix if pool == "map" else not model.pool_include_prefix
     found = {
         f"{model.in_chans} input channels": model.in_chans != 3,
         f"oblong patches {patch}": patch[0] != patch[1],
-        "norm of the patch embedding (embed_norm_layer)": not isinstance(model.patch_embed.norm, nn.Identity),
+        "norm of the patch embedding (embed_norm_layer)": not isinstance(embedding.norm, nn.Identity),
         f"register tokens (reg_tokens={model.num_reg_tokens})": model.num_reg_tokens > 0,
-        "model without position embedding (pos_embed='none')": model.pos_embed is None,
+        "model without position embedding (pos_embed='none')": not native and model.pos_embed is None,
         "norm of queries and keys (qk_norm)": not isinstance(block.attn.q_norm, nn.Identity),
         "norm inside attention (scale_attn_norm)": not isinstance(block.attn.norm, nn.Identity),
         "norm inside the MLP (scale_mlp_norm)": not isinstance(block.mlp.norm, nn.Identity),
         f"padding of images that patches do not fill (dynamic_img_pad, {size[0]}×{size[1]} pixels)": (
-            model.patch_embed.dynamic_img_pad and any(side % patch[0] for side in size)
+            embedding.dynamic_img_pad and any(side % patch[0] for side in size)
         ),
         f"activation '{type(block.mlp.act).__name__}'": _activation(block.mlp.act) is None,
         f"pooling global_pool='{pool}'": pool not in (*POOLS, ""),
@@ -159,6 +167,7 @@ def _strange_options(model: nn.Module, size: tuple[int, int]) -> list[str]:
             pool in ("map", "avg") and model.num_prefix_tokens > 0 and not takes_prefix
         ),
     }
+    found |= timm_naflex.strange_naflex(model) if native else {}
     return [name for name, is_so in found.items() if is_so]
 
 
@@ -171,9 +180,9 @@ def _activation(module: nn.Module) -> str | None:
 
 def timm_problems(config: ImageTowerConfig) -> list[str]:
     """Return the options that timm's ViT cannot express, each with what to do."""
-    problems = []
-    if config.norm_eps not in BASES:
-        known = " or ".join(map(str, BASES))
+    problems, possible = [], (1e-6,) if config.native else tuple(BASES)
+    if config.norm_eps not in possible:
+        known = " or ".join(map(str, possible))
         problems.append(f"model.image.norm_eps {config.norm_eps} (timm's ViTs have {known}; train with one of them)")
     if config.pre_norm and config.patch_bias:
         problems.append("model.image.pre_norm with model.image.patch_bias true (train with patch_bias false)")
@@ -190,9 +199,11 @@ def timm_name(config: ImageTowerConfig, size: tuple[int, int]) -> tuple[str, dic
     registered = _registered_name(config, size)
     if registered is not None:
         return registered, {}
-    base = BASES[config.norm_eps][config.pool != "attention"]
+    base, sized = BASES[config.norm_eps][config.pool != "attention"], {"img_size": list(size)}
+    if config.native:
+        base, sized = timm_naflex.BASE, {"pos_embed_grid_size": [config.grid_size] * 2}
     return base, {
-        "img_size": list(size),
+        **sized,
         "patch_size": config.patch_size,
         "embed_dim": config.width,
         "depth": config.depth,
@@ -216,8 +227,8 @@ def timm_description(config: ImageTowerConfig, preprocess: PreprocessConfig, num
         "model_args": arguments,
         "pretrained_cfg": {
             "num_classes": num_classes,
-            "fixed_input_size": True,
-            "first_conv": "patch_embed.proj",
+            "fixed_input_size": not config.native,
+            "first_conv": "embeds.proj" if config.native else "patch_embed.proj",
             "classifier": "head",
             **write_timm_transform(preprocess, config.patch_size),
         },
@@ -231,9 +242,10 @@ def _registered_name(config: ImageTowerConfig, size: tuple[int, int]) -> str | N
     if size[0] != size[1]:
         return None
     # The keys tell of LayerScale, missing biases and the like, which can be read but not written.
-    keys = {entry.theirs for entry in _table(_names(config))}
+    keys = {entry.theirs for entry in _table(_names(config), native=config.native)}
     kind = "siglip" if config.pool == "attention" else "siglip_gap" if not config.class_token else "clip*"
-    for pattern in (f"vit_*_patch{config.patch_size}_{kind}_{size[0]}", f"vit_*_patch{config.patch_size}_{size[0]}"):
+    patterns = (f"vit_*_patch{config.patch_size}_{kind}_{size[0]}", f"vit_*_patch{config.patch_size}_{size[0]}")
+    for pattern in ("naflexvit_*_siglip",) if config.native else patterns:
         for name in timm.list_models(pattern):
             model = build_on_meta(name, Path(name), num_classes=0)
             try:
@@ -241,7 +253,7 @@ def _registered_name(config: ImageTowerConfig, size: tuple[int, int]) -> str | N
             except UserError:  # a ViT of another kind
                 continue
             same = all(getattr(found, option) == getattr(config, option) for option in SHAPE) and taken == tuple(size)
-            if same and keys == model.state_dict().keys() and not model.no_embed_class:
+            if same and keys == model.state_dict().keys() and not getattr(model, "no_embed_class", False):
                 return name
     return None
 
@@ -262,16 +274,21 @@ def _names(config: ImageTowerConfig) -> list[str]:
         return list(ImageModel(ImageModelConfig(config.width, plain)).state_dict())
 
 
-def _table(names: Iterable[str], prefix: str = "", layer_scale: bool = False) -> list[TensorNames]:
+def _table(
+    names: Iterable[str], prefix: str = "", layer_scale: bool = False, native: bool = False
+) -> list[TensorNames]:
     """Return the table of an image tower.
 
     Args:
         names: ours.
         prefix: what stands before each of timm's names.
         layer_scale: whether the blocks scale what they add (`init_values`).
+        native: of a NaFlexVit, as `timm_naflex.as_vit` makes its tensors.
     """
-    unit_axes = {f"{prefix}pos_embed": 1, f"{prefix}cls_token": 2}
-    return renamed_table(names, (*RENAMES, ("^", prefix)), (), unit_axes, SCALES if layer_scale else ())
+    axes = timm_naflex.UNIT_AXES if native else {"pos_embed": 1, "cls_token": 2}
+    renames = (*RENAMES, *(timm_naflex.RENAMES if native else ()), ("^", prefix))
+    unit_axes = {f"{prefix}{name}": count for name, count in axes.items()}
+    return renamed_table(names, renames, (), unit_axes, SCALES if layer_scale else ())
 
 
 def tower_to_theirs(
@@ -282,8 +299,9 @@ def tower_to_theirs(
     Args:
         weights: by our names, with `image_tower.position_embedding` where that is a buffer too.
     """
-    bias = f"{TOWER}patch_embed.bias"
-    return to_theirs(_table(_names(config), prefix), {bias: torch.zeros(config.width), **weights})
+    bias, table = f"{TOWER}patch_embed.bias", _table(_names(config), prefix, native=config.native)
+    made = to_theirs(table, {bias: torch.zeros(config.width), **weights})
+    return timm_naflex.from_vit(made, prefix, config.grid_size) if config.native else made
 
 
 def tower_to_ours(
@@ -309,7 +327,10 @@ def tower_to_ours(
     """
     known = {f"{prefix}{name}" for name in skeleton.state_dict()}
     own = {name: value for name, value in model.state_dict().items() if name.startswith(TOWER) and name != PROJECTION}
-    table = _table(own, prefix, not isinstance(skeleton.blocks[0].ls1, nn.Identity))
+    native = is_naflex(skeleton)
+    if native:
+        file = timm_naflex.as_vit(file, prefix, skeleton.embeds.patch_size[0])
+    table = _table(own, prefix, not isinstance(skeleton.blocks[0].ls1, nn.Identity), native)
     there = [entry for entry in table if entry.theirs in known]
     if projection is not None:
         there.append(TensorNames(f"{projection}.weight", (PROJECTION,)))
@@ -318,7 +339,7 @@ def tower_to_ours(
         if entry.theirs not in known:  # a layer without bias
             weights |= {name: torch.zeros(own[name].shape) for name in entry.ours}
     position = f"{TOWER}position_embedding"
-    if f"{TOWER}class_token" in own and skeleton.no_embed_class and position in weights:
+    if f"{TOWER}class_token" in own and (native or skeleton.no_embed_class) and position in weights:
         weights[position] = torch.cat([torch.zeros_like(weights[position][:1]), weights[position]])
     bias = None if projection is None else weights.pop(f"{projection}.bias", None)
     if bias is not None and bias.any():
