@@ -54,6 +54,7 @@ def test_the_common_ones_are_short(cls):
         ("--per_device_train_batch_size 32", "--train.global_batch_size, of all ranks together: 32 times their number"),
         ("--report-to wandb --seed 3 --precision amp_bf16", "--precision amp_bf16 is --train.precision bf16 here."),
         ("--siglip", "--siglip is --loss sigmoid here."),
+        ("--use-naflex", "--use-naflex is --model.image.native here."),
         ("--local-loss", "--local-loss: not needed, the loss is always shared out"),
         ("--gather-with-grad", "not needed"),
         ("--lock-image", "--lock-image is --lock image"),
