@@ -155,6 +155,7 @@ def run_tyro(
     errors = io.StringIO()
     how = {"prog": prog, "description": description, "use_underscores": True, "return_unknown_args": True}
     how["registry"] = _in_words(known)
+    how["config"] = (tyro.conf.HelptextFromCommentsOff,)  # all help is in docstrings; looking for comments takes longer
     if default is not None:
         how["default"] = default
     try:

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import itertools
 import os
 import socket
@@ -27,6 +28,22 @@ def shared_data() -> Path:
     if not (folder / "MANIFEST.md").exists():
         pytest.skip(f"needs the real data sets in {folder} (set CONTRASTIVE_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_runs():
+    """What a run in this process need not do again: wait for the disk, learn a tokenizer of the same captions."""
+    from contrastive.data import settings
+
+    @functools.lru_cache(maxsize=32)
+    def learned(captions, *options):
+        return train_bpe(captions, *options)
+
+    train_bpe = settings.train_bpe
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "train_bpe", lambda captions, *options: learned(tuple(captions), *options))
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 _blocks = itertools.count(os.getpid())

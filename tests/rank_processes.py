@@ -9,7 +9,12 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-IMPORTED = ["contrastive.train.pretrain", "contrastive.evaluate.report", "hypothesis", "pytest", "torch._dynamo"]
+IMPORTED = [
+    *("scripts.pretrain", "contrastive.train.pretrain", "contrastive.train.first_look", "contrastive.interop.loading"),
+    *("contrastive.evaluate.classification", "contrastive.evaluate.retrieval", "contrastive.evaluate.report"),
+    *("contrastive.data.sources.arrays", "PIL.PngImagePlugin", "jinja2", "matplotlib.ticker", "tyro"),
+    *("hypothesis", "pytest", "torch._dynamo"),
+]  # what a run imports late too
 
 
 def run_on_ranks(number, function, *args, seconds=120):
@@ -58,9 +63,7 @@ def script_on_mortal_ranks(number, port, script, *args, folder, seconds=60, **va
 
     A rank that has not ended by itself after so many seconds is a TimeoutError.
     """
-    folder.mkdir()
-    words = [str(arg) for arg in args]
-    ranks = start_ranks(number, _run_script, number, port, str(script), words, str(folder), variables).processes
+    ranks = start_script(number, port, script, *args, folder=folder, **variables)
     limit = time.monotonic() + seconds
     for process in ranks:
         process.join(max(0, limit - time.monotonic()))
@@ -74,12 +77,20 @@ def script_on_mortal_ranks(number, port, script, *args, folder, seconds=60, **va
     return statuses, "".join((folder / f"stderr{rank}").read_text() for rank in range(number))
 
 
+def start_script(number, port, script, *args, folder, **variables):
+    """As `script_on_ranks`, but without waiting: return the processes, which write to stderr0, ... in `folder`."""
+    folder.mkdir()
+    words = [str(arg) for arg in args]
+    return start_ranks(number, _run_script, number, port, str(script), words, str(folder), variables).processes
+
+
 def _run_script(rank, number, port, script, args, folder, variables):
     torch.set_num_threads(1)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
     os.environ.update({name: str(value) for name, value in {**meeting, **places, **variables}.items()})
     sys.argv = [script, *args]
+    sys.path.insert(0, str(Path(script).parent))
     with open(f"{folder}/stderr{rank}", "w") as file:
         os.dup2(file.fileno(), 2)
     status = 0

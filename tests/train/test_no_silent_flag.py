@@ -5,6 +5,7 @@ where it only matters beside others, VALUES and BESIDE say so.
 """
 
 import dataclasses
+import functools
 import hashlib
 import typing
 
@@ -255,20 +256,22 @@ def start(kind, folder, words, init):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The model that fine-tuning starts from, and the plain run of each kind, started when it is asked for."""
+    """The plain run of each kind, done when asked for; the model that fine-tuning starts from; the options of each."""
     folder = tmp_path_factory.mktemp("runs")
     teacher = save_small_model(folder / "teacher")
     for kind, text in FILES.items():
         (folder / f"{kind}.yaml").write_text(text.replace("TEACHER", str(teacher)))
-    plain = {}
 
+    @functools.cache
     def of(kind):
-        if kind not in plain:
-            plain[kind] = start(kind, folder / kind, [], folder / "pretrain")
-        return plain[kind]
+        return start(kind, folder / kind, [], folder / "pretrain")
+
+    @functools.cache
+    def configured(kind):
+        return parse(KINDS[kind][0], [], folder / f"{kind}.yaml", prog="t", description="")
 
     of("pretrain")
-    return of, folder / "pretrain", folder
+    return of, folder / "pretrain", configured
 
 
 def options():
@@ -294,9 +297,8 @@ def test_the_same_again_looks_the_same(kind, runs, tmp_path):
 
 @pytest.mark.parametrize(("kind", "name"), list(options()))
 def test_it_shows(kind, name, runs, tmp_path):
-    of, init, folder = runs
-    cls = KINDS[kind][0]
-    config = parse(cls, [], folder / f"{kind}.yaml", prog="t", description="")
+    of, init, configured = runs
+    config = configured(kind)
     types = _flat_types(type(config))
     words = another(name, types[name], flatten(to_dict(config)).get(name))
     before, plain = of(kind)
