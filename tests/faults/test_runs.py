@@ -16,15 +16,19 @@ from rank_processes import script_on_ranks
 from safetensors.torch import load_file
 from shard_writing import write_tar
 
+FAULTY = ROOT / "tests" / "faults" / "faulty.py"
+
 
 def run_faulty(fault, number, port, *args):
-    """Run faulty.py on some ranks; return its exit status, its messages, and how long after the fault it ended."""
-    script = ROOT / "tests" / "faults" / "faulty.py"
-    start = [sys.executable, *(ranks(number, port) if number > 1 else ()), script, *args]
+    """Launch faulty.py on some ranks; return its exit status, its messages, and how long after the fault it ended."""
+    start = [sys.executable, *ranks(number, port), FAULTY, *args]
     env = environment() | ON_CPU | {"FAULT": fault, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(list(map(str, start)), env=env, capture_output=True, text=True, timeout=200)
-    begun = re.search(r"fault: .* at ([\d.]+)", done.stderr)
-    return done.returncode, done.stderr, time.time() - float(begun[1])
+    return done.returncode, done.stderr, seconds_since_fault(done.stderr)
+
+
+def seconds_since_fault(told):
+    return time.time() - float(re.search(r"fault: .* at ([\d.]+)", told)[1])
 
 
 def pretrain_on(number, port, tmp_path, *args):
@@ -96,6 +100,7 @@ def test_row_27_too_many_bad_samples_stop_all_ranks_at_the_same_step(tiny, tmp_p
     assert "unreadable image" in report and "data.tar/" in report
 
 
+@pytest.mark.slow_fault
 def test_row_31_a_rank_that_sleeps_is_named(tiny, tmp_path, free_port):
     run = tmp_path / "run"
     flags = ("--config", tiny, "--run_folder", run, "--data.train", "faulty:train", "--data.timeout", "4")
@@ -105,12 +110,16 @@ def test_row_31_a_rank_that_sleeps_is_named(tiny, tmp_path, free_port):
     assert seconds < 30
 
 
-@pytest.mark.parametrize(("fault", "words"), [("sleep", "hangs: no batch within 4 seconds"), ("kill", "was killed")])
-def test_row_32_a_loader_worker_that_hangs_or_dies(fault, words, tiny, tmp_path):
+@pytest.mark.parametrize(("fault", "words"), [("sleep", "hangs: no batch within 3 seconds"), ("kill", "was killed")])
+def test_row_32_a_loader_worker_that_hangs_or_dies(fault, words, tiny, tmp_path, free_port):
     flags = ("--config", tiny, "--run_folder", tmp_path / "run", "--data.train", "faulty:train")
-    workers = ("--data.num_workers", "1", "--data.timeout", "4")
-    status, message, seconds = run_faulty(f"{fault},0,200,1000000", 1, None, *flags, *workers)
-    assert status == 2 and message.strip().splitlines()[-1].startswith(f"faulty.py: error: a loader worker {words}")
+    workers = ("--data.num_workers", "1", "--data.timeout", "3")
+    told = {"folder": tmp_path / "told", "FAULT": f"{fault},0,200,1000000"}
+    (status,), message = script_on_ranks(1, free_port, FAULTY, *flags, *workers, **told)
+    seconds = seconds_since_fault(message)
+    assert status == 2 and message.strip().splitlines()[-1].startswith(
+        f"faulty.py: error: [rank 0] a loader worker {words}"
+    )
     assert "Traceback" not in message and seconds < 15
 
 
@@ -118,9 +127,9 @@ def test_row_32_a_loader_worker_that_hangs_or_dies(fault, words, tiny, tmp_path)
 def test_row_33_nan_on_one_rank(calls, tiny, tmp_path, free_port):
     """One step is skipped by all; five in a row stop the run, with finite weights in its checkpoints."""
     run = tmp_path / "run"
-    flags, script = ("--config", tiny, "--run_folder", run, "--loss", "faulty"), ROOT / "tests" / "faults" / "faulty.py"
+    flags = ("--config", tiny, "--run_folder", run, "--loss", "faulty")
     told = {"folder": tmp_path / "told", "FAULT": f"nan,1,4,{calls}"}
-    statuses, message = script_on_ranks(2, free_port, script, *flags, **told)
+    statuses, message = script_on_ranks(2, free_port, FAULTY, *flags, **told)
     assert "step 4 skipped" in message and "image_features on rank 1" in message
     losses = [row["loss"] for row in rows(run)]
     if calls == 1:

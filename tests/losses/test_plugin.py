@@ -1,12 +1,11 @@
 """The worked example of docs/extending.md, run as it stands: a loss registered from outside the package."""
 
 import re
-import subprocess
-import sys
 import textwrap
 
 import pytest
-from launching import ACCELERATE, ROOT, environment, rows
+from launching import ROOT, rows
+from rank_processes import script_on_ranks
 
 CONFIG = """
 model:
@@ -30,23 +29,29 @@ def script(tmp_path):
     return tmp_path / "train_mine.py"
 
 
-def train(script, *flags, launcher=()):
-    command = [sys.executable, *launcher, script, "--config", "tiny.yaml", "--run_folder", "run", *flags]
-    env = environment() | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(map(str, command), cwd=script.parent, env=env, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def train(script, tmp_path, free_port):
+    """Run the script; returns its exit status, and what it wrote to stderr."""
+
+    def train(*flags):
+        words = ("--config", tmp_path / "tiny.yaml", "--run_folder", tmp_path / "run", *flags)
+        (status,), told = script_on_ranks(1, free_port, script, *words, folder=tmp_path / "told")
+        return status, told
+
+    return train
 
 
-def test_the_example_trains(script):
+def test_the_example_trains(script, train):
     flags = "--loss margin --loss.margin 0.3 --train.accumulate 2 --optimizer.lr 0.005"
-    done = train(script, *flags.split(), launcher=ACCELERATE)
-    assert done.returncode == 0, done.stderr
+    status, told = train(*flags.split())
+    assert status == 0, told
     losses = [row["loss"] for row in rows(script.parent / "run")]
     assert len(losses) == 60 and sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert "margin: 0.3" in (script.parent / "run" / "config.yaml").read_text()
 
 
-def test_its_options_are_checked_like_any_others(script):
-    done = train(script, "--loss", "margin", "--loss.margim", "0.3")
-    assert done.returncode != 0 and "Did you mean 'loss.margin'?" in done.stderr
-    done = train(script, "--loss", "margins")
-    assert done.returncode != 0 and "Did you mean 'margin'?" in done.stderr
+def test_its_options_are_checked_like_any_others(train):
+    status, told = train("--loss", "margin", "--loss.margim", "0.3")
+    assert status != 0 and "Did you mean 'loss.margin'?" in told
+    status, told = train("--loss", "margins")
+    assert status != 0 and "Did you mean 'margin'?" in told

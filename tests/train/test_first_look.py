@@ -1,6 +1,7 @@
 """The screen that a run begins with: what it shows is what training sees, and it warns of what is wrong alone."""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -10,8 +11,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from launching import ACCELERATE, ON_CPU, ROOT, command, environment, pretrain_here, ranks, rows
+from launching import ACCELERATE, ROOT, environment, pretrain_here, rows
 from PIL import Image
+from rank_processes import script_on_ranks
 
 from contrastive.config import parse
 from contrastive.data.doubts import kind_of_text
@@ -156,12 +158,11 @@ def test_finetuning_looks_too(look, tiny, tmp_path, capsys):
     assert "the head starts from prompts" in screen and "chance on digits:test acc1 10 %" in screen and told == []
 
 
-def test_a_dry_run_on_two_ranks_ends_well_and_writes_nothing(tiny, tmp_path):
+def test_a_dry_run_on_two_ranks_ends_well_and_writes_nothing(tiny, tmp_path, free_port):
     run = ("--config", tiny, "--run_folder", tmp_path / "run", "--dry-run")
-    words = command(*run, launcher=ranks(2, 29641))
-    done = subprocess.run(words, capture_output=True, text=True, env={**environment(), **ON_CPU}, timeout=120)
-    assert done.returncode == 0 and done.stderr.count("a dry run") == 1, done.stderr
-    assert done.stderr.count("the model reads") == 3 and "2 x cpu" in done.stderr
+    statuses, told = script_on_ranks(2, free_port, ROOT / "scripts" / "pretrain.py", *run, folder=tmp_path / "told")
+    assert statuses == [0, 0] and told.count("a dry run") == 1, told
+    assert told.count("the model reads") == 3 and "2 x cpu" in told
     assert not (tmp_path / "run").exists()
 
 
@@ -272,9 +273,12 @@ def test_no_configuration_has_a_learning_rate_to_warn_of():
     )
 
 
-def test_accelerate_launch_takes_it(tmp_path):
+def test_accelerate_launch_takes_it_and_its_process_all_cores(tmp_path):
+    """accelerate 1.15 without --cpu sets OMP_NUM_THREADS=1 for its one process."""
     words = [sys.executable, *ACCELERATE, "--num_processes", "1", ROOT / "scripts" / "pretrain.py", "--dry_run"]
-    run = {"capture_output": True, "text": True, "env": environment(), "timeout": 120, "cwd": tmp_path}
+    env = {name: value for name, value in environment().items() if name != "OMP_NUM_THREADS"}
+    run = {"capture_output": True, "text": True, "env": env, "timeout": 120, "cwd": tmp_path}
     done = subprocess.run([*words, "--run_folder", "run"], **run)
     assert done.returncode == 0 and "a dry run" in done.stderr and "warning:" not in done.stderr, done.stderr
+    assert f"1 x cpu, fp32, {len(os.sched_getaffinity(0))} threads each" in done.stderr
     assert not list(tmp_path.iterdir())

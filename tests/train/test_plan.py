@@ -131,11 +131,13 @@ def test_what_is_sent_is_the_gradient_and_what_the_loss_needs():
 
 
 def test_hours_follow_from_the_rate():
-    config = replace(CONFIG, gpus=(1, 4), gpu="a100", utilisation=0.5)
+    flat = replace(TINY, image=replace(TINY.image, depth=1), text=replace(TINY.text, depth=1))
+    config = replace(CONFIG, model=flat, gpus=(1, 4), gpu="a100", utilisation=0.5)
     plan = make_plan(config)
     rate = 312e12 * 0.5 / plan.flops
     assert [each.samples_per_second for each in plan.forecasts] == pytest.approx([rate, 4 * rate])
     assert plan.forecasts[0].hours == pytest.approx(10 * 64 / rate / 3600)
+    config = replace(config, gpus=(1,))
     epochs = replace(config, train=TrainConfig(epochs=2, global_batch_size=64))
     assert make_plan(epochs).forecasts[0].hours is None
     assert make_plan(replace(epochs, num_samples=320)).forecasts[0].hours == pytest.approx(plan.forecasts[0].hours)
@@ -151,7 +153,21 @@ def test_a_larger_batch_takes_the_square_root_of_its_growth():
 
 
 def test_the_script_says_it(capsys):
-    small = ["--model", "clip_vit_ti_32", "--gpus", "1", "2", "--gpu", "l4", "--tokens", "14"]
+    small = [
+        "--model",
+        "clip_vit_ti_32",
+        "--model.image.depth",
+        "1",
+        "--model.text.depth",
+        "1",
+        "--gpus",
+        "1",
+        "2",
+        "--gpu",
+        "l4",
+        "--tokens",
+        "14",
+    ]
     main([*small, "--train.global_batch_size", "64", "--optimizer.lr", "1e-3"])
     told = capsys.readouterr().out
     assert "DDP, GiB" in told and "FSDP2, GiB" in told and "hours" in told and "14 tokens each" in told

@@ -1,21 +1,21 @@
 """The real command, end to end: it trains, scores, survives a kill, and gives the same on two ranks."""
 
-import os
 import random
 import shutil
-import signal
-import subprocess
 import time
 
 import pytest
 import torch
 import yaml
-from launching import ACCELERATE, command, environment, pretrain, pretrain_here, rows
+from launching import ACCELERATE, ROOT, pretrain, pretrain_here, rows
+from rank_processes import start_script
 from safetensors.torch import load_file
 
 import contrastive
 from contrastive.errors import UserError
 from contrastive.train.starting import RunLock
+
+SCRIPT = ROOT / "scripts" / "pretrain.py"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,7 @@ def launched(tiny_text, tmp_path_factory):
 def test_trains_and_leaves_a_run_folder(loss, tiny, tmp_path, request, capsys):
     if loss == "sigmoid":
         told, run = request.getfixturevalue("launched")
+        assert "1 x cpu, fp32, 1 threads each" in told
     else:
         run = tmp_path / "run"
         pretrain_here("--config", tiny, "--loss", loss, "--run_folder", run)
@@ -48,16 +49,6 @@ def test_trains_and_leaves_a_run_folder(loss, tiny, tmp_path, request, capsys):
     assert bundle.tokenizer(["a photo of a seven"]).shape == (1, 8)
     assert bundle.model.encode_text(bundle.tokenizer(["seven"])).shape == (1, 16)
     assert (bundle.model.logit_bias is None) == (loss == "softmax")
-
-
-def test_accelerate_launch_uses_all_cores_unless_told_otherwise(tiny, tmp_path, launched):
-    """accelerate 1.15 without --cpu sets OMP_NUM_THREADS=1 for its one process."""
-    common = ("--config", tiny, "--train.steps", "1", "--evaluation.limit", "10")
-    cores = len(os.sched_getaffinity(0))
-    free = pretrain(*common, "--run_folder", tmp_path / "free", launcher=ACCELERATE, OMP_NUM_THREADS="")
-    assert f"1 x cpu, fp32, {cores} threads each" in free.stderr
-    told, _ = launched
-    assert "1 x cpu, fp32, 1 threads each" in told
 
 
 def test_trackers_get_the_figures(tiny, tmp_path):
@@ -85,25 +76,19 @@ def test_two_processes_give_the_losses_of_one(tiny, tmp_path, free_port):
         assert a == pytest.approx(b, abs=2.6)  # one image of 40 may sit on the boundary
 
 
-def test_killed_and_resumed_equals_undisturbed(tiny, tmp_path, capsys):
-    """SIGKILL of the process group at a random step: same losses, same weights, bit for bit. With dropout."""
+def test_killed_and_resumed_equals_undisturbed(tiny, tmp_path, free_port, capsys):
+    """SIGKILL at a random step: same losses, same weights, bit for bit. With dropout."""
     common = ("--config", tiny, "--train.steps", "14", "--train.ema_decay", "0.9", "--evaluation.every", "14")
     pretrain_here(*common, "--run_folder", tmp_path / "whole")
     run = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(*common, "--run_folder", run, launcher=ACCELERATE),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    (process,) = start_script(1, free_port, SCRIPT, *common, "--run_folder", run, folder=tmp_path / "told")
     at_step = random.randint(3, 11)
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or len(rows(run)) < at_step:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it was killed"
+        assert process.is_alive() and time.monotonic() < deadline, "the run ended before it was killed"
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (run / "final").exists()
     capsys.readouterr()
     pretrain_here("--run_folder", run, "--resume")
@@ -113,20 +98,19 @@ def test_killed_and_resumed_equals_undisturbed(tiny, tmp_path, capsys):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs), at_step
 
 
-def test_sigterm_saves_and_resumes_exactly(tiny, tmp_path):
+def test_sigterm_saves_and_resumes_exactly(tiny, tmp_path, free_port):
     common = ("--config", tiny, "--train.steps", "12", "--checkpoint.every", "100", "--optimizer", "muon")
     pretrain_here(*common, "--run_folder", tmp_path / "whole")
     run = tmp_path / "stopped"
-    process = subprocess.Popen(
-        command(*common, "--run_folder", run), env=environment(), stderr=subprocess.PIPE, text=True
-    )
+    (process,) = start_script(1, free_port, SCRIPT, *common, "--run_folder", run, folder=tmp_path / "told")
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or len(rows(run)) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.002)
     process.terminate()
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 143 and "saved; continue with --resume" in message
+    process.join(60)
+    assert (tmp_path / "told/status0").read_text() == "143"
+    assert "saved; continue with --resume" in (tmp_path / "told/stderr0").read_text()
     pretrain_here("--run_folder", run, "--resume")
     assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(tmp_path / "whole")]
 
