@@ -10,6 +10,7 @@ import torch
 from launching import ROOT, environment
 
 
+@pytest.mark.slow
 def test_loss_measures_each_rival_and_says_why_it_left_one_out(tmp_path):
     flags = (
         "--batch 512 --dim 16 --loss sigmoid --ranks 2 --repeats 2 --device cpu --rivals ours open_clip siglip_kernel"
@@ -81,6 +82,7 @@ def test_health_says_what_a_step_pays(tmp_path):
     assert row["steps"] == 10 and min(row["ms"].values()) > 0 and 0 < row["alone_share"] < 0.2
 
 
+@pytest.mark.slow
 def test_distill_compares_students_with_and_without_a_teacher(tmp_path):
     (tmp_path / "tiny.yaml").write_text(
         """

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from launching import ROOT, environment
 
 
@@ -12,6 +13,7 @@ def run(tmp_path, *flags):
     return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
 
 
+@pytest.mark.slow
 def test_data_measures_each_rival_on_the_same_shards(tmp_path):
     flags = "--sets real 320x240 --images 16 --batch 4 --workers 0 1 --rounds 2 --seconds 0.05 --seeks 50"
     done = run(tmp_path, *flags.split(), "--real", str(tmp_path / "none" / "{0..1}.tar"))

@@ -74,7 +74,7 @@ def call(monkeypatch, capsys, *flags):
     return status, *capsys.readouterr()
 
 
-def test_what_has_no_time_is_not_started_and_later_gone_on_with(tmp_path, monkeypatch, capsys):
+def test_what_has_no_time_is_not_started(tmp_path, monkeypatch, capsys):
     where = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "rows")]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # set by --toy: so it is undone here
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -82,6 +82,10 @@ def test_what_has_no_time_is_not_started_and_later_gone_on_with(tmp_path, monkey
     _, told, _ = call(monkeypatch, capsys, *where, "--toy", "--only", "probe", "copies", "--minutes", "0.1")
     assert told.count("not started: no time left") == 2 and "not run" in told
     assert not (tmp_path / "work" / "state.json").exists() and not (tmp_path / "rows").exists()
+
+
+@pytest.mark.slow
+def test_it_goes_on_with_what_it_has_not_done(tmp_path):
     run(tmp_path, "--toy", "--only", "probe", "--minutes", "15")
     told = run(tmp_path, "--toy", "--only", "probe", "copies", "--continue")
     assert "copies: done" in told and "probe: done" not in told

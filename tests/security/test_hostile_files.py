@@ -23,7 +23,6 @@ from contrastive.files import read_json, read_yaml
 from contrastive.train.contrastive_task import PretrainConfig
 
 HERE = Path(__file__).resolve().parent
-SECONDS = "0.15"  # of CPU time a reader
 LEAST_READERS, LEAST_INPUTS = 45, 400
 
 alike = settings(max_examples=60, derandomize=True, deadline=None, database=None)
@@ -34,9 +33,11 @@ VALUES = st.recursive(
 )
 
 
-def test_changed_files_do_no_harm(tmp_path):
+@pytest.mark.parametrize("seconds", ["0.07", pytest.param("0.15", marks=pytest.mark.slow)])
+def test_changed_files_do_no_harm(seconds, tmp_path):
+    """So many seconds of CPU time a reader."""
     out = tmp_path / "found.json"
-    command = [sys.executable, HERE / "long_run.py", "--seconds", SECONDS, "--json", out]
+    command = [sys.executable, HERE / "long_run.py", "--seconds", seconds, "--json", out]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert out.exists(), done.stderr[-3000:]
     found = json.loads(out.read_text())

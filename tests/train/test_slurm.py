@@ -107,6 +107,7 @@ def test_without_a_run_folder_nothing_starts(submit, tmp_path):
     assert not list(told.iterdir())
 
 
+@pytest.mark.slow
 def test_a_sharded_run_on_two_nodes_is_stopped_and_resumed(submit, tiny, tmp_path, free_port):
     """The real launcher and run: a rank on each node, saved at a step that no option names."""
     submit, told = submit

@@ -52,7 +52,7 @@ def rank_processes(launcher):
     return [p for p in found if p.ppid() not in [other.pid for other in found]]
 
 
-@pytest.mark.parametrize("kind", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("kind", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_one_rank_is_killed_and_the_launcher_starts_all_again(kind, start, tiny, tmp_path, free_port):
     run = tmp_path / "run"
     if kind == "torchrun":
