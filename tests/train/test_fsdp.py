@@ -1,5 +1,6 @@
 """FSDP2 over gloo: the losses and weights of one process, whatever the number of ranks that saved and went on."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ TOGETHER = (
     *("--train.gradient_checkpointing", "0.5", "--evaluation.every", "6", "--checkpoint.every", "3"),
     *("--health.norms_every", "3", "--train.log_every", "1", "--train.steps", "6", "--model.image.dropout", "0"),
 )
+SIGMOID = ("--loss", "sigmoid", "--loss.duplicates", "positive", *TOGETHER)
 CLASSIFIER = """
 model: {image: {image_size: 16, width: 16, depth: 2, num_heads: 2, mlp_dim: 32, dropout: 0.1}}
 patch_size: 8
@@ -45,12 +47,44 @@ def trained(tiny, tmp_path, free_port):
         port[0] += 1
         folder = tmp_path / name
         status, told = script_on_ranks(
-            ranks, port[0], script, *flags, "--run_folder", folder, folder=tmp_path / f"told-{name}", **environment
+            ranks,
+            port[0],
+            script,
+            *flags,
+            "--run_folder",
+            folder,
+            folder=tmp_path / f"told-{folder.name}",
+            **environment,
         )
         assert set(status) == {0}, told
         return folder
 
     return run
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    (folder / "tiny.yaml").write_text(tiny_text)
+    return folder
+
+
+@pytest.fixture
+def sigmoid_run(kept, trained):
+    """A run that several tests compare with, on 1 rank, "plain" ones or so many sharded ones: for all of them once."""
+
+    def run(on):
+        folder = kept / f"{on}"
+        if not folder.exists():
+            ranks, environment = on_ranks(on)
+            trained(ranks, folder, "--config", kept / "tiny.yaml", *SIGMOID, **environment)
+        return folder
+
+    return run
+
+
+def on_ranks(on):
+    return (2, {}) if on == "plain" else (on, FSDP if on > 1 else {})
 
 
 def assert_alike(run, reference):
@@ -69,14 +103,20 @@ def assert_alike(run, reference):
 
 
 @pytest.mark.parametrize(
-    ("loss", "duplicates", "ranks"),
-    [("sigmoid", "positive", 4), ("softmax", "ignore", 2), ("softmax", "positive", 2)],
+    "duplicates",
+    [None, "ignore", pytest.param("positive", marks=pytest.mark.slow)],
+    ids=["sigmoid", "ignore", "positive"],
 )
-def test_losses_and_weights_are_those_of_one_process_and_of_plain_ranks(loss, duplicates, ranks, tiny, trained):
-    flags = ("--config", tiny, "--loss", loss, "--loss.duplicates", duplicates, *TOGETHER)
-    one = trained(1, "one", *flags)
-    assert_alike(trained(2, "plain", *flags), one)
-    sharded = trained(ranks, "sharded", *flags, **FSDP)
+def test_losses_and_weights_are_those_of_one_process_and_of_plain_ranks(duplicates, tiny, trained, sigmoid_run):
+    """With softmax and this choice of duplicates, or with sigmoid."""
+    if duplicates is None:
+        one, plain, sharded = map(sigmoid_run, (1, "plain", 4))
+    else:
+        flags = ("--config", tiny, "--loss", "softmax", "--loss.duplicates", duplicates, *TOGETHER)
+        one, plain, sharded = (
+            trained(n, name, *flags, **on) for n, name, on in ((1, "one", {}), (2, "plain", {}), (2, "sharded", FSDP))
+        )
+    assert_alike(plain, one)
     assert_alike(sharded, one)
     assert rows(sharded, "eval")[-1] == pytest.approx(rows(one, "eval")[-1], abs=2.6)  # one image of 40
     bundle = contrastive.load(sharded)  # an ordinary model folder
@@ -86,22 +126,16 @@ def test_losses_and_weights_are_those_of_one_process_and_of_plain_ranks(loss, du
 
 
 @pytest.mark.parametrize(("saved_by", "resumed_by"), [(4, 2), (2, 4), (2, "plain"), ("plain", 2), (2, 1)])
-def test_any_number_of_ranks_goes_on(saved_by, resumed_by, tiny, trained):
-    flags = ("--config", tiny, *TOGETHER)
-    whole = trained(1, "whole", *flags)
-
-    def go(by, *flags):
-        ranks, environment = (2, {}) if by == "plain" else (by, FSDP if by > 1 else {})
-        return trained(ranks, "run", *flags, **environment)
-
-    run = go(saved_by, *flags)
+def test_any_number_of_ranks_goes_on(saved_by, resumed_by, trained, sigmoid_run, tmp_path):
+    run = shutil.copytree(sigmoid_run(saved_by), tmp_path / "run")
     for later in ("checkpoints/step-00000006", "final", "report.html"):
         path = run / later
         path.rename(path.with_name(f"old-{path.name}"))
     saved = run / "checkpoints/step-00000003"
     assert (saved / "optimizer").exists() == (saved_by != "plain")
-    go(resumed_by, "--resume")
-    assert_alike(run, whole)
+    ranks, environment = on_ranks(resumed_by)
+    trained(ranks, "run", "--resume", **environment)
+    assert_alike(run, sigmoid_run(1))
 
 
 BESIDE = """
@@ -178,8 +212,8 @@ def test_a_classifier(tmp_path, trained):
     assert contrastive.load(sharded).class_names == contrastive.load(plain).class_names
 
 
-def test_a_locked_image_tower(tiny, trained):
-    first = trained(1, "first", "--config", tiny, "--train.steps", "2", "--evaluation.every", "2")
+def test_a_locked_image_tower(tiny, trained, sigmoid_run):
+    first = sigmoid_run(1)
     flags = ("--config", tiny, "--lock", "image", "--init_image", first)
     sharded = trained(2, "sharded", *flags, **FSDP)
     assert_same_losses(sharded, trained(2, "plain", *flags), rel=1e-5)
