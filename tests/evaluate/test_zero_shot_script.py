@@ -1,13 +1,11 @@
 """scripts/zero_shot.py on a real, untrained model and real sources."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-from small_model import SCRIPTS, save_small_model, script_caller
+from small_model import save_small_model, script_caller
 
 from contrastive.data.class_joining import load_class_set
 from contrastive.data.sources.scenes import HELD_OUT_PAIRS, PAIRS
@@ -39,19 +37,8 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_scores_scenes_and_writes_the_result(model_folder):
-    command = [
-        sys.executable,
-        SCRIPTS / "zero_shot.py",
-        model_folder,
-        "--data",
-        "scenes:test",
-        "--limit",
-        "200",
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_scores_scenes_and_writes_the_result(zero_shot, model_folder):
+    done = zero_shot(model_folder, "--data", "scenes:test", "--limit", 200, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     for shown in ("acc@1", "acc@5", "mean per-class recall", "chance level", "1.56 %", "lowest recall"):
         assert shown in done.stdout

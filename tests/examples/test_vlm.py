@@ -13,6 +13,7 @@ import torch
 from evaluate.small_model import save_small_model
 from native_model import Shapes, save_native
 from PIL import Image
+from rank_processes import script_on_ranks
 
 from contrastive.errors import UserError
 
@@ -20,9 +21,15 @@ VLM = Path(__file__).resolve().parents[2] / "examples" / "vlm"
 CLASSES = ("red circle", "red star", "blue circle")
 
 
-def call(script, *arguments):
-    command = [sys.executable, str(VLM / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def call(tmp_path, free_port):
+    """Run a script of the example; returns its exit status, and what it wrote to stderr."""
+
+    def call(script, *arguments):
+        (status,), told = script_on_ranks(1, free_port, VLM / script, *arguments, folder=tmp_path / "told")
+        return status, told
+
+    return call
 
 
 @pytest.fixture
@@ -46,20 +53,23 @@ def build(encoder):
     return Captioner(encoder, *small_language(captions, vocab_size=300))
 
 
-def test_trains_and_captions_from_the_command_line(tmp_path):
+def test_trains_and_captions_from_the_command_line(tmp_path, call):
     model, out = save_small_model(tmp_path / "model"), tmp_path / "vlm"
-    done = call("train.py", model, "--layer", -1, "--steps", 2, "--batch-size", 4, "--eval-images", 4, "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert "scenes:heldout" in done.stderr and "% of 4 captions" in done.stderr
+    flags = ("--layer", -1, "--steps", 2, "--batch-size", 4, "--eval-images", 4, "--out", out)
+    status, told = call("train.py", model, *flags)
+    assert status == 0, told
+    assert "scenes:heldout" in told and "% of 4 captions" in told
     results = json.loads((out / "results.json").read_text())
     assert [result["data"] for result in results] == ["scenes:test", "scenes:heldout"]
     image = tmp_path / "image.png"
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(image)
-    shown = call("caption.py", out, image)
+    shown = subprocess.run(
+        [sys.executable, VLM / "caption.py", out, image], capture_output=True, text=True, timeout=300
+    )
     assert shown.returncode == 0 and shown.stdout.startswith(f"{image}: ")
-    wrong = call("caption.py", out, out / "results.json")
-    assert wrong.returncode == 2
-    assert wrong.stderr.splitlines()[-1].startswith("caption.py: error: ") and "is not an image" in wrong.stderr
+    status, told = call("caption.py", out, out / "results.json")
+    assert status == 2
+    assert told.splitlines()[-1].startswith("caption.py: error: ") and "is not an image" in told
 
 
 def test_a_dry_run_shows_captions_and_writes_nothing(tmp_path, examples, encoder, capsys):
@@ -115,14 +125,14 @@ def test_learns_two_captions_by_heart_and_saves_them(examples, encoder, tmp_path
     assert Captioner.load(tmp_path / "vlm").caption(pixels) == texts
 
 
-def test_takes_a_language_model_of_transformers_frozen(tmp_path, examples, encoder):
+def test_takes_a_language_model_of_transformers_frozen(tmp_path, examples, encoder, call):
     model = build(encoder)
     folder = tmp_path / "language"
     model.language_model.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     common = ("--layer", -1, "--steps", 2, "--batch-size", 2, "--eval", "--out", tmp_path / "vlm")
-    done = call("train.py", tmp_path / "model", "--language-model", folder, "--freeze-language-model", *common)
-    assert done.returncode == 0, done.stderr
+    status, told = call("train.py", tmp_path / "model", "--language-model", folder, "--freeze-language-model", *common)
+    assert status == 0, told
     from language import load_language
 
     before, after = (
@@ -130,8 +140,8 @@ def test_takes_a_language_model_of_transformers_frozen(tmp_path, examples, encod
         load_language(tmp_path / "vlm" / "language_model", trained=False)[0].state_dict(),
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
-    again = call("train.py", tmp_path / "model", *common)
-    assert again.returncode == 2 and "nothing is overwritten" in again.stderr
+    status, told = call("train.py", tmp_path / "model", *common)
+    assert status == 2 and "nothing is overwritten" in told
 
 
 def test_refuses_language_models_that_cannot_caption(tmp_path, examples, encoder):

@@ -67,7 +67,7 @@ def test_row_31_all_ranks_write_where_they_hang(tmp_path, free_port):
     run = tmp_path / "run"
     flags = ("--config", tmp_path / "tiny.yaml", "--run_folder", run, "--data.train", "faulty:train")
     status, told, _ = run_faulty(
-        "sleep,1,20,1000", 2, free_port, *flags, "--data.timeout", "6", "--health.hang_after", "1"
+        "sleep,1,20,1000", 2, free_port, *flags, "--data.timeout", "4", "--health.hang_after", "1"
     )
     assert status and "rank 1 did not reach step 3" in told
     assert told.count("no step, evaluation or save has ended for 1 seconds") == 1 and str(run / "stacks") in told

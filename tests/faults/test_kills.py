@@ -5,13 +5,12 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 from launching import ON_CPU, ROOT, assert_same_run, command, environment, pretrain_here, ranks, rows
-from rank_processes import script_on_mortal_ranks, script_on_ranks
+from rank_processes import script_on_mortal_ranks, script_on_ranks, start_script
 
 from contrastive.errors import UserError
 from contrastive.files import problem, sha256
@@ -99,7 +98,7 @@ def test_row_1_all_processes_are_killed_at_random_steps(tiny, tmp_path, on_ranks
     assert_same_run(run, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow_fault)])
+@pytest.mark.parametrize("every", [40, pytest.param(1, marks=pytest.mark.slow_fault)])
 def test_row_2_killed_at_each_thing_that_a_save_does_to_the_disk(every, tiny, tmp_path, on_ranks):
     """Each run goes on from what the one before left, and is killed an operation later in its first save."""
     go, run = on_ranks(2), tmp_path / "run"
@@ -180,16 +179,16 @@ def test_row_4_the_launcher_is_killed_while_its_ranks_start(seconds, tiny, tmp_p
     wait_for_end(children, 20)  # to where they have imported torch
 
 
-def test_row_5_a_second_launch_is_refused_and_changes_nothing(tiny, tmp_path):
-    run, told = tmp_path / "run", tmp_path / "told"
+def test_row_5_a_second_launch_is_refused_and_changes_nothing(tiny, tmp_path, free_port):
+    run, told = tmp_path / "run", tmp_path / "told/stderr0"
     start = ("--config", tiny, "--data.train", "faulty:train", "--train.steps", "1000", "--run_folder", run)
-    with told.open("w") as file:  # a run that stands still, for its files to be the same, and is alive
-        env = environment() | ON_CPU | {"FAULT": "sleep,0,500,1", "PYTHONPATH": str(ROOT)}
-        first = subprocess.Popen([sys.executable, FAULTY, *map(str, start)], env=env, stderr=file)
+    # A run that stands still, for its files to be the same, and is alive.
+    (first,) = start_script(1, free_port, FAULTY, *start, folder=told.parent, FAULT="sleep,0,500,1")
+    told.touch()
     try:
         limit = time.monotonic() + 60
         while "fault: sleep" not in told.read_text() or list(run.glob("checkpoints/.tmp-*")):
-            assert first.poll() is None and time.monotonic() < limit, told.read_text()
+            assert first.is_alive() and time.monotonic() < limit, told.read_text()
             time.sleep(0.02)
         before = {path: sha256(path) for path in run.rglob("*") if path.is_file() and path.name != LOCK}
         assert len(rows(run)) > 4
@@ -202,10 +201,10 @@ def test_row_5_a_second_launch_is_refused_and_changes_nothing(tiny, tmp_path):
             with pytest.raises(UserError, match=words):
                 pretrain_here(*flags)
         now = {path: sha256(path) for path in run.rglob("*") if path.is_file() and path.name != LOCK}
-        assert before == now and first.poll() is None
+        assert before == now and first.is_alive()
     finally:
         first.kill()
-        first.wait()
+        first.join()
 
 
 def stop_and_resume(fault, number, flags, tmp_path, go):

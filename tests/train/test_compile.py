@@ -31,7 +31,10 @@ def traced(monkeypatch):
     counters.clear()
 
 
-@pytest.mark.parametrize("flags", [(), ("--train.accumulate", "2", "--train.gradient_checkpointing", "1")])
+MICRO_BATCHES = ("--train.accumulate", "2", "--train.gradient_checkpointing", "1")
+
+
+@pytest.mark.parametrize("flags", [pytest.param((), marks=pytest.mark.slow), MICRO_BATCHES])
 def test_a_compiled_run_is_an_uncompiled_one(flags, tiny, tmp_path, traced):
     expected, weights = trained(tiny, tmp_path / "plain", *flags, "--train.compile", "off")
     assert not counters["stats"]
