@@ -220,7 +220,9 @@ class ContrastiveTask(TrainingTask):
         if config.all_captions:  # one of B·K texts for half of the loss
             self.chance_loss += math.log(config.data.captions_per_image) / 2
         for name, own in options.items():
-            self.model.objectives[name] = own.build(self._setting(name))
+            self.model.objectives[name] = built = own.build(self._setting(name))
+            if own.keep and next(built.parameters(), None) is None:
+                raise UserError(f"objectives.{name}.keep: it has no modules that could be kept; leave it out")
 
     def new_model(self) -> nn.Module:
         """Return the model with fresh weights, its objectives still to come."""

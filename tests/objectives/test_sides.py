@@ -249,6 +249,9 @@ def test_a_run_from_a_table(tiny, tmp_path):
     assert sum(count["missing_negative"] for count in counts) == 8
     with pytest.raises(UserError, match="no column 'worng'; the columns are: image, caption, wrong. Did you mean"):
         pretrain_here(*words, "--run_folder", tmp_path / "b", "--objectives.hard_negatives.column", "worng")
+    with pytest.raises(UserError, match="objectives.hard_negatives.keep: it has no modules that could be kept"):
+        keep = ("--objectives.hard_negatives.column", "wrong", "--objectives.hard_negatives.keep")
+        pretrain_here(*words, "--run_folder", tmp_path / "d", *keep)
     with pytest.raises(UserError, match="hard_negatives.column wrong: scenes:train has no texts to choose from"):
         words[3] = "scenes"
         pretrain_here(*words, "--run_folder", tmp_path / "c", "--objectives.hard_negatives.column", "wrong")
