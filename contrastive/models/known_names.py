@@ -42,7 +42,7 @@ _OTHERS = """
 EXAMPLES = tuple(_OTHERS.split())  # of the others' names, to show and to suggest
 # What other names stand for, by what is found in them first.
 NOT_OURS = {
-    "naflex": "it takes images of any shape (NaFlex)",
+    "naflex": "it takes images of any shape, as google/siglip2-base-patch16-256 does with --model.image.native",
     "coca|mammut|genlip": "it has a text decoder",
     "roberta|mt5|nllb|xlm|bert|moderntext": "its text tower is another library's",
     r"^rn\d|resnet|convnext|swin|vitamin|mobileclip|^eva|pe-core|fastvit|efficientnet|dino|tips|regnet|relpos|deit|beit|"

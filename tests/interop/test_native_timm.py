@@ -1,5 +1,6 @@
 """timm's NaFlexVit in and out, and in folders of open_clip 4, on pictures from 1:8 to 8:1."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -135,14 +136,31 @@ def test_open_clip_4s_options_of_timm_are_read_or_refused(options, words, tmp_pa
         ({"pos_embed_ar_preserving": True}, "no resampling of positions with pos_embed_ar_preserving"),
         ({"pos_embed_grid_size": [5, 4]}, r"no oblong grid of positions \(40×32 pixels\)"),
         ({"reg_tokens": 2}, "no register tokens"),
+        ({"patch_size": 0}, "no patches of 0 pixels"),
         ({"embed_proj_type": "conv"}, "no patch embedding by a convolution"),
         ({"attn_pool_num_heads": 2}, "no pooling of other heads"),
         ({"global_pool": "avg"}, r"no norm behind the pooling \(fc_norm\)"),
         ({"rope_type": "axial"}, "no block 'EvaBlock'"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_what_ours_has_not_is_named(arguments, words, tmp_path):
     naflexvit(tmp_path, **arguments)
+    refused(tmp_path, words)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((3, None, 8), "input_size is .*three whole numbers"),
+        ((3, 4, 8), "config.json: 0 patches of an image: use 1 to"),
+    ],
+)
+def test_a_size_that_is_none(size, words, tmp_path):
+    naflexvit(tmp_path)
+    description = json.loads((tmp_path / "config.json").read_text())
+    description["pretrained_cfg"]["input_size"] = size
+    (tmp_path / "config.json").write_text(json.dumps(description))
     refused(tmp_path, words)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent, Bundle
-from contrastive.interop.formats.option_kinds import check, is_number, per_channel
+from contrastive.interop.formats.option_kinds import check, is_count, is_number, per_channel
 from contrastive.models import ImageTowerConfig
 
 TIMM_MODES = {"center": "crop", "squash": "squash"}
@@ -74,7 +74,10 @@ def read_native_timm_transform(cfg: Mapping, image: ImageTowerConfig, where: Pat
     from timm.data import resolve_data_config
 
     cfg = resolve_data_config(pretrained_cfg=cfg)
-    height, width = whole_patches(cfg["input_size"][1:], image.patch_size)
+    size = cfg["input_size"]
+    fits = isinstance(size, (list, tuple)) and len(size) == 3 and all(map(is_count, size))
+    check(fits, f"{where}: pretrained_cfg.input_size", size, "three whole numbers: channels, height and width", ";")
+    height, width = whole_patches(size[1:], image.patch_size)
     return native_preprocess(image, height * width // image.patch_size**2, "pretrained_cfg", cfg, where)
 
 
@@ -93,8 +96,11 @@ def native_preprocess(
             "model Patches of your own"
         )
     statistics = _statistics(section, cfg, where)
-    made = {"resize": "native", "interpolation": interpolation, "patches": patches}
-    return Preprocess(PreprocessConfig(image.image_size, image.patch_size, **made, **statistics))
+    made = {"resize": "native", "interpolation": interpolation, "patches": patches, **statistics}
+    try:
+        return Preprocess(PreprocessConfig(image.image_size, image.patch_size, **made))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def read_open_clip_transform(cfg: Any, size: tuple[int, int], patch_size: int, where: Path) -> Preprocess | Absent:

@@ -40,6 +40,7 @@ def strange_naflex(model: nn.Module) -> dict[str, bool]:
         "patch embedding by a convolution (embed_proj_type)": not embeds.is_linear,
         "patches with the channel first (patchify_channels_last=False)": not embeds.channels_last,
         "norm of the patches (input_norm_layer)": embeds.norm_input is not None,
+        f"patches of {embeds.patch_size[0]} pixels": embeds.patch_size[0] < 1,
         f"positions of another kind (pos_embed='{embeds.pos_embed_type}')": embeds.pos_embed_type != "learned",
         f"oblong grid of positions ({height}×{width} pixels)": height != width,
         f"resampling of positions by pos_embed_interp_mode='{mode}'": mode != "bilinear",
