@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from contrastive.errors import UserError
 from contrastive.losses import LOSSES
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.models.caption_decoder import CaptionDecoder, CaptionDecoderConfig
+from contrastive.objectives.caption import Caption
+from contrastive.objectives.objective import MicroBatch
 from contrastive.patches import Patches
 from contrastive.train.classify import TrainClassifierConfig, train_classifier
 from contrastive.train.counting import one_pass
@@ -142,20 +145,26 @@ def test_gradients_are_those_of_the_whole_batch(free_port):
     run_on_ranks(2, assert_gradients_on_ranks, free_port, expected)
 
 
-def test_a_caption_decoder_sees_no_padding():
+def test_objectives_see_no_padding():
+    """Features and captions of a batch are those of each image alone."""
     torch.manual_seed(0)
+    model = DualEncoder(CONFIG).eval()
+    images = [Patches.of(torch.randn(3, 4 * rows, 4 * columns), 4) for rows, columns in ((1, 8), (2, 2))]
     options = CaptionDecoderConfig(width=16, depth=2, num_heads=2, mlp_dim=16)
-    decoder = CaptionDecoder(options, 16, vocab_size=20, context_length=6, eos_id=1).eval()
-    tokens, ids = torch.randn(2, 5, 16), torch.randint(2, 20, (4, 6))
-    own = torch.arange(5) < torch.tensor([[5], [2]])
-    rows = {"weights": decoder.weights(ids), "parallel": torch.tensor([True, False] * 2)}
-    batch = decoder.loss(tokens, ids, **rows, own=own)
+    captions = SimpleNamespace(decoder=CaptionDecoder(options, 16, vocab_size=20, context_length=6, eos_id=1).eval())
+    ids = torch.randint(2, 20, (2, 2, 6))
+    inputs = {"ids": ids, "weights": captions.decoder.weights(ids.flatten(0, 1)).unflatten(0, (2, 2))}
+    inputs["parallel"] = torch.tensor([[True, False]] * 2)
+    # What embeds an image alone has no padding, so nothing that could be looked at.
+    whole = MicroBatch(model, Patches.batch(images), ids[:, 0])
+    alone = [MicroBatch(model, images[i][None], ids[i : i + 1, 0]) for i in range(2)]
+    torch.testing.assert_close(whole.features.image, torch.cat([part.features.image for part in alone]))
+    torch.testing.assert_close(whole.features.image, model.encode_image(whole.pixels))
     each = [
-        decoder.loss(tokens[i : i + 1, :n], **{k: v[2 * i : 2 * i + 2] for k, v in {"ids": ids, **rows}.items()})
-        for i, n in ((0, 5), (1, 2))
+        Caption.loss(captions, part, {name: rows[i : i + 1] for name, rows in inputs.items()}, {})
+        for i, part in enumerate(alone)
     ]
-    torch.testing.assert_close(batch, sum(each) / 2)
-    assert (decoder.loss(tokens, ids, **rows) - batch).abs() > 1e-4
+    torch.testing.assert_close(Caption.loss(captions, whole, inputs, {}), sum(each) / 2)
 
 
 def test_captions_and_a_model_to_start_from(folder, tmp_path):
