@@ -247,7 +247,7 @@ def test_a_plan_counts_the_most_patches(folder):
 
     assert make_plan(options("--gpus", "1", "--train.micro_batch_tokens", "32")).forecasts[0].micro_batch == 2
     few, many = (
-        one_pass(options("--model.text.vocab_size", "9", "--data.native.patches", n), 2, 2, False, keeps=False)
+        one_pass(options("--model.text.vocab_size", "9", "--data.native.patches", n), 2, 8, False, keeps=False)
         for n in ("16", "64")
     )
     assert 3.5 < many.forward / few.forward < 6
