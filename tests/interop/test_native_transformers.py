@@ -91,6 +91,12 @@ def test_ours_out_and_in_again(tmp_path):
     assert "PreTrainedTokenizerFast.from_pretrained" in card and "aspect kept, 20 patches at most, bilinear" in card
 
 
+def test_a_source_without_its_processor_is_checked_on_noise_of_several_grids(copied, tmp_path):
+    done = export(copied("Siglip2VisionModel"), "transformers", tmp_path / "out")
+    assert [check.what for check in done.checks] == ["image embeddings"] and not (tmp_path / "out" / FILE).exists()
+    assert [note.partition(", so ")[2] for note in done.notes] == [f"{FILE} was left out"]
+
+
 def test_our_own_folder(tmp_path):
     bundle, images = small_bundle("native"), pictures()[3:5]
 

@@ -124,9 +124,9 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
             notes += write_preprocess(preprocess.config, size, patch_size, processor_class, folder)
             size = taken_size(preprocess.config, patch_size)[0]
         else:
+            fills = f"; image_size in config.json is {size}, what its patches fill"
             notes.append(
-                f"{bundle.path} has no preprocessing, so {FILE} was left out; image_size in config.json is "
-                f"{size}, what its patches fill"
+                f"{bundle.path} has no preprocessing, so {FILE} was left out{'' if family == 'siglip2' else fills}"
             )
     if tokenizer is not None:
         notes += write_tokenizer(tokenizer, folder)
