@@ -34,17 +34,19 @@ class Packing(NamedTuple):
         device, (batch, most) = images.values.device, images.values.shape[:2]
         lengths = images.lengths + num_prefix
         segments, by_length, order = Segments.of(lengths, longest=most + num_prefix)
-        extra = len(segments.boundaries) - 1 - batch
-        whose = by_length.repeat_interleave(lengths[by_length])
+        extra, own = len(segments.boundaries) - 1 - batch, int(lengths.sum())
+        # What is as long as the batch goes to the device; what is as long as its tokens is made there.
+        parts = images.grids, lengths[by_length], by_length, order
+        grids, rising, by_length, order = (part.to(device, non_blocking=True) for part in parts)
+        segments = segments.to(device, non_blocking=True)
+        whose = by_length.repeat_interleave(rising, output_size=own)
         begins = segments.boundaries[order].long()[whose]
-        number = torch.arange(extra, extra + len(whose)) - begins - num_prefix  # below 0 before an image's patches
+        number = torch.arange(extra, extra + own, device=device) - begins - num_prefix  # below 0 before the patches
         prefix = F.pad(number < 0, (extra, 0)) if num_prefix else None
         number = number.clamp(min=0)
-        places = Places.of(images.grids[whose], number)
-        tokens = (F.pad(part, (extra, 0)) for part in (whose * most + number, *places))
-        patches, *places = (part.to(device, non_blocking=True) for part in tokens)
-        prefix = None if prefix is None else prefix.to(device, non_blocking=True)
-        return cls(patches, prefix, Places(*places), segments.to(device, non_blocking=True), order.to(device))
+        places = Places.of(grids[whose], number)
+        patches, *places = (F.pad(part, (extra, 0)) for part in (whose * most + number, *places))
+        return cls(patches, prefix, Places(*places), segments, order)
 
     def pooled(self, x: torch.Tensor, pool: str) -> torch.Tensor:
         """Return the class token ('class') or the mean of the patches of each image: (T, D) to (B, D)."""
