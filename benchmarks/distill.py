@@ -50,7 +50,7 @@ class Options:
     """Of all of them."""
     student: str = SMALLER
     """Flags that make the student."""
-    distill: str = "--objectives.distill.weight 3"
+    distill: str = "--objectives.distill.weight 3 --objectives.distill.feature_weight 3 --objectives.distill.project"
     """Flags that say how it learns from the teacher."""
     more: str = ""
     """Further flags of all runs."""
