@@ -233,6 +233,8 @@ def readers() -> list[Reader]:
         Reader("captioner", made(_captioner), reading.read_captioner, seal_manifest),
         Reader("model transformers siglip", made(_transformers("SiglipModel")), reading.read_model),
         Reader("model transformers clip", made(_exported("transformers", "clip")), reading.read_model),
+        Reader("model transformers native", made(_exported("transformers", "native")), reading.read_model),
+        Reader("model timm native", made(_exported("timm", "native")), reading.read_model),
         Reader("model open_clip", made(_exported("open_clip", "clip")), reading.read_model),
         Reader("model timm", made(_exported("timm", "classifier")), reading.read_model),
         Reader("image encoder", made(_transformers("Siglip2VisionModel")), reading.read_encoder),
