@@ -180,7 +180,8 @@ PARTS = (
         f"{TRAIN} {B16} {NATIVE} --train.steps 200 --run_folder {{work}}/native".replace("scenes", "scenes:wide"),
         "loss falls; samples/s at least that of `train` times 0.9 · 196 / 162",
         5,
-        toy=f"{TOY_TRAIN} {TOY_RUN} --data.train scenes:wide --data.eval scenes:wide-val --model.image.native --run_folder {{work}}/native",
+        toy=f"{TOY_TRAIN} {TOY_RUN} --data.train scenes:wide --data.eval scenes:wide-val --model.image.native "
+        "--run_folder {work}/native",
         told=TOLD_RUN,
         needs=DATA,
     ),

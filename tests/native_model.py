@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from contrastive.data.preprocess import PreprocessConfig
+from contrastive.data.preprocess import PreprocessOptions
 from contrastive.data.record import Record, Source
 from contrastive.data.tokenizer import train_bpe
 from contrastive.files import write_folder
@@ -43,14 +43,17 @@ class Shapes(Source):
         return Record(f"{index:02d}", image, self.captions(index), self.label(index), mask=mask)
 
 
-def save_native(folder, classifier=False, **tower):
-    """Write a model of patches of 8 px, 16 of an image at most, with an attention head; or a classifier."""
+def save_native(folder, classifier=False, patches=None, native=True, **tower):
+    """Write a model of patches of 8 px with an attention head; or a classifier, or one of squares.
+
+    patches: of an image at most; None: 16.
+    """
     torch.manual_seed(0)
     size = {"width": 32, "depth": 2, "num_heads": 2, "mlp_dim": 48}
     tokenizer = train_bpe([f"a {name} one of many photo" for name in NAMES] * 4, vocab_size=290, context_length=12)
     ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "eos_id", "pad_id")}
     config = ModelConfig(embed_dim=32)
-    image = replace(config.image, native=True, image_size=4 * PATCH, patch_size=PATCH, **size, **tower)
+    image = replace(config.image, native=native, image_size=4 * PATCH, patch_size=PATCH, **size, **tower)
     if classifier:
         config = ClassifierConfig(image, num_classes=3)
     else:
@@ -59,7 +62,8 @@ def save_native(folder, classifier=False, **tower):
     with torch.no_grad():  # biases and positions that are not 0 tell more
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    preprocess = PreprocessConfig(4 * PATCH, PATCH, resize="native", interpolation="bilinear")
+    options = PreprocessOptions(resize="native" if native else "squash", interpolation="bilinear", patches=patches)
+    preprocess = options.at(4 * PATCH, PATCH)
     if classifier:
         write_folder(folder, lambda to: save_classifier(to, model.state_dict(), model.config, preprocess, NAMES))
     else:

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from contrastive.data.decode import decode
 from contrastive.data.record import BadSample
 from contrastive.errors import UserError
+from contrastive.option_types import Positive
 from contrastive.patches import Patches
 from contrastive.words import no_attribute
 
@@ -44,6 +45,8 @@ class PreprocessOptions:
     """How both are resized. SigLIP 2 was trained with bilinear."""
     short_side: int | None = None
     """What the short side (squash: both sides) is scaled to before the cut (timm's crop_pct); none: to the size."""
+    patches: Positive[int | None] = None
+    """native: the most patches of an image in evaluation; none: as many as a square of image_size has."""
     cut: Cut = "round"
     """Which part is kept: the centre, where an odd margin is halved by round (to even, as torchvision and open_clip) or
     floor (transformers), or the corner at the top left (patches that do not fill an image)."""
@@ -76,8 +79,6 @@ class PreprocessConfig(PreprocessOptions):
     """Side of the square in pixels, or (height, width). Of native images what the positions are made for."""
     patch_size: int | None = None
     """Of native images: side of a patch in pixels."""
-    patches: int | None = None
-    """Of native images: the most patches of one; none: as many as a square of image_size has."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,7 +103,7 @@ class PreprocessConfig(PreprocessOptions):
         elif self.patch_size is None or self.patch_size < 1 or any(side % self.patch_size for side in self.size):
             raise UserError(f"resize 'native' needs a patch_size that divides image size {self.image_size}")
         elif self.patches is not None and not 0 < self.patches <= MOST_PATCHES:
-            raise UserError(f"{self.patches} patches of an image: use 1 to {MOST_PATCHES:,}")
+            raise UserError(f"preprocess patches {self.patches} of an image: use 1 to {MOST_PATCHES:,}")
 
     @property
     def most_patches(self) -> int:

@@ -19,7 +19,7 @@ class NativeConfig:
 
     patches: Positive[tuple[int, ...]] = ()
     """The most patches of an image in training; of several numbers one is drawn for each step (NaFlex). None: as many
-    as a square of image_size has, as in evaluation."""
+    as in evaluation, data.preprocess.patches."""
 
 
 @dataclass(frozen=True)

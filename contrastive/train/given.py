@@ -228,12 +228,16 @@ def starting_model(config: PretrainConfig, checkpoint: Path | None) -> tuple[Bun
 
 
 def at_size(bundle: Bundle, size: int | None, patch: int | None = None) -> Bundle:
-    """Return the bundle for images, and patches, of so many pixels, resampled; itself for None and its own sizes."""
+    """Return the bundle for images, and patches, of so many pixels, resampled; itself for None and its own sizes.
+
+    Native images have as many patches at most as such a square then.
+    """
     own = bundle.config.image
     size, patch = size or own.image_size, patch or own.patch_size
     if (size, patch) == (own.image_size, own.patch_size):
         return bundle
-    model, preprocess = bundle.model, Preprocess(bundle.preprocess.config.options.at(size, patch))
+    options = replace(bundle.preprocess.config.options, patches=None)
+    model, preprocess = bundle.model, Preprocess(options.at(size, patch))
     if patch == own.patch_size:
         model.image_tower.set_input_size(size)
     else:

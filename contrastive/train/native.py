@@ -29,10 +29,12 @@ def resolve_native(config: C, image: ImageTowerConfig) -> C:
     data, train = config.data, config.train
     if not image.native:
         asked = {"data.preprocess.resize native": data.preprocess.resize == "native"}
-        asked |= {"data.native.patches": data.native.patches, "train.micro_batch_tokens": train.micro_batch_tokens}
+        asked |= {"data.native.patches": data.native.patches, "data.preprocess.patches": data.preprocess.patches}
+        asked |= {"train.micro_batch_tokens": train.micro_batch_tokens}
+        mend = "give --model.image.native with it, or leave" if hasattr(config, "model") else "of this model leave"
         for name, given in asked.items():
             if given:
-                raise UserError(f"{name} is for native images: give --model.image.native with it, or leave it out")
+                raise UserError(f"{name} is for native images: {mend} it out")
         return config
     preprocess = native_options(data.preprocess)
     for name in ("resize", "short_side", "cut"):
@@ -67,7 +69,7 @@ def resolve_native(config: C, image: ImageTowerConfig) -> C:
 
 def most_patches(config: RunConfig, image: ImageTowerConfig) -> int:
     """Return how many patches a native image has at most in training."""
-    return max(config.data.native.patches, default=image.num_patches)
+    return max(config.data.native.patches, default=config.data.preprocess.patches or image.num_patches)
 
 
 def micro_batches(train: TrainConfig, samples: int, patches: int | None) -> int:

@@ -97,7 +97,8 @@ class TrainingTask(ABC):
         image = self.model.config.image
         if not image.native:
             return self.curriculum.image_size
-        return DrawnSize(image.patch_size, self.config.data.native.patches or (image.num_patches,), order.seed)
+        patches = self.config.data.native.patches or (self.preprocess.config.most_patches,)
+        return DrawnSize(image.patch_size, patches, order.seed)
 
     @abstractmethod
     def dataset(self, order: SampleOrder) -> SampleDataset:

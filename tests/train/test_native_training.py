@@ -188,6 +188,9 @@ def test_captions_and_a_model_to_start_from(folder, tmp_path):
 REFUSED = {
     "--model.image.no_native": "data.native.patches is for native images: give --model.image.native",
     "--model.image.no_native --data.native.patches --train.micro_batch_tokens 9": "train.micro_batch_tokens is for nat",
+    "--model.image.no_native --data.native.patches --data.preprocess.patches 9": "data.preprocess.patches is for nat",
+    "--data.preprocess.patches 20000 --data.native.patches 4": "preprocess patches 20000 of an image: use 1 to 16,384",
+    "--data.preprocess.patches 0": "data.preprocess.patches is 0; it must be above 0",
     "--data.preprocess.resize crop": "data.preprocess.resize crop is not for model.image.native",
     "--data.preprocess.short_side 20": "data.preprocess.short_side 20 is not for model.image.native",
     "--model.image.patch_dropout 0.5": "model.image.patch_dropout is not for native",
@@ -225,12 +228,16 @@ def test_a_classifier_is_trained_on_native_images(folder, tmp_path, capsys):
 
 
 def test_a_native_model_is_fine_tuned_and_stays_one(tmp_path):
-    model = save_native(tmp_path / "model")
+    model = save_native(tmp_path / "model", patches=20)
     words = f"--data.train digits:train --data.eval digits:test --train.steps 2 --batch_size 8 --wise_ft.alphas 0 1 \
         --evaluation.limit 8 --wise_ft.eval digits:test --run_folder {tmp_path / 'run'} --init {model}"
     (tmp_path / "finetune.yaml").write_text("{}")
     how = {"prog": "t", "description": "", "default_file": tmp_path / "finetune.yaml"}
     command(FinetuneConfig, finetune, words.split(), **how)
+    save_native(tmp_path / "squares", native=False)
+    other = words.replace(str(model), str(tmp_path / "squares")).replace(str(tmp_path / "run"), str(tmp_path / "other"))
+    with pytest.raises(UserError, match="data.native.patches is for native images: of this model leave it out"):
+        command(FinetuneConfig, finetune, [*other.split(), "--data.native.patches", "8"], **how)
     curve = json.loads((tmp_path / "run" / "wise_ft.json").read_text())
     assert [row["alpha"] for row in curve] == [0, 1] and "zero-shot digits:test" in curve[0]
     before, after = (contrastive.load(folder) for folder in (model, tmp_path / "run" / "encoder"))
@@ -239,6 +246,17 @@ def test_a_native_model_is_fine_tuned_and_stays_one(tmp_path):
     with torch.no_grad():
         change = after.model.encode_image(images) - before.model.encode_image(images)
     assert 1e-6 < change.abs().max() < 0.5
+
+
+def test_a_run_keeps_the_patches_of_the_model_it_starts_from_or_those_given(folder, tmp_path, capsys):
+    model = save_native(tmp_path / "model", patches=20)
+    words = ("--data", folder / "pairs.csv", "--train.steps", "1", "--train.global_batch_size", "8")
+    pretrain_here("--init", model, *words, "--run_folder", tmp_path / "run")
+    assert contrastive.load(tmp_path / "run").preprocess.config.most_patches == 20
+    assert "native, up to 20 patches of 8 px" in " ".join(capsys.readouterr().err.split())
+    given = ("--config", folder / "native.yaml", "--train.steps", "1", "--data.preprocess.patches", "30")
+    pretrain_here(*given, "--run_folder", tmp_path / "given")
+    assert contrastive.load(tmp_path / "given").preprocess.config.most_patches == 30
 
 
 def test_a_plan_counts_the_most_patches(folder):

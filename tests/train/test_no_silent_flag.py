@@ -79,6 +79,7 @@ VALUES = {  # where another value of the type would be wrong, as the words after
     "train.accumulate": "2",
     "train.micro_batch_tokens": "64",
     "data.native.patches": "2 4",
+    "data.preprocess.patches": "3",
     "train.precision": "bf16",
     "train.compile": "off",
     "train.ema_decay": "0.05",
