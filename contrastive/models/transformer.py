@@ -113,11 +113,18 @@ class _OneDNNLinear(torch.autograd.Function):
 _uncompiled = functools.cache(torch.compiler.disable)
 
 
+class Runs:
+    """How many sequences have which length. No tuple: torch.compile makes another code for each length of one."""
+
+    def __init__(self, rising: torch.Tensor):
+        lengths, self.numbers = (part.tolist() for part in rising.unique_consecutive(return_counts=True))
+        self.sizes = [length * number for length, number in zip(lengths, self.numbers, strict=True)]
+
+
 class Segments(NamedTuple):
     """Sequences without padding, one behind the other in rising order of length: S of them in (T, D)."""
 
-    runs: tuple[tuple[int, int], ...]
-    """(length, how many have it), the lengths rising."""
+    runs: Runs
     boundaries: torch.Tensor
     """(S + 1,) int32: where each begins, and T."""
     longest: int
@@ -139,8 +146,7 @@ class Segments(NamedTuple):
         total = int(lengths.sum())
         extra = -total % max(1, 2 ** (total.bit_length() - 5))
         rising = F.pad(rising, (extra, 0), value=1)
-        runs = zip(*(part.tolist() for part in rising.unique_consecutive(return_counts=True)), strict=True)
-        segments = cls(tuple(runs), F.pad(rising.cumsum(0), (1, 0)).int(), longest)
+        segments = cls(Runs(rising), F.pad(rising.cumsum(0), (1, 0)).int(), longest)
         return segments, order, order.argsort() + extra
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
@@ -219,14 +225,13 @@ def attend_within(q, k, v, segments: Segments, dropout: float, is_causal: bool) 
 
 
 def _attend_by_length(q, k, v, segments: Segments, dropout: float, is_causal: bool) -> torch.Tensor:
-    numbers = [number for _, number in segments.runs]
-    sizes = [length * number for length, number in segments.runs]
+    numbers, sizes = segments.runs.numbers, segments.runs.sizes
     of_queries = q.split(sizes if len(q) == len(k) else numbers)
     attended = []
     for number, *run in zip(numbers, of_queries, k.split(sizes), v.split(sizes), strict=True):
         batch = (part.unflatten(0, (number, -1)) for part in run)
         attended.append(_attend(*batch, dropout, is_causal).flatten(0, 1))
-    return torch.cat(attended)
+    return torch.cat([q[:0], *attended])  # there may be no sequence
 
 
 def _has_varlen_kernel(q: torch.Tensor, dropout: float) -> bool:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from contrastive.errors import UserError
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
 from contrastive.models.init import initialise_tower
 from contrastive.models.positions import Places
+from contrastive.models.transformer import Block
 from contrastive.patches import Patches
 
 PATCH, WIDTH = 4, 32
@@ -53,8 +55,10 @@ def test_an_image_is_embedded_alike_in_any_company(options):
         wide = Patches.batch([*images, *images_of([(5, 5)], seed=3)])
         wide.values[torch.cat([~batch.mask.new_zeros(len(images) + 1, 0), ~wide.mask], dim=1)] = 1e4
         beside = tower(wide)[:-1]
+        assert tower(batch[:0]).shape == (0, WIDTH)
         tower.packs = False
         padded = tower(wide)[:-1]
+        assert tower(batch[:0]).shape == (0, WIDTH)
     for other in (alone, mixed, beside, padded):
         torch.testing.assert_close(other, packed, rtol=0, atol=2e-6)
     assert (packed[2] - packed[5]).abs().max() > 1e-2  # two images of one shape
@@ -122,6 +126,19 @@ def test_patches_lie_as_transformers_has_them_and_come_back():
     assert torch.equal(patches.values, convert_image_to_patches(image, PATCH))
     assert patches.grids.tolist() == [2, 3] and torch.equal(patches.pixels(), image)
     assert torch.equal(Patches.batch(images_of([(3, 3)]) + [patches.to(torch.float32)])[1].pixels(), image.float())
+
+
+def test_compiled_blocks_are_not_made_again_for_each_number_of_lengths():
+    tower, made = tower_of(pool="average").train(), CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    tower.transformer.blocks[0].compiled = torch.compile(Block.through, backend=made)
+    counts = []
+    for number in (5, 3, 4, 2, 6, 7):
+        batch = Patches.batch(images_of([(1, length) for length in range(3, 3 + number)]))
+        torch.testing.assert_close(tower(batch), tower.eval()(batch), rtol=0, atol=2e-6)
+        tower.train()
+        counts.append(made.frame_count)
+    assert counts[0] > 0 and counts[2:] == [counts[2]] * 4
 
 
 def test_chunks_are_cut_to_their_own_longest():
