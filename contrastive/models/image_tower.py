@@ -213,7 +213,7 @@ class ImageTrunk(nn.Module):
         Where `packs` is off, and in an export, they are padded, (B, N, D), and None is the packing.
 
         Raises:
-            UserError: the tower is not native, or its patches are of another size.
+            UserError: the tower is not native, or its patches are of another size, or not normalised.
         """
         self._check_patches(images)
         images, embed = images.cut(), self.patch_embed
@@ -269,10 +269,10 @@ class ImageTrunk(nn.Module):
         if not self.architecture.native:
             raise UserError("Patches are for towers with model.image.native; this one takes pixels (B, 3, H, W)")
         if images.values.ndim != 3 or images.values.shape[-1] != 3 * patch**2:
-            told = f"Patches of {tuple(images.values.shape)}"
-            raise UserError(
-                f"{told} are not (B, N, {3 * patch**2}), as patches of {patch}×{patch} pixels are; of one image [None]"
-            )
+            shape, wanted = tuple(images.values.shape), f"(B, N, {3 * patch**2})"
+            raise UserError(f"Patches of {shape} are not {wanted}, of {patch}×{patch} pixels each; of one image [None]")
+        if not images.values.is_floating_point():
+            raise UserError(f"Patches are {images.values.dtype}, not normalised floats: bundle.preprocess makes them")
 
     def _unpacked(self, x: torch.Tensor, images: Patches, packing: Packing | None) -> torch.Tensor:
         """(B, N, D), N as in `images.cut()`, 0 where there is padding."""

@@ -156,5 +156,7 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(UserError, match=r"Patches of \(1, 2, 48\).*\(B, N, 192\)"):
         tower = ImageTowerConfig(image_size=16, patch_size=8, width=8, depth=1, num_heads=1, mlp_dim=8, native=True)
         ImageTower(tower, 8)(Patches.batch(images_of([(1, 2)])))
+    with pytest.raises(UserError, match="Patches are torch.uint8, not normalised floats"):
+        tower_of()(Patches.batch(images_of([(1, 2)])).to(torch.uint8))
     with pytest.raises(UserError, match="patch_dropout is not for native"):
         ImageTowerConfig(native=True, patch_dropout=0.5).check()
