@@ -104,7 +104,7 @@ class ImageEncoder(ImageTrunk):
 
         Returns:
             (B, N, D) patch tokens, row by row; of Patches N is the most of an image, and 0 follows those of the others
-            (`Patches.mask` tells which are real). (B, D, h, w) with fmt='NCHW', RaggedTokens with fmt='packed'; (B, D)
+            (`Patches.cut().mask` tells which). (B, D, h, w) with fmt='NCHW', RaggedTokens with fmt='packed'; (B, D)
             where the encoder pools. A tuple of these where several layers were asked for. In the encoder's dtype.
 
         Raises:
@@ -152,7 +152,7 @@ class ImageEncoder(ImageTrunk):
             raise UserError(f"pixels are {values.dtype}, not normalised floats; encoder.preprocess makes them")
         return self.states(pixels.to(self.dtype), frozenset(numbers))
 
-    def hidden_states(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def hidden_states(self, pixels: torch.Tensor | Patches) -> tuple[torch.Tensor, ...]:
         """All `num_hidden_layers` + 1 hidden states, (B, N, D) each, class token included, as transformers gives them.
 
         Raises:
@@ -165,7 +165,7 @@ class ImageEncoder(ImageTrunk):
 
     def get_intermediate_layers(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Patches,
         n: int | Iterable[int] = 1,
         reshape: bool = False,
         *,

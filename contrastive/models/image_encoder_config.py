@@ -60,6 +60,7 @@ class RaggedTokens(NamedTuple):
 
 def ragged(x: torch.Tensor, grids: torch.Tensor) -> RaggedTokens:
     """(B, N, D) patch tokens, anything behind those of an image, to T of them without padding."""
+    grids = grids.cpu()  # what a processor made may have gone to a GPU as a whole
     lengths = grids.prod(dim=1)
     # Which are real is found on the CPU: a GPU would be waited for.
     real = (torch.arange(x.shape[1]) < lengths[:, None]).flatten().nonzero()[:, 0]
