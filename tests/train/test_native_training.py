@@ -198,7 +198,7 @@ REFUSED = {
     "--train.micro_batch_tokens 64 --train.accumulate 2": "train.accumulate or train.micro_batch_tokens, not both",
     "--train.micro_batch_tokens 15": "train.micro_batch_tokens 15 is less than one image may have, 16 patches",
     "--data.native.patches 20000": "data.native.patches 20,000: use at most 16,384",
-    "--data.native.patches 0": "data.native.patches",
+    "--data.native.patches 0": "data.native.patches is 0; it must be above 0",
     "--objectives slip": "--objectives slip cuts square views, which is not for model.image.native",
     "--objectives self_distill": "--objectives self_distill cuts square crops",
     "--objectives masked": "--objectives masked hides",
