@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from contrastive.models.positions import Places
-from contrastive.models.transformer import Segments
+from contrastive.models.segments import Segments
 from contrastive.patches import Patches
 
 
@@ -31,21 +31,21 @@ class Packing(NamedTuple):
     @classmethod
     def of(cls, images: Patches, num_prefix: int) -> "Packing":
         """Pack the tokens of images whose values are on any device; what is returned is there too."""
-        device, (batch, most) = images.values.device, images.values.shape[:2]
+        device, most = images.values.device, images.values.shape[1]
         lengths = images.lengths + num_prefix
         segments, by_length, order = Segments.of(lengths, longest=most + num_prefix)
-        extra, own = len(segments.boundaries) - 1 - batch, int(lengths.sum())
+        fillers, own = segments.fillers, int(lengths.sum())
         # What is as long as the batch goes to the device; what is as long as its tokens is made there.
         parts = images.grids, lengths[by_length], by_length, order
         grids, rising, by_length, order = (part.to(device, non_blocking=True) for part in parts)
         segments = segments.to(device, non_blocking=True)
         whose = by_length.repeat_interleave(rising, output_size=own)
         begins = segments.boundaries[order].long()[whose]
-        number = torch.arange(extra, extra + own, device=device) - begins - num_prefix  # below 0 before the patches
-        prefix = F.pad(number < 0, (extra, 0)) if num_prefix else None
+        number = torch.arange(fillers, fillers + own, device=device) - begins - num_prefix  # below 0 before the patches
+        prefix = F.pad(number < 0, (fillers, 0)) if num_prefix else None
         number = number.clamp(min=0)
         places = Places.of(grids[whose], number)
-        patches, *places = (F.pad(part, (extra, 0)) for part in (whose * most + number, *places))
+        patches, *places = (F.pad(part, (fillers, 0)) for part in (whose * most + number, *places))
         return cls(patches, prefix, Places(*places), segments, order)
 
     def pooled(self, x: torch.Tensor, pool: str) -> torch.Tensor:

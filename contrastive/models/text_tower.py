@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.models.transformer import Segments, Transformer, TransformerConfig
+from contrastive.models.segments import Segments
+from contrastive.models.transformer import Transformer, TransformerConfig
 from contrastive.option_types import Positive
 
 UNPADDED = (
@@ -123,8 +124,9 @@ class TextTower(nn.Module):
         lengths = self._lengths(tokens)
         segments, order, places = Segments.of(lengths, longest=self.config.context_length)
         inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[order, None]
-        extra = len(segments.boundaries) - 1 - len(tokens)
-        ids, positions = (F.pad(part, (extra, 0)) for part in (tokens[order][inside], inside.nonzero()[:, 1]))
+        ids, positions = (
+            F.pad(part, (segments.fillers, 0)) for part in (tokens[order][inside], inside.nonzero()[:, 1])
+        )
         return PackedTokens(ids, positions, places, segments)
 
     def forward_features(self, tokens: torch.Tensor | PackedTokens) -> torch.Tensor:

@@ -16,7 +16,7 @@ class BlockNorms:
     """Figures of a step, for each block of each transformer in `model` and each of its other parts.
 
     grad_norm/PART: the norm of the averaged gradient, before it is clipped. output_rms/BLOCK: the root mean square of
-    what leaves the block, over the global batch, padding that it computes included.
+    what leaves the block, over all tokens of the global batch, padding included where it is computed.
 
     Args:
         every: steps between two that are looked at; None: none is.
@@ -67,16 +67,19 @@ class BlockNorms:
         return ".".join(parameter.split(".")[:2])
 
     def _outputs(self) -> dict[str, torch.Tensor]:
-        means = {}
+        sums, counts = {}, []
         for name, transformer in self._transformers.items():
             if transformer.mean_squares:  # a tower that is not trained may have been left out
+                means, tokens = zip(*transformer.mean_squares, strict=True)
                 depth = len(transformer.blocks)
-                for number, mean in enumerate(torch.stack(transformer.mean_squares).view(-1, depth).mean(0)):
-                    means[f"output_rms/{_block(name, number)}"] = mean
-        if not means:
+                tokens = torch.tensor(tokens, dtype=torch.float32).to(means[0].device).view(-1, depth)
+                squares = (torch.stack(means).view(-1, depth) * tokens).sum(0)
+                sums |= {f"output_rms/{_block(name, number)}": square for number, square in enumerate(squares)}
+                counts.append(tokens.sum(0))
+        if not sums:
             return {}
-        whole = all_reduce_sum(torch.stack(list(means.values()))) / world_size()
-        return dict(zip(means, whole.sqrt(), strict=True))
+        whole, count = all_reduce_sum(torch.stack([torch.stack(list(sums.values())), torch.cat(counts)]))
+        return dict(zip(sums, (whole / count).sqrt(), strict=True))
 
 
 def _block(transformer: str, number: int) -> str:

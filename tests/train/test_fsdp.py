@@ -138,6 +138,15 @@ def test_any_number_of_ranks_goes_on(saved_by, resumed_by, trained, sigmoid_run,
     assert_alike(run, sigmoid_run(1))
 
 
+def test_images_of_any_shape(tiny, trained):
+    """Each rank's batch has a length of its own, and each step its number of patches."""
+    wide = ("--data.train", "scenes:wide", "--data.eval", "scenes:wide-val", "--data.native.patches", "8", "12")
+    flags = ("--config", tiny, "--model.image.native", *wide, *TOGETHER)
+    one = trained(1, "one", *flags)
+    assert_alike(trained(2, "plain", *flags), one)
+    assert_alike(trained(2, "sharded", *flags, **FSDP), one)
+
+
 BESIDE = """
 objectives:
   caption: {width: 16, num_heads: 2, mlp_dim: 16, depth: 2}

@@ -7,6 +7,7 @@ import torch
 from launching import pretrain_here, rows
 
 from contrastive.errors import UserError
+from contrastive.models.segments import Segments
 from contrastive.models.transformer import Transformer, TransformerConfig
 from contrastive.train.health import HealthConfig
 from contrastive.train.options import RunConfig, TrainConfig, check_run
@@ -42,7 +43,16 @@ def test_outputs_are_those_of_the_blocks():
     transformer.mean_squares = []
     transformer(x)
     expected = [transformer.states(x, {number})[number].square().mean() for number in (1, 2, 3)]
-    assert torch.equal(torch.stack(transformer.mean_squares), torch.stack(expected))
+    assert torch.equal(torch.stack([mean for mean, _ in transformer.mean_squares]), torch.stack(expected))
+    assert [count for _, count in transformer.mean_squares] == [10] * 3
+    # Of packed tokens without the fillers before them.
+    lengths = torch.tensor([3, 9, 5] * 4 + [2])
+    segments, *_ = Segments.of(lengths, longest=9)
+    x, transformer.mean_squares = torch.randn(int(segments.boundaries[-1]), 8), []
+    transformer(x, segments)
+    own = transformer.states(x, {1}, segments)[1][-70:]
+    assert segments.fillers > 0 and torch.equal(transformer.mean_squares[0][0], own.square().mean())
+    assert transformer.mean_squares[0][1] == 70
 
 
 def test_rows_that_are_not_written_cannot_show_them():
