@@ -29,7 +29,8 @@ class Patches:
         return len(self.values)
 
     def __getitem__(self, images) -> "Patches":
-        return Patches(self.values[images], self.grids[images])
+        of_grids = images.cpu() if isinstance(images, torch.Tensor) else images
+        return Patches(self.values[images], self.grids[of_grids])
 
     @property
     def lengths(self) -> torch.Tensor:
