@@ -103,7 +103,7 @@ class PreprocessConfig(PreprocessOptions):
         elif self.patch_size is None or self.patch_size < 1 or any(side % self.patch_size for side in self.size):
             raise UserError(f"resize 'native' needs a patch_size that divides image size {self.image_size}")
         elif self.patches is not None and not 0 < self.patches <= MOST_PATCHES:
-            raise UserError(f"preprocess patches {self.patches} of an image: use 1 to {MOST_PATCHES:,}")
+            raise UserError(f"preprocess patches {self.patches}: an image has 1 to {MOST_PATCHES:,}")
 
     @property
     def most_patches(self) -> int:

@@ -70,7 +70,7 @@ def test_what_cannot_be_is_said():
         PreprocessConfig(224, resize="native")
     with pytest.raises(UserError, match="patch_size that divides image size 225"):
         PreprocessConfig(225, 16, resize="native")
-    with pytest.raises(UserError, match="patches 20000 of an image: use 1 to 16,384"):
+    with pytest.raises(UserError, match="preprocess patches 20000: an image has 1 to 16,384"):
         options(patches=20_000)
     with pytest.raises(UserError, match="patch_size and patches are for resize 'native'"):
         PreprocessConfig(224, patches=5)

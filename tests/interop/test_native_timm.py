@@ -153,7 +153,7 @@ def test_what_ours_has_not_is_named(arguments, words, tmp_path):
     ("size", "words"),
     [
         ((3, None, 8), "input_size is .*three whole numbers"),
-        ((3, 4, 8), "config.json: 0 patches of an image: use 1 to"),
+        ((3, 4, 8), "config.json: preprocess patches 0: an image has 1 to"),
     ],
 )
 def test_a_size_that_is_none(size, words, tmp_path):

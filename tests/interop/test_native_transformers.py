@@ -128,7 +128,7 @@ def test_our_own_folder(tmp_path):
     ("options", "words"),
     [
         ({"patch_size": 16}, "patch_size is 16, but the model's weights are of patches of 8: set it to that"),
-        ({"max_num_patches": 20_000}, "20000 patches of an image: use 1 to 16,384"),
+        ({"max_num_patches": 20_000}, "preprocess patches 20000: an image has 1 to 16,384"),
         ({"max_num_patches": 2.5}, "max_num_patches is 2.5: it has to be a whole number above 0"),
         ({"resample": 0}, r"resample is 0: it has to be 2 \(bilinear\) or 3"),
         ({"do_resize": False}, "do_resize false"),

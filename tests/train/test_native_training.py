@@ -189,7 +189,7 @@ REFUSED = {
     "--model.image.no_native": "data.native.patches is for native images: give --model.image.native",
     "--model.image.no_native --data.native.patches --train.micro_batch_tokens 9": "train.micro_batch_tokens is for nat",
     "--model.image.no_native --data.native.patches --data.preprocess.patches 9": "data.preprocess.patches is for nat",
-    "--data.preprocess.patches 20000 --data.native.patches 4": "preprocess patches 20000 of an image: use 1 to 16,384",
+    "--data.preprocess.patches 20000 --data.native.patches 4": "preprocess patches 20000: an image has 1 to 16,384",
     "--data.preprocess.patches 0": "data.preprocess.patches is 0; it must be above 0",
     "--data.preprocess.resize crop": "data.preprocess.resize crop is not for model.image.native",
     "--data.preprocess.short_side 20": "data.preprocess.short_side 20 is not for model.image.native",
