@@ -69,10 +69,13 @@ class HangWatch:
         return os.fstat(self._file.fileno()).st_size
 
     def _speak(self) -> None:
+        before = self._written
         while not self._ended.wait(min(5.0, self.seconds / 4)):
-            if self._size() != self._written:
-                self._written = self._size()
+            size = self._size()
+            if before == size != self._written:  # nothing is being written any more
+                self._written = size
                 warn(
                     f"no step, evaluation or save has ended for {self._limit:g} seconds: see where each rank stands in "
                     f"{self.path.parent}; still waiting"
                 )
+            before = size
