@@ -89,7 +89,7 @@ SIGLIP2 = (
     "--config configs/siglip2-b16.yaml --data.train scenes --data.tokenizer bpe --schedule.warmup_steps 20 "
     "--objectives.self_distill.start 0 --objectives.masked.start 0"
 )
-NATIVE = "--model.image.native --data.native.patches 128 196"
+NATIVE = "--data.train scenes:wide --data.eval scenes:wide-val --model.image.native --data.native.patches 128 196"
 TOY_OBJECTIVES = "--objectives caption masked --objectives.masked.hidden 8 --objectives.masked.prototypes 8"
 LOSS = "benchmarks/loss.py --results {results}/loss"
 STEP = "benchmarks/step.py --results {results}/step --data {pairs}"
@@ -177,11 +177,10 @@ PARTS = (
     Part(
         "native",
         "images of any shape in bf16, B/16: packed, attention by torch's kernel for sequences of several lengths",
-        f"{TRAIN} {B16} {NATIVE} --train.steps 200 --run_folder {{work}}/native".replace("scenes", "scenes:wide"),
+        f"{TRAIN} {B16} {NATIVE} --train.steps 200 --run_folder {{work}}/native",
         "loss falls; samples/s at least that of `train` times 0.9 · 196 / 162",
         5,
-        toy=f"{TOY_TRAIN} {TOY_RUN} --data.train scenes:wide --data.eval scenes:wide-val --model.image.native "
-        "--run_folder {work}/native",
+        toy=f"{TOY_TRAIN} {TOY_RUN} {NATIVE} --run_folder {{work}}/native",
         told=TOLD_RUN,
         needs=DATA,
     ),

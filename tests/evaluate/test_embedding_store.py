@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,12 +14,10 @@ from colour_model import COLOURS, ColourSource
 from small_model import save_small_model
 
 import contrastive
-from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 from contrastive.evaluate.embedding_store import EmbeddingStore, StoreOptions, claim_store, store_config
 from contrastive.evaluate.embeddings import embed_images, embed_texts
 from contrastive.evaluate.evaluated_model import fill_store, load_embeddings, model_identity, model_key
-from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 
 NAMES = list(COLOURS)
 BOTH = ("images", "texts")
@@ -151,20 +148,6 @@ def other_heads(bundle, tmp_path):  # the weights are the same tensors, what the
 def other_tokenizer(bundle, tmp_path):
     words = [("quick", "brown"), ("lazy", "dogs")] * 20
     return replace(bundle, tokenizer=contrastive.load(save_small_model(tmp_path / "words", words=words)).tokenizer)
-
-
-def test_a_new_option_that_is_off_leaves_keys_as_they_were():
-    """Else all that was ever stored would have to be embedded again."""
-    size = {"width": 8, "depth": 1, "num_heads": 1, "mlp_dim": 8}
-    image, text = ImageTowerConfig(image_size=16, patch_size=8, **size), {"vocab_size": 20, "context_length": 6, **size}
-    model = DualEncoder(ModelConfig(8, image, TextTowerConfig(**text)))
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    preprocess = Preprocess(PreprocessConfig(image_size=16))
-    told = model_identity(SimpleNamespace(model=model, preprocess=preprocess, tokenizer=None, path="x"))
-    assert told["key"] == "4aaa50b80f7dbc8a3e284784d23fac1d21043b5c9181a979fbe85c9ce790a5ba"
-    names = {"resize", "mean", "std", "interpolation", "short_side", "cut", "image_size"}
-    assert set(told["preprocess"]) == names
 
 
 @pytest.mark.parametrize("change", [changed_weight, other_heads, other_tokenizer])
