@@ -17,7 +17,7 @@ help:
 	@echo "make quickstart ARGS=--resume  continue one that was interrupted"
 	@echo "make vlm                        a captioning model on its image tower (minutes more)"
 	@echo "make test                       all tests but the slowest"
-	@echo "make test-slow                  those: every part of the GPU benchmark, at toy size"
+	@echo "make test-slow                  those: whole benchmarks at toy size, second variants of runs"
 	@echo "make test-faults                kills, full disks, damage: all of them, and a table (up to half an hour)"
 	@echo "make lint                       ruff"
 	@echo "make setup                      .venv with everything installed"

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from contrastive.errors import UserError
+
 
 @dataclass(frozen=True)
 class Patches:
@@ -57,6 +59,16 @@ class Patches:
     def inputs(self) -> dict[str, torch.Tensor]:
         """As Siglip2's processor in transformers gives them and its model takes them, by name."""
         return {"pixel_values": self.values, "pixel_attention_mask": self.mask.int(), "spatial_shapes": self.grids}
+
+    def check(self, patch_size: int) -> None:
+        """Raise UserError where they are no batch of normalised patches of this side in pixels."""
+        if self.values.ndim != 3 or self.values.shape[-1] != 3 * patch_size**2:
+            told = (
+                f"{tuple(self.values.shape)} are not (B, N, {3 * patch_size**2}), of {patch_size}×{patch_size} pixels"
+            )
+            raise UserError(f"Patches of {told} each; of one image [None]")
+        if not self.values.is_floating_point():
+            raise UserError(f"Patches are {self.values.dtype}, not normalised floats: bundle.preprocess makes them")
 
     def cut(self) -> "Patches":
         """Return them without what no image of the batch needs."""

@@ -288,10 +288,8 @@ class Captioning(EvaluationTask):
         return []
 
     def run(self, subject: EvaluatedModel) -> Outcome:
-        captioner, how = (
-            captioner_of(subject.bundle, subject.device),
-            GenerationConfig(self.method, best_of=self.best_of),
-        )
+        captioner = captioner_of(subject.bundle, subject.device)
+        how = GenerationConfig(self.method, best_of=self.best_of)
         source, asked = subject.source(self.data), {"device": subject.device, "limit": subject.limit}
         result = captioning(captioner, source, how, **asked, **subject.loading)
         counts = result.pop("num_named", {})

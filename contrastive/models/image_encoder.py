@@ -122,7 +122,7 @@ class ImageEncoder(ImageTrunk):
         if self.norm is not None:
             x = self._normed(x, pixels)
         if self.pool is not None:
-            return self.pool_tokens(x, self.pool, pixels if isinstance(pixels, Patches) else None)
+            return self.pool_tokens(x, self.pool, pixels)
         if not self.keep_prefix:
             x = x[:, self.num_prefix_tokens :]
         if fmt == "packed":

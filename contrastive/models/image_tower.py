@@ -142,7 +142,8 @@ class ImageTrunk(nn.Module):
     def set_input_size(self, size: int | tuple[int, int]) -> None:
         """Resample the positions once, for images of another size in pixels: a side, or (height, width).
 
-        Learned positions are interpolated from those at hand (bicubic, antialiased), fixed ones computed anew. The
+        Learned positions are interpolated from those at hand (antialiased; bicubic, of a native tower bilinear), fixed
+        ones computed anew. The
         position parameter is a new one: call this before an optimizer or DDP takes hold of the parameters. A square
         size also becomes `architecture.image_size`.
 
@@ -215,7 +216,9 @@ class ImageTrunk(nn.Module):
         Raises:
             UserError: the tower is not native, or its patches are of another size, or not normalised.
         """
-        self._check_patches(images)
+        if not self.architecture.native:
+            raise UserError("Patches are for towers with model.image.native; this one takes pixels (B, 3, H, W)")
+        images.check(self.architecture.patch_size)
         images, embed = images.cut(), self.patch_embed
         packing = (
             Packing.of(images, self.num_prefix_tokens) if self.packs and not torch.compiler.is_exporting() else None
@@ -247,32 +250,24 @@ class ImageTrunk(nn.Module):
         states = self.transformer.states(x, wanted, extent)
         return {number: self._unpacked(state, pixels, packing) for number, state in states.items()}
 
-    def pool_tokens(self, x: torch.Tensor, pool: str, images: Patches | None = None) -> torch.Tensor:
-        """(B, N, D) to (B, D); 'attention' needs the subclass's `head`. Of Patches, `images`, padding is left out."""
+    def pool_tokens(self, x: torch.Tensor, pool: str, images: torch.Tensor | Patches | None = None) -> torch.Tensor:
+        """(B, N, D) to (B, D); 'attention' needs the subclass's `head`. Padding of Patches, `images`, is left out."""
         prefix = self.num_prefix_tokens
         if pool == "class":
             return x[:, 0]
-        if images is None:
-            return self.head(x) if pool == "attention" else x[:, prefix:].mean(dim=1)
         own = self.own_tokens(images)
+        if own is None:
+            return self.head(x) if pool == "attention" else x[:, prefix:].mean(dim=1)
         if pool == "attention":
             return self.head(x, own[:, None, None])
         own = own[:, prefix:]
         return torch.where(own[..., None], x[:, prefix:], 0).sum(dim=1) / own.sum(dim=1, keepdim=True)
 
-    def own_tokens(self, images: Patches) -> torch.Tensor:
-        """Which tokens are an image's own, class token included, and not padding: bool (B, N), N as of `states`."""
+    def own_tokens(self, images: torch.Tensor | Patches | None) -> torch.Tensor | None:
+        """Which tokens of Patches are an image's own, class token included: bool (B, N) as of `states`; else None."""
+        if not isinstance(images, Patches):
+            return None
         return F.pad(images.cut().mask, (self.num_prefix_tokens, 0), value=True)
-
-    def _check_patches(self, images: Patches) -> None:
-        patch = self.architecture.patch_size
-        if not self.architecture.native:
-            raise UserError("Patches are for towers with model.image.native; this one takes pixels (B, 3, H, W)")
-        if images.values.ndim != 3 or images.values.shape[-1] != 3 * patch**2:
-            shape, wanted = tuple(images.values.shape), f"(B, N, {3 * patch**2})"
-            raise UserError(f"Patches of {shape} are not {wanted}, of {patch}×{patch} pixels each; of one image [None]")
-        if not images.values.is_floating_point():
-            raise UserError(f"Patches are {images.values.dtype}, not normalised floats: bundle.preprocess makes them")
 
     def _unpacked(self, x: torch.Tensor, images: Patches, packing: Packing | None) -> torch.Tensor:
         """(B, N, D), N as in `images.cut()`, 0 where there is padding."""
@@ -331,7 +326,9 @@ class ImageTower(ImageTrunk):
             self.head(x, extent)[packing.order] if pool == "attention" else packing.pooled(x, pool), project
         )
 
-    def pooled(self, tokens: torch.Tensor, project: bool = True, images: Patches | None = None) -> torch.Tensor:
+    def pooled(
+        self, tokens: torch.Tensor, project: bool = True, images: torch.Tensor | Patches | None = None
+    ) -> torch.Tensor:
         """What `forward` makes of the tokens (B, N, D) that `forward_features` gives, of Patches with `images`."""
         return self._projected(self.pool_tokens(tokens, self.architecture.pool, images), project)
 

@@ -38,21 +38,19 @@ class Captioner:
 
     def own_tokens(self, pixels: torch.Tensor | Patches) -> torch.Tensor | None:
         """Which of `patches` are no padding, bool (B, N); None: all."""
-        return self.bundle.model.image_tower.own_tokens(pixels) if isinstance(pixels, Patches) else None
+        return self.bundle.model.image_tower.own_tokens(pixels)
 
     def write(
         self, pixels: torch.Tensor | Patches, how: GenerationConfig, numbers: Sequence[int]
     ) -> tuple[list[str], list[float]]:
-        """Return a caption of each image (B, 3, H, W), and its log-likelihood in nats; `numbers` as for `generate`."""
+        """Return a caption of each image, see `patches`, and its log-likelihood in nats; `numbers` as for `generate`."""
         patches, own = self.patches(pixels), self.own_tokens(pixels)
         attempts = [generate(self.decoder, patches, how, numbers, attempt, own) for attempt in range(how.best_of)]
         texts = [list(map(self.tokenizer.decode, ids.cpu())) for ids, _ in attempts]
         best = [0] * len(numbers)
         if how.best_of > 1:
             model = self.bundle.model
-            image = unit_length(
-                model.image_tower.pooled(patches, images=pixels if isinstance(pixels, Patches) else None)
-            )
+            image = unit_length(model.image_tower.pooled(patches, images=pixels))
             tokens = (self.tokenizer(some).to(patches.device) for some in texts)
             likeness = torch.stack([(image * model.encode_text(some)).sum(dim=1) for some in tokens])
             best = likeness.argmax(dim=0).tolist()

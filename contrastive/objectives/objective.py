@@ -101,7 +101,7 @@ class MicroBatch:
     @functools.cached_property
     def own_tokens(self) -> torch.Tensor | None:
         """Which of `patches` are an image's own, bool (b', N), where images of any shape leave padding; None: all."""
-        return self.model.image_tower.own_tokens(self.pixels) if isinstance(self.pixels, Patches) else None
+        return self.model.image_tower.own_tokens(self.pixels)
 
     @functools.cached_property
     def patches(self) -> torch.Tensor:
@@ -118,8 +118,7 @@ class MicroBatch:
     def features(self) -> Features:
         """What the contrastive loss is of: the model's own forward pass, by way of `patches`."""
         model = self.model
-        images = self.pixels if isinstance(self.pixels, Patches) else None
-        image = unit_length(model.image_tower.pooled(self.patches, images=images))
+        image = unit_length(model.image_tower.pooled(self.patches, images=self.pixels))
         if isinstance(model, ImageModel):
             return Features(image, None, None, None)
         return Features(image, model.encode_text(self.texts), model.logit_scale.exp(), model.logit_bias)
