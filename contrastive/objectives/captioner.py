@@ -43,7 +43,7 @@ class Captioner:
     def write(
         self, pixels: torch.Tensor | Patches, how: GenerationConfig, numbers: Sequence[int]
     ) -> tuple[list[str], list[float]]:
-        """Return a caption of each image, see `patches`, and its log-likelihood in nats; `numbers` as for `generate`."""
+        """Return a caption of each image and its log-likelihood in nats; arguments as of `patches` and `generate`."""
         patches, own = self.patches(pixels), self.own_tokens(pixels)
         attempts = [generate(self.decoder, patches, how, numbers, attempt, own) for attempt in range(how.best_of)]
         texts = [list(map(self.tokenizer.decode, ids.cpu())) for ids, _ in attempts]
