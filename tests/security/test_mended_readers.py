@@ -228,7 +228,7 @@ def test_a_tokenizer_that_asks_for_a_billion_ids(tmp_path):
 
 
 def test_a_run_that_was_mended_by_hand(tmp_path):
-    from small_bundles import small_bundle
+    from interop.small_bundles import small_bundle
 
     from contrastive.files import write_folder
     from contrastive.interop.bundle import save_classifier
