@@ -34,7 +34,7 @@ _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "dev"
 
 
 class ImageFiles(Source):
-    """Files of images, with labels or with captions in files beside them. The fingerprint covers the paths.
+    """Files of images, with labels or captions in files beside them, or neither. The fingerprint covers the paths.
 
     Args:
         root: the folder that `paths` are relative to.
@@ -56,7 +56,9 @@ class ImageFiles(Source):
         self.columns_read = ("caption_column",) if captions else ()
         self._paths = PackedBytes.of(os.fsencode(path) for path in paths)
         self.fingerprint = fingerprint_of(os.fsencode("\0".join((*paths, *(captions.identity if captions else ())))))
-        self.reading = captions.reading if captions else f"{len(class_names)} class folders"
+        self.reading = (
+            captions.reading if captions else f"{len(class_names)} class folders" if class_names else "images alone"
+        )
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -92,7 +94,7 @@ def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
         UserError: no images; neither captions nor class folders; splits or a single folder for classes.
     """
     columns, found = columns or Columns(), sorted(_walk(root))
-    images = [path for path in found if path.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not is_hidden(path)]
+    images = _images_among(found)
     chosen = set(images)
     files = sort_files(root, images, [path for path in found if path not in chosen])
     if not images:
@@ -114,6 +116,15 @@ def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
     if len(tops) > 1 and _are_splits(tops):
         source.reading += f"; {', '.join(tops)} are taken together"
     return source
+
+
+def images_below(root: str) -> list[str]:
+    """Return the images in a folder and below it, by their paths in it."""
+    return _images_among(sorted(_walk(root)))
+
+
+def _images_among(paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if path.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not is_hidden(path)]
 
 
 def _in_classes(name: str, files: FolderFiles) -> ImageFiles:
