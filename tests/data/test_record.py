@@ -14,7 +14,7 @@ import contrastive
 from contrastive.data.order_choice import order_for
 from contrastive.data.record import FaultCounts, Record, Source, Wrapped
 from contrastive.data.sources import SOURCES, open_source
-from contrastive.data.sources.derived import ClassPrompts, LabelledSubset, Mixture, Renamed
+from contrastive.data.sources.derived import ClassPrompts, LabelledSubset, Mixture, Renamed, Subset
 
 MEMBERS = sorted(
     {name for name in (*vars(Source), *Source.__annotations__) if not name.startswith("_")} | {"__len__", "__getitem__"}
@@ -30,6 +30,10 @@ WRAPPERS = {
     Renamed: (
         lambda source: Renamed(source, ("b", "a"), (1, 0), own_names=("dog", "cat")),
         {"class_names", "own_names", "heldout_labels", "fingerprint", "__getitem__", "label"},
+    ),
+    Subset: (
+        lambda source: Subset(source, np.array([1, 2, 7]), "some"),
+        {"name", "fingerprint", "shard_sizes", "__len__", "__getitem__", "captions", "label"},
     ),
     LabelledSubset: (
         lambda source: LabelledSubset(source, 0.5),

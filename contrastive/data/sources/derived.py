@@ -1,4 +1,4 @@
-"""Sources made of others: captions from class names, a share of the labels, several mixed by weight."""
+"""Sources made of others: captions from class names, some of the samples, several mixed by weight."""
 
 from __future__ import annotations
 
@@ -97,29 +97,21 @@ class Renamed(Wrapped):
         return self._places[label]
 
 
-class LabelledSubset(Wrapped):
-    """A fixed random share of each class of `source`, at least one sample of each.
+class Subset(Wrapped):
+    """Some samples of `source`, in its order.
 
     Args:
-        share: above 0, at most 1. A smaller share is part of a larger one.
-
-    Samples without a label, or whose label cannot be read, are left out.
-
-    Raises:
-        UserError: a share that is none, or no label in the source.
+        indices: of the samples, rising int64 (n,).
+        name: for messages.
     """
 
-    def __init__(self, source: Source, share: float):
-        if not 0 < share <= 1:
-            raise UserError(f"data.share is {share}; it must be above 0 and at most 1")
+    def __init__(self, source: Source, indices: np.ndarray, name: str):
         super().__init__(source)
-        self.share = share
-        self.name = f"{source.name} ({100 * share:g} %)"
-        self._indices = _pick(source, share)
-        identity = source.fingerprint.encode() + self._indices.tobytes()
+        self.name, self._indices = name, indices
+        identity = source.fingerprint.encode() + indices.tobytes()
         if source.shard_sizes is not None:
             # The shards keep their numbers, by which the order asks for them, with fewer samples in each or none.
-            ends = np.searchsorted(self._indices, np.cumsum(source.shard_sizes))
+            ends = np.searchsorted(indices, np.cumsum(source.shard_sizes))
             self.shard_sizes = np.diff(ends, prepend=0)
             # They decide the order within a window: a run begun when a share had no shards is not to go on with them.
             identity += self.shard_sizes.tobytes()
@@ -139,10 +131,35 @@ class LabelledSubset(Wrapped):
 
     @property
     def stored(self) -> Source:
-        return LabelledSubset(self.source.stored, self.share) if self.prompted else self
+        return Subset(self.source.stored, self._indices, self.name) if self.prompted else self
 
     def _place(self, index: int) -> int:
         return int(self._indices[check_index(self, index)])
+
+
+class LabelledSubset(Subset):
+    """A fixed random share of each class of `source`, at least one sample of each.
+
+    Args:
+        share: above 0, at most 1. A smaller share is part of a larger one.
+
+    Samples without a label, or whose label cannot be read, are left out.
+
+    Raises:
+        UserError: a share that is none, or no label in the source.
+    """
+
+    def __init__(self, source: Source, share: float):
+        if not 0 < share <= 1:
+            raise UserError(f"data.share is {share}; it must be above 0 and at most 1")
+        super().__init__(source, _pick(source, share), f"{source.name} ({100 * share:g} %)")
+
+
+def as_found(source: Source) -> Source:
+    """Return a source without the captions and the class names that `open_source` may have given it."""
+    while isinstance(source, ClassPrompts | Renamed):
+        source = source.source
+    return source
 
 
 def labelled_share(source: Source, share: float) -> Source:

@@ -59,7 +59,7 @@ def open_source(
             .tsv, .jsonl, .parquet tables; a URL or brace range of URLs of shards (s3://, gs://, https://, hf://); an
             index folder of shards; a folder saved by `datasets`, or of MNIST's idx files, of CIFAR's batches, or
             of images/ and masks/ (':SPLIT' after it where it has splits); a folder of images in class folders or with
-            captions; several of these with weights, 'A=2,B=1' (see Mixture).
+            captions; a folder that `contrastive curate` wrote; several of these with weights, 'A=2,B=1' (see Mixture).
         image_column, caption_column: of tables and data sets; None looks for the usual names. Of shards
             and of captions beside images, `caption_column` is a field of KEY.json or the suffix of a text, as 'txt'.
             Sources without columns pass over both.
@@ -118,6 +118,10 @@ def _open(spec: str, columns: Columns) -> Source:
         from contrastive.data.shards.shard_source import Shards
 
         return Shards(spec, read_index(spec), columns.caption)
+    from contrastive.data.sources.kept import is_kept
+
+    if is_kept(spec):
+        return _open_kept(spec, columns)
     folder, split = _folder_and_split(spec)
     if folder:
         return _open_folder(spec, os.path.expanduser(folder), split, columns)
@@ -125,6 +129,22 @@ def _open(spec: str, columns: Columns) -> Source:
         hint = did_you_mean(scheme, (*SOURCES.names(), *os.listdir()))
         raise UserError(f"unknown data source '{scheme}'.{hint} Forms: {FORMS}")
     return _open_files(spec, expand_paths(spec), columns)
+
+
+def _open_kept(folder: str, columns: Columns) -> Source:
+    from contrastive.data.sources.columns import Columns
+    from contrastive.data.sources.kept import kept_subset, read_kept
+
+    said = read_kept(folder)
+    own = Columns(columns.image or said.image_column, columns.caption or said.caption_column)
+    return kept_subset(folder, said, _open(said.data, own))
+
+
+def absolute(spec: str) -> str:
+    """Return the specification with a path in it as it is named from any folder."""
+    scheme = spec.partition(":")[0]
+    is_path = scheme not in SOURCES.names() and "://" not in spec
+    return os.path.abspath(os.path.expanduser(spec)) if is_path else spec
 
 
 def _open_remote(spec: str, columns: Columns) -> Source:
@@ -256,9 +276,13 @@ def held_out_spec(spec: str) -> str | None:
     Splits are looked for by the names of `HELD_OUT`, in that order. Of a mixture, and of data that are no training
     split themselves, there is none.
     """
+    from contrastive.data.sources.kept import is_kept, read_kept
+
     spec = spec.strip()
     if not spec or "://" in spec or len(split_mixture(spec)[0]) > 1:
         return None
+    if is_kept(spec):
+        return held_out_spec(read_kept(spec).data)
     name, split = _name_and_split(spec)
     if split not in (None, "", "train") and not (split == "trainval" and name in SETS):
         return None
