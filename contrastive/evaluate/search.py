@@ -1,0 +1,131 @@
+"""The nearest rows to a query: exact, by blocks, or approximate through a graph of faiss or usearch.
+
+Q queries, N rows, E channels, K nearest.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from contrastive.errors import UserError
+from contrastive.files import write_whole
+from contrastive.log import say
+
+BLOCK = 2**24  # cosines held at once: 64 MB, and twice that to rank them
+MOST_QUERIES = 4096  # at once: narrower blocks of rows make slow products
+LIBRARIES = ("faiss", "usearch")
+# Of the graph (HNSW, arXiv 1603.09320): edges of a row, and rows looked at to place one and to find some.
+EDGES, LOOKED_AT_TO_BUILD, LOOKED_AT = 32, 80, 256
+_LAST = 2**32 - 1
+
+
+class Nearest(NamedTuple):
+    """The nearest rows to each query, nearest first; among equal cosines the lower row first."""
+
+    scores: torch.Tensor
+    """(Q, K) float32 cosines; -inf where an approximate search found fewer rows."""
+    rows: torch.Tensor
+    """(Q, K) int64."""
+
+
+def nearest(
+    queries: torch.Tensor, rows: torch.Tensor, count: int, *, device: str | torch.device = "cpu", block: int = BLOCK
+) -> Nearest:
+    """Return the `count` rows nearest to each query, exactly; all of them where there are fewer.
+
+    Memory beside the arguments: 24 bytes for each of `block` cosines, whatever Q and N are.
+
+    Args:
+        queries: (Q, E). rows: (N, E). Both float32, of unit length.
+    """
+    count = min(count, len(rows))
+    at_once = max(1, min(len(queries), MOST_QUERIES, block // max(1, count)))
+    found = [_nearest(part.to(device), rows, count, max(1, block // at_once)) for part in queries.split(at_once)]
+    if not found or not count:
+        return Nearest(torch.empty(len(queries), count), torch.empty(len(queries), count, dtype=torch.int64))
+    return Nearest(*map(torch.cat, zip(*found, strict=True)))
+
+
+def _nearest(queries: torch.Tensor, rows: torch.Tensor, count: int, size: int) -> Nearest:
+    best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(rows), size):
+        scores = queries @ rows[start : start + size].to(queries.device).T
+        keys = _keys(scores, torch.arange(start, start + scores.shape[1], device=queries.device))
+        best = torch.cat([best, keys.topk(min(count, keys.shape[1])).values], dim=1)
+        best = best.topk(min(count, best.shape[1])).values
+    return Nearest(_floats(best >> 32).cpu(), (_LAST - (best & _LAST)).cpu())
+
+
+def _keys(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return whole numbers that rank as (cosine, then the lower row) does: topk leaves the order of ties open.
+
+    A float32 read as an integer ranks as it does where it is positive, and the other way round where it is negative.
+    """
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0: of -0.0 a plain 0
+    ranks = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    return (ranks << 32) | (_LAST - rows)
+
+
+def _floats(ranks: torch.Tensor) -> torch.Tensor:
+    """Undo what `_keys` makes of cosines."""
+    bits = ranks.to(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
+
+
+def graph_library() -> str:
+    """Return the library at hand that searches approximately; UserError without one."""
+    for name in LIBRARIES:
+        if find_spec(name):
+            return name
+    raise UserError("--approximate needs faiss or usearch, and neither is installed: pip install 'contrastive[search]'")
+
+
+def nearest_in_graph(
+    queries: torch.Tensor, rows: torch.Tensor, count: int, *, library: str, file: Path | None = None
+) -> Nearest:
+    """Return about the `count` rows nearest to each query; the cosines of those found are exact.
+
+    Args:
+        queries, rows: as `nearest` takes them.
+        library: one of LIBRARIES.
+        file: keeps the graph, which takes long to make: read where it is there, for these rows alone.
+    """
+    count = min(count, len(rows))
+    search = {"faiss": _search_faiss, "usearch": _search_usearch}[library]
+    places = torch.from_numpy(search(queries.numpy(), rows.numpy(), count, file).astype("int64"))
+    missing = (places < 0) | (places >= len(rows))
+    scores = torch.einsum("qe,qke->qk", queries, rows[places.masked_fill(missing, 0)])
+    keys = _keys(scores.masked_fill(missing, -torch.inf), places.clamp(0, _LAST)).sort(dim=1, descending=True).values
+    return Nearest(_floats(keys >> 32), _LAST - (keys & _LAST))
+
+
+def _search_faiss(queries, rows, count: int, file: Path | None):
+    import faiss
+
+    index = faiss.read_index(str(file)) if file and file.exists() else None
+    if index is None or (index.ntotal, index.d) != rows.shape:
+        say(f"building a graph of {len(rows):,} rows")
+        index = faiss.IndexHNSWFlat(rows.shape[1], EDGES, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = LOOKED_AT_TO_BUILD
+        index.add(rows)
+        if file:
+            write_whole(file, lambda opened: faiss.write_index(index, faiss.PyCallbackIOWriter(opened.write)))
+    return index.search(queries, count, params=faiss.SearchParametersHNSW(efSearch=max(LOOKED_AT, 2 * count)))[1]
+
+
+def _search_usearch(queries, rows, count: int, file: Path | None):
+    import numpy as np
+    from usearch.index import Index
+
+    index = Index.restore(str(file)) if file and file.exists() else None
+    if index is None or (len(index), index.ndim) != rows.shape:
+        say(f"building a graph of {len(rows):,} rows")
+        index = Index(ndim=rows.shape[1], metric="ip", connectivity=EDGES, expansion_add=LOOKED_AT_TO_BUILD)
+        index.add(np.arange(len(rows)), rows)
+        if file:
+            write_whole(file, lambda opened: opened.write(index.save()))
+    index.expansion_search = max(LOOKED_AT, 2 * count)
+    found = index.search(queries, count)
+    return found.keys.reshape(len(queries), -1)
