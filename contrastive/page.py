@@ -10,8 +10,10 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+SMALL = 64  # pixels a side, as those of digits
 PARTS = files("contrastive") / "pages"
 """Style sheets, scripts and templates: base.css for all pages, then those of what some of them hold."""
 
@@ -53,3 +55,15 @@ def data_uri(image: Image.Image | bytes, kind: str = "PNG") -> str:
         image.save(file, kind, quality=85)  # which PNG takes no notice of
         image = file.getvalue()
     return f"data:image/{kind.lower()};base64,{base64.b64encode(image).decode()}"
+
+
+def thumbnail(image: np.ndarray, side: int = 128) -> tuple[str, bool]:
+    """Return a picture (H, W, 3) uint8, at most `side` pixels a side, as the address of an <img>.
+
+    Also whether it is to keep its pixels when it is enlarged, the <img> of class 'small'.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    if max(picture.size) <= SMALL:
+        return data_uri(picture), True
+    picture.thumbnail((side, side))
+    return data_uri(picture, "JPEG"), False

@@ -178,8 +178,8 @@ class EmbeddingStore:
         count, seen = sum(self._head(self.path(part, shard))[0] for shard in range(self.num_shards)), 0
         features = np.empty((count, 1), np.float32)
         for shard in range(self.num_shards):
-            with _damage_told(self.path(part, shard)):
-                held, rows = self._read_shard(part, shard)
+            with damage_told(self.path(part, shard)):
+                held, rows = self.read_shard(part, shard)
                 if seen == 0 and len(rows):  # a shard without rows does not tell their width
                     features = np.empty((count, rows.shape[1]), np.float32)
                 features[seen : seen + len(rows)] = rows
@@ -188,8 +188,8 @@ class EmbeddingStore:
                     values.extend(held[name])
         return columns, features
 
-    def _read_shard(self, part: Part, shard: int) -> tuple[dict[str, list], np.ndarray]:
-        """The columns and the (N, E) features of a shard."""
+    def read_shard(self, part: Part, shard: int) -> tuple[dict[str, list], np.ndarray]:
+        """Return the columns and the (N, E) features, as stored, of a shard; see `damage_told` for what it raises."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -210,7 +210,7 @@ class EmbeddingStore:
         """The number of rows of a shard, and (reason, key) of what was left out, without reading its rows."""
         import pyarrow.parquet as pq
 
-        with _damage_told(path):
+        with damage_told(path):
             metadata = pq.read_metadata(path)
             if not 0 <= metadata.num_rows <= self.options.samples_per_shard * MOST_TEXTS:
                 raise ValueError(f"it says that it has {metadata.num_rows:,} rows")
@@ -243,7 +243,7 @@ class EmbeddingStore:
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def damage_told(path: Path) -> Iterator[None]:
     """What fails while a shard is read becomes a UserError in one line."""
     try:
         yield

@@ -19,13 +19,11 @@ from contrastive.evaluate.report_charts import (
     training_charts,
 )
 from contrastive.files import write_whole
-from contrastive.page import PARTS, data_uri, filled, html_page
+from contrastive.page import PARTS, data_uri, filled, html_page, thumbnail
 from contrastive.patches import one_by_one
 
 MAX_WRITTEN_PAIRS = 20
-THUMBNAIL = 128
 NUM_SHOWN = 5
-SMALL = 64
 
 
 def write_report(
@@ -72,7 +70,7 @@ def write_report(
         examples_from=examples_from,
         bad_samples=[(reason, count, (bad_keys or {}).get(reason, ())) for reason, count in bad if bad[0][1]],
         options=list(_flattened(config)),
-        thumbnail=_thumbnail,
+        thumbnail=thumbnail,
     )
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     steps = f"{train[-1]['step']:,} steps" if train else "no step logged"
@@ -112,15 +110,6 @@ def _flattened(value, name: str = ""):
             yield from _flattened(inner, f"{name}.{key}" if name else str(key))
     else:
         yield name, str(value)
-
-
-def _thumbnail(image: np.ndarray) -> tuple[str, bool]:
-    """The address of a picture of (H, W, 3) uint8, at most 128 pixels a side; whether it keeps its pixels enlarged."""
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    if max(picture.size) <= SMALL:
-        return data_uri(picture), True
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return data_uri(picture, "JPEG"), False
 
 
 def collect_examples(
