@@ -1,11 +1,22 @@
 """What the user did wrong, said in one line."""
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterable
 
 # What breaks a line or steers a terminal: control characters, separators and directions of Unicode, halves of pairs.
 _STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# The extra of pyproject.toml that brings a package which most users do without, by the name that is imported.
+EXTRAS = {
+    "datasets": "datasets",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "pycocoevalcap": "captions",
+    "sklearn": "heads",
+    "transformers": "transformers",
+}
 _LONGEST = 4000
 _LONGEST_NAME = 200
 
@@ -39,3 +50,14 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
         return ""
     close = difflib.get_close_matches(name, [choice for choice in choices if len(choice) <= _LONGEST_NAME], 1, 0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def needs(what: str, *packages: str) -> None:
+    """Raise UserError, with the extra that brings it, where a package of `EXTRAS` is missing: before it is imported.
+
+    what: for the message, whatever cannot be had without: 'the export to ONNX'.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            how = f"pip install 'contrastive[{EXTRAS[package]}]'"
+            raise UserError(f"{what} needs {package}, which is not installed: {how}")

@@ -15,9 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
-from filelock import FileLock, Timeout
-
 from contrastive.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -102,6 +99,8 @@ def read_yaml(path: Path, what: str) -> Any:
     Raises:
         UserError: it cannot be read, is no text, or not YAML, with the line; or it is a bomb of aliases.
     """
+    import yaml
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except RecursionError:
@@ -258,6 +257,8 @@ def check_writable(folder: Path, mend: str) -> None:
 @contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file `path` for as long as the context lasts. UserError `busy` where another process has it."""
+    from filelock import FileLock, Timeout
+
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:

@@ -9,8 +9,6 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-import yaml
-
 from contrastive.errors import UserError
 from contrastive.words import flags_of
 
@@ -82,6 +80,8 @@ def _read(annotation: Any, value: Any) -> Any:
 
 def _read_fields(cls: type[T], value: Any) -> T:
     """Return a dataclass of a mapping, or of one in words: 'until=0.6,image_size=32'; ValueError as `_read`."""
+    import yaml
+
     hints = typing.get_type_hints(cls)
     with contextlib.suppress(yaml.YAMLError, TypeError):
         if isinstance(value, str):

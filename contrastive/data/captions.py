@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Literal
 
-import ftfy
-
 from contrastive.data.record import BadSample, Record, Source
 
 # Real captions end far below this; longer ones are documents that cost tokenizing time and teach nothing.
@@ -33,6 +31,8 @@ def clean_text(text: str, cleaning: Cleaning) -> str:
         return text
     # Printable ASCII without an entity is left alone by ftfy and html, which take most of the time.
     if "&" in text or not (text.isascii() and text.isprintable()):
+        import ftfy
+
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     text = " ".join(text.split())
     if cleaning == "whitespace":

@@ -5,7 +5,6 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image
 
@@ -83,6 +82,8 @@ def _decode_file(data: bytes, choose_crop: ChooseCrop | None, min_side: MinSide 
 
 
 def _decode_jpeg(data: bytes, choose_crop: ChooseCrop, min_side: MinSide | None) -> np.ndarray:
+    import simplejpeg
+
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise BadSample("too_large")

@@ -24,7 +24,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from contrastive.data.captions import MAX_CAPTION_CHARS, Cleaning, caption_fault, clean_text
-from contrastive.errors import UserError, did_you_mean, reason_of
+from contrastive.errors import UserError, did_you_mean, needs, reason_of
 from contrastive.files import check_sizes, read_json, write_json
 from contrastive.words import no_attribute
 
@@ -203,6 +203,7 @@ class TransformersTokenizer(Tokenizer):
 
 def _read_core(folder: Path):
     """A tokenizer of transformers, and its ids of a text of one letter."""
+    needs(f"the tokenizer of transformers in '{folder}'", "transformers")
     import transformers
 
     named = read_json(config) if (config := folder / "tokenizer_config.json").is_file() else {}
@@ -237,8 +238,7 @@ def train_bpe(
     if vocab_size < smallest:
         raise UserError(f"tokenizer vocabulary size {vocab_size} is too small; set it to {smallest} or more")
     usable = filter(None, (clean_text(caption, clean) for caption in captions if caption_fault(caption) is None))
-    first = next(usable, None)
-    if first is None:
+    if (first := next(usable, None)) is None:
         raise UserError("no captions to train a tokenizer on; check the data spec and its caption column")
     core = tokenizers.Tokenizer(models.BPE())
     squeeze = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]

@@ -80,8 +80,8 @@ class Runtime:
         wants_bf16 = precision == "bf16" or (precision == "auto" and has_bf16 and (asked or on_gpu) in ("bf16", True))
         absent = set(trackers) - {str(tracker) for tracker in get_available_trackers()}
         if absent:
-            told = f"tracker {', '.join(sorted(absent))} is unknown or not installed: pip install it first"
-            raise UserError(f"{told}; for no tracker leave --trackers out")
+            told = f"tracker {', '.join(sorted(absent))} is unknown or not installed"
+            raise UserError(f"{told}: pip install 'contrastive[trackers]', or leave --trackers out")
         handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         limit = {"timeout": datetime.timedelta(seconds=patience)}
         if on_gpu and "LOCAL_RANK" in os.environ:

@@ -21,7 +21,7 @@ from contrastive.data.prompts import default_templates, fill, load_templates
 from contrastive.data.record import Source
 from contrastive.data.sources import open_source
 from contrastive.distributed import collectives
-from contrastive.errors import UserError
+from contrastive.errors import UserError, needs
 from contrastive.evaluate.classification import embed_labelled, names_to_use, told_of
 from contrastive.evaluate.compositional import ChoiceImages
 from contrastive.evaluate.embeddings import answers_of, usable_captions
@@ -213,11 +213,10 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
 
 def scorers() -> tuple:
     """Return pycocoevalcap's scorers of BLEU-4 and CIDEr; UserError where the package is not installed."""
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError:
-        raise UserError("BLEU and CIDEr need pycocoevalcap; pip install pycocoevalcap") from None
+    needs("the scoring of captions by BLEU and CIDEr", "pycocoevalcap")
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
     return Bleu(4), Cider()
 
 

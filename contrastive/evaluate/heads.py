@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from contrastive.errors import UserError, did_you_mean
+from contrastive.errors import UserError, did_you_mean, needs
 from contrastive.evaluate.classification import ranked
 from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, counts, hit_figures
 from contrastive.evaluate.tasks import TASKS
@@ -53,10 +53,11 @@ class HeadTask(ProbeTask):
 
     def build(self) -> Any:
         """Return the unfitted classifier; UserError for an unknown head or option."""
+        head = HEADS.get(self.head)
+        needs(f"head {self.head}", "sklearn")
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        head = HEADS.get(self.head)
         classifier = head.build()
         known = classifier.get_params()
         for name in self.options:

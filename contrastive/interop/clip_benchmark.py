@@ -217,7 +217,7 @@ def _do_without_captioning() -> None:
         reason = str(error)
 
         def evaluate(**_):
-            raise UserError(f"--task captioning cannot run: {reason}; pip install pycocoevalcap")
+            raise UserError(f"--task captioning cannot run: {reason}; pip install 'contrastive[captions]'")
 
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].evaluate = evaluate

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 from contrastive.errors import UserError
-from contrastive.log import say
 
 PREFIX = "hf-hub:"
 # What a model folder of a library that we read needs, or one of ours. What could run code when read (pickles, Python),
@@ -67,6 +66,8 @@ def fetch(name: str) -> tuple[Path, str]:
         folder = _download(name, repo, revision)
     pinned = f"{PREFIX}{repo}@{folder.name}"
     if pinned != name:
+        from contrastive.log import say  # draws with rich, which a model on this disk does without
+
         say(f"{name} is {pinned}, which will always be these weights")
     return folder, pinned
 

@@ -141,7 +141,7 @@ def test_a_store_that_hangs_or_stumbles_is_tried_again(web, monkeypatch):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    with pytest.raises(UserError, match="s3://bucket/0.tar: a package for this protocol is missing: .*s3fs"):
+    with pytest.raises(UserError, match="s3://bucket/0.tar: .*s3fs.*: pip install 'contrastive.remote.'"):
         index_shards(["s3://bucket/0.tar"], digest=True, workers=1)
 
 

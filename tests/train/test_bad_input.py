@@ -46,7 +46,7 @@ def main():
             "all_captions with loss.duplicates positive: .* use --loss.duplicates negative",
         ),
         (["--data.token_dropout", "1"], "data.token_dropout is 1.0; it must be at least 0 and below 1"),
-        (["--report_to", "none"], "tracker none is unknown or not installed.*; for no tracker leave --trackers out"),
+        (["--report_to", "none"], "tracker none is unknown or not installed.*, or leave --trackers out"),
         (["--data.replacement", "--data.window", "9"], "data.window and data.lanes mean nothing with data.replacement"),
         (["--data.train", "digits=0,scenes=1"], "weight '0' is not a number above 0"),
         (["--loss", "sigmod"], "unknown loss 'sigmod'. Did you mean 'sigmoid'"),

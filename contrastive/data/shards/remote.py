@@ -125,7 +125,7 @@ def _read(url: str) -> Iterator[Any]:
     except PermissionError as error:
         raise UserError(f"{url}: access is denied ({reason_of(error)})") from None
     except ImportError as error:
-        raise UserError(f"{url}: a package for this protocol is missing: {reason_of(error)}") from None
+        raise UserError(f"{url}: {reason_of(error)}: pip install 'contrastive[remote]'") from None
     except ValueError as error:
         raise UserError(f"{url}: cannot be opened: {reason_of(error)}") from None
     except Exception as error:  # every store has its own classes

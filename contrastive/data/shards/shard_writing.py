@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -181,21 +182,21 @@ class _NewShards:
 
     def write(self, number: int) -> None:
         """Write a shard, which has its name when it is whole, and record it; one without samples leaves no file."""
-        from webdataset import TarWriter
-
         path, tally = self.path(number), Tally()
         temporary = path.with_name(f".{path.name}.tmp")
         first = number * self.samples_per_shard
         with temporary.open("wb") as file:
-            # No time, no user: the same samples are the same bytes.
-            with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
+            with tarfile.open(fileobj=file, mode="w") as tar:
                 for index in range(first, min(first + self.samples_per_shard, len(self.source))):
                     try:
                         members = _members(self.source[index], self.options, self.class_labels, tally)
                     except BadSample as fault:
                         tally.rejected.add(fault.reason, fault.key)
                     else:
-                        tar.write({"__key__": f"{index:09d}", **members})
+                        for extension, content in sorted(members.items()):
+                            member = tarfile.TarInfo(f"{index:09d}.{extension}")  # no time, no user: the same
+                            member.size = len(content)  # samples are the same bytes
+                            tar.addfile(member, io.BytesIO(content))
             file.flush()
             os.fsync(file.fileno())
         if tally.samples:

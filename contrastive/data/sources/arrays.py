@@ -1,4 +1,4 @@
-"""Labelled images of one size that fit in memory: scikit-learn's digits, and MNIST's files.
+"""Labelled images of one size that fit in memory: scans of digits, and MNIST's files.
 
 MNIST's format (http://yann.lecun.com/exdb/mnist) is one idx file of images and one of labels, gzip or not: a magic
 number, sizes (big-endian int32), then the bytes. Fashion-MNIST and KMNIST come in the same files.
@@ -6,7 +6,6 @@ number, sizes (big-endian int32), then the bytes. Fashion-MNIST and KMNIST come 
 
 import gzip
 import hashlib
-import importlib.util
 import math
 import os
 import zlib
@@ -18,7 +17,7 @@ from contrastive.data.class_sets import class_names_beside, class_set
 from contrastive.data.record import Record, Source, check_split
 from contrastive.errors import UserError
 
-_TEST_EVERY = 5  # of each of scikit-learn's digits, in the order of its file
+_TEST_EVERY = 5  # of each of the digits, in the order of their file
 _PREFIXES = {"train": "train", "test": "t10k"}  # a split to what its idx files begin with
 _IMAGES, _LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 _IMAGE_MAGIC, _LABEL_MAGIC = 2051, 2049
@@ -60,7 +59,10 @@ class ArrayImages(Source):
 
 
 class Digits(ArrayImages):
-    """`digits`: scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels, in the package itself.
+    """`digits`: 1,797 scans of handwritten digits, 8 x 8 pixels, in the package itself.
+
+    E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository (CC BY 4.0):
+    the file of scikit-learn's `load_digits`, of which a row is 64 pixels in 0..16, then the digit.
 
     Args:
         split: 'train' (1,442), 'test' (every fifth scan of each digit, 355) or 'all' (1,797).
@@ -68,10 +70,7 @@ class Digits(ArrayImages):
 
     def __init__(self, split: str = "train"):
         check_split("digits", split, ("train", "test", "all"))
-        # scikit-learn's own file, as its `load_digits` has it: to import scikit-learn takes more than a second, in
-        # every process of a run. A row is 64 pixels in 0..16, then the digit.
-        package = importlib.util.find_spec("sklearn")
-        rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+        rows = np.loadtxt(Path(__file__).parents[1] / "digits.csv.gz", delimiter=",")
         digits = rows[:, -1].astype(np.int64)
         self._rows = _rows_of(split, digits)
         scans = np.round(rows[self._rows, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
@@ -82,7 +81,7 @@ class Digits(ArrayImages):
 
 
 def _rows_of(split: str, digits: np.ndarray) -> np.ndarray:
-    """Rows of scikit-learn's file in a split: stratified, the same everywhere."""
+    """Rows of the file in a split: stratified, the same everywhere."""
     nth = np.array([np.count_nonzero(digits[:row] == digit) for row, digit in enumerate(digits)])  # of its digit
     is_test = nth % _TEST_EVERY == _TEST_EVERY - 1
     return np.flatnonzero({"train": ~is_test, "test": is_test, "all": np.ones_like(is_test)}[split])

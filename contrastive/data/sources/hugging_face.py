@@ -13,7 +13,7 @@ from contrastive.data.record import fingerprint_of
 from contrastive.data.sources.column_source import ColumnSource, is_text
 from contrastive.data.sources.columns import Columns, find_columns
 from contrastive.data.sources.row_images import TablePart
-from contrastive.errors import UserError, did_you_mean, reason_of
+from contrastive.errors import UserError, did_you_mean, needs, reason_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,6 +27,7 @@ def is_saved_dataset(folder: str) -> bool:
 
 def open_saved(name: str, folder: str, split: str | None, asked: Columns) -> ColumnSource:
     """Open a folder made by `save_to_disk`; one with splits needs `split`, unless it has a single one."""
+    needs(name, "datasets")
     from datasets import load_from_disk
 
     splits_file = Path(folder) / "dataset_dict.json"
@@ -45,12 +46,13 @@ def open_saved(name: str, folder: str, split: str | None, asked: Columns) -> Col
 
 def open_hub(argument: str, asked: Columns) -> ColumnSource:
     """Open 'NAME[:SPLIT]' through `datasets.load_dataset` (split 'train' by default), cached as it caches."""
-    from datasets import load_dataset
-
     path, _, split = argument.partition(":")
     name = f"hf:{argument}"
     if not path:
         raise UserError("hf: needs a name, as 'hf:OWNER/NAME:train'")
+    needs(name, "datasets")
+    from datasets import load_dataset
+
     with _library_errors(name):
         dataset = load_dataset(path, split=split or "train")
     source = _from_dataset(name, dataset, "", asked)

@@ -16,7 +16,7 @@ from contrastive.data.record import Source, check_split, some_have
 from contrastive.data.sources.derived import ClassPrompts, Mixture, split_mixture
 from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote, table_suffix
 from contrastive.data.sources.torchvision_sets import SETS, cifar_folders, open_cifar, open_named
-from contrastive.errors import UserError, did_you_mean
+from contrastive.errors import UserError, did_you_mean, needs
 from contrastive.log import say
 from contrastive.registry import Registry
 
@@ -306,6 +306,7 @@ def _splits_of(name: str) -> Collection[str] | None:
     if name in _SETS_BY_NAME:
         return _SETS_BY_NAME[name]
     if name.startswith("hf:"):
+        needs(name, "datasets")
         from datasets import get_dataset_split_names
 
         try:

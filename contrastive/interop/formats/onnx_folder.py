@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from contrastive.data.tokenizer import TransformersTokenizer
-from contrastive.errors import UserError
+from contrastive.errors import needs
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.formats import onnx_example
@@ -50,7 +50,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     Raises:
         UserError: onnx, onnxscript or onnxruntime is not installed.
     """
-    check_packages()
+    needs("the export to ONNX", "onnx", "onnxscript", "onnxruntime")
     notes = []
     for suffix, dtype in PRECISIONS.items():
         if bundle.preprocess is not None:
@@ -232,18 +232,6 @@ def write_graph(graph: ImageGraph | TextGraph, example: tuple[torch.Tensor, ...]
         for value in (*program.model.graph.inputs, *program.model.graph.outputs):
             value.metadata_props.clear()
         program.save(str(file))
-
-
-def check_packages() -> None:
-    """Raise UserError where what writes and checks ONNX is not installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"the export to ONNX needs {error.name}, which is not installed: pip install onnx onnxscript onnxruntime"
-        ) from None
 
 
 @contextmanager

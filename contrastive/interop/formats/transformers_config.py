@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from contrastive.errors import UserError
+from contrastive.errors import UserError, needs
 from contrastive.files import read_json
 from contrastive.interop.formats.option_kinds import check, is_count, is_number
 from contrastive.interop.formats.tokenizer_files import highest_id
@@ -131,6 +131,7 @@ class Description:
 
 def library_defaults(family: str, section: str) -> dict:
     """Return what the library takes for options that are not given; `section`: 'Vision', 'Text', '' for the whole."""
+    needs("a model of transformers", "transformers")
     import transformers
 
     # A signature, since making a default config of SigLIP's texts warns of its own ids. What is not by keyword alone

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from contrastive import models
 from contrastive.data.preprocess import Preprocess
-from contrastive.errors import UserError
+from contrastive.errors import UserError, needs
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle, build
 from contrastive.interop.formats.evaluation_transform import taken_size
@@ -104,6 +104,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     Raises:
         UserError: the format cannot hold the model exactly; it names each option that does not fit, and the way out.
     """
+    needs("the export to transformers", "transformers")
     family, towers = fitting_family(bundle.model, str(bundle.path)), towers_of(bundle.model)
     preprocess, tokenizer = (
         None if isinstance(part, Absent) else part for part in (bundle.preprocess, bundle.tokenizer)
