@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from contrastive.config import parse, rename_flags
-from contrastive.log import run_script
+from contrastive.entry import run_script
 from contrastive.option_types import check_bounds
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@
     loss = contrastive.losses.SigmoidLoss()                       # of any features: loss(image, text, scale, bias)
 
 A path is a run, a checkpoint, a model folder of ours, transformers, open_clip or timm, or hf-hub:ORGANISATION/NAME.
-Training and evaluation are scripts: `python scripts/pretrain.py --help`.
+Training and evaluation are scripts: `contrastive pretrain --help`.
 """
 
 import importlib

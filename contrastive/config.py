@@ -7,6 +7,7 @@ lets `--loss NAME` choose which options a slot has, and turns every mistake into
 import dataclasses
 import json
 import re
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from contrastive.errors import UserError, did_you_mean
 from contrastive.files import read_yaml
 from contrastive.named_sections import (
     NONE,
-    NamedSection,
     check_chosen,
     choices_of,
     hidden_fields,
@@ -25,10 +25,12 @@ from contrastive.named_sections import (
     take,
     with_choices,
 )
-from contrastive.option_types import as_option, run_tyro
+from contrastive.option_types import as_option, is_positional, run_tyro
 from contrastive.words import flag_here, flags_of
 
 T = TypeVar("T")
+# In the wheel the recipes are part of the package, in a checkout they lie beside it.
+RECIPES = next((place / "configs" for place in Path(__file__).parents[:2] if (place / "configs").is_dir()), Path())
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,32 @@ class Gone:
     """What becomes of an option in RENAMED that nobody used: it has one value for all."""
 
     value: Any
+
+
+def recipe(name: str, folder: str = "") -> Path:
+    """Return the file that `--config NAME` means: one at that path, else one of ours, as 'cc3m' or 'configs/cc3m.yaml'.
+
+    folder: where among ours, as 'suites'.
+
+    Raises:
+        UserError: a bare name that none of ours has. SystemExit: 'list', after printing them.
+    """
+    path, ours = Path(name), RECIPES / folder
+    if name == "list":
+        for file in sorted(ours.glob("*.yaml")):
+            print(f"{file.stem:<24}{file.read_text('utf-8').partition(chr(10))[0].lstrip('# ')}")
+        raise SystemExit(0)
+    if path.exists() or path.is_absolute():
+        return path
+    own = ours / f"{path.name.removesuffix('.yaml')}.yaml"
+    bare = path.parent == Path() and path.suffix == ""
+    if own.exists() and (bare or path.parent in (Path(), Path("configs", folder))):
+        return own
+    if bare:
+        names = sorted(file.stem for file in ours.glob("*.yaml"))
+        told = f"no file '{name}' here, and no recipe of that name.{did_you_mean(name, names)}"
+        raise UserError(f"{told} There are {', '.join(names)}")
+    return path
 
 
 def parse(
@@ -46,13 +74,16 @@ def parse(
     prog: str,
     description: str,
     either: tuple[tuple[str, ...], ...] = (),
-    also: tuple[str, ...] = (),
+    also: Mapping[str, tuple[str, str]] = types.MappingProxyType({}),
+    shown: str = "",
     base: Path | None = None,
 ) -> T:
     """Fill the dataclass `cls`: defaults, then the YAML files `base` and `file`, then the flags `args`.
 
     Of the options in one group of `either`, one is kept: a flag for one outdoes another in the file.
-    `also` names further flags of the script, which an unknown one may have been meant to be.
+    `also` has further flags of the command, which an unknown one may have been meant to be: for the help, what stands
+    for the value of each, and what it does. `shown` are the flags of the short help, by default all. A class may say
+    in SHORT_FLAGS which flags stand for longer ones.
 
     Options that have been renamed are told by their new names. A class says which: RENAMED, a class attribute, maps
     an old dotted name, relative to the class, to the new one, or to `Gone`. `base` was written by the program itself,
@@ -62,13 +93,14 @@ def parse(
     A class with a field `given` is told there which options the file and the flags gave: see `hidden`.
 
     A section chosen by name (`loss`, `optimizer`, `model`) takes the flag's choice, else the file's. What
-    the file says about a component that was not chosen is left aside. `--help` prints and exits with status 0.
+    the file says about a component that was not chosen is left aside. `--help` and `--help-all` print `description`
+    (a module's docstring) and the options, and exit with status 0.
 
     Raises:
         UserError: an unknown key or flag (with a suggestion), a value of the wrong type, an unreadable file.
     """
-    choices = choices_of(cls)
-    rest, named = take(args, choices)
+    choices, short = choices_of(cls), getattr(cls, "SHORT_FLAGS", {})
+    rest, named = take(rename_flags(args, short), choices)
     given = dict.fromkeys(named, True)
     contents = {path: _read(path) for path in (file, base) if path is not None}
     for name, choice in choices.items():
@@ -91,10 +123,18 @@ def parse(
     renamed = {old: new for old, new in _renamed(chosen).items() if old not in known}
     contents = {path: _with_new_names(own, renamed, path == base, path) for path, own in contents.items()}
     values = _values(contents, known)
-    flags = _options_of(rest, known, (*choices, *also), renamed)
     start = _filled(chosen(), values) if values else None
-    words = {"prog": prog, "description": _describe(description, choices), "given": args}
-    config = run_tyro(chosen, rest, known=known, default=start, **words)
+    if asked := {"-h", "--help", "--help-all", "--help_all"} & set(rest):
+        from contrastive.help import help_text
+
+        of_file = {"start": start, "recipe": file.stem if file else "", "named": named}
+        how = {"whole": not asked & {"-h", "--help"}, "shown": tuple(shown.split()), "extra": also}
+        print(help_text(chosen, prog, description, **how, **of_file))
+        raise SystemExit(0)
+    words = typing.get_type_hints(cls, include_extras=True)
+    names = {name: hint for name, hint in known.items() if not is_positional(words.get(name))}
+    flags = _options_of(rest, names, (*choices, *also, *short), renamed)
+    config = run_tyro(chosen, _merged(rest, known), known=known, default=start, given=args)
     if not hasattr(config, "given"):
         return config
     given = dict.fromkeys([*named, *contents.get(file, ())], False) | given | dict.fromkeys(flags, True)
@@ -133,6 +173,21 @@ def rename_flags(args: list[str], short: Mapping[str, str]) -> list[str]:
     """Return the flags with those that are short for longer ones written out: `--epochs 3` as `--train.epochs 3`."""
     flags = zip(args, flags_of(args), strict=True)
     return [f"--{short[flag.name]}{arg.removeprefix(flag.typed)}" if flag.name in short else arg for arg, flag in flags]
+
+
+def _merged(args: list[str], known: dict[str, Any]) -> list[str]:
+    """Return the flags with each list given once: `--text a --text b` as `--text a b`."""
+    rest: list[str] = []
+    lists: dict[str, list[str]] = {}
+    taker = rest
+    for arg, flag in zip(args, flags_of(args), strict=True):
+        if flag.name:
+            is_list = ... in typing.get_args(known.get(flag.name))
+            taker = lists.setdefault(flag.name, []) if is_list else rest
+            if is_list and arg == flag.typed:
+                continue
+        taker.append(flag.value if flag.name and taker is not rest else arg)
+    return [*rest, *(word for name, values in lists.items() for word in (f"--{name}", *values))]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -254,23 +309,14 @@ def _options_of(
         positive = f"{section}{dot}{option.removeprefix('no_')}"  # --evaluate.no_progress
         if flag.name in renamed:
             raise UserError(_old_name(flag.name, renamed[flag.name], "--"))
-        if flag.name in known or flag.name == "help":
+        if flag.name in known:
             names.append(flag.name)
         elif known.get(positive) is bool:
             names.append(positive)
         else:
             hint = did_you_mean(flag.name, (*known, *also))
-            unknown.append(flag_here(flag, (*known, *also)) or f"unknown flag --{flag.name}.{hint}")
-    unknown += [f"{arg}: flags have two dashes here." for arg in args if re.match("-[a-z]", arg) and arg != "-h"]
-    for name, hint in known.items():
-        if names.count(name) > 1 and ... in typing.get_args(hint):
-            unknown.append(f"--{name} is given {names.count(name)} times; give all its values after one.")
+            unknown.append(flag_here(flag, (*known, *also)) or f"unknown flag {flag.typed}.{hint}")
+    unknown += [f"{arg}: flags have two dashes here." for arg in args if re.match("-[a-z]", arg)]
     if unknown:
         raise UserError(f"{' '.join(unknown)} See --help")
     return names
-
-
-def _describe(description: str, choices: dict[str, NamedSection]) -> str:
-    lines = [f"--{name} {{{','.join(c.registry.names())}}}" for name, c in choices.items() if c.is_slot]
-    lines += [f"--{name} NAME{'S' * c.several} ({c.told(name)})" for name, c in choices.items() if not c.is_slot]
-    return "\n\n".join([description, *(["Chosen by name: " + "  ".join(lines)] if lines else [])])

@@ -2,17 +2,14 @@
 
 import json
 import os
-import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 from rich.text import Text
-from torch import distributed
 
-from contrastive.errors import UserError, one_line
+from contrastive.errors import one_line
 from contrastive.files import write_whole
 
 T = TypeVar("T")
@@ -50,30 +47,6 @@ def bar(
     from rich.progress import track
 
     return track(items, text, total, done, auto_refresh=not forks, console=console, transient=True)
-
-
-def run_script(prog: str, main: Callable[[list[str]], None]) -> None:
-    """Run a script's `main(args)`; what the user or the machine did wrong becomes one line and exit status 2.
-
-    Before the processes have met, all fail alike and only the first one speaks; after that each may fail alone.
-    """
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        met = distributed.is_available() and distributed.is_initialized()
-        if is_main_process() or met:
-            where = f" [rank {os.environ['RANK']}]" if met else ""
-            print(f"{prog}: error:{where} {error}", file=sys.stderr)
-        else:
-            time.sleep(2)  # a launcher ends the others when one has failed: the first has to speak before that
-        sys.exit(2)
-    except RuntimeError as error:
-        if "gloo/transport" not in str(error):
-            raise
-        print(f"{prog}: error: [rank {os.environ['RANK']}] ended, because another rank is gone", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 class MetricsLog:

@@ -105,6 +105,13 @@ def type_name(annotation: Any) -> str:
     return "none" if annotation is types.NoneType else annotation.__name__
 
 
+def is_positional(hint: Any) -> bool:
+    """Whether values of this type, with its annotations, are given without a flag."""
+    import tyro
+
+    return tyro.conf.Positional in getattr(hint, "__metadata__", ())
+
+
 def fixed(annotation: Any) -> Any:
     """The type of a field that tyro is to leave as it is, and unmentioned."""
     import tyro
@@ -139,8 +146,6 @@ def run_tyro(
     args: list[str],
     *,
     known: dict[str, Any],
-    prog: str,
-    description: str,
     given: list[str],
     default: T | None = None,
 ) -> T:
@@ -153,7 +158,7 @@ def run_tyro(
     import tyro
 
     errors = io.StringIO()
-    how = {"prog": prog, "description": description, "use_underscores": True, "return_unknown_args": True}
+    how = {"prog": "", "add_help": False, "use_underscores": True, "return_unknown_args": True}
     how["registry"] = _in_words(known)
     how["config"] = (tyro.conf.HelptextFromCommentsOff,)  # all help is in docstrings; looking for comments takes longer
     if default is not None:
@@ -161,14 +166,14 @@ def run_tyro(
     try:
         with contextlib.redirect_stderr(errors):
             options, stray = tyro.cli(cls, args=args, **how)
-    except SystemExit as stop:
-        if stop.code == 0:  # --help
-            raise
+    except SystemExit:
         message = _first_message(errors.getvalue())
     else:
         if not stray:
             return options
         message = _about_stray(stray[0], given, known) or f"Unrecognized options: {', '.join(stray)}"
+    if message.startswith("Missing from") and (missing := re.findall(r"^\S {5}(\S.*?) +\S$", errors.getvalue(), re.M)):
+        message = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
     flag = re.match(r"Error parsing --(\S+): .*'(.*)'", message)
     if flag and flag[1] in known:  # tyro's words are about its parser
         message = f"--{flag[1]} is '{flag[2]}', expected {type_name(known[flag[1]])}"

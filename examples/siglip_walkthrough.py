@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from contrastive.command_line import Parser
+from contrastive.entry import run_script
 from contrastive.errors import UserError
 from contrastive.files import read_json
-from contrastive.log import run_script
 from contrastive.models import ImageTower, ImageTowerConfig
 
 # What rounding may add up to, where a float32 has about seven digits: relative to the largest number of the step.

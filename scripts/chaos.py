@@ -26,9 +26,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from contrastive.config import parse
+from contrastive.entry import run_script
 from contrastive.errors import UserError
 from contrastive.files import sha256
-from contrastive.log import console, read_metrics, run_script, say
+from contrastive.log import console, read_metrics, say
 
 PRETRAIN = Path(__file__).resolve().with_name("pretrain.py")
 MARK = "CONTRASTIVE_CHAOS"  # in the environment of every process of a run, by which it is found

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from contrastive.commands.pretrain_command import main
 from contrastive.log import read_metrics
-from scripts.pretrain import main
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}

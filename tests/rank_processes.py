@@ -10,7 +10,12 @@ import torch
 import torch.multiprocessing as mp
 
 IMPORTED = [
-    *("scripts.pretrain", "contrastive.train.pretrain", "contrastive.train.first_look", "contrastive.interop.loading"),
+    *(
+        "contrastive.commands.pretrain_command",
+        "contrastive.train.pretrain",
+        "contrastive.train.first_look",
+        "contrastive.interop.loading",
+    ),
     *("contrastive.evaluate.classification", "contrastive.evaluate.retrieval", "contrastive.evaluate.report"),
     *("contrastive.data.sources.arrays", "PIL.PngImagePlugin", "jinja2", "matplotlib.ticker", "tyro"),
     *("hypothesis", "pytest", "torch._dynamo"),

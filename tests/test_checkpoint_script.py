@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import contrastive
+from contrastive.commands.checkpoint_command import main
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
@@ -18,8 +18,6 @@ from contrastive.files import write_folder, write_manifest
 from contrastive.interop.bundle import save_model
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.train.starting import RunLock
-
-main = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts/checkpoint.py"))["main"]
 
 
 @pytest.fixture(scope="module")

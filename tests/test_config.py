@@ -197,17 +197,17 @@ def test_missing_file(tmp_path):
 
 def test_help_exits_with_success(capsys):
     with pytest.raises(SystemExit) as stop:
-        run("--help")
+        run("--help-all")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "--pet {cat,dog}" in shown and "--other.height" in shown and "In metres." in shown
+    assert "one of cat, dog" in shown and "--other.height X" in shown and "In metres [2.5]" in shown
 
 
 def test_help_tells_the_defaults_of_the_files(file, capsys):
     with pytest.raises(SystemExit) as stop:
-        run("--help", file=file("name: Jones\npet: {name: dog, tricks: [sit]}"))
+        run("--help-all", file=file("name: Jones\npet: {name: dog, tricks: [sit]}", "b.yaml"))
     shown = capsys.readouterr().out
-    assert stop.value.code == 0 and "default: Jones" in shown and "default: sit" in shown
+    assert stop.value.code == 0 and "[Smith; b Jones]" in shown and "b sit]" in shown
 
 
 def test_one_of_three_options(file):

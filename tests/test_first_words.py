@@ -18,6 +18,7 @@ import contrastive
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.record import BadSample
 from contrastive.data.tokenizer import clip_tokenizer
+from contrastive.entry import COMMANDS
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Bundle
 from contrastive.interop.encoder import ImageProcessor
@@ -225,8 +226,8 @@ def test_words_are_not_there_and_their_answers_are(row, ours):
     for owner, path in re.findall(r"(?<![-.\w])(contrastive|model|bundle|encoder|tokenizer)\.((?:\w+\.)*\w+)", answer):
         known = [has(thing, path) for thing in owners.get(owner, [])] or [pydoc.locate(f"{owner}.{path}")]
         assert any(known), f"{owner}.{path}"
-    for script in re.findall(r"scripts/\w+.py", answer):
-        assert (ROOT / script).is_file()
+    for command in re.findall(r"(?<![\w.])contrastive ([\w-]+)", answer):
+        assert command in COMMANDS
 
 
 def test_words_disturb_nothing(ours):

@@ -10,6 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "contrastive"
 LAYERS = [
+    {"__main__", "commands"},
     {"train"},
     {"evaluate"},
     {"objectives"},
@@ -20,7 +21,9 @@ LAYERS = [
     {
         "command_line",
         "config",
+        "entry",
         "files",
+        "help",
         "log",
         "named_sections",
         "option_types",
@@ -37,7 +40,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 # What the whole and its parts may measure. Lower them when something went; a change that needs more looks first for
 # what it can take away.
 MOST_LINES_OF_A_FILE = 350
-MOST_FILES, MOST_LINES = 215, 36_740  # of the package
+MOST_FILES, MOST_LINES = 234, 38_401  # of the package
 MOST_FILES_TO_TRAIN, MOST_LINES_TO_TRAIN = 92, 13_900  # that `import contrastive.train.pretrain` reads
 HEAVY = {"transformers", "open_clip", "datasets", "pyarrow", "pandas", "sklearn", "matplotlib", "onnx", "webdataset"}
 HEAVY |= {"gradio"}

@@ -322,7 +322,7 @@ def check_classes(sources: Sequence[Source], asked: dict[str, str | None]) -> No
         captioned = some_have(part, part.captions) if part.captioned is None else part.captioned
         if not captioned and not part.class_names:
             if part.masked and not part.labelled:
-                raise UserError(f"{part.name} has masks, for scripts/evaluate.py, but neither captions nor labels")
+                raise UserError(f"{part.name} has masks, for contrastive evaluate, but neither captions nor labels")
             what = f"{part.name} has labels, but neither captions nor class names"
             flag = next(iter(asked))
             raise UserError(f"{what}: give --{flag} a set or file of them, or put a classnames.txt beside the data")

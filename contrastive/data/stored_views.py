@@ -135,7 +135,7 @@ class StoredViews:
             UserError: unfinished or damaged; of other data; of views drawn otherwise, or now drawn otherwise.
         """
         if not self.config.get("complete"):
-            raise UserError(f"{self.folder} is unfinished; give its scripts/embed.py command again")
+            raise UserError(f"{self.folder} is unfinished; give its contrastive embed command again")
         if any(part.prompted for part in source.parts):
             raise UserError(
                 f"{self.folder} holds embeddings of captions, and {source.name} is learned by prompts of its classes: "
@@ -145,7 +145,7 @@ class StoredViews:
         if data["fingerprint"] != source.stored.fingerprint or data["num_samples"] != len(source):
             raise UserError(
                 f"{self.folder} holds a teacher's embeddings of other data ({data['name']}), not of {source.name} as "
-                "it is now; embed this with scripts/embed.py --views"
+                "it is now; embed this with contrastive embed --views"
             )
         for name, held in asdict(self.views.augment).items():
             if getattr(augmented, name) != held:

@@ -155,7 +155,9 @@ def _start_all_processes() -> None:
     torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", address]
     os.environ["ACCELERATE_USE_CPU"] = "true"
     end_with_parent(signal.SIGTERM)
-    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+    # As a file, __main__.py would make its folder the first place where `import log` looks.
+    program = ["-m", "contrastive"] if sys.argv[0].endswith("__main__.py") else sys.argv[:1]
+    os.execv(sys.executable, [sys.executable, *torchrun, *program, *sys.argv[1:]])
 
 
 @functools.cache

@@ -173,7 +173,7 @@ class EmbeddingStore:
         if not self.is_complete(part):
             begun = self.path(part, 0).exists()
             why = f"its {part} are unfinished; run" if begun else f"it has no {part}; run"
-            raise UserError(f"{self.folder}: {why} scripts/embed.py with the same model, data and folder")
+            raise UserError(f"{self.folder}: {why} contrastive embed with the same model, data and folder")
         columns: dict[str, list] = {name: [] for name in COLUMNS[part]}
         count, seen = sum(self._head(self.path(part, shard))[0] for shard in range(self.num_shards)), 0
         features = np.empty((count, 1), np.float32)

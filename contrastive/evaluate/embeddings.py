@@ -1,7 +1,7 @@
 """Embeddings of a source in memory: what every evaluation reads, and how a model makes them.
 
 Every evaluation takes one way: images and texts are embedded, an EmbeddingSet holds them, scoring functions and probes
-read nothing else. During training and in scripts/zero_shot.py the set is made in memory; a suite keeps it in a store
+read nothing else. During training and in contrastive zero-shot the set is made in memory; a suite keeps it in a store
 (evaluated_model.py), so that all its tasks share it. Images are embedded on every rank's share, texts in batches.
 
 N images, M texts, E embed_dim.

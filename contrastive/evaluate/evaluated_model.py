@@ -47,7 +47,7 @@ from contrastive.results import folder_name
 class EvaluatedModel:
     """A loaded model, and the folder that its embeddings are kept in.
 
-    Data is named as `open_source` reads it, or is a folder that scripts/embed.py wrote.
+    Data is named as `open_source` reads it, or is a folder that contrastive embed wrote.
 
     Args:
         name: in tables and messages.
@@ -113,7 +113,7 @@ class EvaluatedModel:
         return found
 
     def embed(self, data: str, space: Space = "projected", texts: bool = False) -> EmbeddingStore | None:
-        """Fill the store of `data`; call it on all ranks. None where `data` is a folder that scripts/embed.py wrote."""
+        """Fill the store of `data`; call it on all ranks. None where `data` is a folder of embeddings."""
         given = Path(data).expanduser()
         if given.is_dir() and find_store(given) is not None:
             return None
@@ -231,7 +231,7 @@ def _texts_of(source, index: int) -> tuple[list[tuple[int, str]], list[str]]:
 def load_embeddings(
     folder: Path | str, model: Mapping | None = None, source=None, *, parts: tuple[Part, ...] = ("images",)
 ) -> EmbeddingSet:
-    """Read what `scripts/embed.py` wrote.
+    """Read what `contrastive embed` wrote.
 
     Args:
         model, source: the `model_identity` and the data that the embeddings have to be of, where it matters.
@@ -242,7 +242,7 @@ def load_embeddings(
     """
     store = find_store(Path(folder))
     if store is None:
-        raise UserError(f"no embeddings in {folder}; scripts/embed.py makes them")
+        raise UserError(f"no embeddings in {folder}; contrastive embed makes them")
     store.check(model, None if source is None else data_identity(source))
     said, held = store.config["data"], {part: store.read(part) for part in parts}
     columns, features = held["images"]

@@ -83,7 +83,7 @@ def classification_outcome(
             guesses = int(name.rpartition("acc")[2])
             count = (counts or {}).get(name, num_samples)
             figures[name] = Figure(value, share_interval(value, count), min(100.0, guesses * chance))
-        elif name not in ("chance", "confusion"):  # C x C numbers: scripts/zero_shot.py draws them
+        elif name not in ("chance", "confusion"):  # C x C numbers: contrastive zero-shot draws them
             details[name] = value
     return Outcome(figures, headline, details)
 

@@ -37,10 +37,10 @@ from unittest.mock import patch
 
 import torch
 
+from contrastive.entry import run_script
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Bundle, weights_key
 from contrastive.interop.loading import load
-from contrastive.log import run_script
 from contrastive.words import flags_of
 
 PROG = "contrastive-clip-benchmark"

@@ -173,7 +173,7 @@ class CaptionDecoder(nn.Module):
         """
         states, length = self(image, ids, parallel, hidden, own), weights.shape[1]
         states, ids, weights = states[:, :length].flatten(0, 1), ids[:, :length].flatten(), weights.flatten()
-        # A GPU would be waited for, and the fake tensors that plan.py counts have no content.
+        # A GPU would be waited for, and the fake tensors that contrastive plan counts have no content.
         if weights.device.type == "cpu" and type(weights) is torch.Tensor:
             told = weights.nonzero()[:, 0]
             # To a multiple of about a sixteenth of their number: see TextTower.pack.

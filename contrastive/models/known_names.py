@@ -100,7 +100,7 @@ def _size(spelled: str) -> str:
 
 def _unknown(name: str) -> str:
     if plain_vit(name):
-        return f"'{name}' is an image tower without a text tower: train_classifier.py --model {name} trains it"
+        return f"'{name}' is an image tower without a text tower: contrastive classifier --model {name} trains it"
     slashed = re.fullmatch(r"ViT-(\w+)/(\d+)(?:@(\d+)px)?", name, re.IGNORECASE)
     if slashed:
         meant = "-".join(filter(None, ("ViT", *slashed.groups())))

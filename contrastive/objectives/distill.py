@@ -24,7 +24,7 @@ class DistillConfig(ObjectiveConfig):
     NOT_NATIVE = "shows teachers square views"
 
     teacher: tuple[str, ...] = ()
-    """Teachers: models, or folders that scripts/embed.py --views wrote; several are an ensemble."""
+    """Teachers: models, or folders that contrastive embed --views wrote; several are an ensemble."""
     scale: tuple[Positive[float], ...] = ()
     """Factor on the similarities of each teacher; none: its own logit scale. Smaller: softer targets."""
     feature_weight: NotNegative[float] = 0.0

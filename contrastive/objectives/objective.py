@@ -37,7 +37,7 @@ class ObjectiveConfig:
     """The options that every objective has; each is registered in OBJECTIVES and adds its own."""
 
     NEEDS_DATA: ClassVar[str] = ""
-    """What it takes, in words, where it can only be built beside the run's data: plan.py leaves it out then."""
+    """What it takes, in words, where it can only be built beside the run's data; `plan` leaves it out then."""
 
     NOT_NATIVE: ClassVar[str] = ""
     """What it does, in words, that images of any shape (model.image.native) do not allow."""

@@ -76,7 +76,7 @@ class LiveTeacher(Teacher):
 
 
 class StoredTeacher(Teacher):
-    """Embeddings that scripts/embed.py --views wrote: the samples bring them along."""
+    """Embeddings that contrastive embed --views wrote: the samples bring them along."""
 
     def __init__(self, stored: StoredViews):
         self.stored, self.path = stored, str(stored.folder)

@@ -307,7 +307,7 @@ class ContrastiveTask(TrainingTask):
     def score(self, source: Source, **how) -> tuple[str, dict[str, float]]:
         """`zero_shot` acc1, ... of a labelled source; of another `retrieval` image_to_text_r1, ...
 
-        In float32, as the weights are: what zero_shot.py will say of the final model.
+        In float32, as the weights are: what contrastive zero-shot will say of the final model.
         """
         from contrastive.evaluate.classification import zero_shot
         from contrastive.evaluate.retrieval import retrieval

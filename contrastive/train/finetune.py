@@ -71,7 +71,7 @@ def finetune(config: FinetuneConfig) -> bool:
     dual encoder with the tuned image tower in `encoder/`.
     """
     if not config.init:
-        raise UserError("no model to fine-tune: finetune.py MODEL --data SPEC")
+        raise UserError("no model to fine-tune: contrastive finetune MODEL --data SPEC")
     bundle = load(config.init)
     bundle.check_image_tower("there is nothing to fine-tune")
     check_supervised(config)

@@ -117,7 +117,9 @@ class RunConfig:
         "accum_freq": "train.accumulate",
         "workers": "data.num_workers",
         "report_to": "trackers",
+        "out": "run_folder",
         "output_dir": "run_folder",
+        "eval": "data.eval",
     }
 
     run_folder: str = ""

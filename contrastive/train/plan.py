@@ -161,7 +161,7 @@ def make_plan(config: PlanConfig) -> Plan:
         raise UserError(f"{unknown}known are {known}")
     check(config)
     if config.loss_name == "none":
-        raise UserError("plan.py counts both towers; of runs with --loss none it knows nothing yet")
+        raise UserError("contrastive plan counts both towers; of runs with --loss none it knows nothing yet")
     for gpus in config.gpus:
         check_division(config.train, gpus)
     config = resolve_native(with_vocabulary(config), config.model.image)

@@ -16,7 +16,8 @@ from typing import TypeVar
 
 import yaml
 
-from contrastive.config import flatten, parse, rename_flags, to_dict, written_options
+from contrastive.command_line import DEVICE, chosen_device
+from contrastive.config import flatten, parse, recipe, to_dict, written_options
 from contrastive.data.order_choice import order_for
 from contrastive.distributed.collectives import gather_objects
 from contrastive.distributed.launching import is_orphan, launched
@@ -42,16 +43,17 @@ def command(
     train: Callable[[C], bool],
     args: list[str],
     *,
-    prog: str,
-    description: str,
-    default_file: Path,
+    name: str,
+    doc: str,
+    default_recipe: str,
+    shown: str,
 ) -> None:
     """Run `train` with the options that `args` and the configuration file give; exit with 128 + N after signal N.
 
     Args:
-        default_file: the configuration where --config names none.
+        name, doc, shown: of the command, for its help: see `parse`.
+        default_recipe: the configuration where --config names none.
     """
-    short = cls.SHORT_FLAGS
     args = [word for arg in args for word in (arg.split("=") if arg.startswith("--resume=") else [arg])]
     typed = {flag.name: flag.value for flag in flags_of(args)}
     automatic = typed.get("resume") == "auto"
@@ -62,12 +64,15 @@ def command(
             "--resume goes on from the newest checkpoint of --run_folder, or with auto starts where there is none; "
             + (f"add --run_folder before '{after}'" if os.path.isdir(after) else f"leave out '{after}'")
         )
-    args, chosen = take_option(rename_flags(args, short), "config")
-    config_file = Path(chosen) if chosen else default_file
-    description = f"{description} --config FILE.yaml (default {default_file.name})"
-    description += "; short for longer flags: " + ", ".join(f"--{flag}" for flag in short)
-    options = {"prog": prog, "description": description, "either": (tuple(f"train.{n}" for n in LENGTHS),)}
-    options["also"] = ("config", *short)
+    args, chosen = take_option(args, "config")
+    args, device = take_option(args, "device")
+    if device is not None:
+        os.environ["ACCELERATE_USE_CPU"] = "true" if chosen_device(device) == "cpu" else "false"
+    default_file = recipe(default_recipe)
+    config_file = recipe(chosen) if chosen else default_file
+    also = {"config": ("NAME", f"A recipe ('list' shows them) or a YAML file [{default_recipe}]"), "device": DEVICE}
+    options = {"prog": name, "description": doc, "shown": shown, "also": also}
+    options["either"] = (tuple(f"train.{n}" for n in LENGTHS),)
     config = parse(cls, args, config_file, **options)
     config = replace(config, run_folder=config.run_folder or f"runs/{config_file.stem}-{config.short_name()}")
     if automatic:

@@ -277,7 +277,7 @@ def _read_source(source: Source, preprocess: Preprocess, limit: int) -> tuple[li
         except BadSample as bad:
             warn(f"{source.name}: image {bad.key or key} left out ({bad.reason})")
     if not images:
-        raise UserError(f"{source.name}: none of the {limit} images tried can be read; python scripts/inspect_data.py")
+        raise UserError(f"{source.name}: none of the {limit} images tried can be read; contrastive inspect")
     return images, class_texts
 
 

@@ -17,12 +17,12 @@ def claim(folder: Path) -> list[str]:
     Raises:
         UserError: it is a file, cannot be written, or holds files and none of them is this command's record.
     """
-    record = claim_folder(folder, RECORD, "an earlier visualize.py", "give another --out")
+    record = claim_folder(folder, RECORD, "an earlier contrastive visualize", "give another --out")
     if record is None:
         return []
     names = record.get("files")
     if record.get("format") != FORMAT or not isinstance(names, list):
-        raise UserError(f"{folder / RECORD} is not of an earlier visualize.py; give another --out")
+        raise UserError(f"{folder / RECORD} is not of an earlier contrastive visualize; give another --out")
     # A record that someone wrote by hand may name anything: nothing outside the folder is ours.
     return [name for name in names if str(name).endswith(".png") and Path(name).name == name]
 

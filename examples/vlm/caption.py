@@ -10,8 +10,8 @@ from captioner import Captioner
 from contrastive.command_line import Parser, chosen_device
 from contrastive.data.decode import decode
 from contrastive.data.record import BadSample
+from contrastive.entry import run_script
 from contrastive.errors import UserError
-from contrastive.log import run_script
 
 
 def main(arguments: list[str]) -> None:

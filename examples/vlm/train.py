@@ -28,9 +28,10 @@ import contrastive
 from contrastive.command_line import Parser, at_least
 from contrastive.data.record import BadSample, Source
 from contrastive.data.sources import announce, open_source
+from contrastive.entry import run_script
 from contrastive.errors import UserError
 from contrastive.files import write_json
-from contrastive.log import run_script, say
+from contrastive.log import say
 
 VOCABULARY_SAMPLES = 5_000
 

@@ -13,11 +13,11 @@ import pytest
 from shard_writing import pairs, write_tar
 from web_server import WebServer
 
+from contrastive.commands.index_command import main
 from contrastive.data.shards.remote import copy_path
 from contrastive.data.shards.shard_manifest import INDEX_FOLDER, read_index
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
-from scripts.index import main
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "index.py"
 
@@ -78,7 +78,7 @@ def test_verify_does_not_mind_a_new_date(shards):
 
 
 def test_verify_needs_an_index(shards):
-    with pytest.raises(UserError, match="3 shards have no index; run scripts/index.py without --verify"):
+    with pytest.raises(UserError, match="3 shards have no index; run contrastive index without --verify"):
         main([f"{shards}/*.tar", "--verify"])
 
 
@@ -133,7 +133,7 @@ def test_force_mends_a_damaged_index(shards, damage):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Missing from index.py: SPEC"),
+        ([], "SPEC is missing"),
         (["{}/*.tar", "--verfy"], "unknown flag --verfy. Did you mean 'verify'"),
         (["{}/*.tar", "--verify", "--force"], "give --verify or --force, not both"),
         (["{}/0.tar", "{}/1.tar"], "this takes one value, not also .*/1.tar'; quote a pattern"),

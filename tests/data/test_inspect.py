@@ -1,7 +1,6 @@
 """Inspecting a source: the figures are true, what is shown is what training gets, and the page is safe."""
 
 import base64
-import importlib
 import io
 import json
 import re
@@ -9,9 +8,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from launching import ROOT
 from PIL import Image
 
+from contrastive.commands.inspect_command import main
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.inspection import chosen_indices, distribution, measure, see, summary
 from contrastive.data.loader import train_loader
@@ -44,9 +43,8 @@ def table(tmp_path):
     return tmp_path / "pairs.jsonl"
 
 
-def inspect_data(monkeypatch, *args):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    importlib.import_module("inspect_data").main([str(arg) for arg in args])
+def inspect_data(*args):
+    main([str(arg) for arg in args])
 
 
 def figures_of(table, context_length=77):
@@ -110,7 +108,7 @@ def test_what_is_shown_is_what_training_gets():
 
 def test_page_holds_the_pixels_and_escapes_the_text(table, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    inspect_data(monkeypatch, table, "--output", out, "--image_size", 16, "--shown", 6, "--augment.crop_scale", 1, 1)
+    inspect_data(table, "--out", out, "--image_size", 16, "--shown", 6, "--augment.crop_scale", 1, 1)
     page = (out / "index.html").read_text("utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page and "<b>" not in page
     assert "http" not in page  # nothing is fetched
@@ -135,7 +133,7 @@ def test_keys_with_markup_are_printed_as_they_are(tmp_path, monkeypatch, capsys)
     (folder / "b[red].jpg").write_bytes(b"broken")
     for name in ("a", "b[red]"):
         (folder / f"{name}.txt").write_text("words")
-    inspect_data(monkeypatch, folder, "--output", tmp_path / "out", "--image_size", 16)
+    inspect_data(folder, "--out", tmp_path / "out", "--image_size", 16)
     assert "b[red].jpg" in capsys.readouterr().err
 
 
@@ -145,14 +143,14 @@ def test_data_without_a_usable_sample_is_reported_all_the_same(tmp_path, monkeyp
     for name in "ab":
         (folder / f"{name}.jpg").write_bytes(b"broken")
         (folder / f"{name}.txt").write_text("words")
-    inspect_data(monkeypatch, folder, "--output", tmp_path / "out")
+    inspect_data(folder, "--out", tmp_path / "out")
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert figures["unusable"]["unreadable_image"]["count"] == 2 and figures["height"] is None
     assert "there are no samples to show" in capsys.readouterr().err
 
 
 def test_labelled_data_counts_its_classes(tmp_path, monkeypatch):
-    inspect_data(monkeypatch, "digits:test", "--output", tmp_path / "out", "--shown", 4, "--image_size", 16)
+    inspect_data("digits:test", "--out", tmp_path / "out", "--shown", 4, "--image_size", 16)
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert figures["classes"]["seen"] == figures["classes"]["names"] == 10
     assert figures["duplicate_captions"] is None and figures["formats"] == {"pixels": 355}
@@ -191,13 +189,13 @@ def test_nothing_of_others_is_overwritten(table, tmp_path, monkeypatch):
     out.mkdir()
     (out / "index.html").write_text("precious")
     with pytest.raises(UserError, match="files that are not of an inspection"):
-        inspect_data(monkeypatch, table, "--output", out)
+        inspect_data(table, "--out", out)
     assert (out / "index.html").read_text() == "precious"
     (out / "index.html").unlink()
-    inspect_data(monkeypatch, table, "--output", out, "--image_size", 16)
-    inspect_data(monkeypatch, table, "--output", out, "--image_size", 16)  # the same again
+    inspect_data(table, "--out", out, "--image_size", 16)
+    inspect_data(table, "--out", out, "--image_size", 16)  # the same again
     with pytest.raises(UserError, match="holds the inspection of"):
-        inspect_data(monkeypatch, "digits:test", "--output", out)
+        inspect_data("digits:test", "--out", out)
 
 
 @pytest.mark.parametrize(
@@ -216,13 +214,13 @@ def test_nothing_of_others_is_overwritten(table, tmp_path, monkeypatch):
 def test_mistakes_are_said_in_one_line(tmp_path, monkeypatch, args, match):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=match) as caught:
-        inspect_data(monkeypatch, *args)
+        inspect_data(*args)
     assert "\n" not in str(caught.value)
 
 
 def test_real_shards(shared_data, tmp_path, monkeypatch):
     shard = shared_data / "flickr8k" / "dev-000000.tar"
-    inspect_data(monkeypatch, shard, "--samples", 200, "--shown", 4, "--output", tmp_path / "out")
+    inspect_data(shard, "--samples", 200, "--shown", 4, "--out", tmp_path / "out")
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert figures["short_side"]["max"] == 160 and figures["captions_per_sample"]["min"] == 5
     assert not figures["unusable"] and figures["readable"] == 200

@@ -9,12 +9,12 @@ from PIL import Image
 from refusals import refused
 from torch.utils.data import DataLoader
 
+from contrastive.commands import embed_command, inspect_command, shard_command
 from contrastive.data.record import BadSample, FaultCounts
 from contrastive.data.sources import SOURCES, announce, open_source
 from contrastive.data.sources.arrays import Digits
 from contrastive.data.sources.columns import check_columns
 from contrastive.errors import UserError
-from scripts import embed, inspect_data, shard
 
 # Digits
 
@@ -120,11 +120,11 @@ def test_columns_of_data_that_have_none_are_an_error(tmp_path):
 def test_scripts_say_so_too(tmp_path):
     told = "caption_column has no effect: digits:train has no texts to choose from"
     out = str(tmp_path / "out")
-    for script, output in ((inspect_data, ["--output", out]), (shard, [out])):
+    for script, output in ((inspect_command, ["--out", out]), (shard_command, [out])):
         with pytest.raises(UserError, match=told):
             script.main(["digits", *output, "--caption_column", "title"])
     with pytest.raises(UserError, match=told):
-        embed.embed(embed.parse(["RUN", "digits", out, "--caption-column", "title"]))
+        embed_command.main(["RUN", "digits", out, "--caption-column", "title"])
     assert not os.path.exists(out)
 
 

@@ -1,7 +1,6 @@
 """Any source as shards: what is stored, what is refused, and that a second run goes on where the first ended."""
 
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from launching import ROOT, environment
 from PIL import Image
 from shard_writing import write_tar
 
+from contrastive.commands.shard_command import main
 from contrastive.data.captions import MAX_CAPTION_CHARS
 from contrastive.data.decode import decode
 from contrastive.data.shards.shard_writing import PackOptions, write_shards
@@ -331,9 +331,8 @@ def test_script_goes_on_after_it_was_interrupted(tmp_path):
 )
 def test_mistakes_are_said_in_one_line_and_nothing_is_made(tmp_path, monkeypatch, args, match):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "scripts")
     with pytest.raises(UserError, match=match) as caught:
-        importlib.import_module("shard").main(args)
+        main(args)
     assert "\n" not in str(caught.value) and not os.listdir(tmp_path)
 
 

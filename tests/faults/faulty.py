@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from contrastive.commands.pretrain_command import main
 from contrastive.data.sources.open import SOURCES
-from contrastive.log import run_script
+from contrastive.entry import run_script
 from contrastive.losses import LOSSES, SigmoidLoss, SigmoidLossConfig
-from scripts.pretrain import main
 
 KIND, RANK, FIRST, CALLS = os.environ["FAULT"].split(",")
 CALLS_GONE_WRONG = range(int(FIRST), int(FIRST) + int(CALLS))

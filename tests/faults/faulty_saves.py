@@ -8,9 +8,9 @@ import os
 import resource
 from concurrent.futures import wait
 
-from contrastive.log import run_script
+from contrastive.commands.pretrain_command import main
+from contrastive.entry import run_script
 from contrastive.train.saver import CheckpointSaver
-from scripts.pretrain import main
 
 KIND, RANK, SAVE, BYTES = os.environ["FAULT"].split(",")
 write, save, calls = CheckpointSaver._write, CheckpointSaver.save, []

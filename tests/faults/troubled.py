@@ -6,10 +6,10 @@ nan: the loss of such a batch is not finite. high: it is 100 more. At that call 
 import os
 from dataclasses import dataclass
 
+from contrastive.commands.pretrain_command import main
 from contrastive.data.samples import PairDataset
-from contrastive.log import run_script
+from contrastive.entry import run_script
 from contrastive.losses import LOSSES, SigmoidLoss, SigmoidLossConfig
-from scripts.pretrain import main
 
 KIND, FIRST, NUMBER, DIES_AT = os.environ["TROUBLE"].split(",")
 BATCHES = range(int(FIRST), int(FIRST) + int(NUMBER))

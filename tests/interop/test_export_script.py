@@ -17,13 +17,13 @@ from rich.console import Console
 from small_bundles import small_bundle
 
 import contrastive
+from contrastive.commands.export_command import main
 from contrastive.errors import UserError
 from contrastive.interop.export import export
 from contrastive.interop.formats import open_clip_folder as open_clip_writing
 from contrastive.interop.formats import transformers_folder as writing
 from contrastive.interop.parity import Check, embedding_limit, parity_table
 from contrastive.models import ImageModel, ImageModelConfig
-from scripts.export import main
 
 LOADED_BY = {"transformers": "AutoModel", "open_clip": "create_model_and_transforms", "timm": "create_model"}
 

@@ -9,11 +9,11 @@ from hub_server import TOKEN, HubServer
 from small_bundles import small_bundle
 
 import contrastive
+from contrastive.commands import evaluate_command, zero_shot_command
+from contrastive.commands.export_command import main as export_script
 from contrastive.errors import UserError
 from contrastive.interop import hub
 from contrastive.interop.export import export
-from scripts import evaluate, zero_shot
-from scripts.export import main as export_script
 
 
 @pytest.fixture(autouse=True)
@@ -189,10 +189,10 @@ def test_no_right_to_push(server, model_folder, tmp_path, monkeypatch):
 def test_scripts_take_hub_names(server, model_folder, tmp_path, monkeypatch):
     server.add_folder("me/model", model_folder)
     monkeypatch.chdir(tmp_path)
-    zero_shot.main(["hf-hub:me/model", "--data", "scenes:test", "--limit", "20", "--device", "cpu"])
+    zero_shot_command.main(["hf-hub:me/model", "--data", "scenes:test", "--limit", "20", "--device", "cpu"])
     found = json.loads((tmp_path / "evaluations/me-model/zero_shot/scenes-test/zero_shot.json").read_text())
     assert found["model"] == "hf-hub:me/model"
     task = ["--task", "zero_shot", "--data", "scenes:test", "--limit", "20", "--device", "cpu"]
-    evaluate.main(["hf-hub:me/model", *task])
+    evaluate_command.main(["hf-hub:me/model", *task])
     assert list((tmp_path / "evaluations/me-model/evaluation").glob("*/evaluation.json"))
     assert list((tmp_path / "evaluations/me-model/embeddings").iterdir())

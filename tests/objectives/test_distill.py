@@ -12,6 +12,7 @@ from rank_processes import joined, run_on_ranks
 from safetensors.torch import load_file
 
 import contrastive
+from contrastive.commands.embed_command import main as embed
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
@@ -22,7 +23,6 @@ from contrastive.objectives import Setting
 from contrastive.objectives.distill import DistillConfig
 from contrastive.objectives.learner import Learner
 from contrastive.train.gradient import Batch, forward_backward
-from scripts.embed import main as embed
 
 CONFIG = ModelConfig(
     embed_dim=16,

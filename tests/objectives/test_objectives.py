@@ -231,7 +231,9 @@ def test_three_ranks_go_on_exactly_where_it_begins(tiny, tmp_path, free_port):
     tests = os.path.dirname(os.path.dirname(__file__))
     script.write_text(f"import sys; sys.path[:0] = [{tests!r}, {os.path.dirname(tests)!r}]\n")
     with script.open("a") as file:
-        file.write("import objectives.toy\nfrom scripts.pretrain import main\nmain(sys.argv[1:])\n")
+        file.write(
+            "import objectives.toy\nfrom contrastive.commands.pretrain_command import main\nmain(sys.argv[1:])\n"
+        )
     words = ["--config", tiny, "--objectives", "toy", "--objectives.toy.start", 0.4, "--train.global_batch_size", 12]
     words += ["--data.eval", "digits:test", "--checkpoint.keep", 9]
     for name in ("whole", "cut"):

@@ -1,6 +1,5 @@
 """What a user gets wrong stops the run at the start, with one line, and nothing is written or overwritten."""
 
-import importlib.util
 import io
 import json
 import subprocess
@@ -8,18 +7,11 @@ import tarfile
 
 import numpy as np
 import pytest
-from launching import ROOT, command, environment, pretrain_here, rows
+from launching import command, environment, pretrain_here, rows
 from PIL import Image
 
+from contrastive.commands.pretrain_command import main
 from contrastive.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def main():
-    spec = importlib.util.spec_from_file_location("pretrain_script", ROOT / "scripts" / "pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.mark.parametrize(
@@ -67,7 +59,7 @@ def main():
         (["--resume"], "nothing to resume in .*run: it has no config.yaml"),
     ],
 )
-def test_stops_with_one_line(main, args, message, tiny, tmp_path):
+def test_stops_with_one_line(args, message, tiny, tmp_path):
     run = tmp_path / "run"
     vocabulary = ["--model.text.vocab_size", "300"] if "clip" in args else []
     with pytest.raises(UserError, match=message) as error:
@@ -84,7 +76,7 @@ def test_stops_with_one_line(main, args, message, tiny, tmp_path):
         ("train: [", "not valid YAML"),
     ],
 )
-def test_bad_configuration_file(main, text, message, tmp_path):
+def test_bad_configuration_file(text, message, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -92,7 +84,7 @@ def test_bad_configuration_file(main, text, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_empty_data(main, tiny, tmp_path):
+def test_empty_data(tiny, tmp_path):
     (tmp_path / "pairs.csv").write_text("image,caption\n")
     (tmp_path / "folder").mkdir()
     for spec in ("pairs.csv", "folder"):

@@ -15,13 +15,13 @@ from launching import ACCELERATE, ROOT, environment, pretrain_here, rows
 from PIL import Image
 from rank_processes import script_on_ranks
 
+from contrastive.commands import classifier_command, finetune_command
 from contrastive.config import parse
 from contrastive.data.doubts import kind_of_text
 from contrastive.train import first_look
 from contrastive.train.classify import TrainClassifierConfig
 from contrastive.train.finetune import FinetuneConfig
 from contrastive.train.pretrain import PretrainConfig
-from scripts import finetune, train_classifier
 
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "wet", "dry", "tall"]
 THINGS = ["dog", "cat", "house", "boat", "tree", "car", "bird", "horse", "cup", "chair"]
@@ -99,7 +99,7 @@ def test_class_names_that_are_numbers(look, tmp_path):
 
 def test_a_classifier_shows_its_classes_and_chance(look, tmp_path):
     config = ROOT / "configs" / "classifier.yaml"
-    run = lambda *args: train_classifier.main(list(map(str, args)))  # noqa: E731
+    run = lambda *args: classifier_command.main(list(map(str, args)))  # noqa: E731
     screen, told = look("--data", "digits", run=run, config=config)
     assert "sample digits-" in screen and " class " in screen and "classes 10: zero" in screen
     assert f"loss {np.log(10):.3f}" in screen and "chance on digits:test acc1 10 %" in screen and told == []
@@ -153,7 +153,7 @@ def test_a_dry_run_of_a_folder_that_holds_a_run_is_refused_as_the_run_is(tiny, t
 def test_finetuning_looks_too(look, tiny, tmp_path, capsys):
     pretrain_here("--config", tiny, "--run_folder", tmp_path / "start", "--train.steps", 1)
     capsys.readouterr()
-    run = lambda *args: finetune.main([str(tmp_path / "start"), *map(str, args)])  # noqa: E731
+    run = lambda *args: finetune_command.main([str(tmp_path / "start"), *map(str, args)])  # noqa: E731
     screen, told = look("--data", "digits", run=run, config=ROOT / "configs" / "finetune.yaml")
     assert "the head starts from prompts" in screen and "chance on digits:test acc1 10 %" in screen and told == []
 

@@ -35,8 +35,8 @@ TRACED = """
 import torch
 compile_ = torch.compile
 torch.compile = lambda function, **_: compile_(function, backend="aot_eager")
-from contrastive.log import run_script
-from scripts.pretrain import main
+from contrastive.entry import run_script
+from contrastive.commands.pretrain_command import main
 run_script("pretrain.py", main)
 """
 

@@ -292,14 +292,14 @@ def test_evaluation_without_data(tiny, tmp_path):
     ],
 )
 def test_what_fine_tuning_does_not_use(flags, message, model, tmp_path):
-    from scripts.finetune import main
+    from contrastive.commands.finetune_command import main
 
     with pytest.raises(UserError, match=message):
         main([str(model), "--data", "digits", "--run_folder", str(tmp_path / "run"), "--batch-size", "8", *flags])
 
 
 def test_the_sizes_of_small_images_can_be_named_in_full(tmp_path):
-    from scripts.train_classifier import main
+    from contrastive.commands.classifier_command import main
 
     common = ["--data", "digits", "--batch-size", "8", "--model.image.depth", "1", "--dry_run"]
     common += ["--run_folder", str(tmp_path / "run"), "--model.image.image_size", "16"]

@@ -1,15 +1,14 @@
 """What plan.py says beforehand is what is counted and measured: FLOPs, memory, hours."""
 
 import re
-import runpy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from contrastive import products
+from contrastive.commands.plan_command import main
 from contrastive.errors import UserError
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.named_sections import by_name, chosen
@@ -25,7 +24,6 @@ from contrastive.train.counting import count_weights, example_inputs, model_of, 
 from contrastive.train.options import TrainConfig
 from contrastive.train.plan import FLOAT, PlanConfig, fitting_batch, make_plan, rank_memory, stages, suggested, traffic
 
-main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts/plan.py"))["main"]
 TINY = ModelConfig(
     embed_dim=32,
     image=ImageTowerConfig(image_size=32, patch_size=8, width=32, depth=3, num_heads=2, mlp_dim=64),

@@ -38,7 +38,7 @@ def remote_shards(spec: str, urls: Sequence[str]) -> list[IndexedShard]:
     if missing:
         raise UserError(
             f"{spec}: {missing} of its {len(urls)} shards have no index yet; "
-            f"run `python scripts/index.py '{spec}'` once, which downloads every shard "
+            f"run `contrastive index '{spec}'` once, which downloads every shard "
             "(one of an earlier version has to be made anew)"
         )
     return shards
@@ -213,7 +213,7 @@ def _fault(shard: IndexedShard) -> str | None:
     """Say what is wrong with a shard, None for nothing."""
     location, _, summary = shard
     if summary.sha256 is None:
-        return f"{location} was indexed without a sha256; run scripts/index.py without --verify first"
+        return f"{location} was indexed without a sha256; run contrastive index without --verify first"
     try:
         descriptor = open_copy(location, summary.size, summary.sha256) if is_remote(location) else os.open(location, 0)
     except UserError as error:
@@ -231,7 +231,7 @@ def _fault(shard: IndexedShard) -> str | None:
         return f"{location} has {size} bytes, but {summary.size} when it was indexed; index it again or restore it"
     return (
         f"{location} was altered in place: its size is the same, its sha256 is not. Restore it, or index it as it is: "
-        f"`python scripts/index.py {shlex.quote(location)} --force`"
+        f"`contrastive index {shlex.quote(location)} --force`"
     )
 
 

@@ -103,7 +103,7 @@ def _attempt(url: str, path: str, size: int | None, sha256: str | None, reserve:
 
 
 def _index_again(url: str) -> str:
-    return f"if it was replaced, run `python scripts/index.py {shlex.quote(url)} --force`"
+    return f"if it was replaced, run `contrastive index {shlex.quote(url)} --force`"
 
 
 def _read(url: str) -> Iterator[Any]:

@@ -25,7 +25,7 @@ _MOST_OTHERS = 16
 # or above is refused anyway, so that its size may be cut to it.
 _LARGEST = 2**31 - 1
 _MAX_FIELDS = 100
-_MEND = "run scripts/index.py on the data with --force"
+_MEND = "run contrastive index on the data with --force"
 # An index of 10,000 samples takes half a megabyte; this many are at hand in each process.
 _MAX_LOADED = 128
 _MOST_BYTES = 200 * 2**20  # of an index: a small .npz may unpack to any size

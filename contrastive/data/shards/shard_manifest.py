@@ -106,10 +106,10 @@ def read_index(path: str) -> list[IndexedShard]:
     folder = os.path.dirname(path) if os.path.basename(path) == MANIFEST else path
     manifest = _read(folder)
     if manifest is None:
-        raise UserError(f"{path} is no index of shards of this version; make one with scripts/index.py")
+        raise UserError(f"{path} is no index of shards of this version; make one with contrastive index")
     base, summaries = manifest
     if not summaries:
-        raise UserError(f"{path} lists no shard; run scripts/index.py on the data")
+        raise UserError(f"{path} lists no shard; run contrastive index on the data")
     index = IndexFolder(folder, base if is_remote(base) else os.path.normpath(os.path.join(folder, base)))
     return [index.shard(name, summary) for name, summary in summaries.items()]
 

@@ -232,7 +232,7 @@ def _open_local(shard: IndexedShard) -> _OpenFile:
         raise UserError(f"{location}: the shard can no longer be opened ({error.strerror})") from None
     state = os.fstat(file.descriptor)
     if (state.st_size, state.st_mtime_ns) != (summary.size, summary.mtime_ns):
-        raise UserError(f"{location} was changed after it was indexed; start again, or run scripts/index.py")
+        raise UserError(f"{location} was changed after it was indexed; start again, or run contrastive index")
     return file
 
 
