@@ -15,8 +15,8 @@ An image becomes a vector in five steps, and each is computed twice here, by bot
 The table has a line for each step, and the script fails where they differ by more than rounding.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from contrastive.command_line import Parser
+from contrastive.config import parse
 from contrastive.entry import run_script
 from contrastive.errors import UserError
 from contrastive.files import read_json
@@ -170,13 +170,15 @@ def shown(found: list[Step]) -> Table:
     return table
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser("siglip_walkthrough.py", __doc__)
-    parser.add_argument("--model", type=Path, metavar="PATH", help="default: a small one with random weights")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True)
+class WalkOptions:
+    """What is compared."""
+
+    model: Path | None = None
+    """Folder of a SigLIP; none: a small one with random weights."""
 
 
-def walk(options: argparse.Namespace, print_table: Callable[[Table], None]) -> list[Step]:
+def walk(options: WalkOptions, print_table: Callable[[Table], None]) -> list[Step]:
     torch.manual_seed(0)
     theirs = vision_model(options.model)
     ours = our_tower(theirs)
@@ -191,7 +193,7 @@ def walk(options: argparse.Namespace, print_table: Callable[[Table], None]) -> l
 
 
 def main(arguments: list[str]) -> None:
-    walk(parse(arguments), Console().print)
+    walk(parse(WalkOptions, arguments, prog="siglip_walkthrough", description=__doc__), Console().print)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,35 @@
 python examples/vlm/caption.py runs/vlm photo.jpg other.png
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from captioner import Captioner
+from tyro.conf import Positional, arg
 
-from contrastive.command_line import Parser, chosen_device
+from contrastive.command_line import chosen_device
+from contrastive.config import parse
 from contrastive.data.decode import decode
 from contrastive.data.record import BadSample
 from contrastive.entry import run_script
 from contrastive.errors import UserError
 
 
+@dataclass(frozen=True)
+class CaptionImagesOptions:
+    """What captions what."""
+
+    model: Annotated[Positional[Path], arg(metavar="DIR")]
+    """The --out of train.py."""
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE ...")]
+    """Image files."""
+    device: Literal["cpu", "cuda"] | None = None
+    """What to compute on; none: cuda where there is one."""
+
+
 def main(arguments: list[str]) -> None:
-    parser = Parser("caption.py", __doc__)
-    parser.add_argument("model", type=Path, metavar="DIR", help="the --out of train.py")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    options = parser.parse_args(arguments)
+    options = parse(CaptionImagesOptions, arguments, prog="vlm caption", description=__doc__)
     device = chosen_device(options.device)
     images = [(path, read(path)) for path in options.images]
     model = Captioner.load(options.model, device)

@@ -9,11 +9,12 @@ Without --language-model a small Llama is trained from scratch; no download. Pri
 where those have class names (scenes: colour and shape), the share of captions that name the right one and no other.
 """
 
-import argparse
 import itertools
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from accelerate import Accelerator
@@ -23,50 +24,57 @@ from captioner import Captioner
 from language import load_language, small_language
 from scoring import score
 from torch.utils.data import DataLoader
+from tyro.conf import Positional, arg
 
 import contrastive
-from contrastive.command_line import Parser, at_least
+from contrastive.command_line import CheckedOptions
+from contrastive.config import parse
 from contrastive.data.record import BadSample, Source
 from contrastive.data.sources import announce, open_source
 from contrastive.entry import run_script
 from contrastive.errors import UserError
 from contrastive.files import write_json
 from contrastive.log import say
+from contrastive.option_types import NotNegative, Positive
 
 VOCABULARY_SAMPLES = 5_000
 
 
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, not '{text}'")
-    return value
+@dataclass(frozen=True, kw_only=True)
+class CaptionerOptions(CheckedOptions):
+    """What is trained on what."""
+
+    encoder: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Whose image tower sees."""
+    layer: int = -2
+    """Hidden state that is read; -2: last but one, as LLaVA does."""
+    language_model: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """A trained one; none: a small one from scratch."""
+    freeze_language_model: bool = False
+    """Train the projector alone."""
+    data: str = "scenes"
+    """Images with captions."""
+    eval: tuple[str, ...] = ("scenes:test", "scenes:heldout")
+    """Held-out images."""
+    steps: Positive[int] = 600
+    """Optimizer steps."""
+    batch_size: Positive[int] = 64
+    """Of each process."""
+    lr: Positive[float] = 1e-3
+    """Peak learning rate."""
+    workers: NotNegative[int] = 0
+    """Processes that read images."""
+    eval_images: Positive[int] = 640
+    """How many to caption."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    out: Path = Path("runs/vlm")
+    """A folder that is not there yet."""
+    dry_run: bool = False
+    """Show the data and the first captions, and stop there."""
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser("train.py", __doc__)
-    number = {"metavar": "N"}
-    parser.add_argument("encoder", metavar="MODEL", help="whose image tower sees")
-    parser.add_argument("--layer", type=int, default=-2, help="hidden state that is read; -2: last but one (LLaVA)")
-    parser.add_argument("--language-model", type=Path, metavar="FOLDER", help="default: a small one from scratch")
-    parser.add_argument("--freeze-language-model", action="store_true", help="train the projector alone")
-    parser.add_argument("--data", default="scenes", metavar="SPEC", help="images with captions (default scenes)")
-    parser.add_argument("--eval", nargs="*", metavar="SPEC", help="default: scenes:test and scenes:heldout")
-    parser.add_argument("--steps", type=at_least(1), default=600, **number, help="default 600")
-    parser.add_argument("--batch-size", type=at_least(1), default=64, **number, help="of each process (default 64)")
-    parser.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate (default 1e-3)")
-    parser.add_argument("--workers", type=at_least(0), default=0, **number, help="processes that read images")
-    parser.add_argument("--eval-images", type=at_least(1), default=640, **number, help="to caption (default 640)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/vlm"), metavar="DIR", help="default runs/vlm")
-    parser.add_argument("--dry-run", action="store_true", help="show the data and the first captions, and stop there")
-    return parser.parse_args(arguments)
-
-
-def build(options: argparse.Namespace, source: Source) -> Captioner:
+def build(options: CaptionerOptions, source: Source) -> Captioner:
     encoder = contrastive.load_image_encoder(options.encoder, layer=options.layer)
     if options.language_model:
         language_model, tokenizer = load_language(options.language_model, trained=not options.freeze_language_model)
@@ -88,7 +96,7 @@ def sampled_captions(source: Source):
             continue
 
 
-def train(model: Captioner, source: Source, options: argparse.Namespace, accelerator: Accelerator) -> Captioner:
+def train(model: Captioner, source: Source, options: CaptionerOptions, accelerator: Accelerator) -> Captioner:
     """Train in place; returns the bare model."""
     dataset = CaptionDataset(source, model.encoder.preprocess, model.tokenizer)
     loader = DataLoader(
@@ -121,11 +129,10 @@ def train(model: Captioner, source: Source, options: argparse.Namespace, acceler
 
 
 def main(arguments: list[str]) -> None:
-    options = parse(arguments)
+    options = parse(CaptionerOptions, arguments, prog="vlm", description=__doc__)
     if (options.out / "captioner.json").exists() or options.out.is_file():
         raise UserError(f"{options.out} is there already; nothing is overwritten: name another folder with --out")
-    named = options.eval if options.eval is not None else ["scenes:test", "scenes:heldout"]
-    held_out = [open_source(spec) for spec in named]
+    held_out = [open_source(spec) for spec in options.eval]
     set_seed(options.seed)
     accelerator = Accelerator()
     source = open_source(options.data)

@@ -33,7 +33,7 @@ def test_without_options(walkthrough, capsys):
 def test_a_folder(walkthrough, name, tmp_path):
     """Patches of 12 do not fill 32 pixels, as those of so400m/14 do not fill 384."""
     save_theirs(tmp_path, name, image_size=32, patch_size=12)
-    found = walkthrough.walk(walkthrough.parse(["--model", str(tmp_path)]), lambda table: None)
+    found = walkthrough.walk(walkthrough.WalkOptions(tmp_path), lambda table: None)
     assert len(found) == 9 and found[0].ours.shape == (2, 4, 32)
 
 
@@ -48,7 +48,7 @@ def test_a_tower_with_a_wrong_weight_is_found(walkthrough, monkeypatch):
 
     monkeypatch.setattr(walkthrough, "our_tower", wrong)
     with pytest.raises(AssertionError, match="layer 1 differs"):
-        walkthrough.walk(walkthrough.parse([]), lambda table: None)
+        walkthrough.walk(walkthrough.WalkOptions(), lambda table: None)
 
 
 def test_another_model_and_one_that_lacks_weights(walkthrough, tmp_path):
