@@ -1,8 +1,9 @@
-"""The nearest rows to a query: exact, by blocks, or approximate through a graph of faiss or usearch.
+"""The nearest rows to a query: exact, by blocks, or approximate through an index of faiss or usearch.
 
 Q queries, N rows, E channels, K nearest.
 """
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,9 @@ from contrastive.log import say
 BLOCK = 2**24  # cosines held at once: 64 MB, and twice that to rank them
 MOST_QUERIES = 4096  # at once: narrower blocks of rows make slow products
 LIBRARIES = ("faiss", "usearch")
-# Of the graph (HNSW, arXiv 1603.09320): edges of a row, and rows looked at to place one and to find some.
+# faiss: rows lie in as many cells as the square root of their number; the cells nearest to a query are looked through.
+CELLS_LOOKED_THROUGH, ROWS_OF_A_CELL_TO_PLACE_IT = 64, 64
+# usearch: a graph (HNSW, arXiv 1603.09320); edges of a row, rows looked at to place one, and to find some.
 EDGES, LOOKED_AT_TO_BUILD, LOOKED_AT = 32, 80, 256
 _LAST = 2**32 - 1
 
@@ -74,7 +77,7 @@ def _floats(ranks: torch.Tensor) -> torch.Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
 
 
-def graph_library() -> str:
+def index_library() -> str:
     """Return the library at hand that searches approximately; UserError without one."""
     for name in LIBRARIES:
         if find_spec(name):
@@ -82,7 +85,7 @@ def graph_library() -> str:
     raise UserError("--approximate needs faiss or usearch, and neither is installed: pip install 'contrastive[search]'")
 
 
-def nearest_in_graph(
+def nearest_by_index(
     queries: torch.Tensor, rows: torch.Tensor, count: int, *, library: str, file: Path | None = None
 ) -> Nearest:
     """Return about the `count` rows nearest to each query; the cosines of those found are exact.
@@ -90,7 +93,7 @@ def nearest_in_graph(
     Args:
         queries, rows: as `nearest` takes them.
         library: one of LIBRARIES.
-        file: keeps the graph, which takes long to make: read where it is there, for these rows alone.
+        file: keeps the index, which takes long to make; read where it is there, so it has to be of these rows.
     """
     count = min(count, len(rows))
     search = {"faiss": _search_faiss, "usearch": _search_usearch}[library]
@@ -104,15 +107,19 @@ def nearest_in_graph(
 def _search_faiss(queries, rows, count: int, file: Path | None):
     import faiss
 
-    index = faiss.read_index(str(file)) if file and file.exists() else None
+    index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP) if file and file.exists() else None
     if index is None or (index.ntotal, index.d) != rows.shape:
-        say(f"building a graph of {len(rows):,} rows")
-        index = faiss.IndexHNSWFlat(rows.shape[1], EDGES, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = LOOKED_AT_TO_BUILD
+        say(f"building an index of {len(rows):,} rows")
+        cells = max(1, math.isqrt(len(rows)))
+        index = faiss.index_factory(rows.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
+        index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, ROWS_OF_A_CELL_TO_PLACE_IT
+        index.train(rows)
         index.add(rows)
         if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, lambda opened: faiss.write_index(index, faiss.PyCallbackIOWriter(opened.write)))
-    return index.search(queries, count, params=faiss.SearchParametersHNSW(efSearch=max(LOOKED_AT, 2 * count)))[1]
+    index.nprobe = CELLS_LOOKED_THROUGH
+    return index.search(queries, count)[1]
 
 
 def _search_usearch(queries, rows, count: int, file: Path | None):
@@ -121,10 +128,13 @@ def _search_usearch(queries, rows, count: int, file: Path | None):
 
     index = Index.restore(str(file)) if file and file.exists() else None
     if index is None or (len(index), index.ndim) != rows.shape:
-        say(f"building a graph of {len(rows):,} rows")
-        index = Index(ndim=rows.shape[1], metric="ip", connectivity=EDGES, expansion_add=LOOKED_AT_TO_BUILD)
+        say(f"building an index of {len(rows):,} rows")
+        index = Index(
+            ndim=rows.shape[1], metric="ip", dtype="f32", connectivity=EDGES, expansion_add=LOOKED_AT_TO_BUILD
+        )
         index.add(np.arange(len(rows)), rows)
         if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, lambda opened: opened.write(index.save()))
     index.expansion_search = max(LOOKED_AT, 2 * count)
     found = index.search(queries, count)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from contrastive.errors import UserError
-from contrastive.evaluate.search import graph_library, nearest, nearest_in_graph
+from contrastive.evaluate.search import index_library, nearest, nearest_by_index
 
 
 def unit(count, size, seed=0):
@@ -49,21 +49,21 @@ def test_recall_of_the_approximate(library, tmp_path):
     pytest.importorskip(library)
     queries, rows, file = unit(50, 32), unit(3000, 32, seed=1), tmp_path / "graph"
     exact = nearest(queries, rows, 10)
-    found = nearest_in_graph(queries, rows, 10, library=library, file=file)
+    found = nearest_by_index(queries, rows, 10, library=library, file=file)
     recall = (found.rows[:, :, None] == exact.rows[:, None]).any(-1).float().mean()
     assert recall >= 0.95
     torch.testing.assert_close(found.scores, (queries[:, None] * rows[found.rows]).sum(-1))
     assert (found.scores.diff(dim=1) <= 0).all()
     written = file.stat().st_mtime_ns
-    assert torch.equal(nearest_in_graph(queries, rows, 10, library=library, file=file).rows, found.rows)
+    assert torch.equal(nearest_by_index(queries, rows, 10, library=library, file=file).rows, found.rows)
     assert file.stat().st_mtime_ns == written
-    fewer = nearest_in_graph(queries, rows[:7], 10, library=library, file=file)  # the file is of other rows
+    fewer = nearest_by_index(queries, rows[:7], 10, library=library, file=file)  # the file is of other rows
     assert torch.equal(fewer.rows, nearest(queries, rows[:7], 10).rows)
 
 
 def test_without_a_library(monkeypatch):
     monkeypatch.setattr("contrastive.evaluate.search.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'contrastive\[search\]'"):
-        graph_library()
+        index_library()
     monkeypatch.setattr("contrastive.evaluate.search.find_spec", importlib.util.find_spec)
-    assert graph_library() in ("faiss", "usearch")
+    assert index_library() in ("faiss", "usearch")
