@@ -19,6 +19,8 @@ COMMANDS = {
     "zero-shot": "score a model on labelled images it was not trained on",
     "evaluate": "retrieval, probes, segmentation, ...: a table of models and tasks",
     "embed": "write embeddings of images and captions to files",
+    "search": "the images nearest to a text or to another image",
+    "curate": "choose which pairs of a data set to train on",
     "caption": "write captions of images",
     "export": "write a model for transformers, open_clip, timm or ONNX",
     "visualize": "pictures of what a model sees",

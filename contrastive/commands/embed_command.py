@@ -29,6 +29,7 @@ from contrastive.data.stored_views import StoredViews, Views
 from contrastive.distributed.launching import prepare_process
 from contrastive.distributed.runtime import joined_ranks
 from contrastive.errors import UserError
+from contrastive.evaluate.clip_retrieval import write_clip_retrieval
 from contrastive.evaluate.embedding_store import SAMPLES_PER_SHARD, StoreOptions, claim_store, store_config
 from contrastive.evaluate.evaluated_model import check_texts, fill_store, has_captions, model_identity
 from contrastive.evaluate.view_embeddings import embed_views
@@ -57,8 +58,8 @@ class EmbedOptions(LoadingOptions):
     """As stored."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """As computed."""
-    files: Literal["parquet", "npy"] = "parquet"
-    """Where the embeddings lie."""
+    files: Literal["parquet", "npy", "clip-retrieval"] = "parquet"
+    """Where the embeddings lie; clip-retrieval: in its layout too, beside the Parquet ones."""
     samples_per_shard: Positive[int] = SAMPLES_PER_SHARD
     """Samples of each file."""
     limit: Positive[int | None] = None
@@ -76,6 +77,8 @@ class EmbedOptions(LoadingOptions):
         super().__post_init__()
         if self.views is None and self.augment:
             raise UserError("--augment says how views are drawn: say how many of each image with --views N")
+        if self.files == "clip-retrieval" and self.space == "pooled":
+            raise UserError("clip-retrieval searches projected features: leave out --space, or --files clip-retrieval")
         usual = {field.name: field.default for field in fields(self)}
         for name in ("only", "space", "files", "limit") if self.views else ():
             if getattr(self, name) != usual[name]:
@@ -86,6 +89,9 @@ class EmbedOptions(LoadingOptions):
 
 def embed(options: EmbedOptions) -> None:
     layout = {name: getattr(options, name) for name in StoreOptions.__dataclass_fields__}
+    for_clip_retrieval = options.files == "clip-retrieval"
+    if for_clip_retrieval:
+        layout["files"] = "parquet"
     columns = {"image_column": options.image_column, "caption_column": options.caption_column}
     source = open_source(options.data, **columns)
     check_columns([source], columns)
@@ -113,6 +119,8 @@ def embed(options: EmbedOptions) -> None:
         fill_store(store, bundle, source, parts, device=device, **loading)
     if is_main_process():
         report(store, parts)
+        if for_clip_retrieval:
+            say(f"{write_clip_retrieval(store, parts):,} rows in the layout of clip-retrieval too")
 
 
 def augment_options(file: Path | None) -> AugmentConfig:

@@ -19,7 +19,8 @@ from contrastive.evaluate.gallery import Section, Shot, picture, said_of, write_
 from contrastive.files import write_json, write_whole
 
 FIGURES, TABLE, PAGE = "curation.json", "samples.parquet", "curation.html"
-SHOWN = 12
+SHOWN, PAIRS_SHOWN = 10, 9  # of each kind on the page
+UNREADABLE = "unreadable image"
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
@@ -30,13 +31,21 @@ def figures_of(found: EmbeddingSet, result: Curation, num_samples: int) -> dict:
         'samples', 'kept', 'dropped' {rule: count} with the unreadable ones by their reasons, and 'scores'
         {'all', 'kept': {percent: value}}, each empty where there are no scores.
     """
-    rules = Counter(rule for rule in result.dropped if rule is not None)
-    unreadable = Counter()
-    if num_samples > len(found.index):
-        unreadable["image that cannot be read"] = num_samples - len(found.index)
+    dropped = {UNREADABLE: num_samples - len(found.index)} | Counter(filter(None, result.dropped))
+    order = (
+        rule
+        for kind in (UNREADABLE, NO_CAPTION, AGAINST, SCORE, DUPLICATE)
+        for rule in dropped
+        if rule.startswith(kind)
+    )
     kept = result.kept
     quantiles = {"all": _quantiles(result.scores), "kept": _quantiles(result.scores[kept])}
-    return {"samples": num_samples, "kept": len(kept), "dropped": dict(unreadable + rules), "scores": quantiles}
+    return {
+        "samples": num_samples,
+        "kept": len(kept),
+        "dropped": {rule: dropped[rule] for rule in order if dropped[rule]},
+        "scores": quantiles,
+    }
 
 
 def _quantiles(scores: torch.Tensor) -> dict[str, float]:
@@ -57,7 +66,7 @@ def rule_in_words(rule: str, rules: Rules) -> str:
         return f"near-duplicate of an earlier one that is kept (cosine from {rules.duplicates:g})"
     if rule.startswith(AGAINST):
         return f"near to one of {rule.removeprefix(AGAINST).strip()} (cosine from {rules.against_above:g})"
-    return "no caption that can be used" if rule == NO_CAPTION else rule
+    return {NO_CAPTION: "no caption that can be used", UNREADABLE: "image that cannot be read"}[rule]
 
 
 def facts_of(figures: Mapping, rules: Rules) -> list[tuple[str, str, str]]:
@@ -94,8 +103,8 @@ def write_report(
     _write_table(folder / TABLE, found, result, others)
     sections = [*_scored(source, found, result), *_pairs(source, found, result, rules, others)]
     remark = f"{figures['kept']:,} of {figures['samples']:,} samples are kept"
-    facts = [*facts_of(figures, rules), *score_rows(figures)]
-    write_gallery(folder / PAGE, f"Curated: {source.name}", remark, sections, facts)
+    tables = [facts_of(figures, rules), score_rows(figures)]
+    write_gallery(folder / PAGE, f"Curated: {source.name}", remark, sections, tables)
 
 
 def _write_table(path: Path, found: EmbeddingSet, result: Curation, others: Mapping) -> None:
@@ -126,9 +135,8 @@ def _scored(source: Source, found: EmbeddingSet, result: Curation) -> list[Secti
         return []
 
     def shots(rows: Sequence[int]) -> list[Shot]:
-        kept = {row: "kept" if result.dropped[row] is None else f"dropped: {result.dropped[row]}" for row in rows}
         return [
-            _shot((picture(source, int(found.index[row])),), result.scores[row], kept[row], source, found, row)
+            _shot((picture(source, int(found.index[row])),), result.scores[row], _fate(result, row), source, found, row)
             for row in rows
         ]
 
@@ -139,11 +147,16 @@ def _scored(source: Source, found: EmbeddingSet, result: Curation) -> list[Secti
     ]
 
 
+def _fate(result: Curation, row: int) -> str:
+    rule = result.dropped[row]
+    return "kept" if rule is None else f"dropped: {AGAINST if rule.startswith(AGAINST) else rule}"
+
+
 def _pairs(source, found, result: Curation, rules: Rules, others: Mapping) -> list[Section]:
     """What was dropped for what it is near to, the least alike of each rule first: they show where the bound lies."""
     sections = []
     for rule in dict.fromkeys(rule for rule in result.dropped if rule == DUPLICATE or (rule or "").startswith(AGAINST)):
-        rows = sorted(result.rows(rule), key=lambda row: (float(result.cosine[row]), row))[:SHOWN]
+        rows = sorted(result.rows(rule), key=lambda row: (float(result.cosine[row]), row))[:PAIRS_SHOWN]
         other_source, other = others[rule.removeprefix(AGAINST).strip()] if rule != DUPLICATE else (source, found)
         shots = []
         for row in rows:

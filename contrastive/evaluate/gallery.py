@@ -35,15 +35,19 @@ class Section:
 
 
 def write_gallery(
-    path: Path, title: str, remark: str, sections: Sequence[Section], facts: Sequence[Sequence[str]] = ()
+    path: Path,
+    title: str,
+    remark: str,
+    sections: Sequence[Section],
+    tables: Sequence[Sequence[Sequence[str]]] = (),
 ) -> None:
     """Write the page whole or not at all; it needs no other file.
 
     Args:
-        facts: rows of a table above the pictures, each a name and figures.
+        tables: above the pictures; of each its rows, a name and figures.
     """
     pictured = any(shot.images for section in sections for shot in section.shots)
-    parts = {"sections": sections, "facts": facts, "pictured": pictured, "thumbnail": thumbnail}
+    parts = {"sections": sections, "tables": tables, "pictured": pictured, "thumbnail": thumbnail}
     body = filled(PARTS / "gallery.html.jinja", **parts)
     write_whole(path, html_page(title, remark, body, "gallery.css"))
 

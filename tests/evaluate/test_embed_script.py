@@ -66,6 +66,17 @@ def test_labelled_images_whose_bad_ones_are_told(embed, model_folder, tmp_path):
     assert features.shape == (5, 48) and features.dtype == np.float16
 
 
+def test_for_clip_retrieval_too(embed, model_folder, tmp_path):
+    call = (model_folder, "scenes:val", tmp_path / "out", "--limit", 9, "--device", "cpu")
+    assert embed(*call).returncode == 0
+    done = embed(*call, "--files", "clip-retrieval")  # of what is embedded already
+    assert done.returncode == 0 and "9 rows in the layout of clip-retrieval too" in done.stderr
+    assert np.load(tmp_path / "out" / "text_emb" / "text_emb_0.npy").shape == (9, 32)
+    assert len(load_embeddings(tmp_path / "out").index) == 9
+    done = embed(*call, "--files", "clip-retrieval", "--space", "pooled")
+    assert done.returncode == 2 and "clip-retrieval searches projected features" in done.stderr
+
+
 def test_another_model_does_not_go_on_with_the_folder(embed, model_folder, tmp_path):
     other = save_small_model(tmp_path / "other" / "final", seed=1)
     assert embed(model_folder, "digits:test", tmp_path / "out", "--limit", 9, "--device", "cpu").returncode == 0
