@@ -53,6 +53,11 @@ def figure_written(name: str, value: float) -> str:
     return f"{value:,.1f}" if is_rank(name) or name in ("bleu4", "cider") else f"{value:.1f} %"
 
 
+def figure_told(name: str, value: float) -> str:
+    """Return title and value: 'mean per-class recall 14.9 %'."""
+    return f"{figure_title(name)} {figure_written(name, value)}"
+
+
 @dataclass(frozen=True)
 class RecordedFigure:
     """A figure of one task on one data set, as a run folder holds it."""

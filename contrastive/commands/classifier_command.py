@@ -1,5 +1,6 @@
 """Train a plain ViT classifier from scratch on labelled images.
 
+    contrastive classifier --model base --num_epochs 10 --batch_size 32
     contrastive classifier --model tiny --data mnist --epochs 10 --batch-size 128
     accelerate launch -m contrastive classifier --config classifier-cifar10
 

@@ -116,12 +116,12 @@ def fit_image(config: TrainClassifierConfig, source: Source) -> ClassifierConfig
     """
     from contrastive.train.given import given_options
 
-    image = config.model.image
+    image, given = config.model.image, given_options(config)
     sizes: dict[str, Any] = {}
     for name in ("image_size", "patch_size"):
         short, full = getattr(config, name), getattr(image, name)
-        own = f"model.image.{name}" in given_options(config)
-        if own and short not in (None, full):
+        own = f"model.image.{name}" in given
+        if own and name in given and short not in (None, full):
             raise UserError(f"{name} is {short}, but model.image.{name} {full}: give one of them")
         sizes[name] = full if own else short
     side = _longest_side(source) if sizes["image_size"] is None else None

@@ -117,7 +117,7 @@ def _figures(task: TrainingTask, found: Measured) -> Rows:
     for other in task.held_out if task.chooses else ():
         told = f"retrieval: R@1 {100 / len(other):.2g} %"
         if names := other.class_names:
-            told = f"acc1 {100 / len(names):.2g} %"
+            told = f"acc@1 {100 / len(names):.2g} %"
             if task.tokenizer:
                 told += f", as '{short(fill(default_templates(other), names[0])[0])}'"
         rows.append((f"chance on {short(other.name, 40)}", told))

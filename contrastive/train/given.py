@@ -35,6 +35,8 @@ MAY_CHANGE = re.compile(
     r"train\.(steps|seed|global_batch_size|accumulate|micro_batch_tokens|precision|compile|gradient_checkpointing|max_grad_norm|log_every|max_skipped)|"
     r"data\.(train|eval|window|lanes|replacement|num_workers|timeout|max_bad_share|bad_window)"
 )
+# What a file says of its own data alone: what they are scored on and prompted with, how small images are cut up.
+OF_DATA = ("data.eval", "data.templates", "patch_size")
 # Options that another one leaves without any effect: which, the other one, and its value then.
 NO_EFFECT = (
     ("evaluation.every evaluation.batch_size evaluation.limit", "data.eval", []),
@@ -72,13 +74,19 @@ def given_options(config: RunConfig) -> dict[str, bool]:
 
 
 def for_other_data(config: RunConfig, file: Path) -> RunConfig:
-    """Return the options without what `file`, which nobody named, scores its own data on and prompts them with."""
-    usual, its = type(config.data)(), written_options(type(config), file)
+    """Return the options without what `file`, which nobody named, has for its own data: see OF_DATA."""
+    usual, its = type(config)(), written_options(type(config), file)
     other = its.get("data.train") not in (None, config.data.train)
-    own = [name for name in ("eval", "templates") if other and f"data.{name}" in its.keys() - config.given.keys()]
+    own = [name for name in OF_DATA if other and name in its.keys() - config.given.keys()]
     if own:
-        say(f"data.{' and data.'.join(own)} of {file.name} left aside: --data.train names other data")
-    return replace(config, data=replace(config.data, **{name: getattr(usual, name) for name in own}))
+        say(f"{' and '.join(own)} of {file.name} left aside: --data.train names other data")
+    for section, _, option in (name.rpartition(".") for name in own):
+        if section:
+            data = replace(config.data, **{option: getattr(usual.data, option)})
+            config = replace(config, data=data)
+        else:
+            config = replace(config, **{option: getattr(usual, option)})
+    return config
 
 
 def counts(config: RunConfig, name: str, cause: str) -> bool:

@@ -19,14 +19,14 @@ from contrastive.log import MetricsLog, say, warn
 from contrastive.losses import NonFiniteFeatures
 from contrastive.models.transformer import Transformer
 from contrastive.optim import ExponentialMovingAverage, set_learning_rates, step_unless
-from contrastive.results import key_parts
+from contrastive.results import figure_told, key_parts
 from contrastive.train.bad_samples import BadSamples
 from contrastive.train.checkpoint import load_model, load_training_state, read_cursor
 from contrastive.train.hang_watch import HangWatch
 from contrastive.train.health import Judge, TroubleError
 from contrastive.train.norms import BlockNorms
 from contrastive.train.options import num_workers
-from contrastive.train.progress import Advice, LateFigures, ProgressBar, StepTimer
+from contrastive.train.progress import Advice, Epochs, LateFigures, ProgressBar, StepTimer
 from contrastive.train.roll_back import last_good, reload_weights
 from contrastive.train.saver import CheckpointSaver
 from contrastive.train.stopping import record_stop, stop_requests
@@ -123,7 +123,8 @@ class Trainer:
         """As `fit`; TroubleError where to roll back."""
         config, total = self.config, self.config.train.steps
         batches = self.runtime.on_device(self._loader(), self.task.inputs)
-        timer, bar = StepTimer(config.train.global_batch_size), ProgressBar(self.step, total)
+        self.epochs = Epochs(self.order.num_samples, config.train.global_batch_size, total)
+        timer, bar = StepTimer(config.train.global_batch_size), ProgressBar(self.step, self.epochs)
         advice = Advice(self.task.chance_loss, self.task.advice, total)
         log = MetricsLog(self.folder / "metrics.jsonl", self.step) if self.runtime.is_main else nullcontext()
 
@@ -160,7 +161,10 @@ class Trainer:
                 if stopping and self.step < total:
                     record_stop(self.folder, self.step, stops)
                     return False
-                self._evaluate_if_due()
+                evaluated = self._evaluate_if_due()
+                if epoch := self.epochs.ended(self.step):
+                    self.figures.flush()
+                    bar.epoch_ended(self.step, epoch, evaluated)
         return True
 
     def _one_step(self, batch: dict, inputs: dict, stops: list[int], limit: float) -> tuple[dict, bool]:
@@ -227,9 +231,12 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, self.step, skipped)
 
-    def _evaluate_if_due(self) -> None:
-        if self.step % self.config.evaluation.every and self.step != self.config.train.steps:
-            return
+    def _evaluate_if_due(self) -> dict[str, float]:
+        """Return the figures, of none where it is not due."""
+        every = self.config.evaluation.every
+        due = self.epochs.ended(self.step) is not None if every is None else self.step % every == 0
+        if not due and self.step != self.config.train.steps:
+            return {}
         self.figures.flush()
         with self._patiently("evaluation"), self.evaluated_model():
             figures = self.task.evaluate(self.runtime)
@@ -239,9 +246,10 @@ class Trainer:
             for key, value in figures.items():
                 _, source, name = key_parts(key)
                 if "median" not in name:
-                    by_source.setdefault(source, []).append(f"{name} {value:.1f}")
+                    by_source.setdefault(source, []).append(figure_told(name, value))
             for source, shown in by_source.items():
                 say(f"step {self.step}  {source}: {'  '.join(shown)}")
+        return figures
 
     @contextmanager
     def evaluated_model(self) -> Iterator[None]:

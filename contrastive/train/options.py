@@ -60,7 +60,7 @@ class EvaluationConfig:
     """Evaluation on data.eval during training and at the end."""
 
     every: Positive[int | None] = None
-    """Steps between evaluations; none: four over the run."""
+    """Steps between evaluations; none: after each epoch of a run of two to ten, else four over the run."""
     batch_size: Positive[int] = 256
     """Images embedded at once."""
     limit: Positive[int | None] = None
@@ -109,6 +109,7 @@ class RunConfig:
         "train_data": "data.train",
         "val_data": "data.eval",
         "epochs": "train.epochs",
+        "num_epochs": "train.epochs",
         "batch_size": "train.global_batch_size",
         "lr": "optimizer.lr",
         "wd": "optimizer.weight_decay",
@@ -189,11 +190,13 @@ def resolve_run(config: C, source: Source) -> C:
             f"use at most {len(source)}"
         )
     steps = _steps(config.train, len(source))
+    each_epoch = 2 <= round(steps * batch / len(source)) <= 10
+    evaluate_every = config.evaluation.every or (None if each_epoch else math.ceil(steps / 4))
     return replace(
         config,
         train=replace(config.train, steps=steps, epochs=None, samples=None),
         schedule=config.schedule.resolved(steps),
-        evaluation=replace(config.evaluation, every=config.evaluation.every or math.ceil(steps / 4)),
+        evaluation=replace(config.evaluation, every=evaluate_every),
         checkpoint=replace(config.checkpoint, every=config.checkpoint.every or math.ceil(steps / 10)),
     )
 

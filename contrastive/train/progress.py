@@ -3,18 +3,23 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from contrastive.log import console, is_main_process, say, warn
+from contrastive.results import figure_told, key_parts
 
 T = TypeVar("T")
 WINDOW = 20  # steps that speed and waiting are averaged over
 SECONDS_BETWEEN_LINES = 15
 # Columns of a row that every kind of run has; the others are the task's own.
 COMMON = ("step", "loss", "grad_norm", "lr", "samples_per_second", "data_wait")
+MEANS = ("loss", "accuracy")  # told of an epoch, where a row has them
 STARVED = 0.3  # share of the time waiting for data from which it is worth a warning
 
 
@@ -104,22 +109,48 @@ class LateFigures:
             self._read()
 
 
-class ProgressBar:
-    """Shows the training rows; use as a context manager. Silent on all ranks but the first."""
+@dataclass(frozen=True)
+class Epochs:
+    """A run's passes over its data. They end between two steps where a batch holds samples of both."""
 
-    def __init__(self, start_step: int, total_steps: int):
+    num_samples: int
+    global_batch_size: int
+    steps: int
+
+    def __str__(self) -> str:
+        """How many there are: '10', '0.25'."""
+        total = self.done(self.steps)
+        return f"{self.ended(self.steps) or round(total, 2) or round(total, 4):g}"
+
+    def done(self, step: int) -> float:
+        return step * self.global_batch_size / self.num_samples
+
+    def ended(self, step: int) -> int | None:
+        """Return which epoch, counted from 1, ends nearest to a step's end; None for a step amid one."""
+        number = round(self.done(step))
+        # Rounded as the length of a run of so many epochs is, so that the last of them ends with the run.
+        return number if number and round(number * self.num_samples / self.global_batch_size) == step else None
+
+
+class ProgressBar:
+    """Shows the training rows, and each epoch's end; use as a context manager. Silent on all ranks but the first."""
+
+    def __init__(self, start_step: int, epochs: Epochs):
         self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            # Where the terminal is narrow this one gives way, and neither the steps nor the time left.
+            TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True)),
+            expand=True,
             console=console,
             disable=not (console.is_terminal and is_main_process()),
         )
-        self._task = self._bar.add_task("training", total=total_steps, completed=start_step, figures="")
-        self._total_steps = total_steps
+        self._task = self._bar.add_task("training", total=epochs.steps, completed=start_step, figures="")
+        self._epochs = epochs
         self._last_line = 0.0
+        self._first: tuple[int, float] | None = None  # step and time of the first row: its step may have compiled
+        self._in_epoch: list[dict] = []  # rows
 
     def __enter__(self) -> "ProgressBar":
         self._bar.start()
@@ -130,13 +161,41 @@ class ProgressBar:
 
     def show(self, row: dict) -> None:
         """Show a row of metrics.jsonl."""
-        figures = f"loss {row['loss']:.4f}  {row['samples_per_second']:.0f} samples/s  data wait {row['data_wait']:.0%}"
+        step, now = row["step"], time.monotonic()
+        self._first = self._first or (step, now)
+        self._in_epoch.append(row)
         own = {name: row[name] for name in row if name not in COMMON and "/" not in name and row[name] is not None}
-        figures += "".join(f"  {name.removeprefix('logit_')} {value:.2f}" for name, value in own.items())
-        self._bar.update(self._task, completed=row["step"], figures=figures)
-        if self._bar.disable and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            say(f"step {row['step']}/{self._total_steps}  {figures}")
+        figures = f"epoch {self._epochs.done(step):.2f}/{self._epochs}  loss {row['loss']:.4f}"
+        figures += "".join(f"  {_told(name, value)}" for name, value in own.items())
+        figures += f"  lr {row['lr']:.2g}  {row['samples_per_second']:.0f} samples/s  data wait {row['data_wait']:.0%}"
+        self._bar.update(self._task, completed=step, figures=figures)
+        if self._bar.disable and (now - self._last_line > SECONDS_BETWEEN_LINES or step == self._epochs.steps):
+            self._last_line = now
+            say(f"step {step}/{self._epochs.steps}  {figures}{self._time_left(step)}")
+
+    def epoch_ended(self, step: int, number: int, evaluated: dict[str, float]) -> None:
+        """Print a line: the means of the epoch's rows, of what was evaluated the first figure of each data set."""
+        rows, self._in_epoch = self._in_epoch, []
+        means = {name: [row[name] for row in rows] for name in MEANS if rows and name in rows[0]}
+        figures = [_told(name, sum(values) / len(values), digits=4) for name, values in means.items()]
+        firsts: dict[str, str] = {}
+        for _, source, name, value in ((*key_parts(key), value) for key, value in evaluated.items()):
+            firsts.setdefault(source, f"{source} {figure_told(name, value)}")
+        told = "  ".join([f"Epoch [{number}/{self._epochs}]", *figures, *firsts.values()])
+        say(told + self._time_left(step))
+
+    def _time_left(self, step: int) -> str:
+        """At the pace since the first row, with all evaluations and saves."""
+        first, since = self._first or (step, 0.0)
+        if step in (first, self._epochs.steps):
+            return ""
+        seconds = (time.monotonic() - since) / (step - first) * (self._epochs.steps - step)
+        return f"  {timedelta(seconds=round(seconds))} left"
+
+
+def _told(name: str, value: float, digits: int = 2) -> str:
+    """Return a figure of a row: 'scale 9.99', 'accuracy 93.8 %'."""
+    return f"accuracy {value:.1f} %" if name == "accuracy" else f"{name.removeprefix('logit_')} {value:.{digits}f}"
 
 
 class Advice:

@@ -68,6 +68,32 @@ def test_learns_and_leaves_a_classifier(config, tmp_path):
         bundle.check_text_tower("zero-shot needs one")
 
 
+def test_the_words_as_they_are_typed(tmp_path, monkeypatch, capsys):
+    from contrastive.commands import classifier_command
+
+    seen = []
+    monkeypatch.setattr("contrastive.train.classify.train_classifier", lambda config: not seen.append(config))
+    for words in ("--model base --num_epochs 10 --batch_size 32", "--model base --num-epochs 10 --batch-size 32", ""):
+        classifier_command.main(words.split())
+        assert to_dict(seen[-1]) == to_dict(seen[0])
+    asked = seen[0].model.image.width, seen[0].train.epochs, seen[0].train.global_batch_size, seen[0].data.train
+    assert asked == (768, 10, 32, "digits") and seen[0].patch_size == 2
+    classifier_command.main(["--data", "other"])
+    assert seen[-1].patch_size is None and "patch_size of classifier.yaml left aside" in capsys.readouterr().err
+
+
+def test_an_epoch_ends_with_what_training_and_evaluation_say(config, tmp_path, capsys):
+    train, data = replace(config.train, steps=None, epochs=2), replace(config.data, eval=("digits:test",))
+    small = ClassifierConfig(replace(IMAGE, width=8, depth=1, mlp_dim=8))
+    assert train_classifier(replace(config, model=small, train=train, data=data, evaluation=EvaluationConfig(limit=9)))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Epoch [")]
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["kind"] != "bad_samples"]
+    scores = [row["classification/digits:test/acc1"] for row in rows if row["kind"] == "eval"]
+    for number, (line, score) in enumerate(zip(told, scores, strict=True), 1):
+        assert line.startswith(f"Epoch [{number}/2]  loss 2.") and f"digits:test acc@1 {score:.1f} %" in line
+        assert "accuracy" in line and ("left" in line) == (number == 1)
+
+
 def test_goes_on_exactly(config, tmp_path):
     """With dropout, mixup, CutMix and micro-batches, all of which draw random numbers."""
     config = replace(config, mixup=0.2, cutmix=1.0, label_smoothing=0.1)

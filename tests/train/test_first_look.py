@@ -67,7 +67,7 @@ def test_shows_what_pretraining_learns_from(look, tmp_path):
     assert "inspected 64, 64 of them readable" in screen and "cut captions 0 (0.0%)" in screen
     assert "duplicate captions 0 of 64" in screen and "duplicate images 0 of 64" in screen
     assert "in a batch of 16 a caption meets 0 identical ones" in screen
-    assert f"loss {np.log(16) + 15 * np.log(16 / 15):.3f}" in screen and "acc1 10 %" in screen
+    assert f"loss {np.log(16) + 15 * np.log(16 / 15):.3f}" in screen and "acc@1 10 %" in screen
 
 
 def test_shows_captions_as_stored_and_as_cut_and_cleaned(look, tmp_path):
@@ -102,7 +102,7 @@ def test_a_classifier_shows_its_classes_and_chance(look, tmp_path):
     run = lambda *args: classifier_command.main(list(map(str, args)))  # noqa: E731
     screen, told = look("--data", "digits", run=run, config=config)
     assert "sample digits-" in screen and " class " in screen and "classes 10: zero" in screen
-    assert f"loss {np.log(10):.3f}" in screen and "chance on digits:test acc1 10 %" in screen and told == []
+    assert f"loss {np.log(10):.3f}" in screen and "chance on digits:test acc@1 10 %" in screen and told == []
     assert "prompts" not in screen and "the model reads" not in screen
     assert "optimizer.lr 0.1 is" in look("--data", "digits", "--lr", 0.1, run=run, config=config)[1][0]
 
@@ -155,7 +155,7 @@ def test_finetuning_looks_too(look, tiny, tmp_path, capsys):
     capsys.readouterr()
     run = lambda *args: finetune_command.main([str(tmp_path / "start"), *map(str, args)])  # noqa: E731
     screen, told = look("--data", "digits", run=run, config=ROOT / "configs" / "finetune.yaml")
-    assert "the head starts from prompts" in screen and "chance on digits:test acc1 10 %" in screen and told == []
+    assert "the head starts from prompts" in screen and "chance on digits:test acc@1 10 %" in screen and told == []
 
 
 def test_a_dry_run_on_two_ranks_ends_well_and_writes_nothing(tiny, tmp_path, free_port):

@@ -7,7 +7,7 @@ import torch
 from contrastive.errors import UserError
 from contrastive.losses import SigmoidLossConfig
 from contrastive.train.health import HealthConfig, Judge
-from contrastive.train.progress import Advice, LateFigures, StepTimer
+from contrastive.train.progress import Advice, Epochs, LateFigures, ProgressBar, StepTimer
 
 
 def row(step, loss, data_wait=0.0):
@@ -39,6 +39,30 @@ def test_a_starving_device_is_named(capsys):
         advice.consider(row(step, 0.1, data_wait=0.6))
     message = capsys.readouterr().err
     assert message.count("warning") == 1 and "60%" in message and "--data.num_workers" in message
+
+
+@pytest.mark.parametrize(("samples", "batch", "epochs"), [(60, 20, 4), (100, 32, 3), (45, 30, 5), (7, 5, 9)])
+def test_each_epoch_ends_once_and_the_last_with_the_run(samples, batch, epochs):
+    steps = round(epochs * samples / batch)
+    run = Epochs(samples, batch, steps)
+    assert [end for step in range(1, steps + 1) if (end := run.ended(step))] == list(range(1, epochs + 1))
+    assert run.ended(steps) == epochs and run.ended(0) is None and str(run) == str(epochs)
+    assert str(Epochs(1000, 10, 25)) == "0.25"
+
+
+def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    clock = iter(range(100, 1000, 20))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with ProgressBar(0, Epochs(100, 20, 10)) as bar:
+        for step in range(1, 6):
+            common = {"grad_norm": 1.0, "lr": 1e-3, "samples_per_second": 50.0, "data_wait": 0.05}
+            bar.show({"step": step, "loss": 3.0 - step, **common, "logit_bias": -9.5, "accuracy": 10.0 * step})
+        bar.epoch_ended(5, 1, {"zero_shot/a/b:test/acc1": 71.0, "zero_shot/a/b:test/acc5": 99.0})
+    told = capsys.readouterr().err.splitlines()
+    figures = "loss -2.0000  bias -9.50  accuracy 50.0 %  lr 0.001  50 samples/s  data wait 5%"
+    assert told[4].startswith(f"step 5/10  epoch 1.00/2  {figures}  0:0") and told[4].endswith(" left")
+    assert told[5].startswith("Epoch [1/2]  loss 0.0000  accuracy 30.0 %  a/b:test acc@1 71.0 %  0:0")
+    assert len(told) == 6 and "left" not in told[0], "the first step may have compiled"
 
 
 def test_timer_tells_waiting_from_working():
