@@ -29,6 +29,7 @@ COMMANDS = {
     "shard": "write any data as WebDataset shards",
     "plan": "memory, speed and hours of a run, before it is paid for",
     "checkpoint": "list, verify, prune or average the checkpoints of a run",
+    "completion": "what makes a shell complete all of this",
 }
 """Names, and what each is for; `zero-shot` is `main` of commands/zero_shot_command.py."""
 
@@ -50,8 +51,12 @@ def run(name: str, words: list[str] | None = None) -> None:
     """Run the command called `name` with `words`, by default those of the command line."""
     by_script = sys.argv[0].endswith(".py") and words is None
     prog = Path(sys.argv[0]).name if by_script else f"contrastive {name}"
-    home = f"contrastive.commands.{name.replace('-', '_')}_command"
-    run_script(prog, lambda args: import_module(home).main(args), words)
+    run_script(prog, lambda args: import_module(home_of(name)).main(args), words)
+
+
+def home_of(name: str) -> str:
+    """Return the module of a command."""
+    return f"contrastive.commands.{name.replace('-', '_')}_command"
 
 
 def run_script(prog: str, main: Callable[[list[str]], None], words: list[str] | None = None) -> None:

@@ -14,7 +14,6 @@ from contrastive.entry import COMMANDS
 from contrastive.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-HOMES = {name: f"contrastive.commands.{name.replace('-', '_')}_command" for name in COMMANDS}
 SCRIPTS = {"classifier": "train_classifier", "inspect": "inspect_data"}
 NEEDS_NOTHING = {"pretrain", "classifier", "plan"}
 
@@ -42,7 +41,7 @@ def test_help_fits_a_terminal_with_examples_first(name, call):
     assert status == 0 and len(lines) <= 30 and max(map(len, lines)) <= 80
     assert lines[0].startswith(f"usage: contrastive {name}")
     example = next(place for place, line in enumerate(lines) if line.startswith(("  contrastive", "  accelerate")))
-    option = next(place for place, line in enumerate(lines) if line.startswith("  --"))
+    option = next((place for place, line in enumerate(lines) if line.startswith("  --")), len(lines))
     assert example < option
 
     status, everything, _ = call(name, "--help-all")
@@ -69,11 +68,11 @@ def test_without_arguments_it_says_what_is_missing(name, call, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"completion"}))
 def test_each_is_a_script_too(name):
     script = ROOT / "scripts" / f"{SCRIPTS.get(name, name.replace('-', '_'))}.py"
     assert f'run("{name}")' in script.read_text()
-    assert callable(importlib.import_module(HOMES[name]).main)
+    assert callable(importlib.import_module(entry.home_of(name)).main)
 
 
 def test_the_list_of_commands(call):
@@ -130,3 +129,22 @@ def test_recipes_by_name_by_path_and_from_anywhere(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit):
         recipe("list")
     assert "flickr8k " in capsys.readouterr().out
+
+
+def complete(script, *words):
+    """What bash offers after `contrastive WORDS`."""
+    typed = f"COMP_WORDS=(contrastive {' '.join(map(repr, words))}); COMP_CWORD={len(words)}"
+    ask = f"{script}\n{typed}; _contrastive; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_shells_complete_commands_flags_recipes_and_models(call):
+    status, script, _ = call("completion", "bash")
+    assert status == 0
+    assert complete(script, "zer") == ["zero-shot"] and len(complete(script, "")) == len(COMMANDS)
+    assert complete(script, "pretrain", "--schedule.war") == ["--schedule.warmup_steps"]
+    assert complete(script, "export", "--") == ["--help", "--help-all", "--private", "--push", "--to"]
+    assert complete(script, "plan", "--config", "cc1") == ["cc12m"]
+    assert "siglip_vit_b_16" in complete(script, "pretrain", "--model", "siglip_vit_b")
+    assert call("completion", "zsh")[1].endswith(script) and "-l warmup" in call("completion", "fish")[1]
