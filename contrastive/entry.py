@@ -24,6 +24,7 @@ COMMANDS = {
     "caption": "write captions of images",
     "export": "write a model for transformers, open_clip, timm or ONNX",
     "visualize": "pictures of what a model sees",
+    "demo": "a page to try models in: labels, words on patches, search",
     "inspect": "look at data before training on it",
     "index": "index WebDataset shards",
     "shard": "write any data as WebDataset shards",

@@ -10,6 +10,7 @@ _STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udf
 # The extra of pyproject.toml that brings a package which most users do without, by the name that is imported.
 EXTRAS = {
     "datasets": "datasets",
+    "gradio": "demo",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",

@@ -1,6 +1,7 @@
 """A page that asks models about images: labels as bars, words as heat maps, texts as searches. Gradio draws it."""
 
 import errno
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from contrastive.data.decode import decode
 from contrastive.data.prompts import default_templates, fill, load_templates, template_sets
 from contrastive.data.record import BadSample, Source
 from contrastive.data.sources.paths import MAX_IMAGE_BYTES
-from contrastive.errors import UserError
-from contrastive.evaluate.asking import facts_of, found_images, label_scores, labels_in
+from contrastive.errors import UserError, needs
+from contrastive.evaluate.asking import FoundImage, facts_of, found_images, label_scores, labels_in
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.page import PARTS, data_uri, filled
+from contrastive.visualize.drawing import shortened
 from contrastive.visualize.word_maps import word_map, words_of
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 FIRST_PORT = 7860
 FITTING, WHOLE = "fitting", -1
 MOST_BARS, MOST_FOUND = 20, 12
+NAME_CHARACTERS = 16  # of an image, below it
 THUMBNAIL = 256  # pixels of a shorter side
 WITHIN, ALONE = "within its sentence", "alone"
 POLICY = (
@@ -57,7 +60,7 @@ class Demo:
         except UserError as error:
             return _answered(wrong=error)
         count = f"{len(fit)} prompts, as" if len(fit) > 1 else "Prompt:"
-        note = f"{count} “{fill(fit, labels[0])[len(fit) // 2]}”. Dashed: chance, {100 / len(labels):.1f} %."
+        note = f"{count} “{fill(fit, labels[0])[len(fit) // 2]}”; dashed: chance, {100 / len(labels):.1f} %."
         if len(labels) > MOST_BARS:
             note += f" The first {MOST_BARS} of {len(labels)} labels."
         if any(answer.matches is not None for _, answer in answers):
@@ -89,7 +92,7 @@ class Demo:
             return nothing, nothing, _answered(wrong=NO_IMAGES)
         try:
             found = [found_images(model, self.data, text, MOST_FOUND) for model in self.models]
-            shown = [[(self._thumbnail(one.index), f"{one.cosine:.3f} · {one.key}") for one in of] for of in found]
+            shown = [[(self._thumbnail(one.index), self._caption(one)) for one in of] for of in found]
         except UserError as error:
             return nothing, nothing, _answered(wrong=error)
         count = len(self.models[0].embeddings(self.data).features)
@@ -109,6 +112,9 @@ class Demo:
         small.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
         return small
 
+    def _caption(self, found: FoundImage) -> str:
+        return f"{found.cosine:.3f} · {shortened([found.key], NAME_CHARACTERS // len(self.models))[0]}"
+
     def any_image(self) -> np.ndarray:
         """Return one of the images at random."""
         return self.image(int(np.random.default_rng().choice(self.models[0].embeddings(self.data).index)))
@@ -127,6 +133,7 @@ def _answered(answers: Sequence[tuple[str, Any]] = (), note: str = "", wrong: ob
 
 def page(demo: Demo) -> "gr.Blocks":
     """Return the page, not yet served. Nothing in it comes from elsewhere, and nothing of it goes elsewhere."""
+    needs("the page", "gradio")
     import gradio as gr
 
     source = None if demo.data is None else demo.models[0].source(demo.data)
@@ -138,7 +145,7 @@ def page(demo: Demo) -> "gr.Blocks":
                 # Gradio's own would open it with any of Pillow's plugins; `decode` takes the bytes of known formats.
                 image.preprocess = lambda payload: payload and payload.path
                 if source is not None:
-                    any_of = gr.Button(f"Any image of {source.name}", size="sm", elem_id="any")
+                    any_of = gr.Button(f"Any of the {len(source):,} images", size="sm", elem_id="any")
                     any_of.click(demo.any_image, None, image, **QUIET)
             with gr.Column(scale=2, min_width=320), gr.Tabs():
                 with gr.Tab("Labels"):
@@ -206,11 +213,11 @@ def _search_tab(demo: Demo, image: "gr.Image") -> None:
     note = gr.HTML(_answered(wrong=NO_IMAGES) if demo.data is None else "", elem_id="note", elem_classes="answers")
     if demo.data is None:
         return
-    galleries, places = [], []
-    for model in demo.models:
-        look = {"columns": 4, "object_fit": "contain", "height": "auto", "allow_preview": False, "format": "png"}
-        galleries.append(gr.Gallery(label=model.name, buttons=[], elem_classes="found", **look))
-        places.append(gr.State([]))
+    galleries, places = [], [gr.State([]) for _ in demo.models]
+    look = {"columns": 4 // len(demo.models), "object_fit": "contain", "height": "auto", "allow_preview": False}
+    with gr.Row():
+        for model in demo.models:
+            galleries.append(gr.Gallery(label=model.name, buttons=[], format="png", elem_classes="found", **look))
 
     def search(text: str) -> list:
         shown, of, line = demo.found(text)
@@ -262,8 +269,10 @@ def free_port(host: str, port: int | None) -> int:
 def serve(blocks: "gr.Blocks", host: str, port: int) -> str:
     """Serve the page from threads of their own, on a free port; return its address. `blocks.close()` ends it."""
     import gradio as gr
-    from starlette.middleware import Middleware
 
+    # Gradio asks its own server whether it is up, by way of a proxy where there is one.
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [direct, "localhost", host]))
     _, address, _ = blocks.launch(
         server_name=host,
         server_port=port,
@@ -273,9 +282,8 @@ def serve(blocks: "gr.Blocks", host: str, port: int) -> str:
         run_history=False,
         footer_links=[],
         max_file_size=MAX_IMAGE_BYTES,
-        # Fonts of the system: its own are files too, but none of them has all scripts.
         theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css=(PARTS / "demo.css").read_text("utf-8"),
-        app_kwargs={"middleware": [Middleware(_OwnOnly)]},
+        app_kwargs={"middleware": [(_OwnOnly, (), {})]},  # class, arguments, named ones
     )
     return address

@@ -1,0 +1,111 @@
+"""Try a model in the browser: labels for an image, words on its patches, a search by text. Nothing leaves this machine.
+
+    contrastive demo runs/mine
+    contrastive demo runs/mine photos/
+    contrastive demo runs/mine scenes:test --beside runs/other
+
+MODEL is a run folder, a checkpoint folder or a model folder; with --beside every answer is that of both. IMAGES are a
+folder of images, image files, or data as in training; they are embedded once, and kept as `contrastive evaluate` keeps
+them. The page is for this machine alone; Ctrl-C ends it. It needs Gradio: pip install 'contrastive[demo]'
+"""
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+import contrastive
+from contrastive.command_line import LoadingOptions, chosen_device
+from contrastive.commands.evaluate_command import named
+from contrastive.config import parse
+from contrastive.data.prompts import load_templates
+from contrastive.data.sources import announce
+from contrastive.data.sources.images_alone import open_images
+from contrastive.errors import UserError, needs
+from contrastive.evaluate.asking import trained_on
+from contrastive.evaluate.demo_page import Demo, free_port, page, serve
+from contrastive.evaluate.evaluated_model import EvaluatedModel
+from contrastive.interop.hub import results_folder
+from contrastive.log import say, warn
+from contrastive.option_types import Positive
+
+HERE = "127.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(LoadingOptions):
+    """Which model is asked, and of which images."""
+
+    model: Annotated[Positional[Path], arg(metavar="MODEL")]
+    """Folder of a run, checkpoint or model, or hf-hub:ORG/NAME."""
+    images: Annotated[Positional[tuple[str, ...]], arg(metavar="[IMAGES ...]")] = ()
+    """A folder of images, image files, or data, to search."""
+    beside: Annotated[Path | None, arg(metavar="MODEL")] = None
+    """A second model, shown beside the first."""
+    templates: Annotated[str | None, arg(metavar="NAME|FILE")] = None
+    """Prompts for labels: a set (imagenet, photo, ...), or one a line; none: those that fit."""
+    limit: Positive[int | None] = None
+    """Search a fixed random subset of N images."""
+    cache: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Keep embeddings there; none: in MODEL/embeddings."""
+    host: str = HERE
+    """Address to serve at; 0.0.0.0 opens the page to the network."""
+    port: Positive[int | None] = None
+    """Port to serve at; none: the first free one from 7860."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("limit", "cache"):
+            if getattr(self, name) is not None and not self.images:
+                raise UserError(f"--{name} is of IMAGES, and there are none; give them after MODEL, or leave it out")
+
+
+def load(options: DemoOptions) -> Demo:
+    """Load the models and embed the images."""
+    data, device = " ".join(options.images) or None, chosen_device(options.device)
+    entries = named([options.model, *([options.beside] if options.beside else [])])
+    sources = {data: open_images(options.images)} if data else {}
+    for source in sources.values():
+        announce(source)
+    models = []
+    for entry in entries:
+        bundle = contrastive.load(entry.path, device=device)
+        bundle.check_image_tower("there is no image to ask it of")
+        bundle.check_text_tower("it cannot be asked in words; contrastive visualize shows what it sees")
+        bundle.tokenizer([""])  # one that the folder lacks says so now
+        cache = options.cache or results_folder(Path(entry.path)) / "embeddings"
+        known = {"device": device, "sources": sources, "limit": options.limit}
+        models.append(EvaluatedModel(entry.name, bundle, cache, **known, **options.loading()))
+        if data and not len(models[-1].embeddings(data).features):
+            raise UserError(f"{data}: none of its images could be read")
+    known = sources[data] if data else trained_on(models[0].bundle)
+    return Demo(tuple(models), known, data, options.templates)
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(DemoOptions, arguments, prog="demo", description=__doc__)
+    needs("the page", "gradio")
+    if options.templates:
+        load_templates(options.templates)
+    port = free_port(options.host, options.port)
+    if options.host not in (HERE, "localhost"):
+        warn(f"--host {options.host}: whoever reaches this machine can use the page, and see the images")
+    demo = load(options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was dropped is removed
+    with tempfile.TemporaryDirectory(prefix="contrastive-demo-") as dropped:
+        # Read as Gradio is imported: no telemetry, and images that were dropped are gone when the page is.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": dropped}
+        blocks = page(demo)
+        try:
+            say(f"open {serve(blocks, options.host, port)} in a browser; Ctrl-C ends it")
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            say("ended")
+        finally:
+            blocks.close(verbose=False)
