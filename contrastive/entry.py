@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from contrastive.errors import UserError, did_you_mean
+from contrastive.words import called_here
 
 COMMANDS = {
     "pretrain": "train a CLIP or SigLIP model on image-text pairs",
@@ -33,9 +34,6 @@ COMMANDS = {
     "completion": "what makes a shell complete all of this",
 }
 """Names, and what each is for; `zero-shot` is `main` of commands/zero_shot_command.py."""
-
-# The names of other tools, and of ours where they were scripts.
-_ALSO = {"train": "pretrain", "train_classifier": "classifier", "classify": "classifier", "inspect_data": "inspect"}
 
 
 def main() -> None:
@@ -102,9 +100,9 @@ def _other_words(words: list[str]) -> None:
         return
     if name.startswith("-"):
         raise UserError(f"the command comes first, then its flags: contrastive pretrain {name} ...; see --help")
-    meant = _ALSO.get(name.replace("-", "_"))
-    hint = f" Here it is 'contrastive {meant}'." if meant else did_you_mean(name, COMMANDS)
-    raise UserError(f"unknown command '{name}'.{hint} There are {', '.join(COMMANDS)}")
+    if here := called_here("command", name.replace("-", "_")):
+        raise UserError(f"unknown command '{name}'{here}")
+    raise UserError(f"unknown command '{name}'.{did_you_mean(name, COMMANDS)} There are {', '.join(COMMANDS)}")
 
 
 def _help() -> str:

@@ -13,6 +13,9 @@ from contrastive.errors import UserError
 from contrastive.words import flags_of
 
 T = TypeVar("T")
+_NAME_IN_BOX = (
+    r"^\S? {5,6}(\S.*?) +\S?$"  # of an option that tyro misses; there is no box where the output is not UTF-8
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +175,7 @@ def run_tyro(
         if not stray:
             return options
         message = _about_stray(stray[0], given, known) or f"Unrecognized options: {', '.join(stray)}"
-    if message.startswith("Missing from") and (missing := re.findall(r"^\S {5}(\S.*?) +\S$", errors.getvalue(), re.M)):
+    if message.startswith("Missing from") and (missing := re.findall(_NAME_IN_BOX, errors.getvalue(), re.M)):
         message = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
     flag = re.match(r"Error parsing --(\S+): .*'(.*)'", message)
     if flag and flag[1] in known:  # tyro's words are about its parser

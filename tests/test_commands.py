@@ -88,8 +88,8 @@ def test_the_list_of_commands(call):
     ("words", "told"),
     [
         (["pretrin"], "unknown command 'pretrin'. Did you mean 'pretrain'?"),
-        (["train"], "Here it is 'contrastive pretrain'."),
-        (["train-classifier"], "Here it is 'contrastive classifier'."),
+        (["train"], "unknown command 'train': here it is contrastive pretrain;"),
+        (["train-classifier"], "here it is contrastive classifier"),
         (["--loss", "sigmoid"], "the command comes first, then its flags: contrastive pretrain --loss ..."),
         (["zero_shot", "nowhere", "--data", "scenes:test"], "contrastive zero-shot: error: no model at nowhere"),
     ],

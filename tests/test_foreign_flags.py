@@ -88,7 +88,7 @@ def test_the_common_ones_are_short(cls):
         ("--image-mean 0 0 0", "--data.preprocess.mean, with the same three numbers, here"),
         ("-b 8 -train-data d", "-b: flags have two dashes here. -train-data: flags have two dashes here. See --help"),
         ("--dataset_name nlphuji/flickr30k", "is --data.train hf:nlphuji/flickr30k here."),
-        ("--push_to_hub", "scripts/export.py"),
+        ("--push_to_hub", "contrastive export"),
         ("--overwrite_output_dir", "not offered"),
     ],
 )
@@ -121,7 +121,7 @@ def test_a_hint_names_only_flags_that_there_are():
         parsed(FinetuneConfig, "--lock-image")
     with pytest.raises(UserError, match="unknown flag --siglip"):
         parsed(TrainClassifierConfig, "--siglip")
-    with pytest.raises(UserError, match="--pretrained is --model NAME, from scratch; scripts/finetune.py MODEL"):
+    with pytest.raises(UserError, match="--pretrained is --model NAME, from scratch; contrastive finetune MODEL"):
         parsed(TrainClassifierConfig, "--pretrained")
     with pytest.raises(UserError, match="'photos' belongs to no flag; data to train on are named by --data.train"):
         parsed(TrainClassifierConfig, "photos", "--epochs", "3")
