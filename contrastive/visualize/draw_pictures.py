@@ -137,8 +137,11 @@ def _draw_filters(filters: torch.Tensor) -> "Figure":
 
 
 @style()
-def draw_embeddings(untrained: torch.Tensor, trained: torch.Tensor) -> "Figure":
-    """Draw two sets of unit-length embeddings (B, E) of the same images: values on the left, cosines on the right."""
+def draw_embeddings(untrained: torch.Tensor, trained: torch.Tensor, of: str) -> "Figure":
+    """Draw two sets of unit-length embeddings (B, E) of the same things: values on the left, cosines on the right.
+
+    of: what they are of, in the plural.
+    """
     from matplotlib.figure import Figure
 
     sets = {"untrained": untrained, "this model": trained}
@@ -152,12 +155,12 @@ def draw_embeddings(untrained: torch.Tensor, trained: torch.Tensor) -> "Figure":
         right.imshow(as_array(cosine), cmap=alike.cmap, norm=alike.norm)
         left.set_title(
             f"{name}: effective rank {effective_rank(features):.1f} of at most {min(features.shape)}, "
-            f"mean cosine of two images {mean_cosine(features):.2f}"
+            f"mean cosine of two {of} {mean_cosine(features):.2f}"
         )
-        left.set_ylabel("image")
+        left.set_ylabel(of)
         right.set_box_aspect(1)
     axes[1, 0].set_xlabel("dimension of the embedding")
-    axes[1, 1].set_xlabel("image")
+    axes[1, 1].set_xlabel(of)
     for axis in (axis for one in axes.flat for axis in (one.xaxis, one.yaxis)):
         axis.get_major_locator().set_params(integer=True)
     figure.colorbar(values, ax=axes[:, 0], label="value", aspect=60, pad=0.01)

@@ -130,6 +130,12 @@ class PicturedModel:
         """(1, P, D) after the final norm, of all S images one behind the other."""
         return torch.cat([seen.patch_tokens for seen in self._traces], dim=1)
 
+    @property
+    def first_patches(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(P, D) each, after the final norm, of the first image: an untrained tower's, and this one's."""
+        pixels = one_by_one(self.pixels[:1])[0][None]
+        return trace(self.untrained, pixels).patch_tokens[0], self._traces[0].patch_tokens[0]
+
     @cached_property
     @torch.no_grad()
     def image_features(self) -> torch.Tensor:

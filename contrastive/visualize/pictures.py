@@ -149,6 +149,12 @@ def patch_colours(pictured: PicturedModel) -> Drawn:
     return Drawn(draw_beside(*pictured.shown, pictures), found)
 
 
+def patch_values(pictured: PicturedModel) -> Drawn:
+    untrained, trained = (unit_length(tokens).cpu() for tokens in pictured.first_patches)
+    figure = draw_embeddings(untrained, trained, "patches")
+    return Drawn(figure, _found(untrained, trained), {"first": pictured.inputs.names[0]})
+
+
 def text_patches_difference(pictured: PicturedModel) -> Drawn | str:
     if missing := _no_texts(pictured, least=2):
         return missing
@@ -205,9 +211,13 @@ def embeddings(pictured: PicturedModel) -> Drawn | str:
         return "one image has nothing to be compared with; give two or more"
     untrained = unit_length(torch.cat([pictured.untrained(batch) for batch in pictured.batches])).cpu()
     trained = pictured.image_features.cpu()
+    return Drawn(draw_embeddings(untrained, trained, "images"), _found(untrained, trained))
+
+
+def _found(untrained: torch.Tensor, trained: torch.Tensor) -> str:
     found = [f"effective rank {effective_rank(x):.1f}, mean cosine {mean_cosine(x):.2f}" for x in (untrained, trained)]
     most = f"The rank can be {min(trained.shape)} at most."
-    return Drawn(draw_embeddings(untrained, trained), f"Untrained: {found[0]}. This model: {found[1]}. {most}")
+    return f"Untrained: {found[0]}. This model: {found[1]}. {most}"
 
 
 def positions(pictured: PicturedModel) -> Drawn:
@@ -237,6 +247,7 @@ PICTURES = {
     "attention_query": attention_query,
     "attention_rollout": attention_rollout,
     "patch_colours": patch_colours,
+    "patch_values": patch_values,
     "text_patches_difference": text_patches_difference,
     "text_patches": text_patches,
     "image_text": image_text,

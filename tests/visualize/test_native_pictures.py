@@ -45,6 +45,9 @@ def test_maps_are_those_of_each_image(tmp_path):
         beside = inputs.canvas[row].clone()
         beside[:, : rows * 8, : columns * 8] = 255
         assert (beside == 255).all()
+    first = pictured.pixels[0].pixels()[None]
+    for tokens, of in zip(pictured.first_patches, (pictured.untrained, tower), strict=True):
+        torch.testing.assert_close(tokens, of.forward_features(first)[0, 1:])
     assert pictured.grid == (min(rows for rows, _ in grids), min(columns for _, columns in grids))
     with pytest.raises(UserError, match=f"patch 3 0: the grid has rows 0 to {pictured.grid[0] - 1} "):
         replace(pictured, query=(3, 0))

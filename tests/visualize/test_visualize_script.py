@@ -20,6 +20,7 @@ WITHOUT_TEXT = {
     "attention_query",
     "attention_rollout",
     "patch_colours",
+    "patch_values",
     "embeddings",
     "positions",
     "filter_components",
