@@ -4,7 +4,6 @@ import importlib
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,16 +51,19 @@ class Session:
     """One page: a folder, the names that its Python has defined so far, and the variables of its shell."""
 
     def __init__(self, patch):
-        self.patch, self.names = patch, {"__name__": "__page__"}
+        self.patch, self.names, self.modules = patch, {"__name__": "__page__"}, ["__page__"]
 
     def run(self, block: Block) -> None:
-        {"python": self._python, "sh": self._shell, "yaml": self._yaml, "text": lambda block: None}[block.language](block)
+        {"python": self._python, "sh": self._shell, "yaml": self._yaml, "text": lambda block: None}[block.language](
+            block
+        )
 
     def _python(self, block: Block) -> None:
         code, named = compile(block.code, block.where, "exec"), _named(block, ".py")
         if named:  # a file of the reader's, which the next ones import or start
             Path(named).write_text(block.code)
-            importlib.import_module(named.removesuffix(".py"))
+            self.modules.append(named.removesuffix(".py"))
+            importlib.import_module(self.modules[-1])
         elif block.not_run is None:
             exec(code, self.names)
 
@@ -82,7 +84,9 @@ class Session:
     def _command(self, words: list[str], block: Block) -> None:
         name, args = command_of(words)
         if name is None:
-            assert _is_there(words), f"{block.where}: {words[0]} is no command of ours, and nothing says that it is there"
+            assert _is_there(words), (
+                f"{block.where}: {words[0]} is no command of ours, and nothing says that it is there"
+            )
             if words[0] in PLAIN and block.not_run is None:
                 subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
             return
@@ -155,9 +159,3 @@ def _stopping(parse):
         raise Stopped
 
     return parsed
-
-
-def forget(names: list[str]) -> None:
-    """Let modules that a page wrote be imported anew."""
-    for name in names:
-        sys.modules.pop(name, None)

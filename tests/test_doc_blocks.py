@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doc_blocks import LANGUAGES, PAGES, ROOT, Session, blocks, forget
+from doc_blocks import LANGUAGES, PAGES, ROOT, Session, blocks
 
 RUN = """
 model:
@@ -61,6 +61,7 @@ def stand_ins(tmp_path_factory):
         Path("run.yaml").write_text(RUN)
         pretrain(["--config", "run.yaml", "--run_folder", "runs/mine"])
         shutil.copytree("runs/mine", "runs/other")
+        pretrain(["--config", "run.yaml", "--model.image.native", "--run_folder", "runs/native"])
         export(["runs/mine", "--to", "transformers", "models/siglip"])
     return folder
 
@@ -83,13 +84,16 @@ def session(stand_ins, tmp_path, monkeypatch):
     shutil.copytree(stand_ins, folder)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
-    for registry in (SOURCES, TASKS, LOSSES, OBJECTIVES):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    before, threads = set(sys.modules), torch.get_num_threads()
+    threads, page = torch.get_num_threads(), Session(monkeypatch)
     torch.set_num_threads(1)
-    yield Session(monkeypatch)
+    yield page
     torch.set_num_threads(threads)
-    forget([name for name in sys.modules.keys() - before if (folder / f"{name}.py").exists()])
+    for registry in (SOURCES, TASKS, LOSSES, OBJECTIVES):  # which the program's own modules are entered in once
+        for name in registry.names():
+            if registry.get(name).__module__ in page.modules:
+                del registry._entries[name]
+    for name in page.modules:
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("page", pages(blocks))

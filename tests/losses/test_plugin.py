@@ -1,7 +1,6 @@
 """The worked example of docs/extending.md, run as it stands: a loss registered from outside the package."""
 
 import re
-import textwrap
 
 import pytest
 from launching import ROOT, rows
@@ -20,11 +19,10 @@ evaluation: {every: 60, limit: 40}
 
 @pytest.fixture
 def script(tmp_path):
-    """Write the files of the example, each an indented block that begins with its name, and return the script."""
+    """Write the files of the example, each a block that begins with its name, and return the script."""
     text = (ROOT / "docs" / "extending.md").read_text()
     for name in ("my_loss.py", "train_mine.py"):
-        block = re.search(rf"^    # {name}\n(?:    .*\n|\n)+", text, re.MULTILINE).group()
-        (tmp_path / name).write_text(textwrap.dedent(block).partition("\nPYTHONPATH")[0] + "\n")
+        (tmp_path / name).write_text(re.search(rf"```python\n(# {name}\n.*?)```", text, re.DOTALL)[1])
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     return tmp_path / "train_mine.py"
 

@@ -1,7 +1,6 @@
 """The worked objective of docs/extending.md, run as it stands."""
 
 import re
-import textwrap
 from pathlib import Path
 
 from launching import ROOT, rows
@@ -12,8 +11,7 @@ from contrastive.train.run import command
 
 def test_the_example_learns(tiny, tmp_path, monkeypatch):
     text = (ROOT / "docs" / "extending.md").read_text()
-    block = re.search(r"^    # my_objective.py\n(?:    .*\n|\n)+", text, re.MULTILINE).group()
-    (tmp_path / "my_objective.py").write_text(textwrap.dedent(block))
+    (tmp_path / "my_objective.py").write_text(re.search(r"```python\n(# my_objective.py\n.*?)```", text, re.DOTALL)[1])
     monkeypatch.syspath_prepend(tmp_path)
     __import__("my_objective")
     words = ["--config", str(tiny), "--run_folder", str(tmp_path / "run"), "--objectives", "colour"]
