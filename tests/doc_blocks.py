@@ -84,9 +84,7 @@ class Session:
     def _command(self, words: list[str], block: Block) -> None:
         name, args = command_of(words)
         if name is None:
-            assert _is_there(words), (
-                f"{block.where}: {words[0]} is no command of ours, and nothing says that it is there"
-            )
+            assert _is_there(words), f"{block.where}: {words[0]} is not ours, and not known to be there"
             if words[0] in PLAIN and block.not_run is None:
                 subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
             return
