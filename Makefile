@@ -10,7 +10,7 @@ RANKS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || (nproc || sysctl -n 
 # What accelerate would assume anyway: saying so spares a warning, and --quiet its traceback after our error line.
 PLAIN := --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: help setup lint test test-slow test-faults quickstart vlm clean
+.PHONY: help setup lint test test-slow test-faults quickstart vlm docs clean
 
 help:
 	@echo "make quickstart [LOSS=softmax]  train on rendered scenes, then score zero-shot (minutes, on a CPU)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-slow                  those: whole benchmarks at toy size, second variants of runs"
 	@echo "make test-faults                kills, full disks, damage: all of them, and a table (up to half an hour)"
 	@echo "make lint                       ruff"
+	@echo "make docs                       the documentation as a site, in site/"
 	@echo "make setup                      .venv with everything installed"
 
 setup: .venv/installed
@@ -52,5 +53,8 @@ vlm: setup
 	test -d $(RUN)/final || $(MAKE) quickstart
 	$(BIN)/accelerate launch $(PLAIN) --num_processes 1 examples/vlm/train.py $(RUN) $(ARGS)
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info
