@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.progress import track
 from tyro.conf import Positional, arg
 
 import contrastive
 from contrastive.command_line import CheckedOptions, chosen_device
 from contrastive.config import parse
 from contrastive.errors import UserError
-from contrastive.log import console, say
+from contrastive.log import bar, say
 from contrastive.option_types import NotNegative, Positive
 from contrastive.visualize.drawing import shortened
 from contrastive.visualize.pictured_model import MAX_SHOWN, PicturedModel, read_inputs
@@ -75,9 +74,7 @@ def visualize(options: VisualizeOptions) -> None:
         layer=options.layer,
         query=options.query,
     )
-    hidden = not console.is_terminal
-    names = track(PICTURES, "drawing", console=console, disable=hidden, transient=True)
-    made = [make_picture(name, pictured) for name in names]
+    made = [make_picture(name, pictured) for name in bar(PICTURES, "drawing")]
     pictures = [one for one in made if isinstance(one, Picture)]
     left_out = [one for one in made if not isinstance(one, Picture)]
     for one in left_out:

@@ -160,8 +160,8 @@ class Preprocess:
 
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], return_tensors: str | None = None
-    ) -> "torch.Tensor | Patches | PixelBatch":
-        """Preprocess one image, (3, S, S) float32, or several, (B, 3, S, S); native ones to Patches.
+    ) -> torch.Tensor | Any:
+        """Preprocess one image, (3, S, S) float32, or several, (B, 3, S, S); native ones to Patches (Any, to checkers).
 
         Args:
             images: a PIL image, a file's path or its bytes, an array (H, W, 3) uint8; or a list or tuple of these.

@@ -84,6 +84,7 @@ class HeadTask(ProbeTask):
         estimator = self.build()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            warnings.simplefilter("ignore", DeprecationWarning)  # of scikit-learn's own calls
             try:
                 estimator.fit(given.train.numpy(), given.train_labels.numpy())
                 predicted = torch.from_numpy(np.asarray(estimator.predict(given.test.numpy()), dtype=np.int64))

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -75,9 +75,10 @@ class Bundle:
     """A model with all that belongs to it."""
 
     model: DualEncoder | ImageClassifier | ImageModel | TextModel
-    preprocess: Preprocess | Absent | None
+    # Any is for Absent and None: what most models have is used without asking first, by type checkers' leave too.
+    preprocess: Preprocess | Any
     """PIL image to (3, H, W) float32; None for a text tower alone."""
-    tokenizer: Tokenizer | Absent | None
+    tokenizer: Tokenizer | Any
     """List of str to (B, context_length) int64; None without a text tower."""
     config: ModelConfig | ClassifierConfig | ImageModelConfig | TextModelConfig
     path: Path

@@ -4,15 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
-from contrastive.data.preprocess import ImageLike, PixelBatch, Preprocess, PreprocessConfig
+from contrastive.data.preprocess import ImageLike, Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent
 from contrastive.interop.loading import read, usable
 from contrastive.models.image_encoder import ImageEncoder
-from contrastive.patches import Patches
 
 
 def load_image_encoder(
@@ -79,7 +79,7 @@ class ImageProcessor:
 
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], return_tensors: str | None = None
-    ) -> torch.Tensor | Patches | PixelBatch:
+    ) -> torch.Tensor | Any:
         """As `Preprocess.__call__`."""
         return self._preprocess(images, return_tensors)
 

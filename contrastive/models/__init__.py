@@ -1,7 +1,7 @@
 """Image and text towers, from scratch on torch."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from contrastive.models.encoders import (
     ClassifierConfig,
@@ -16,6 +16,15 @@ from contrastive.models.encoders import (
 )
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
 from contrastive.models.text_tower import PackedTokens, TextTower, TextTowerConfig
+
+if TYPE_CHECKING:  # for editors, which do not run __getattr__
+    from contrastive.models.presets import classifier_config as classifier_config
+    from contrastive.models.presets import classifier_table as classifier_table
+    from contrastive.models.presets import create_model as create_model
+    from contrastive.models.presets import list_classifiers as list_classifiers
+    from contrastive.models.presets import list_models as list_models
+    from contrastive.models.presets import model_config as model_config
+    from contrastive.models.presets import model_table as model_table
 
 # Read when first asked for: a run without --model needs no names.
 _PRESETS = (

@@ -293,4 +293,4 @@ def test_features_of_datasets(tmp_path):
 def test_translations_in_parquet_are_refused_by_name(tmp_path):
     cells = {"image": [b"x"], "caption": [{"en": "dog", "de": "Hund"}]}
     pq.write_table(pa.table(cells), tmp_path / "x.parquet")
-    refused(tmp_path / "x.parquet", "holds struct<en: string, de: string>; captions must be .*; of a dict raw or")
+    refused(tmp_path / "x.parquet", "holds struct<.*>; captions must be .*; of a dict raw or")
