@@ -88,7 +88,7 @@ class Browser:
         return {url.split("/")[2] for url in sent if url.startswith(("http", "ws"))}
 
 
-def wait_for(ready, passed_over=(), seconds=20):
+def wait_for(ready, passed_over=(), seconds=60):
     """What `ready` returns once it is true; LookupError and what is passed over count as not yet."""
     end = time.monotonic() + seconds
     while True:

@@ -30,6 +30,7 @@ from contrastive.data.sources.images_alone import open_images
 from contrastive.errors import UserError, needs
 from contrastive.evaluate.asking import trained_on
 from contrastive.evaluate.demo_page import Demo, free_port, page, serve
+from contrastive.evaluate.embedding_store import find_store
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.interop.hub import results_folder
 from contrastive.log import say, warn
@@ -70,6 +71,8 @@ def load(options: DemoOptions) -> Demo:
     """Load the models and embed the images."""
     data, device = " ".join(options.images) or None, chosen_device(options.device)
     entries = named([options.model, *([options.beside] if options.beside else [])])
+    if data and find_store(Path(data).expanduser()):
+        raise UserError(f"{data} holds embeddings, which cannot be shown; give the images that they are of")
     sources = {data: open_images(options.images)} if data else {}
     for source in sources.values():
         announce(source)
