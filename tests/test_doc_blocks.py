@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from doc_blocks import LANGUAGES, PAGES, ROOT, Session, blocks
+from doc_blocks import LANGUAGES, PAGES, ROOT, Block, Session, blocks
+from yaml import YAMLError
+
+from contrastive.errors import UserError
 
 RUN = """
 model:
@@ -24,17 +27,17 @@ data: {train: pairs.csv, vocab_size: 300}
 train: {steps: 4, global_batch_size: 16}
 checkpoint: {every: 2}
 """
-QUICK = ("README.md", "index.md", "configuration.md", "losses.md", "finetuning.md", "order.md", "image-encoder.md")
-"""Pages that make test runs; the others are slow."""
+SLOW = ("scaling.md", "evaluation.md")  # of half a minute and a quarter
 
 
 def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT)).removeprefix("docs/")
 
 
-def pages(of=lambda page: True):
-    marks = {False: [pytest.mark.slow], True: []}  # by whether it is in QUICK
-    return [pytest.param(page, id=name_of(page), marks=marks[name_of(page) in QUICK]) for page in PAGES if of(page)]
+def pages():
+    """Those with code; the slow ones are marked."""
+    marked = [(page, [pytest.mark.slow] if page.name in SLOW else []) for page in PAGES if blocks(page)]
+    return [pytest.param(page, id=name_of(page), marks=marks) for page, marks in marked]
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +99,32 @@ def session(stand_ins, tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("page", pages(blocks))
+@pytest.mark.parametrize("page", pages())
 def test_blocks_run_as_written(page, session):
     for block in blocks(page):
         try:
             session.run(block)
         except Exception as error:
             raise AssertionError(f"{block.where}: {block.code}") from error
+
+
+WRONG = [
+    ("sh", "contrastive pretrain --data pairs.csv --los sigmoid", "it takes hours"),
+    ("sh", "accelerate launch scripts/pretrain.py --los sigmoid", "it takes hours"),
+    ("sh", "accelerate launch scripts/pretrain.py --loss sigmoid", None),
+    ("sh", "contrastive zero-shot runs/none --data digits:test", None),
+    ("sh", "contrastive trian", None),
+    ("sh", "make nothing", "it takes hours"),
+    ("python", "import contrastive\ncontrastive.laod('runs/mine')", None),
+    ("python", "print(", "it takes hours"),
+    ("yaml", "a: {", None),
+]
+
+
+@pytest.mark.parametrize(("language", "code", "why"), WRONG, ids=[code for _, code, _ in WRONG])
+def test_what_is_wrong_is_seen(session, language, code, why):
+    with pytest.raises((UserError, AssertionError, ImportError, AttributeError, SyntaxError, YAMLError)):
+        session.run(Block(ROOT / "README.md", 1, language, code, why))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

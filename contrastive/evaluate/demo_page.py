@@ -31,7 +31,7 @@ FITTING, WHOLE = "fitting", -1
 MOST_BARS, MOST_FOUND = 20, 12
 NAME_CHARACTERS = 16  # of an image, below it
 THUMBNAIL = 256  # pixels of a shorter side
-WITHIN, ALONE = "within its sentence", "alone"
+WITHIN, ALONE = "in its context", "alone"
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:"
