@@ -90,6 +90,8 @@ class CurateOptions(LoadingOptions):
 
 def run_curation(options: CurateOptions) -> None:
     columns = {"image_column": options.image_column, "caption_column": options.caption_column}
+    if find_store(Path(options.data).expanduser()) is not None:
+        raise UserError(f"{options.data} holds embeddings; give the data that they are of, which are to be trained on")
     source = open_source(options.data, **columns)
     check_columns([source], columns)
     if len(source.parts) > 1:

@@ -14,6 +14,7 @@ import contrastive
 from contrastive.data.order_choice import order_for
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
+from contrastive.evaluate.embedding_store import StoreOptions, claim_store, store_config
 from contrastive.evaluate.embeddings import embed_images, embed_texts
 
 TINY = """
@@ -25,6 +26,7 @@ data: {vocab_size: 300}
 train: {global_batch_size: 4, log_every: 1}
 checkpoint: {every: 3}
 """
+MODEL = {"path": "", "key": "0", "preprocess": {}}
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +133,14 @@ def test_images_without_captions_have_no_scores_and_no_doubles(curate, model_fol
         (("RUN", "PAIRS", "OUT", "--against", "PAIRS"), "names data twice, or DATA itself"),
         (("RUN", "PAIRS", "OUT", "--min-score", "2"), "nothing would be kept"),
         (("RUN", "PAIRS", "RUN"), "holds files that are not of a curation; give another OUT"),
+        (("RUN", "STORE", "OUT"), "give the data that they are of"),
         (("RUN", "PAIRS", "OUT", "--against", "nowhere"), "unknown data source 'nowhere'"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(curate, model_folder, pairs, tmp_path, arguments, told):
-    places = {"RUN": model_folder, "PAIRS": pairs / "pairs.csv", "OUT": tmp_path / "out"}
+    places = {"RUN": model_folder, "PAIRS": pairs / "pairs.csv", "OUT": tmp_path / "out", "STORE": tmp_path / "store"}
+    if "STORE" in arguments:
+        claim_store(tmp_path / "store", store_config(MODEL, open_source("digits"), StoreOptions()))
     done = curate(*(places.get(argument, argument) for argument in arguments), "--cache", tmp_path / "cache")
     assert done.returncode == 2 and done.stdout == "" and told in done.stderr.replace("\n", " "), done.stderr
     assert not (tmp_path / "out").exists()

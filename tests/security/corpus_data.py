@@ -17,6 +17,10 @@ from mutations import Files
 from PIL import Image
 from sandbox import Reader
 
+from contrastive.data.sources import open_source
+from contrastive.data.sources.derived import as_found
+from contrastive.data.sources.kept import FORMAT, KeptData, write_kept
+
 Made = Callable[[Path], object]
 
 
@@ -135,6 +139,12 @@ def _saved_dataset(folder: Path) -> None:
         Image.fromarray(pictures.RGB).save(folder / name)
 
 
+def _kept(folder: Path) -> None:
+    source = as_found(open_source("digits:test"))
+    said = KeptData(FORMAT, "digits:test", None, None, source.fingerprint, len(source), 3)
+    write_kept(folder, said, np.array([1, 5, 8]))
+
+
 def data_readers() -> list[Reader]:
     found = [Reader(f"image {name}", {f"x.{name}": data}, reading.read_image) for name, data in _pictures()]
     found = [reader._replace(name=f"{reader.name} {n}") for n, reader in enumerate(found)]
@@ -148,6 +158,7 @@ def data_readers() -> list[Reader]:
         Reader("folder masks", made(_mask_folder), reading.read_masks),
         Reader("folder metadata", made(_metadata_folder), reading.source_at("")),
         Reader("folder datasets", made(_saved_dataset), reading.source_at("")),
+        Reader("folder kept", made(_kept), reading.source_at("")),
         Reader("folder cifar", made(set_writing.cifar10), reading.source_at("")),
     ]  # fmt: skip
     return found

@@ -63,9 +63,12 @@ def _read(folder: str | Path) -> KeptData:
     if content.get("format") != FORMAT:
         raise UserError(f"{path} is of format {content.get('format')!r}, this version reads '{FORMAT}'; curate again")
     try:
-        return from_dict(KeptData, content, str(path))
+        said = from_dict(KeptData, content, str(path))
     except TypeError as error:
         raise UserError(f"{path} is damaged ({reason_of(error)}); curate again") from None
+    if not said.data or "\0" in said.data:
+        raise UserError(f"{path} is damaged (it names no data); curate again")
+    return said
 
 
 def kept_subset(folder: str | Path, said: KeptData, whole: Source) -> Subset:
@@ -79,13 +82,14 @@ def kept_subset(folder: str | Path, said: KeptData, whole: Source) -> Subset:
         raise UserError(f"{folder}: {said.data} is not as it was when it was curated ({counts}); curate it again")
     path = _path(folder).with_name(INDICES)
     try:
-        indices = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        indices = np.load(path, mmap_mode="r", allow_pickle=False)  # as much as there is, whatever its head says
+    except Exception as error:  # NumPy's, and those of the Python in its header
         raise UserError(f"{path} is damaged ({reason_of(error)}); curate again") from None
-    as_written = indices.dtype == np.int64 and indices.shape == (said.kept,) and len(indices)
-    if not as_written or indices[0] < 0 or indices[-1] >= len(whole) or (np.diff(indices) <= 0).any():
+    in_shape = isinstance(indices, np.ndarray) and (indices.dtype, indices.shape) == (np.int64, (said.kept,))
+    rising = in_shape and len(indices) > 0 and (indices[1:] > indices[:-1]).all()
+    if not (rising and indices[0] >= 0 and indices[-1] < len(whole)):
         raise UserError(f"{path} is damaged (it does not hold {said.kept:,} places in the data); curate again")
-    source = Subset(whole, indices, str(folder))
+    source = Subset(whole, np.array(indices), str(folder))
     source.reading = "; ".join(filter(None, (f"kept of the {len(whole):,} of {whole.name}", whole.reading)))
     return source
 
