@@ -92,7 +92,7 @@ def main(options: Options) -> None:
         never = [flag for name in ("checkpoint", "evaluation") for flag in (f"--{name}.every", "1000000")]
         words = ["--config", str(config), "--run_folder", f"{folder}/run", "--train.steps", str(options.steps)]
         words += never if options.config else never[:2]
-        command(PretrainConfig, pretrain, words, prog="health.py", description="", default_file=config)
+        command(PretrainConfig, pretrain, words, name="health", doc="", default_recipe=str(config), shown="")
     on, off = (statistics.median(clock.seconds[sort]) for sort in (True, False))
     row = {
         "what": "median processor time of a step with and without health checks, taken in turn",

@@ -67,7 +67,7 @@ def measured(words: list[str], pipe) -> None:
         return done
 
     Trainer._one_step = timed
-    command(PretrainConfig, pretrain, words, prog="objectives.py", description="", default_file=Path(words[1]))
+    command(PretrainConfig, pretrain, words, name="objectives", doc="", default_recipe=words[1], shown="")
     gaps = [after - before for before, after in zip(ends[SETTLE:], ends[SETTLE + 1 :], strict=False)]
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     pipe.send((1e3 * statistics.median(gaps), most))

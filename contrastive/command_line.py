@@ -1,7 +1,8 @@
 """CheckedOptions that commands share: how images are read, and where they are embedded."""
 
+import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from contrastive.errors import UserError
 from contrastive.option_types import NotNegative, Positive, check_bounds
@@ -31,6 +32,11 @@ class LoadingOptions(CheckedOptions):
     def loading(self) -> dict[str, int | bool]:
         """Return the arguments of functions that embed."""
         return {"batch_size": self.batch_size, "num_workers": self.workers, "progress": True}
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON: what --json gives instead of a table."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def chosen_device(asked: str | None) -> str:

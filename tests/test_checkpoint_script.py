@@ -80,6 +80,16 @@ def test_list_shows_step_size_date_state_and_milestones(run, capsys):
     assert rows[4][3] == "2023-11-14" and float(rows[4][1]) > 10
 
 
+def test_a_machine_reads_an_object_a_line(run, capsys):
+    damage(run, 30)
+    call("list", run, "--json")
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["step"], one["milestone"]) for one in found] == [(s, s % 20 == 0) for s in (10, 20, 30, 40, 50)]
+    assert [bool(one["problem"]) for one in found] == [False, False, True, False, False]
+    with pytest.raises(UserError, match="--json is for list and verify, and has no effect on prune"):
+        call("prune", run, "--json")
+
+
 def test_verify_says_by_its_status_whether_all_are_whole(run, capsys):
     call("verify", run)
     damage(run, 20)

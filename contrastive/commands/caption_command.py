@@ -9,7 +9,6 @@ caption, as they come; with --json an object: image, caption, log_likelihood (in
 token is the likeliest.
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from contrastive.command_line import LoadingOptions, chosen_device
+from contrastive.command_line import LoadingOptions, chosen_device, print_json
 from contrastive.config import parse
 from contrastive.errors import UserError
 from contrastive.evaluate.captioning import GeneratedCaption, caption_images, images_of
@@ -90,7 +89,7 @@ def caption(options: WriteCaptionsOptions) -> None:
 
     def tell(one: GeneratedCaption) -> None:
         told = {"image": one.key, "caption": one.text, "log_likelihood": round(one.log_likelihood, 4)}
-        print(json.dumps(told, ensure_ascii=False) if options.json else f"{one.key}\t{one.text}", flush=True)
+        print_json(told) if options.json else print(f"{one.key}\t{one.text}", flush=True)
 
     number, bad = 0, Counter()
     for source in sources:

@@ -28,6 +28,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from contrastive.command_line import print_json
 from contrastive.config import from_dict, parse
 from contrastive.errors import UserError
 from contrastive.files import MANIFEST, mend_folders, problem, read_yaml
@@ -61,6 +62,8 @@ class CheckpointOptions:
     """average: those of these steps."""
     out: Path | None = None
     """average: the model folder to write."""
+    json: bool = False
+    """list and verify: print an object a line, instead of a table."""
 
     def __post_init__(self):
         check_bounds(self)
@@ -72,6 +75,8 @@ class CheckpointOptions:
             ]
             if given and action != self.action:
                 raise UserError(f"--{given[0]} is for {action}, and has no effect on {self.action}; leave it out")
+        if self.json and self.action not in ("list", "verify"):
+            raise UserError(f"--json is for list and verify, and has no effect on {self.action}; leave it out")
         if self.action == "average" and (self.out is None or (self.last is None) == (not self.steps)):
             raise UserError("average needs --out FOLDER, and which checkpoints: --last N, or --steps N N ...")
 
@@ -89,7 +94,7 @@ def main(arguments: list[str]) -> None:
     elif options.action == "average":
         _average(options, wrong)
     else:
-        _print(wrong, how)
+        _print_json(wrong, how) if options.json else _print(wrong, how)
         if options.action == "verify" and any(wrong.values()):
             sys.exit(1)
 
@@ -115,6 +120,12 @@ def _print(wrong: dict[Path, str | None], how: CheckpointConfig, going: tuple[Pa
         state, size = f"{problem_of_it or 'whole'}{note}", decimal(_size(path))
         table.add_row(f"{step_of(path):,}", size, f"{written:%Y-%m-%d %H:%M}", state)
     Console().print(table)
+
+
+def _print_json(wrong: dict[Path, str | None], how: CheckpointConfig) -> None:
+    for path, problem_of_it in wrong.items():
+        told = {"step": step_of(path), "path": str(path), "bytes": _size(path), "problem": problem_of_it}
+        print_json(told | {"milestone": is_milestone(path, how.keep_every)})
 
 
 def _size(folder: Path) -> int:

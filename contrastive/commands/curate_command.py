@@ -10,7 +10,6 @@ samples, samples.parquet. Without a rule all is kept: look at the scores first. 
 MODEL/embeddings, under `accelerate launch` by all processes; an interrupted command goes on when it is given again.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +20,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 import contrastive
-from contrastive.command_line import LoadingOptions
+from contrastive.command_line import LoadingOptions, print_json
 from contrastive.config import parse
 from contrastive.data.record import Source
 from contrastive.data.sources import announce, open_source
@@ -145,7 +144,7 @@ def finish(options: CurateOptions, source: Source, found: EmbeddingSet, result: 
     write_kept(options.out, said, found.index[result.kept].numpy())
     write_report(options.out, source, found, result, rules, figures, others)
     if options.json:
-        print(json.dumps(figures, ensure_ascii=False))
+        print_json(figures)
     else:
         _print(facts_of(figures, rules))
         _print(score_rows(figures), heading=True)

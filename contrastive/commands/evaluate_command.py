@@ -23,7 +23,7 @@ import yaml
 from tyro.conf import Positional, arg
 
 import contrastive
-from contrastive.command_line import LoadingOptions
+from contrastive.command_line import LoadingOptions, print_json
 from contrastive.config import parse, recipe
 from contrastive.distributed.launching import launched, prepare_process
 from contrastive.distributed.runtime import joined_ranks
@@ -33,7 +33,7 @@ from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.suite import Suite, embed_suite, read_suite, run_suite, task_from
 from contrastive.evaluate.tasks import TASKS
 from contrastive.interop.hub import is_hub_name, results_folder
-from contrastive.log import is_main_process
+from contrastive.log import is_main_process, say
 from contrastive.option_types import Positive
 from contrastive.results import folder_name
 
@@ -62,6 +62,8 @@ class EvaluateOptions(LoadingOptions):
     """Keep embeddings there; none: in MODEL/embeddings."""
     no_cache: bool = False
     """Neither read nor keep embeddings."""
+    json: bool = False
+    """Print evaluation.json instead of a table."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -152,8 +154,11 @@ def evaluate(options: EvaluateOptions) -> bool:
         told = f"none of the {len(suite.tasks)} tasks could be done"
         raise UserError(failures[0] if len(failures) == 1 else told)
     write_output(out, comparison)
-    print_comparison(comparison)
-    print(f"wrote {out / 'evaluation.html'}, .md and .json")
+    if options.json:
+        print_json(comparison.to_json())
+    else:
+        print_comparison(comparison)
+    say(f"wrote {out / 'evaluation.html'}, .md and .json")
     return not failures
 
 

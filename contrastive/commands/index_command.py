@@ -14,12 +14,13 @@ default ~/.cache/contrastive). An index folder may be copied, and named in place
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from contrastive.command_line import print_json
 from contrastive.config import parse
 from contrastive.data.record import FaultCounts
 from contrastive.data.shards.indexing import index_shards, verify_shards
@@ -28,6 +29,7 @@ from contrastive.data.shards.shard_manifest import find_shards, is_index, read_i
 from contrastive.data.shards.shard_source import Shards
 from contrastive.data.sources.paths import expand_paths, expand_urls, is_remote
 from contrastive.errors import UserError
+from contrastive.log import say
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class IndexConfig:
     """Processes; none: one a core, at most 16."""
     verify: bool = False
     """Compare shards with their index; change nothing."""
+    json: bool = False
+    """Print an object instead of lines."""
     force: bool = False
     """Index all of SPEC anew, and download what is remote: for shards that were replaced, or a damaged index."""
 
@@ -76,7 +80,8 @@ def indexed(spec: str) -> list[IndexedShard]:
     return shards
 
 
-def describe(spec: str, shards: Sequence[IndexedShard]) -> str:
+def describe(spec: str, shards: Sequence[IndexedShard]) -> dict[str, Any]:
+    """Return what the index says, by the names under which it is printed."""
     source = Shards(spec, shards)
     refused, left_aside = FaultCounts(), FaultCounts(source.left_aside)
     for shard in shards:
@@ -84,23 +89,29 @@ def describe(spec: str, shards: Sequence[IndexedShard]) -> str:
     for reason in refused:
         del left_aside[reason]
     folders = sorted({os.path.dirname(shard.index_path) for shard in shards})
-    return "\n".join(
-        (
-            f"shards    {len(shards):,} ({total(shards, 'size') / 1e9:.2f} GB)",
-            f"samples   {len(source):,}",
-            f"captioned {total(shards, 'captions'):,}",
-            f"labelled  {total(shards, 'labels') + total(shards, 'label_names'):,}",
-            f"read as   {source.reading or 'no captions'}",
-            f"refused   {_counted(refused)}",
-            f"left      {_counted(left_aside)}",
-            f"index     {', '.join(folders)}",
-        )
-    )
+    return {
+        "shards": len(shards),
+        "bytes": total(shards, "size"),
+        "samples": len(source),
+        "captioned": total(shards, "captions"),
+        "labelled": total(shards, "labels") + total(shards, "label_names"),
+        "read as": source.reading or "no captions",
+        "refused": {reason: found["count"] for reason, found in refused.commonest_first().items()},
+        "left": {reason: found["count"] for reason, found in left_aside.commonest_first().items()},
+        "index": folders,
+    }
 
 
-def _counted(counts: FaultCounts) -> str:
-    reasons = ", ".join(f"{found['count']:,} {reason}" for reason, found in counts.commonest_first().items())
-    return f"{sum(found['count'] for found in counts.values()):,}" + (f" ({reasons})" if reasons else "")
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """What `describe` found, a line each."""
+    for name, value in found.items():
+        if name == "bytes":
+            continue
+        if isinstance(value, dict):
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in value.items())
+            value = f"{sum(value.values()):,}" + (f" ({reasons})" if reasons else "")
+        told = ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else value
+        yield f"{name:<10}{told}" + (f" ({found['bytes'] / 1e9:.2f} GB)" if name == "shards" else "")
 
 
 def main(arguments: list[str]) -> None:
@@ -110,6 +121,10 @@ def main(arguments: list[str]) -> None:
         verify_shards(shards, options.workers)
     else:
         shards = index_shards(shards_of(options.spec), digest=True, workers=options.workers, force=options.force)
-    print(describe(options.spec, shards))
+    found = describe(options.spec, shards)
+    if options.json:
+        print_json(found)
+    else:
+        print("\n".join(lines(found)))
     if options.verify:
-        print("verified  every shard is as it was when it was indexed")
+        say("verified  every shard is as it was when it was indexed")

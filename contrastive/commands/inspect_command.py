@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
+from contrastive.command_line import print_json
 from contrastive.config import parse
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.class_joining import check_classes
@@ -43,6 +44,8 @@ class InspectConfig(CaptionOptions):
     """How many to show."""
     out: str | None = None
     """Folder to write to; none: inspect/ and a name after SPEC."""
+    json: bool = False
+    """Print figures.json instead of a table."""
     image_size: int = 224
     """Side of the square that the model sees, in pixels."""
     image_column: str | None = None
@@ -93,7 +96,7 @@ def main(args: list[str]) -> None:
     except UserError as error:
         warn(f"{error}: there are no samples to show")
     write_inspection(folder, figures, seen, tokenizer)
-    _print(figures)
+    print_json(figures) if config.json else _print(figures)
     for line in doubts(source, found, tokenizer, config.image_size):
         warn(line)
     say(f"look at {folder / PAGE}")

@@ -7,13 +7,16 @@
 All of pretrain's options count, as it takes them.
 """
 
+from dataclasses import asdict
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from contrastive.command_line import print_json
 from contrastive.named_sections import by_name
 
-SHOWN = "config model gpus gpu num_samples utilisation tokens epochs batch_size accum_freq objectives"
+SHOWN = "config model gpus gpu num_samples utilisation tokens epochs batch_size accum_freq objectives json"
 
 
 def main(args: list[str]) -> None:
@@ -29,6 +32,9 @@ def main(args: list[str]) -> None:
     config = parse(PlanConfig, args, file, prog="plan", description=__doc__, either=(lengths,), also=also, shown=SHOWN)
     plan = make_plan(config)
     recipe_batch = written_options(PlanConfig, file).get("train.global_batch_size", config.train.global_batch_size)
+    if config.json:
+        print_json(asdict(plan))
+        return
     console = Console()
     console.print(_facts(config, plan, suggested(config, recipe_batch), recipe_batch))
     console.print(_table(plan))

@@ -10,7 +10,6 @@ page with the pictures; with --json prints an object a line, and writes the page
 made once and kept in MODEL/embeddings; a second search, for whatever, is over them.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +22,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 import contrastive
-from contrastive.command_line import LoadingOptions, chosen_device
+from contrastive.command_line import LoadingOptions, chosen_device, print_json
 from contrastive.config import parse
 from contrastive.data.record import Source
 from contrastive.data.sources import announce, open_source
@@ -177,7 +176,7 @@ def report(options: SearchOptions, queries: list[Query], hits: list[list[Hit]], 
     for query, own in zip(queries, hits, strict=True):
         if options.json:
             for hit in own:
-                print(json.dumps(vars(hit), ensure_ascii=False))
+                print_json(vars(hit))
         else:
             _print(query, own)
     page = options.out or (None if options.json else results_folder(options.model) / PAGE)

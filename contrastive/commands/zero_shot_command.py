@@ -14,7 +14,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 import contrastive
-from contrastive.command_line import LoadingOptions, chosen_device
+from contrastive.command_line import LoadingOptions, chosen_device, print_json
 from contrastive.config import parse
 from contrastive.data.class_joining import warn_of_ids
 from contrastive.data.prompts import load_templates
@@ -42,6 +42,8 @@ class ZeroShotOptions(LoadingOptions):
     """Where to write; none: MODEL/zero_shot/DATA."""
     limit: Positive[int | None] = None
     """Score a fixed random subset of N images."""
+    json: bool = False
+    """Print zero_shot.json instead of a table."""
 
 
 def evaluate(options: ZeroShotOptions) -> None:
@@ -64,8 +66,11 @@ def evaluate(options: ZeroShotOptions) -> None:
         limit=options.limit,
         **options.loading(),
     )
-    print_result(result, options.model, options.data)
-    write_zero_shot(out, options.model, options.data, result)
+    if not options.json:
+        print_result(result, options.model, options.data)
+    record = write_zero_shot(out, options.model, options.data, result)
+    if options.json:
+        print_json(record)
 
 
 def main(arguments: list[str]) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from contrastive.data.class_sets import name_key
 from contrastive.errors import UserError
 from contrastive.files import claim_folder, write_json, write_whole
+from contrastive.log import say
 from contrastive.results import ZERO_SHOT_FIGURES, ZERO_SHOT_FILE, figure_title, folder_name
 
 PICTURE = "confusion.png"
@@ -41,8 +42,8 @@ def claim_zero_shot(run: Path, data: str, folder: Path | None = None) -> Path:
     return out
 
 
-def write_zero_shot(folder: Path, run: Path, data: str, result: dict) -> None:
-    """Write zero_shot.json and confusion.png, each whole or not at all, and say where."""
+def write_zero_shot(folder: Path, run: Path, data: str, result: dict) -> dict:
+    """Write zero_shot.json and confusion.png, each whole or not at all, and say where; return what the first holds."""
     path = folder / ZERO_SHOT_FILE
     replaced = ", replacing the earlier result of this data" if path.exists() else ""
     title = f"{data}: {result['acc1']:.1f} % of {result['num_images']} images right"
@@ -51,9 +52,11 @@ def write_zero_shot(folder: Path, run: Path, data: str, result: dict) -> None:
     save_confusion(np.array(result["confusion"]), result["class_names"], picture, title=title, own_names=own_names)
     folder.mkdir(parents=True, exist_ok=True)
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(path, {"model": str(run), "data": data, "date": date, **result})
+    record = {"model": str(run), "data": data, "date": date, **result}
+    write_json(path, record)
     write_whole(folder / PICTURE, picture.getvalue())
-    print(f"wrote {path} and {PICTURE}{replaced}")
+    say(f"wrote {path} and {PICTURE}{replaced}")
+    return record
 
 
 def print_result(result: dict, model: Path, data: str) -> None:

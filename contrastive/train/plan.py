@@ -61,6 +61,8 @@ class PlanConfig(PretrainConfig):
     """Samples in the data, where the length of the run is given in epochs."""
     tokens: Positive[float | None] = None
     """Mean tokens of a caption, for towers whose padding is not computed; none: the whole context."""
+    json: bool = False
+    """Print the plan as JSON, memory and traffic in bytes, instead of a table."""
 
 
 def rank_memory(

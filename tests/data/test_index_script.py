@@ -1,5 +1,6 @@
 """scripts/index.py: what it prints, what it refuses, and what it leaves alone."""
 
+import json
 import os
 import re
 import shlex
@@ -47,6 +48,10 @@ def test_it_prints_totals_and_where_the_index_is(shards, capsys):
     assert "shards    3" in printed and "samples   9" in printed and "captioned 6" in printed
     assert "refused   3 (3 missing_image)" in printed and f"index     {shards}/{INDEX_FOLDER}" in printed
     assert all(len(entry.summary.sha256) == 64 for entry in read_index(shards / INDEX_FOLDER))
+    main([f"{shards}/*.tar", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["refused"]) == (9, {"missing_image": 3})
+    assert found["index"] == [f"{shards}/{INDEX_FOLDER}"]
 
 
 def test_it_adds_the_sha256_that_training_did_not_need(shards, capsys):
@@ -55,7 +60,7 @@ def test_it_adds_the_sha256_that_training_did_not_need(shards, capsys):
         main([f"{shards}/*.tar", "--verify", "--workers", "1"])
     main([f"{shards}/*.tar"])
     main([f"{shards}/*.tar", "--verify"])
-    assert "every shard is as it was" in capsys.readouterr().out
+    assert "every shard is as it was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spec", ["{}/{{0..2}}.tar", "{}/.contrastive-index", "{}/.contrastive-index/manifest.json"])
@@ -108,7 +113,7 @@ def test_a_remote_shard_that_was_replaced_is_indexed_anew_when_forced(shards, tm
         web.files["1.tar"] = Path(path).read_bytes()
         with pytest.raises(UserError, match="but .* when indexed") as caught:
             open_source(spec)[3]
-        _, *told = shlex.split(re.search("`python (.*)`", str(caught.value))[1])
+        _, *told = shlex.split(re.search("`contrastive (.*)`", str(caught.value))[1])
         main([spec])  # sees nothing new
         assert len(open_source(spec)) == 9
         web.requests.clear()
@@ -124,7 +129,7 @@ def test_a_remote_shard_that_was_replaced_is_indexed_anew_when_forced(shards, tm
 def test_force_mends_a_damaged_index(shards, damage):
     main([f"{shards}/*.tar"])
     damage(shards / INDEX_FOLDER / "1.tar.npz")
-    with pytest.raises(UserError, match="run scripts/index.py on the data with --force"):
+    with pytest.raises(UserError, match="run contrastive index on the data with --force"):
         open_source(str(shards / INDEX_FOLDER))[3]
     main([f"{shards}/*.tar", "--force"])
     assert open_source(f"{shards}/*.tar")[3].captions == ("txt of 1-0",)

@@ -123,6 +123,8 @@ def test_page_holds_the_pixels_and_escapes_the_text(table, tmp_path, monkeypatch
     assert "a dog" in page and "pairs.jsonl:" in page
     assert json.loads((out / "figures.json").read_text())["images_per_second"] > 0
     said = capsys.readouterr().err
+    inspect_data(table, "--out", out, "--image_size", 16, "--shown", 6, "--json")
+    assert json.loads(capsys.readouterr().out) == json.loads((out / "figures.json").read_text())
     assert "unusable: unreadable_image" in said and "1: pairs.jsonl:5" in said
 
 

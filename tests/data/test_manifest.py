@@ -203,7 +203,7 @@ def test_weights_of_captions(tmp_path):
         ("manifest.json", b"{", "cannot be read as an index of shards"),
         ("manifest.json", b'{"format": "other"}', "cannot be read as an index of shards .it is some other file"),
         ("2.tar.npz", b"PK", "2.tar.npz: the index of this shard is damaged"),
-        ("2.tar.npz", None, "2.tar.npz: the index of this shard is missing; run scripts/index.py"),
+        ("2.tar.npz", None, "2.tar.npz: the index of this shard is missing; run contrastive index"),
     ],
 )
 def test_a_damaged_index_is_refused(shards, name, content, message):

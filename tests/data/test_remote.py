@@ -50,7 +50,7 @@ def cached(web):
 
 def test_shards_without_an_index_are_refused_with_the_command(web):
     spec = web.url + "/{0..3}.tar"
-    with pytest.raises(UserError, match="4 of its 4 shards have no index yet; run `python scripts/index.py 'http"):
+    with pytest.raises(UserError, match="4 of its 4 shards have no index yet; run `contrastive index 'http"):
         open_source(spec)
     assert not web.requests
 

@@ -201,7 +201,7 @@ def test_the_script_captions_files_folders_and_data(folder, tmp_path, monkeypatc
         (["scenes:test", "--beam", "2", "--top-p", "0.5"], "--top-p has no effect without --sample"),
         (["scenes:test", "--length-penalty", "2"], "--length-penalty has no effect without --beam"),
         (["scenes:test", "--sample", "--top-p", "2"], "top_p is 2.0; it is a probability, 1 at most"),
-        (["scenes:test", "--sample", "--beam", "2"], "not allowed with argument"),
+        (["scenes:test", "--sample", "--beam", "2"], "two ways to choose a caption"),
         (["scenes:test", "--best-of", "2"], "--best-of has no effect without --sample; leave it out"),
     ],
 )

@@ -92,8 +92,8 @@ def test_another_model_does_not_go_on_with_the_folder(embed, model_folder, tmp_p
     [
         (("RUN", "digits:test", "OUT", "--only", "texts"), "digits:test has no captions to embed as texts"),
         (("RUN", "digits:tst", "OUT"), "Did you mean 'test'"),
-        (("RUN", "digits", "OUT", "--spac", "pooled"), "Did you mean '--space'"),
-        (("RUN", "digits", "OUT", "--samples-per-shard", "0"), "must be a whole number from 1 up"),
+        (("RUN", "digits", "OUT", "--spac", "pooled"), "Did you mean 'space'"),
+        (("RUN", "digits", "OUT", "--samples-per-shard", "0"), "samples_per_shard is 0; it must be above 0"),
         (("/no/such/run", "digits", "OUT"), "/no/such/run"),
         (("RUN", "digits", "RUN"), "holds something else than embeddings; choose another folder"),
         (("RUN", "digits"), "OUT"),

@@ -217,7 +217,7 @@ def test_goes_on_after_a_kill_with_the_shards_that_are_there(tmp_path, bundle, e
         patch.setattr(EmbeddingStore, "write", killed)
         fill(tmp_path, bundle, source_of(20))
     assert written == ["images-00000.parquet", "images-00001.parquet"]
-    with pytest.raises(UserError, match="images are unfinished; run scripts/embed.py"):
+    with pytest.raises(UserError, match="images are unfinished; run contrastive embed"):
         load_embeddings(tmp_path)
     embedded.clear()
     fill(tmp_path, bundle, source_of(20))
@@ -297,7 +297,7 @@ def test_bad_folders_and_requests_are_one_line(tmp_path, bundle):
     cases = [
         (lambda: fill(tmp_path, bundle, source_of()), "holds something else than embeddings; choose another"),
         (lambda: fill(tmp_path / "notes.txt" / "x", bundle, source_of()), "cannot write to"),
-        (lambda: load_embeddings(tmp_path), "no embeddings in .*scripts/embed.py makes them"),
+        (lambda: load_embeddings(tmp_path), "no embeddings in .*contrastive embed makes them"),
     ]
     silent = source_of(texts=[()] * 11)
     cases.append((lambda: fill(tmp_path / "a", bundle, silent, BOTH), "has no captions to embed as texts"))

@@ -69,9 +69,10 @@ def test_two_models_in_one_table(evaluate, folder, suite_file, tmp_path):
 
 def test_the_small_suite_needs_nothing_and_works(evaluate, folder, tmp_path):
     call = (folder, "--suite", SUITES / "small.yaml", "--limit", 300, "--device", "cpu", "--out", tmp_path / "o")
-    done = evaluate(*call, "--cache", tmp_path / "c")
+    done = evaluate(*call, "--cache", tmp_path / "c", "--json")
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "o" / "evaluation.json").read_text())
+    assert json.loads(done.stdout) == written
     assert {result["model"] for result in written["results"]} == {folder.parent.name}
     assert all(result["figures"] for result in written["results"])
     accuracy = {
@@ -156,7 +157,7 @@ def test_when_nothing_could_be_done_an_earlier_evaluation_stays(evaluate, folder
         (("RUN", "RUN", "--task", "zero_shot", "--data", "digits"), "the same model is given twice"),
         (("/no/run", "--task", "zero_shot", "--data", "digits"), "no model at /no/run"),
         (("RUN", "--task", "zero_shot", "--data", "digits", "--out", __file__), "cannot write to"),
-        (("RUN", "--tsk", "zero_shot"), "Did you mean '--task'"),
+        (("RUN", "--tsk", "zero_shot"), "Did you mean 'task'"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(evaluate, folder, arguments, message):

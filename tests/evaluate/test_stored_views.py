@@ -153,7 +153,7 @@ def of_another_store(source, stored, out):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_data, "of other data .*embed this with scripts/embed.py --views"),
+        (other_data, "of other data .*embed this with contrastive embed --views"),
         (other_pictures, "of views that come out otherwise here"),
         (torn, "images-00001.npy is damaged"),
         (gone, "texts-00002.npy is damaged"),
@@ -213,10 +213,10 @@ def test_the_script(script, folder, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--augment", "FILE"), "--augment says how views are drawn: say how many of each image with --views K"),
+        (("--augment", "FILE"), "--augment says how views are drawn: say how many of each image with --views N"),
         (("--views", "2", "--limit", "9"), "leave out --limit"),
         (("--views", "2", "--space", "pooled"), "leave out --space"),
-        (("--views", "0"), "must be a whole number from 1 up"),
+        (("--views", "0"), "views is 0; it must be above 0"),
         (("--views", "2", "--augment", "FILE"), "unknown key 'crop_scal'. Did you mean 'crop_scale'?"),
     ],
 )

@@ -55,6 +55,8 @@ def test_scores_scenes_and_writes_the_result(zero_shot, model_folder):
 
 
 def test_tells_pairs_never_trained_on_apart(zero_shot, model_folder, tmp_path):
+    made = zero_shot(model_folder, "--data", "scenes:test", "--limit", 300, "--out", tmp_path, "--json")
+    assert json.loads(made.stdout) == json.loads((tmp_path / "zero_shot.json").read_text())
     done = zero_shot(model_folder, "--data", "scenes:test", "--limit", 300, "--out", tmp_path)
     assert "acc@1, held-out classes" in done.stdout and "acc@1, classes seen in training" in done.stdout
     result = json.loads((tmp_path / "zero_shot.json").read_text())
@@ -76,7 +78,7 @@ def test_skips_what_it_cannot_read_and_replaces_only_its_own_result(zero_shot, m
     assert "2 unreadable_image" in first.stdout and "1 (nothing)" in first.stdout
     paired = " ".join(first.stderr.split())
     assert "in the order of the classes" in paired and "cat → kitten, dog → puppy, empty → nothing" in paired
-    assert "replacing" not in first.stdout and "replacing the earlier result" in second.stdout
+    assert "replacing" not in first.stderr and "replacing the earlier result" in second.stderr
     result = json.loads((out / "zero_shot.json").read_text())
     assert result["skipped"] == {"unreadable_image": 2} and result["missing_classes"] == ["nothing"]
     assert result["own_names"] == ["cat", "dog", "empty"]
@@ -96,8 +98,8 @@ def test_skips_what_it_cannot_read_and_replaces_only_its_own_result(zero_shot, m
     [
         (("RUN", "--data", "scenes:val"), "no class names"),
         (("RUN", "--data", "scenes:tset"), "Did you mean 'test'"),
-        (("RUN", "--data", "digits", "--bach-size", "4"), "Did you mean '--batch-size'"),
-        (("RUN", "--data", "digits", "--batch-size", "0"), "must be a whole number from 1 up"),
+        (("RUN", "--data", "digits", "--bach-size", "4"), "Did you mean 'batch_size'"),
+        (("RUN", "--data", "digits", "--batch-size", "0"), "batch_size is 0; it must be above 0"),
         (("/no/such/run", "--data", "digits"), "/no/such/run"),
         (("RUN",), "--data"),
     ],

@@ -124,7 +124,7 @@ def test_row_28_waits_grow_up_to_a_limit(web, monkeypatch):
 
 def test_row_28_another_file_under_the_same_name_is_refused(web):
     source = open_source(web.url + "/{0..2}.tar")
-    whole, command = web.files["0.tar"], f"run `python scripts/index.py {web.url}/0.tar --force`"
+    whole, command = web.files["0.tar"], f"run `contrastive index {web.url}/0.tar --force`"
     web.files["0.tar"] = whole + bytes(512)
     with pytest.raises(UserError, match=f"has {len(whole) + 512} bytes, but {len(whole)} when indexed; .*{command}"):
         source[0]

@@ -184,7 +184,7 @@ def test_siblings_of_the_folder_stay(model_folder, tmp_path):
     [
         (("RUN", "--to", "openclip", "OUT"), "unknown format 'openclip'. Did you mean 'open_clip'?"),
         (("/no/such/run", "--to", "timm", "OUT"), "no model at /no/such/run"),
-        (("RUN", "OUT"), "the following arguments are required: --to"),
+        (("RUN", "OUT"), "--to FORMAT is missing"),
         (("RUN", "--to", "timm"), "OUT"),
         (("RUN", "--to", "timm", "OUT", "--private"), "--private is of --push"),
         (("RUN", "--to", "timm", "OUT", "--push", "justaname"), "a repository of the hub is ORG/NAME"),

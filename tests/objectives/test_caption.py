@@ -151,7 +151,7 @@ def test_what_is_told_is_the_caption_without_dropout_of_tokens():
 
 def train(folder, file, *words):
     words = ["--config", str(file), "--run_folder", str(folder), *map(str, words)]
-    command(PretrainConfig, pretrain, words, prog="t", description="", default_file=file)
+    command(PretrainConfig, pretrain, words, name="t", doc="", default_recipe=str(file), shown="")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The worked objective of docs/extending.md, run as it stands."""
 
 import re
-from pathlib import Path
 
 from launching import ROOT, rows
 
@@ -16,6 +15,6 @@ def test_the_example_learns(tiny, tmp_path, monkeypatch):
     __import__("my_objective")
     words = ["--config", str(tiny), "--run_folder", str(tmp_path / "run"), "--objectives", "colour"]
     words += ["--train.steps", "40", "--optimizer.lr", "0.01"]
-    command(PretrainConfig, pretrain, words, prog="t", description="", default_file=Path(tiny))
+    command(PretrainConfig, pretrain, words, name="t", doc="", default_recipe=tiny, shown="")
     losses = [row["colour_loss"] for row in rows(tmp_path / "run")]
     assert len(losses) == 40 and sum(losses[-5:]) < 0.5 * sum(losses[:5])

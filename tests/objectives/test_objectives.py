@@ -146,7 +146,7 @@ def test_ranks_equal_the_formula(ranks, tmp_path, free_port):
 
 def train(folder, file, *words):
     words = ["--config", str(file), "--run_folder", str(folder), *map(str, words)]
-    command(PretrainConfig, pretrain, words, prog="t", description="", default_file=file)
+    command(PretrainConfig, pretrain, words, name="t", doc="", default_recipe=str(file), shown="")
 
 
 def rows(folder, kind="train"):

@@ -210,7 +210,7 @@ def test_scores_are_float32_and_evaluation_is_whatever_the_precision_of_the_run(
 def test_the_name_of_a_preset_given_again_changes_nothing_on_resume(tmp_path):
     run, file, seen = tmp_path / "run", tmp_path / "file.yaml", []
     file.write_text("model: {name: tiny, image: {dropout: 0.1}}\ntrain: {steps: 1}\n")
-    words = {"prog": "p", "description": "d", "default_file": file}
+    words = {"name": "p", "doc": "d", "default_recipe": str(file), "shown": ""}
 
     def stopped(config):
         seen.append(config)

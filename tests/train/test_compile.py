@@ -17,7 +17,7 @@ DEEPER = ("--model.image.depth", "3", "--model.text.depth", "2")
 
 def trained(tiny, folder, *flags):
     args = ["--config", str(tiny), "--run_folder", str(folder), *DEEPER, *flags]
-    command(PretrainConfig, pretrain, args, prog="t", description="", default_file=tiny)
+    command(PretrainConfig, pretrain, args, name="t", doc="", default_recipe=str(tiny), shown="")
     losses = [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "train"]
     return losses, load_file(folder / "final" / "model.safetensors")
 

@@ -186,7 +186,7 @@ def test_bad_starts_are_one_line(changes, message, tmp_path):
 def test_bad_fine_tunings_are_one_line(config, tmp_path):
     with pytest.raises(UserError, match=r"wise_ft.save is 1.5; each must be from 0 to 1"):
         finetune(replace(config, wise_ft=WiseFTConfig(save=1.5)))
-    with pytest.raises(UserError, match="no model to fine-tune: finetune.py MODEL"):
+    with pytest.raises(UserError, match="no model to fine-tune: contrastive finetune MODEL"):
         finetune(replace(config, init=""))
     with pytest.raises(UserError, match="layer_decay is 0"):
         finetune(replace(config, optimizer=replace(config.optimizer, layer_decay=0.0)))

@@ -218,7 +218,7 @@ def test_a_classifier_is_trained_on_native_images(folder, tmp_path, capsys):
     small = "--model.image.width 16 --model.image.depth 1 --model.image.num_heads 2 --model.image.mlp_dim 16"
     words = [*flags.split(), *small.split(), "--patch_size", "2", "--train.micro_batch_tokens", "16"]
     (folder / "classifier.yaml").write_text("{}")
-    how = {"prog": "t", "description": "", "default_file": folder / "classifier.yaml"}
+    how = {"name": "t", "doc": "", "default_recipe": str(folder / "classifier.yaml"), "shown": ""}
     words += ["--evaluation.limit", "8", "--run_folder", str(tmp_path / "run")]
     command(TrainClassifierConfig, train_classifier, words, **how)
     assert contrastive.load(tmp_path / "run").preprocess.config.resize == "native"
@@ -232,7 +232,7 @@ def test_a_native_model_is_fine_tuned_and_stays_one(tmp_path):
     words = f"--data.train digits:train --data.eval digits:test --train.steps 2 --batch_size 8 --wise_ft.alphas 0 1 \
         --evaluation.limit 8 --wise_ft.eval digits:test --run_folder {tmp_path / 'run'} --init {model}"
     (tmp_path / "finetune.yaml").write_text("{}")
-    how = {"prog": "t", "description": "", "default_file": tmp_path / "finetune.yaml"}
+    how = {"name": "t", "doc": "", "default_recipe": str(tmp_path / "finetune.yaml"), "shown": ""}
     command(FinetuneConfig, finetune, words.split(), **how)
     save_native(tmp_path / "squares", native=False)
     other = words.replace(str(model), str(tmp_path / "squares")).replace(str(tmp_path / "run"), str(tmp_path / "other"))

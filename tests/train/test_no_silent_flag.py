@@ -243,7 +243,7 @@ def start(kind, folder, words, init):
         AcceleratorState._reset_state(reset_partial_state=True)  # else the first precision is that of all
         words = [*words, "--run_folder", str(folder), *(["--init", str(init)] if kind == "finetune" else [])]
         file = init.parent / f"{kind}.yaml"
-        run.command(cls, train, ["--config", str(file), *words], prog="t", description="", default_file=file)
+        run.command(cls, train, ["--config", str(file), *words], name="t", doc="", default_recipe=str(file), shown="")
     rows = read_metrics(folder / "metrics.jsonl")
     timed = ("samples_per_second", "data_wait")
     seen["metrics"] = [{name: str(value) for name, value in row.items() if name not in timed} for row in rows]

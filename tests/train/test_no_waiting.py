@@ -86,7 +86,7 @@ def watched(tmp_path, monkeypatch):
         file = tmp_path / "tiny.yaml"
         file.write_text(TINY + model)
         words = ["--config", str(file), "--run_folder", str(tmp_path / "run"), *words]
-        run.command(cls, call, words, prog="t", description="", default_file=file)
+        run.command(cls, call, words, name="t", doc="", default_recipe=str(file), shown="")
         return met
 
     return train

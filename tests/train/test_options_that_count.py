@@ -199,7 +199,8 @@ def test_a_resumed_run_keeps_the_model_that_it_was_started_with(tmp_path):
         options = to_dict(cls(model=model, run_folder=str(tmp_path)))
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
         args = ["--resume", "--run_folder", str(tmp_path), "--model", name]
-        command(cls, lambda config: True, args, prog="t", description="", default_file=tmp_path / "config.yaml")
+        words = {"name": "t", "doc": "", "default_recipe": str(tmp_path / "config.yaml"), "shown": ""}
+        command(cls, lambda config: True, args, **words)
 
     config = model_config("ViT-B-16")
     filled_in = replace(config, init_logit_scale=10.0, text=replace(config.text, dropout=0.1))
@@ -312,7 +313,7 @@ def test_the_sizes_of_small_images_can_be_named_in_full(tmp_path):
 def test_what_only_the_default_file_says_is_no_mistake_of_the_user(tiny_text, tmp_path):
     """Its prompts are for its own data; data without labels have no use for them, and nobody asked."""
     (tmp_path / "tiny.yaml").write_text(tiny_text.replace("data: {", "data: {templates: photo, "))
-    words = {"prog": "t", "description": "", "default_file": tmp_path / "tiny.yaml"}
+    words = {"name": "t", "doc": "", "default_recipe": str(tmp_path / "tiny.yaml"), "shown": ""}
     pairs = ["--data.train", "scenes:val", "--data.eval", "scenes:val", "--dry_run"]
     command(PretrainConfig, pretrain, pairs, **words)
     for asked in (["--config", str(tmp_path / "tiny.yaml")], ["--data.templates", "photo"]):

@@ -1,5 +1,6 @@
 """What plan.py says beforehand is what is counted and measured: FLOPs, memory, hours."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -170,6 +171,9 @@ def test_the_script_says_it(capsys):
     told = capsys.readouterr().out
     assert "DDP, GiB" in told and "FSDP2, GiB" in told and "hours" in told and "14 tokens each" in told
     assert "learning rate 0.00071, by the square root of the batch from 128" in re.sub(r"\s+", " ", told)
+    main([*small, "--train.global_batch_size", "64", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [one["gpus"] for one in found["forecasts"]] == [1, 2] and found["tokens"] == 14
 
 
 @pytest.mark.parametrize(
