@@ -1,4 +1,4 @@
-"""CheckedOptions that commands share: how images are read, and where they are embedded."""
+"""Options that commands share: how images are read, and where they are embedded."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ DEVICE = ("cpu|cuda", "What to compute on [cuda where there is one]")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedOptions:
-    """CheckedOptions of a command that are checked as they are made."""
+    """Options of a command that are checked as they are made."""
 
     def __post_init__(self):
         check_bounds(self)

@@ -99,6 +99,38 @@ def test_what_is_no_command(words, told, call):
     assert status == 2 and not out and len(said.splitlines()) == 1 and told in said
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "pretrain --data nowhere.csv",
+        "pretrain --config nowhere.yaml",
+        "pretrain --init nowhere --data digits",
+        "finetune nowhere --data digits",
+        "classifier --data nowhere/",
+        "zero-shot nowhere --data digits:test",
+        "evaluate nowhere --suite small",
+        "embed nowhere digits out",
+        "search nowhere digits photo",
+        "curate nowhere digits out --min-score 0",
+        "caption nowhere a.jpg",
+        "export nowhere out --to onnx",
+        "visualize nowhere a.jpg",
+        "demo nowhere",
+        "inspect nowhere",
+        "index nowhere.tar",
+        "shard nowhere out",
+        "plan --config nowhere",
+        "checkpoint list nowhere",
+    ],
+)
+def test_a_wrong_path_is_one_line_and_nothing_is_made(words, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, said = call(*words.split())
+    assert status == 2 and not out and not list(tmp_path.iterdir())
+    wrong = said.splitlines()[-1]
+    assert wrong.startswith(f"contrastive {words.split()[0]}: error: ") and ("nowhere" in wrong or "a.jpg" in wrong)
+
+
 def test_neither_ctrl_c_nor_a_closed_pipe_leaves_a_traceback(capsys):
     def interrupted(words):
         raise KeyboardInterrupt
