@@ -4,9 +4,12 @@ Nothing heavy is imported before the command is known: `contrastive --help` answ
 """
 
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -64,7 +67,8 @@ def run_script(prog: str, main: Callable[[list[str]], None], words: list[str] | 
     Before the processes have met, all fail alike and only the first one speaks; after that each may fail alone.
     """
     try:
-        main(sys.argv[1:] if words is None else words)
+        with _ctrl_c():
+            main(sys.argv[1:] if words is None else words)
     except BrokenPipeError:  # whoever read has seen enough: `... --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more as it ends
         sys.exit(141)
@@ -84,7 +88,37 @@ def run_script(prog: str, main: Callable[[list[str]], None], words: list[str] | 
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
+        exec("")  # Python remembers one inside an `exec`, such as dataclasses', and would end by the signal instead
         sys.exit(130)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Meanwhile whatever comes of a Ctrl-C is a KeyboardInterrupt, and a further one is too late to be told.
+
+    Libraries whose import is interrupted say something else at times: that a part of themselves is missing, say.
+    """
+    usual = signal.default_int_handler
+    if signal.getsignal(signal.SIGINT) is not usual or threading.current_thread() is not threading.main_thread():
+        yield  # a process in the background ignores it, a program of one's own may handle it
+        return
+    noted = []
+
+    def note(number, frame) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        noted.append(number)
+        usual(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except BaseException:
+        if noted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if not noted:
+            signal.signal(signal.SIGINT, usual)
 
 
 def _other_words(words: list[str]) -> None:

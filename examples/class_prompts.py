@@ -35,7 +35,7 @@ def main(data: str, work: Path, *flags: str) -> None:
     # The scans are 8 pixels a side, and the other sets here 32 at most.
     side, patch = (8, 2) if data == "digits" else (32, 4)
     sizes = ["--model.image.image_size", str(side), "--model.image.patch_size", str(patch)]
-    run("pretrain", [*train, *sizes, "--epochs", "30", "--out", str(work / "run"), *flags])
+    run("pretrain", [*train, *sizes, "--epochs", "15", "--out", str(work / "run"), *flags])
 
     # Each class is the mean of its prompts' embeddings; an image belongs to the nearest.
     run("zero-shot", [str(work / "run"), "--data", f"{data}:test", "--templates", str(prompts)])

@@ -1,6 +1,7 @@
 """`contrastive NAME`: found, helped, refused; the same by the scripts that launchers start."""
 
 import importlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,24 @@ def test_neither_ctrl_c_nor_a_closed_pipe_leaves_a_traceback(capsys):
     with pytest.raises(SystemExit) as end:
         entry.run_script("contrastive embed", interrupted, [])
     assert end.value.code == 130 and capsys.readouterr().err == "contrastive embed: interrupted\n"
+
+    def in_an_import(words):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("cannot import name 'dtypes' from a partially initialised numpy") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as end:
+            entry.run_script("contrastive embed", in_an_import, [])
+        signal.raise_signal(signal.SIGINT)  # while Python ends: too late to be told
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == 130 and capsys.readouterr().err == "contrastive embed: interrupted\n"
+    with pytest.raises(ImportError):
+        entry.run_script("contrastive embed", lambda words: exec("import nothing_there"), [])
+    assert signal.getsignal(signal.SIGINT) is before
     code = "import sys; sys.argv = ['contrastive', '--help']; from contrastive.entry import main; main()"
     whole = subprocess.run(f'{sys.executable} -c "{code}" | true', shell=True, capture_output=True, text=True)
     assert "Traceback" not in whole.stderr and "Exception" not in whole.stderr
