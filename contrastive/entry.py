@@ -98,27 +98,28 @@ def _ctrl_c() -> Iterator[None]:
 
     Libraries whose import is interrupted say something else at times: that a part of themselves is missing, say.
     """
-    usual = signal.default_int_handler
+    usual = after = signal.default_int_handler
     if signal.getsignal(signal.SIGINT) is not usual or threading.current_thread() is not threading.main_thread():
         yield  # a process in the background ignores it, a program of one's own may handle it
         return
     noted = []
 
     def note(number, frame) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         noted.append(number)
         usual(number, frame)
 
     signal.signal(signal.SIGINT, note)
     try:
         yield
-    except BaseException:
-        if noted:
-            raise KeyboardInterrupt from None
+    except SystemExit:
         raise
-    finally:
+    except BaseException:
         if not noted:
-            signal.signal(signal.SIGINT, usual)
+            raise
+        after = signal.SIG_IGN  # while Python takes torch apart
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, after)
 
 
 def _other_words(words: list[str]) -> None:
