@@ -45,7 +45,7 @@ CLIP_TEXT_TOWER = TextTowerConfig(
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Return our names of architectures, those like "*siglip*"; `create_model` and `--model` take others' names too."""
+    """Return our names of architectures, those like `"*siglip*"`; `create_model` and `--model` take others' too."""
     return fnmatch.filter(OWN_NAMES, pattern)
 
 
