@@ -4,7 +4,6 @@ import importlib
 import pickle
 import pkgutil
 import re
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -175,15 +174,14 @@ def example_of_the_docs():
 
 
 def test_the_docs_name_every_member():
-    section = example_of_the_docs()
+    section = re.sub(r"```.*?```", "", example_of_the_docs(), flags=re.DOTALL)
     named = {name.partition("(")[0] for name in re.findall(r"`([^`]+)`", section)}
     assert set(MEMBERS) - {"__len__", "__getitem__"} <= named and "`len(source)`, `source[index]`" in section
 
 
 def test_the_source_of_the_docs_works_as_it_stands(monkeypatch):
     monkeypatch.setattr(SOURCES, "_entries", dict(SOURCES._entries))
-    code = [line for line in example_of_the_docs().splitlines() if line.startswith("    ") or not line]
-    exec(textwrap.dedent("\n".join(code)), {})
+    exec("".join(re.findall(r"```python\n(.*?)```", example_of_the_docs(), re.DOTALL)), {})
     source = open_source("mine:here")
     assert source.name == "mine:here" and len(source) == 100 and source[7].captions == ("picture 7",)
     assert len(order_for(source, 10, 0).at(np.arange(100))) == 100 and pickle.loads(pickle.dumps(Plain()))[3].key == "3"
