@@ -3,6 +3,10 @@ PYTHON ?= python3
 LOSS ?= sigmoid
 RUN ?= runs/quickstart-$(LOSS)
 BIN := .venv/bin
+# uv knows where PyTorch keeps its wheels without CUDA, and takes them where there is no GPU; pip does not. UV= keeps
+# to pip.
+UV ?= $(shell command -v uv)
+INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python --torch-backend auto,$(BIN)/python -m pip install --quiet)
 # Without a GPU a process for each core, up to four: as fast as one with threads, which wait for each other on a busy
 # machine (benchmarks/busy.py).
 RANKS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || (nproc || sysctl -n hw.ncpu || echo 1) 2>/dev/null | \
@@ -10,7 +14,15 @@ RANKS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || (nproc || sysctl -n 
 # What accelerate would assume anyway: saying so spares a warning, and --quiet its traceback after our error line.
 PLAIN := --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: help setup lint test test-slow test-faults quickstart vlm docs clean
+OLDEST = tests/interop/test_few_packages.py tests/interop/test_transformers_reading.py \
+	tests/interop/test_transformers_writing.py tests/interop/test_open_clip_round_trips.py \
+	tests/interop/test_timm_round_trips.py tests/interop/test_onnx_export.py tests/interop/test_hub.py \
+	tests/models/test_packed_text.py tests/optim tests/train/test_pretrain.py tests/train/test_starting.py \
+	tests/train/test_fsdp.py tests/data/test_tables.py tests/data/test_table_text.py tests/data/test_write_shards.py \
+	tests/data/test_decode.py tests/data/test_tokenizer.py tests/evaluate/test_heads.py \
+	tests/evaluate/test_embedding_store.py tests/test_config.py
+
+.PHONY: help setup lint test test-slow test-faults test-oldest test-wheel quickstart vlm docs clean
 
 help:
 	@echo "make quickstart [LOSS=softmax]  train on rendered scenes, then score zero-shot (minutes, on a CPU)"
@@ -19,6 +31,8 @@ help:
 	@echo "make test                       all tests but the slowest"
 	@echo "make test-slow                  those: whole benchmarks at toy size, second variants of runs"
 	@echo "make test-faults                kills, full disks, damage: all of them, and a table (up to half an hour)"
+	@echo "make test-oldest                those that touch other libraries, with the oldest versions allowed"
+	@echo "make test-wheel                 the built wheel at work in an empty environment, from an empty folder"
 	@echo "make lint                       ruff"
 	@echo "make docs                       the documentation as a site, in site/"
 	@echo "make setup                      .venv with everything installed"
@@ -27,7 +41,7 @@ setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 lint: setup
@@ -44,6 +58,22 @@ test-slow: setup
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults tests/security/test_mended_stores.py --fault-table
 
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[dev]'
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(OLDEST)
+
+# What the wheel needs comes with it; nothing of the clone can be found from the folder it runs in.
+test-wheel: setup
+	rm -rf build/wheel && mkdir -p build/wheel/empty
+	$(BIN)/python -m build --no-isolation --outdir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet build/wheel/*.whl
+	cd build/wheel/empty && ../venv/bin/contrastive --version
+	cd build/wheel/empty && OMP_NUM_THREADS=1 ../venv/bin/contrastive pretrain --loss sigmoid --train.steps 5 --out run
+	cd build/wheel/empty && OMP_NUM_THREADS=1 ../venv/bin/contrastive zero-shot run --data scenes:test --limit 64
+
 quickstart: setup
 	$(BIN)/python -m contrastive.distributed.start_ranks --nproc_per_node $(RANKS) scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN) $(ARGS)
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:test
@@ -57,4 +87,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv build site *.egg-info
+	rm -rf .venv .venv-oldest build dist site *.egg-info

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # for editors, which do not run __getattr__
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-__version__ = "0.1.0"  # pyproject.toml takes it from here
+__version__ = "0.2.0"  # pyproject.toml takes it from here
 
 # Loaded when first asked for: `import contrastive` alone takes no time.
 _HOMES = {

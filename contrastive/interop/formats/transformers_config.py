@@ -97,7 +97,8 @@ class Description:
     @property
     def lacks_head(self) -> bool:
         """Whether a SigLIP image tower ends with its patch tokens, as vision language models use it."""
-        return self.family != "clip" and not self.towers["image"]["vision_use_head"]
+        # Newer versions of transformers name the option among their defaults, older ones take a head for given.
+        return self.family != "clip" and not self.towers["image"].get("vision_use_head", True)
 
     @property
     def native_size(self) -> int:
