@@ -53,7 +53,7 @@ def recipe(name: str, folder: str = "") -> Path:
         for file in sorted(ours.glob("*.yaml")):
             print(f"{file.stem:<24}{file.read_text('utf-8').partition(chr(10))[0].lstrip('# ')}")
         raise SystemExit(0)
-    if path.exists() or path.is_absolute():
+    if path.is_file() or path.is_absolute():  # a folder of that name is the data: --config cc3m --data 'cc3m/*.tar'
         return path
     own = ours / f"{path.name.removesuffix('.yaml')}.yaml"
     bare = path.parent == Path() and path.suffix == ""
@@ -184,9 +184,12 @@ def _merged(args: list[str], known: dict[str, Any]) -> list[str]:
         if flag.name:
             is_list = ... in typing.get_args(known.get(flag.name))
             taker = lists.setdefault(flag.name, []) if is_list else rest
-            if is_list and arg == flag.typed:
+            if is_list and arg != flag.typed:  # what follows '--text=a' is none of its values
+                taker.append(flag.value)
+                taker = rest
+            if is_list:
                 continue
-        taker.append(flag.value if flag.name and taker is not rest else arg)
+        taker.append(arg)
     return [*rest, *(word for name, values in lists.items() for word in (f"--{name}", *values))]
 
 

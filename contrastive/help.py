@@ -143,8 +143,9 @@ def _options(cls: type, start: Any, recipe: str) -> tuple[list[_Option], list[tu
 
 def _sections(cls: type, start: Any, prefix: str = "", usual: Any = None) -> Iterator[tuple[str, type, Any, Any]]:
     """Each class of options with what its names begin with, its values by the recipe, and its own defaults."""
-    if usual is None and not any(_is_required(field) for field in dataclasses.fields(cls)):
-        usual = cls()
+    if usual is None:
+        defaults = {field.name: _default_of(field) for field in dataclasses.fields(cls)}
+        usual = types.SimpleNamespace(**{name: one for name, one in defaults.items() if one is not dataclasses.MISSING})
     yield prefix, cls, start, usual
     for field in dataclasses.fields(cls):
         value = getattr(start if start is not None else usual, field.name, None)
@@ -153,8 +154,8 @@ def _sections(cls: type, start: Any, prefix: str = "", usual: Any = None) -> Ite
             yield from _sections(type(value), value, f"{prefix}{field.name}.", own)
 
 
-def _is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 @functools.cache

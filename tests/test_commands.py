@@ -76,6 +76,11 @@ def test_each_is_a_script_too(name):
     assert callable(importlib.import_module(entry.home_of(name)).main)
 
 
+def test_help_tells_the_defaults_and_sections_of_commands_that_need_arguments(call):
+    assert "--top N               Show the N nearest images to each query [20]" in call("search", "--help")[1]
+    assert "--augment.crop_ratio X X" in call("inspect", "--help-all")[1]
+
+
 def test_the_list_of_commands(call):
     status, said, _ = call("--help")
     lines = said.splitlines()
@@ -174,6 +179,8 @@ def test_recipes_by_name_by_path_and_from_anywhere(tmp_path, monkeypatch, capsys
     assert recipe("small", "suites") == recipe("configs/suites/small.yaml", "suites")
     (tmp_path / "cc3m.yaml").write_text("seed: 3")
     assert recipe("cc3m.yaml") == Path("cc3m.yaml") and recipe("cc3m") == RECIPES / "cc3m.yaml"
+    Path("cc12m").mkdir()  # the data: contrastive pretrain --config cc12m --data 'cc12m/*.tar'
+    assert recipe("cc12m") == RECIPES / "cc12m.yaml"
     assert recipe("mine.yaml") == Path("mine.yaml") and recipe("a/cc3m.yaml") == Path("a/cc3m.yaml")
     with pytest.raises(UserError, match="no recipe of that name. Did you mean 'cc3m'"):
         recipe("cc3")

@@ -287,6 +287,21 @@ def test_a_pattern_that_the_shell_expanded_is_told_without_a_flag_too():
         parse(Options, ["0.tar", "1.tar", "2.tar"], prog="t", description="")
 
 
+def test_only_one_value_stands_behind_an_equals_sign():
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        images: Positional[tuple[str, ...]]
+        """Images."""
+        text: tuple[str, ...] = ()
+        """Texts."""
+
+    for args in (["--text=a dog", "0.jpg", "1.jpg"], ["0.jpg", "--text=a dog", "1.jpg"]):
+        read = parse(Options, args, prog="t", description="")
+        assert (read.images, read.text) == (("0.jpg", "1.jpg"), ("a dog",))
+    read = parse(Options, ["0.jpg", "--text=a", "--text", "b", "c"], prog="t", description="")
+    assert (read.images, read.text) == (("0.jpg",), ("a", "b", "c"))
+
+
 @dataclass(frozen=True)
 class Garden:
     RENAMED = {"size": "plot.rooms", "fence": Gone(True)}

@@ -29,6 +29,11 @@ from contrastive.errors import UserError
 from contrastive.log import console, say, warn
 from contrastive.visualize.inspection_page import PAGE, claim, spark, write_inspection
 
+SHOWN = (
+    "samples shown out json image_size image_column caption_column classes templates caption_templates clean tokenizer "
+    "vocab_size context_length augment.crop_scale seed"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig(CaptionOptions):
@@ -68,7 +73,7 @@ class InspectConfig(CaptionOptions):
 
 
 def main(args: list[str]) -> None:
-    config = parse(InspectConfig, args, prog="inspect", description=__doc__)
+    config = parse(InspectConfig, args, prog="inspect", description=__doc__, shown=SHOWN)
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
     source = open_source(config.spec, classes=config.classes, prompts=config.templates, **columns)
     check_columns([source], columns)

@@ -269,6 +269,8 @@ def free_port(host: str, port: int | None) -> int:
         try:
             with socket.create_server((host, number)):
                 return number
+        except OverflowError:
+            raise UserError(f"port is {number}; it must be at most 65535") from None
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise UserError(f"no page can be served at {host}, port {number}: {error.strerror}") from None

@@ -172,3 +172,5 @@ def test_a_port_is_free_or_refused(free_port):
         port_to_serve("127.0.0.1", free_port)
     with pytest.raises(UserError, match="no page can be served at 192.0.2.1"):
         port_to_serve("192.0.2.1", None)
+    with pytest.raises(UserError, match="port is 70000; it must be at most 65535"):
+        port_to_serve("127.0.0.1", 70000)
