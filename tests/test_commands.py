@@ -137,7 +137,15 @@ def test_a_wrong_path_is_one_line_and_nothing_is_made(words, call, tmp_path, mon
     assert wrong.startswith(f"contrastive {words.split()[0]}: error: ") and ("nowhere" in wrong or "a.jpg" in wrong)
 
 
-def test_neither_ctrl_c_nor_a_closed_pipe_leaves_a_traceback(capsys):
+@pytest.fixture
+def usual_ctrl_c():
+    """As in a new process, whatever the tests before this one left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_neither_ctrl_c_nor_a_closed_pipe_leaves_a_traceback(usual_ctrl_c, capsys):
     def interrupted(words):
         raise KeyboardInterrupt
 

@@ -275,11 +275,13 @@ def test_a_resized_model_is_saved_with_its_size_or_not_at_all(tmp_path):
 
 
 def test_the_docs_page_runs_as_it_stands(tmp_path):
-    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE.read_text(), flags=re.MULTILINE)
-    code = "\n".join(re.sub(r"^    ", "", line) for block in blocks for line in block.splitlines())
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL))
     assert code.count("load_image_encoder") == 5
-    names = {"image": picture(), "torch": torch}
-    code = code.replace("runs/mine", str(save_dual(tmp_path / "model")))
+    names = {"torch": torch}
+    picture().save(tmp_path / "photo.jpg")
+    code = code.replace("photo.jpg", str(tmp_path / "photo.jpg")).replace(
+        "runs/mine", str(save_dual(tmp_path / "model"))
+    )
     exec(code.replace("runs/native", str(save_native(tmp_path / "native"))), names)
     assert names["tokens"].shape == (1, 16, 16) and names["grid"].shape == (1, 16, 4, 4)
     assert len(names["states"]) == 4 and names["pooled"].shape == (1, 16) and names["batch"].shape == (2, 3, 32, 32)
