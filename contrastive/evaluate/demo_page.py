@@ -71,7 +71,8 @@ class Demo:
     def words(self, path: str | None, sentence: str, word: int | None, how: str) -> str:
         """Return heat maps of a word of a sentence over the image in a file."""
         try:
-            image, place = _bytes_of(path), None if word in (None, WHOLE) else word
+            image = _bytes_of(path)
+            place = word if word in range(len(words_of(sentence))) else None  # the sentence may be shorter by now
             of = [word_map(model.bundle, image, sentence, place, alone=how == ALONE) for model in self.models]
         except UserError as error:
             return _answered(wrong=error)

@@ -39,8 +39,10 @@ def pretrain(config: PretrainConfig) -> bool:
     for other in held_out:
         announce(other, "data.eval")
     from contrastive.data.class_joining import check_classes
+    from contrastive.train.given import given_options
 
-    templates = None if data.templates == "auto" else data.templates
+    # What the default file says, or a run that goes on, nobody has asked for.
+    templates = data.templates if data.templates != "auto" and "data.templates" in given_options(config) else None
     check_classes([source, *held_out], {"data.classes": data.classes, "data.templates": templates})
     tokenizer = _tokenizer(config, source, checkpoint, start)
     config = resolve(config, source, tokenizer)

@@ -114,6 +114,10 @@ def test_facts_say_size_input_and_loss():
     assert facts_of(small_bundle("clip")).endswith("softmax loss")
 
 
+def test_a_word_of_a_longer_sentence_before_it_was_edited_is_the_whole_sentence(demo, image):
+    assert "with the whole sentence" in demo.words(image, "a cat", 5, WITHIN)
+
+
 def test_bars_of_both_models_stand_with_chance_and_are_escaped(demo, image):
     html = demo.labels(image, "cat, <b>dog</b>, ${bird}", FITTING)
     told = words(html.replace("&lt;", "(").replace("&gt;", ")"))

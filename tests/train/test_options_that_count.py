@@ -312,10 +312,12 @@ def test_the_sizes_of_small_images_can_be_named_in_full(tmp_path):
 
 def test_what_only_the_default_file_says_is_no_mistake_of_the_user(tiny_text, tmp_path):
     """Its prompts are for its own data; data without labels have no use for them, and nobody asked."""
-    (tmp_path / "tiny.yaml").write_text(tiny_text.replace("data: {", "data: {templates: photo, "))
+    tiny_text = tiny_text.replace("data: {", "data: {templates: photo, ").replace("digits:train", "scenes:val")
+    (tmp_path / "tiny.yaml").write_text(tiny_text)
     words = {"name": "t", "doc": "", "default_recipe": str(tmp_path / "tiny.yaml"), "shown": ""}
     pairs = ["--data.train", "scenes:val", "--data.eval", "scenes:val", "--dry_run"]
     command(PretrainConfig, pretrain, pairs, **words)
+    command(PretrainConfig, pretrain, ["--data.eval", "--dry_run"], **words)
     for asked in (["--config", str(tmp_path / "tiny.yaml")], ["--data.templates", "photo"]):
         with pytest.raises(UserError, match="--data.templates photo is for labelled data"):
             command(PretrainConfig, pretrain, [*pairs, *asked], **words)
