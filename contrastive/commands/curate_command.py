@@ -115,11 +115,11 @@ def run_curation(options: CurateOptions) -> None:
         model.embed(options.data, texts=scored)
         for name in options.against:
             model.embed(name)
-        if not is_main_process():  # embeddings were all that the ranks share
-            return
-        found = model.embeddings(options.data, texts=scored)
-        others = {name: (sources.get(name), model.embeddings(name)) for name in options.against}
-        result = curate(found, rules, {name: own.features for name, (_, own) in others.items()}, device=device)
+    if not is_main_process():  # embeddings were all that the ranks share, and they have parted
+        return
+    found = model.embeddings(options.data, texts=scored)
+    others = {name: (sources.get(name), model.embeddings(name)) for name in options.against}
+    result = curate(found, rules, {name: own.features for name, (_, own) in others.items()}, device=device)
     finish(options, source, found, result, others)
 
 

@@ -32,6 +32,8 @@ class CaptionImagesOptions:
 
 def main(arguments: list[str]) -> None:
     options = parse(CaptionImagesOptions, arguments, prog="vlm caption", description=__doc__)
+    if not options.images:
+        raise UserError("which images? python examples/vlm/caption.py DIR photo.jpg ...")
     device = chosen_device(options.device)
     images = [(path, read(path)) for path in options.images]
     model = Captioner.load(options.model, device)

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from launching import pretrain_here, rows
 from PIL import Image
-from small_model import save_small_model, script_caller
+from rank_processes import script_on_ranks
+from small_model import SCRIPTS, save_small_model, script_caller
 
 import contrastive
 from contrastive.data.order_choice import order_for
@@ -94,6 +95,15 @@ def test_each_rule_and_what_is_left_behind(curate, model_folder, pairs, tmp_path
     expected = np.argsort(-scores[~np.isnan(scores)], kind="stable")[:4]  # round(0.25 * 18)
     places = np.array(found["index"])[~np.isnan(scores)][expected]
     assert sorted(kept[i].key for i in range(len(kept))) == sorted(source[int(i)].key for i in places)
+
+
+def test_two_ranks_keep_what_one_does(curate, model_folder, pairs, tmp_path, free_port):
+    words = (model_folder, pairs / "pairs.csv", tmp_path / "two", "--duplicates", "0.9999", "--against", pairs / "test")
+    two = (*words, "--cache", tmp_path / "cache-of-two")
+    status, told = script_on_ranks(2, free_port, SCRIPTS / "curate.py", *two, folder=tmp_path / "told")
+    assert status == [0, 0], told
+    assert curate(*words[:2], tmp_path / "one", *words[3:], "--cache", tmp_path / "cache").returncode == 0
+    assert (tmp_path / "two" / "kept.npy").read_bytes() == (tmp_path / "one" / "kept.npy").read_bytes()
 
 
 def test_a_run_trains_on_what_is_kept_and_not_on_something_else(curate, model_folder, pairs, tmp_path):

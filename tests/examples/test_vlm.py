@@ -83,6 +83,13 @@ def test_a_dry_run_shows_captions_and_writes_nothing(tmp_path, examples, encoder
     assert told.count(" is read as ") == 3 and not (tmp_path / "vlm").exists()
 
 
+def test_captions_of_no_images_are_refused(examples):
+    import caption
+
+    with pytest.raises(UserError, match="which images"):
+        caption.main(["runs/vlm"])
+
+
 def test_the_loss_is_that_of_the_caption_alone(examples, encoder):
     model = build(encoder).eval()
     pixels, ids = torch.randn(2, 3, 16, 16), torch.randint(3, 200, (2, 5))
