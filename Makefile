@@ -18,9 +18,9 @@ OLDEST = tests/interop/test_few_packages.py tests/interop/test_transformers_read
 	tests/interop/test_transformers_writing.py tests/interop/test_open_clip_round_trips.py \
 	tests/interop/test_timm_round_trips.py tests/interop/test_onnx_export.py tests/interop/test_hub.py \
 	tests/models/test_packed_text.py tests/optim tests/train/test_pretrain.py tests/train/test_starting.py \
-	tests/train/test_fsdp.py tests/data/test_tables.py tests/data/test_table_text.py tests/data/test_write_shards.py \
-	tests/data/test_decode.py tests/data/test_tokenizer.py tests/evaluate/test_heads.py \
-	tests/evaluate/test_embedding_store.py tests/test_config.py
+	tests/train/test_fsdp.py tests/train/test_launchers.py tests/train/test_start_ranks.py tests/data/test_tables.py \
+	tests/data/test_table_text.py tests/data/test_write_shards.py tests/data/test_decode.py \
+	tests/data/test_tokenizer.py tests/evaluate/test_heads.py tests/evaluate/test_embedding_store.py tests/test_config.py
 
 .PHONY: help setup lint test test-slow test-faults test-oldest test-wheel quickstart vlm docs clean
 

@@ -12,7 +12,7 @@ import sys
 import psutil
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import get_args_parser, parse_args, run
 
 LOGGERS = ("multiprocessing.api", "multiprocessing.subprocess_handler.subprocess_handler", "agent.server.api")
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")  # each is passed on to the ranks, which save and end
@@ -26,8 +26,14 @@ def main(args: list[str]) -> int:
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # that it gives each rank one thread
     for name in LOGGERS:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    ours = ["--signals_to_handle", ",".join(SIGNALS)]
+    # torch 2.11 does not know the timeout, and meets at port 29500 where nothing else is said, though it be taken.
+    if any("--shutdown_timeout" in action.option_strings for action in get_args_parser()._actions):
+        ours += ["--shutdown_timeout", str(SECONDS)]
+    if not any(arg.startswith(("--nnodes", "--rdzv", "--master", "--standalone")) for arg in args):
+        ours.append("--standalone")
     try:
-        run(parse_args(["--signals_to_handle", ",".join(SIGNALS), "--shutdown_timeout", str(SECONDS), *args]))
+        run(parse_args([*ours, *args]))
     except ChildFailedError as error:
         rank, first = min(error.failures.items(), key=_order)
         if first.exitcode >= 0:
