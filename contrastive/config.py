@@ -6,6 +6,7 @@ lets `--loss NAME` choose which options a slot has, and turns every mistake into
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -134,7 +135,7 @@ def parse(
     words = typing.get_type_hints(cls, include_extras=True)
     names = {name: hint for name, hint in known.items() if not is_positional(words.get(name))}
     flags = _options_of(rest, names, (*choices, *also, *short), renamed)
-    config = run_tyro(chosen, _merged(rest, known), known=known, default=start, given=args)
+    config = run_tyro(chosen, _gathered(rest, known), known=known, default=start, given=args)
     if not hasattr(config, "given"):
         return config
     given = dict.fromkeys([*named, *contents.get(file, ())], False) | given | dict.fromkeys(flags, True)
@@ -175,22 +176,38 @@ def rename_flags(args: list[str], short: Mapping[str, str]) -> list[str]:
     return [f"--{short[flag.name]}{arg.removeprefix(flag.typed)}" if flag.name in short else arg for arg, flag in flags]
 
 
-def _merged(args: list[str], known: dict[str, Any]) -> list[str]:
-    """Return the flags with each list given once: `--text a --text b` as `--text a b`."""
-    rest: list[str] = []
+def _gathered(args: list[str], known: dict[str, Any]) -> list[str]:
+    """Return the words as tyro reads them rightly: those that stand alone first, then each flag once with its values.
+
+    `A --text a --limit 3 B --text b` is `A B --limit 3 --text a b`.
+    """
+    alone: list[str] = []
+    single: list[str] = []
     lists: dict[str, list[str]] = {}
-    taker = rest
+    taker, room = alone, 0.0
     for arg, flag in zip(args, flags_of(args), strict=True):
         if flag.name:
-            is_list = ... in typing.get_args(known.get(flag.name))
-            taker = lists.setdefault(flag.name, []) if is_list else rest
-            if is_list and arg != flag.typed:  # what follows '--text=a' is none of its values
-                taker.append(flag.value)
-                taker = rest
-            if is_list:
-                continue
-        taker.append(arg)
-    return [*rest, *(word for name, values in lists.items() for word in (f"--{name}", *values))]
+            room = _num_values(known.get(flag.name, bool))  # unknown is --no_SWITCH alone
+            taker = lists.setdefault(flag.name, []) if room == math.inf else single
+            inside = [flag.value] if arg != flag.typed else []  # what follows '--text=a' is none of its values
+            taker += inside if room == math.inf else [arg]
+            room = 0 if inside else room
+        elif room:
+            taker.append(arg)
+            room -= 1
+        else:
+            alone.append(arg)
+    return [*alone, *single, *(word for name, values in lists.items() for word in (f"--{name}", *values))]
+
+
+def _num_values(hint: Any) -> float:
+    """How many words follow the flag of an option of this type, at most."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return max(map(_num_values, inner))
+    if origin is tuple:
+        return math.inf if ... in inner else len(inner)
+    return 0 if hint in (bool, types.NoneType) else 1
 
 
 def to_dict(config: Any) -> dict[str, Any]:

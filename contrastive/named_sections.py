@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from contrastive.errors import UserError, did_you_mean
 from contrastive.option_types import fixed
 from contrastive.registry import Registry
-from contrastive.words import flags_of
+from contrastive.words import Flag, flags_of
 
 T = TypeVar("T")
 NONE = "none"
@@ -169,10 +169,17 @@ def take(args: list[str], choices: dict[str, NamedSection]) -> tuple[list[str], 
             while choice.several and place < len(args) and not args[place].startswith("--"):
                 words.append(args[place])
                 place += 1
+            _check_alone(flag, args[place : place + 1])
         if choice.several:
             words = () if words == [NONE] else tuple(dict.fromkeys(words))
         taken[flag.name] = words if choice.several else words[0]
     return rest, taken
+
+
+def _check_alone(flag: Flag, after: list[str]) -> None:
+    """Raise UserError where a word follows the value of a flag that takes one: it would go to another flag."""
+    if after and not after[0].startswith("-"):
+        raise UserError(f"{flag.typed} takes one value, {flag.value}, not also '{after[0]}'")
 
 
 def check_chosen(choices: dict[str, NamedSection], named: dict[str, Any], args: list[str]) -> None:
@@ -192,7 +199,7 @@ def check_chosen(choices: dict[str, NamedSection], named: dict[str, Any], args: 
 def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
     """Split one `--name VALUE` off the flags; UserError when the value is missing."""
     rest, value, skip = [], None, False
-    for arg, flag in zip(args, flags_of(args), strict=True):
+    for place, (arg, flag) in enumerate(zip(args, flags_of(args), strict=True)):
         if skip:
             skip = False
         elif flag.name != name:
@@ -201,4 +208,5 @@ def take_option(args: list[str], name: str) -> tuple[list[str], str | None]:
             raise UserError(f"--{name} needs a value")
         else:
             value, skip = flag.value, arg == flag.typed
+            _check_alone(flag, args[place + 1 + skip : place + 2 + skip])
     return rest, value

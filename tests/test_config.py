@@ -150,7 +150,7 @@ def test_written_configuration_reads_back(file):
         ),
         (["--name=a.tar", "b.tar", "c.tar", "--mood", "good"], "--name takes one value, not also 'b.tar'; quote a"),
         (["--other.rooms", "1", "2"], "Unrecognized options: 2. See --help"),
-        (["--name", "a", "--pet", "cat", "stray"], "Unrecognized options: stray. See --help"),
+        (["--name", "a", "--pet", "cat", "stray"], "takes one value, cat, not also 'stray'"),
         (["--pet.indoor=no"], "--pet.indoor is a switch and takes no value, not 'no'. See --help"),
         (["--name=no", "--pet.indoor=no", "--pet", "dog"], "--pet.indoor is a switch and takes no value"),
         (["--pet.indoor", "no"], "Unrecognized options: no. See --help"),
@@ -300,6 +300,25 @@ def test_only_one_value_stands_behind_an_equals_sign():
         assert (read.images, read.text) == (("0.jpg", "1.jpg"), ("a dog",))
     read = parse(Options, ["0.jpg", "--text=a", "--text", "b", "c"], prog="t", description="")
     assert (read.images, read.text) == (("0.jpg",), ("a", "b", "c"))
+
+
+def test_words_that_stand_alone_may_stand_between_flags():
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        model: Positional[str]
+        """A model."""
+        images: Positional[tuple[str, ...]]
+        """Images."""
+        limit: int | None = None
+        """How many."""
+        query: tuple[int, int] | None = None
+        """Row and column."""
+        json: bool = False
+        """As JSON."""
+
+    words = ["--json", "m", "--limit", "3", "a", "--query", "-1", "2", "b", "--no_json", "c"]
+    read = parse(Options, words, prog="t", description="")
+    assert (read.model, read.images, read.limit, read.query) == ("m", ("a", "b", "c"), 3, (-1, 2))
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,12 @@ def test_a_list_given_again_goes_on_and_the_last_of_single_values_counts():
     assert config.data.eval == ("digits:test", "scenes:test", "a", "b")
 
 
+@pytest.mark.parametrize("flags", ["--loss sigmoid scenes:val", "--model ViT-B-32 scenes:val --seed 3"])
+def test_a_word_after_a_name_goes_to_no_other_flag(flags):
+    with pytest.raises(UserError, match="takes one value, .*, not also 'scenes:val'"):
+        parsed(PretrainConfig, "--val-data", "digits:test", *flags.split())
+
+
 def test_resume_takes_no_value_but_latest_and_auto(tiny_file, tmp_path):
     words = {"name": "t", "doc": "", "default_recipe": str(tiny_file), "shown": ""}
     with pytest.raises(UserError, match="--resume goes on from the newest .*; leave out 'a/1.pt'"):
