@@ -91,7 +91,9 @@ def _named_sections(cls: type, start: Any, named: Mapping[str, Any]) -> list[_Op
         default = named.get(name, "")
         if not default and choice.is_slot:
             default = choice.registry.name_of(type(getattr(start or cls(), name)))
-        options.append(_Option(_dashed(name), "NAME", choice.told(name), _word(default)))
+        value = "|".join(choice.registry.names()) if choice.is_slot else "NAME"
+        text = f"The {choice.registry.kind}" if choice.is_slot else choice.told(name)
+        options.append(_Option(_dashed(name), value, text, _word(default)))
     return options
 
 

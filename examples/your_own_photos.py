@@ -41,8 +41,10 @@ def main(photos: Path | None, work: Path, *flags: str, number: int = 4000) -> No
     run("pretrain", [*train, *flags])
 
     # The nearest photos to each text, as a table and as a page with pictures, run/search.html.
-    run("search", [str(work / "run"), str(photos), "a red circle", "a blue star", "--top", "3"])
+    known = open_source(str(photos))
+    texts = [known[0].captions[0], known[len(known) // 2].captions[0]]
+    run("search", [str(work / "run"), str(photos), *texts, "--top", "3"])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else None, Path("runs/your_own_photos"))
+    main(Path(sys.argv[1]) if sys.argv[1:] else None, Path("runs/your_own_photos"), *sys.argv[2:])

@@ -213,4 +213,10 @@ def test_shells_complete_commands_flags_recipes_and_models(call):
     assert complete(script, "export", "--") == ["--help", "--help-all", "--private", "--push", "--to"]
     assert complete(script, "plan", "--config", "cc1") == ["cc12m"]
     assert "siglip_vit_b_16" in complete(script, "pretrain", "--model", "siglip_vit_b")
+    assert complete(script, "pretrain", "--loss", "") == ["sigmoid", "softmax", "none"]
+    assert complete(script, "zero-shot", "m", "--device", "c") == ["cpu", "cuda"]
+    assert complete(script, "evaluate", "m", "--task", "retr") == ["retrieval"]
+    assert complete(script, "classifier", "--model", "ti") == ["tiny"]
+    assert complete(script, "export", "m", "--to", "o") == ["onnx", "open_clip"]
+    assert complete(script, "pretrain", "--data", "") == []  # bash then offers files
     assert call("completion", "zsh")[1].endswith(script) and "-l warmup" in call("completion", "fish")[1]

@@ -200,7 +200,7 @@ def test_help_exits_with_success(capsys):
         run("--help-all")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "one of cat, dog" in shown and "--other.height X" in shown and "In metres [2.5]" in shown
+    assert "--pet cat|dog" in shown and "--other.height X" in shown and "In metres [2.5]" in shown
 
 
 def test_help_tells_the_defaults_of_the_files(file, capsys):

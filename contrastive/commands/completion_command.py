@@ -18,14 +18,16 @@ from tyro.conf import Positional, arg
 
 from contrastive.config import RECIPES, parse
 from contrastive.entry import COMMANDS, home_of
+from contrastive.evaluate.tasks import TASKS
+from contrastive.interop.export import FORMATS
 from contrastive.models import list_models
+from contrastive.models.presets import SIZE_NAMES
 
 _BASH = """\
 _contrastive() {
     local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" command="${COMP_WORDS[1]}" words
-    case "$before" in
-        --config) words="%(recipes)s" ;;
-        --model) words="%(models)s" ;;
+    case "$command:$before" in
+%(values)s
         *) case "$command" in
 %(cases)s
             *) words="%(commands)s" ;;
@@ -46,29 +48,40 @@ class CompletionOptions:
     """bash, zsh or fish."""
 
 
-def flags_of_command(name: str) -> list[str]:
-    """Return the flags that the command's --help-all shows."""
+def flags_of_command(name: str) -> dict[str, list[str] | None]:
+    """Return the flags that the command's --help-all shows, and of each the values it names.
+
+    None: it is a switch; []: anything, or a file.
+    """
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         import_module(home_of(name)).main(["--help-all"])
-    flags = re.findall(r"^  (--[\w.-]+)|(--[\w-]+):\s--", shown.getvalue(), re.M)  # and those short for longer ones
-    return sorted({*(long or short for long, short in flags), "--help", "--help-all"})
+    flags: dict[str, list[str] | None] = {"--help": None, "--help-all": None}
+    for flag, value in re.findall(r"^  (--[\w.-]+) ?(\S*)", shown.getvalue(), re.M):
+        flags[flag] = value.split("|") if re.fullmatch(r"[a-z\d_]+(\|[a-z\d_]+)+", value) else [] if value else None
+    for short, long in re.findall(r"(--[\w-]+):\s(--[\w.-]+)", shown.getvalue()):
+        flags[short] = flags.get(long, [])
+    known = {"--config": [file.stem for file in RECIPES.glob("*.yaml")], "--task": TASKS.names(), "--to": FORMATS}
+    known["--model"] = [*SIZE_NAMES] if name == "classifier" else list_models()
+    return dict(sorted((flag, sorted(known.get(flag, ())) or values) for flag, values in flags.items()))
 
 
 def main(args: list[str]) -> None:
     shell = parse(CompletionOptions, args, prog="completion", description=__doc__).shell
     flags = {name: flags_of_command(name) for name in COMMANDS if name != "completion"}
-    flags["completion"] = ["bash", "zsh", "fish"]
-    recipes, models = sorted(file.stem for file in RECIPES.glob("*.yaml")), list_models()
     if shell == "fish":
         print(f"complete -c contrastive -n __fish_use_subcommand -f -a '{' '.join(COMMANDS)}'")
         for name, words in flags.items():
-            here = f"complete -c contrastive -n '__fish_seen_subcommand_from {name}'"
-            for word in words:
-                values = {"--config": recipes, "--model": models}.get(word)
-                told = f" -x -a '{' '.join(values)}'" if values else ""
-                print(f"{here} -l {word[2:]}{told}" if word.startswith("--") else f"{here} -f -a {word}")
+            for word, values in words.items():
+                told = f" -x -a '{' '.join(values)}'" if values else "" if values is None else " -r"
+                print(f"complete -c contrastive -n '__fish_seen_subcommand_from {name}' -l {word[2:]}{told}")
         return
+    values = "\n".join(
+        f'        {name}:{flag}) words="{" ".join(values)}" ;;'
+        for name, words in flags.items()
+        for flag, values in words.items()
+        if values is not None
+    )
     cases = "\n".join(f'            {name}) words="{" ".join(words)}" ;;' for name, words in flags.items())
-    words = {"recipes": " ".join(recipes), "models": " ".join(models), "commands": " ".join(COMMANDS), "cases": cases}
+    words = {"values": values, "commands": " ".join(COMMANDS), "cases": cases}
     print(("autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else "") + _BASH % words, end="")

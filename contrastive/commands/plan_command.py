@@ -23,13 +23,16 @@ def main(args: list[str]) -> None:
     from contrastive.config import parse, recipe, written_options
     from contrastive.named_sections import take_option
     from contrastive.train.options import LENGTHS
-    from contrastive.train.plan import PlanConfig, make_plan, suggested
+    from contrastive.train.plan import GPUS, PlanConfig, make_plan, suggested
 
     args, chosen = take_option(args, "config")
     file = recipe(chosen or "quickstart")
     lengths = tuple(f"train.{name}" for name in LENGTHS)
     also = {"config": ("NAME", "The run's recipe ('list' shows them) or YAML file [quickstart]")}
     config = parse(PlanConfig, args, file, prog="plan", description=__doc__, either=(lengths,), also=also, shown=SHOWN)
+    if config.gpu in ("list", "help"):
+        print("\n".join(GPUS))
+        return
     plan = make_plan(config)
     recipe_batch = written_options(PlanConfig, file).get("train.global_batch_size", config.train.global_batch_size)
     if config.json:
@@ -90,7 +93,8 @@ def _table(plan) -> Table:
     row("samples/s", [f"{each.samples_per_second:,.0f}" for each in plan.forecasts])
     hours = ["?" if each.hours is None else f"{each.hours:,.1f}" for each in plan.forecasts]
     row("hours" if "?" not in hours else "hours: give --num_samples", hours)
-    table.caption = f"* more than the {plan.room / 2**30:.1f} GiB there are"
+    if any(sum(parts.values()) > plan.room for each in plan.forecasts for parts in (each.ddp, each.fsdp) if parts):
+        table.caption = f"* more than the {plan.room / 2**30:.1f} GiB there are"
     return table
 
 

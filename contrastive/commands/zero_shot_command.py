@@ -23,7 +23,6 @@ from contrastive.evaluate.classification import names_to_use, zero_shot
 from contrastive.evaluate.zero_shot_output import claim_zero_shot, print_result, write_zero_shot
 from contrastive.interop.hub import is_hub_name, results_folder
 from contrastive.option_types import Positive
-from contrastive.results import folder_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +50,8 @@ def evaluate(options: ZeroShotOptions) -> None:
     templates = load_templates(options.templates) if options.templates else None
     source = open_source(options.data, classes=options.classes)
     bundle = contrastive.load(options.model, device=device)
-    out = options.out
-    if out is None and is_hub_name(options.model):
-        out = results_folder(options.model) / "zero_shot" / folder_name(options.data)
-    out = claim_zero_shot(options.model, options.data, out)
+    home = results_folder(options.model) if is_hub_name(options.model) else options.model
+    out = claim_zero_shot(home, options.data, options.out, options.limit)
     names_to_use(source)
     announce(source)
     warn_of_ids(source)

@@ -171,8 +171,10 @@ def _side_by_side(comparison: Comparison) -> Table:
     table.add_column("task", overflow="fold", min_width=20)
     table.add_column("figure", no_wrap=True)
     table.add_column("chance", justify="right", no_wrap=True)
-    for model in comparison.models:
-        table.add_column(Text(model.name), justify="right", overflow="fold", min_width=12)
+    for place, model in enumerate(comparison.models):
+        told = [part for row in comparison.rows() for part in row.value_and_interval(row.cells[place])]
+        least = max(12, *map(len, told))  # names are folded, figures are not
+        table.add_column(Text(model.name), justify="right", overflow="fold", min_width=least)
     for task, rows in groupby(comparison.rows(), key=lambda row: row.task):
         told = Text.assemble(task.title, ("\n" + task.subtitle.replace(", ", "\n"), "dim"))
         for row in rows:

@@ -25,15 +25,17 @@ NUM_WORST = 5
 NUMBERS = ("value", "recall", "images")
 
 
-def claim_zero_shot(run: Path, data: str, folder: Path | None = None) -> Path:
+def claim_zero_shot(run: Path, data: str, folder: Path | None = None, limit: int | None = None) -> Path:
     """Choose the folder of a result, RUN/zero_shot/DATA where `folder` is None, before any work is done.
+
+    limit: of the images; a result of some of them has a folder of its own, DATA-limit-N.
 
     Raises:
         UserError: it cannot be written, or holds something else than an earlier result of the same model and data.
             Within RUN the model is taken to be the same, so that RUN can be moved.
     """
     choose = "choose another --out DIR"
-    out = folder or run / "zero_shot" / folder_name(data)
+    out = folder or run / "zero_shot" / (folder_name(data) + (f"-limit-{limit}" if limit else ""))
     earlier = claim_folder(out, ZERO_SHOT_FILE, "a zero-shot evaluation", choose, only=(PICTURE,))
     if earlier is not None:
         model, of = earlier.get("model"), earlier.get("data")

@@ -54,7 +54,7 @@ class PlanConfig(PretrainConfig):
     gpus: Positive[tuple[int, ...]] = (8,)
     """How many, over all machines; several numbers are compared."""
     gpu: str = "h100"
-    """What kind; `help` lists them."""
+    """What kind; 'list' shows them."""
     utilisation: Positive[float] = 0.4
     """Share of the GPU's bf16 rate that the towers reach (MFU): 0.3 to 0.5 is usual."""
     num_samples: Positive[int | None] = None
@@ -159,8 +159,7 @@ def make_plan(config: PlanConfig) -> Plan:
     """
     if config.gpu not in GPUS:
         known = ", ".join(GPUS)
-        unknown = "" if config.gpu == "help" else f"unknown GPU '{config.gpu}'.{did_you_mean(config.gpu, GPUS)} "
-        raise UserError(f"{unknown}known are {known}")
+        raise UserError(f"unknown GPU '{config.gpu}'.{did_you_mean(config.gpu, GPUS)} known are {known}")
     check(config)
     if config.loss_name == "none":
         raise UserError("contrastive plan counts both towers; of runs with --loss none it knows nothing yet")

@@ -26,11 +26,12 @@ from contrastive.errors import UserError
 from contrastive.files import mend_folders, write_folder, write_whole
 from contrastive.log import is_main_process, read_metrics, say, warn
 from contrastive.named_sections import take_option
+from contrastive.results import folder_name
 from contrastive.train.bad_samples import merged
 from contrastive.train.checkpoint import find_checkpoint, read_cursor
 from contrastive.train.loop import Trainer
 from contrastive.train.options import LENGTHS, RunConfig, check_division
-from contrastive.train.starting import RunLock, check_start, goes_on
+from contrastive.train.starting import LOCK, RunLock, check_start, goes_on
 from contrastive.train.stopping import STOPPED, ending_at_once, stop_requests, stopped_status
 from contrastive.train.task import TrainingTask
 from contrastive.words import flags_of
@@ -74,7 +75,8 @@ def command(
     options = {"prog": name, "description": doc, "shown": shown, "also": also}
     options["either"] = (tuple(f"train.{n}" for n in LENGTHS),)
     config = parse(cls, args, config_file, **options)
-    config = replace(config, run_folder=config.run_folder or f"runs/{config_file.stem}-{config.short_name()}")
+    stem = config_file.stem if chosen else _stem(config, default_file)
+    config = replace(config, run_folder=config.run_folder or f"runs/{stem}-{config.short_name()}")
     if automatic:
         config = replace(config, automatic=True, resume=goes_on(Path(config.run_folder)))
         args = [arg for arg in args if arg != "--resume" or config.resume]
@@ -99,6 +101,14 @@ def command(
             if is_orphan():  # nobody waits, and Python would take all of torch apart: seconds on a busy machine
                 os._exit(status)
             sys.exit(status)
+
+
+def _stem(config: RunConfig, default_file: Path) -> str:
+    """What a run is called after that named no recipe: the default one, or its data where they are others."""
+    its = written_options(type(config), default_file).get("data.train")
+    if its in (None, config.data.train):
+        return default_file.stem
+    return re.sub(r"-*\.(tar|csv|tsv|jsonl|json|parquet|gz)\b", "", folder_name(config.data.train))
 
 
 def open_run(config: RunConfig) -> Path | None:
@@ -141,7 +151,7 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
         before = written_options(type(config), folder / "config.yaml")
         changes, done = changes_on_resume(config, before), read_cursor(checkpoint)["step"]
         check_steps_done(task, before, done)
-        if config.automatic and done == train.steps and (folder / "final").exists():
+        if config.automatic and done == train.steps and _has_ended(folder):
             say(f"{folder} has reached its last step, {done}: nothing is left to do")
             return True
     options = {"window": data.window, "lanes": data.lanes, "replacement": data.replacement}
@@ -180,6 +190,11 @@ def run(task: TrainingTask, checkpoint: Path | None) -> bool:
         runtime.barrier()  # the others wait for the first rank's files
         runtime.close()
     return finished
+
+
+def _has_ended(folder: Path) -> bool:
+    """Whether nothing of a run is left to write: its last files are there, and no lock of one that was killed."""
+    return all((folder / name).exists() for name in ("final", "report.html")) and not (folder / LOCK).exists()
 
 
 def _begin(lock: RunLock, config: RunConfig, done: int) -> None:

@@ -42,7 +42,7 @@ def test_scores_scenes_and_writes_the_result(zero_shot, model_folder):
     assert done.returncode == 0, done.stderr
     for shown in ("acc@1", "acc@5", "mean per-class recall", "chance level", "1.56 %", "lowest recall"):
         assert shown in done.stdout
-    folder = model_folder / "zero_shot" / "scenes-test"
+    folder = model_folder / "zero_shot" / "scenes-test-limit-200"
     assert sorted(file.name for file in folder.iterdir()) == ["confusion.png", "zero_shot.json"]
     result = json.loads((folder / "zero_shot.json").read_text())
     assert result["model"] == str(model_folder) and result["data"] == "scenes:test" and result["date"]

@@ -32,7 +32,7 @@ def example():
 
 def test_your_own_photos(example, tmp_path, capsys):
     example("your_own_photos").main(None, tmp_path, *TOY, "--epochs", "1", number=32)
-    assert "a blue star" in capsys.readouterr().out and (tmp_path / "run" / "search.html").exists()
+    assert "caption or class" in capsys.readouterr().out and (tmp_path / "run" / "search.html").exists()
 
 
 def test_class_prompts(example, tmp_path, capsys):

@@ -190,7 +190,7 @@ def test_scripts_take_hub_names(server, model_folder, tmp_path, monkeypatch):
     server.add_folder("me/model", model_folder)
     monkeypatch.chdir(tmp_path)
     zero_shot_command.main(["hf-hub:me/model", "--data", "scenes:test", "--limit", "20", "--device", "cpu"])
-    found = json.loads((tmp_path / "evaluations/me-model/zero_shot/scenes-test/zero_shot.json").read_text())
+    found = json.loads((tmp_path / "evaluations/me-model/zero_shot/scenes-test-limit-20/zero_shot.json").read_text())
     assert found["model"] == "hf-hub:me/model"
     task = ["--task", "zero_shot", "--data", "scenes:test", "--limit", "20", "--device", "cpu"]
     evaluate_command.main(["hf-hub:me/model", *task])

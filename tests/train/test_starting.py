@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -151,6 +152,27 @@ def test_what_automatic_goes_on_from(tmp_path):
     assert not goes_on(run)
     (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')  # whose checkpoints somebody removed
     assert goes_on(run)
+
+
+@pytest.fixture
+def gone_lock(tmp_path):
+    """What the lock file of a process says that is gone."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with RunLock(tmp_path / "other"):
+        return re.sub(r"(?m)^pid=.*$", f"pid={gone.pid}", (tmp_path / "other" / LOCK).read_text())
+
+
+def test_a_run_that_was_killed_as_it_ended_ends(tiny, gone_lock, tmp_path):
+    run = tmp_path / "run"
+    command = ("--config", tiny, "--run_folder", run, "--train.steps", "2", "--resume", "auto")
+    pretrain_here(*command)
+    (run / "report.html").unlink()  # after the final model
+    pretrain_here(*command)
+    assert (run / "report.html").exists()
+    (run / LOCK).write_text(gone_lock)  # after the report
+    pretrain_here(*command)
+    assert not (run / LOCK).exists() and last_start(run)["start"] == 3
 
 
 def test_resume_auto_starts_goes_on_and_ends(tiny, tmp_path, capsys):
