@@ -33,7 +33,7 @@ def main(photos: Path | None, work: Path, *flags: str, number: int = 4000) -> No
         make_photos(photos, number)
 
     # What will be learned from, and what looks wrong with it.
-    run("inspect", [str(photos)])
+    run("inspect", [str(photos), "--out", str(work / "inspect")])
 
     # The recipe is the quickstart's, for pictures of 48 pixels; photos of real things want --model.image.image_size 112
     # and --model.image.patch_size 16, or a model by its name: --model ViT-B-32.
