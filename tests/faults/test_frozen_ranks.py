@@ -62,6 +62,7 @@ def test_row_31_who_stands_still_or_ends_is_named(exchange, frozen, ends, tmp_pa
         assert float((tmp_path / f"took{rank}").read_text()) < (1 if ends else 5)
 
 
+@pytest.mark.slow_fault
 def test_row_31_all_ranks_write_where_they_hang(tmp_path, free_port):
     (tmp_path / "tiny.yaml").write_text(TINY)
     run = tmp_path / "run"

@@ -48,6 +48,7 @@ def cursor(run, step):
     return json.loads((run / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
 
 
+@pytest.mark.slow_fault
 def test_row_33_rolls_back_past_the_batches_on_any_number_of_ranks_and_when_killed(tmp_path, free_port):
     trouble = "nan,10,3,0"
     (status,), told, one = train(tmp_path, "one", trouble, free_port)
