@@ -19,6 +19,7 @@ from contrastive.errors import UserError, did_you_mean
 from contrastive.files import read_yaml
 from contrastive.named_sections import (
     NONE,
+    NamedSection,
     check_chosen,
     choices_of,
     hidden_fields,
@@ -104,18 +105,7 @@ def parse(
     rest, named = take(rename_flags(args, short), choices)
     given = dict.fromkeys(named, True)
     contents = {path: _read(path) for path in (file, base) if path is not None}
-    for name, choice in choices.items():
-        if choice.table and named.get(name) in ("list", "help"):
-            print(choice.table())
-            raise SystemExit(0)
-        unnamed = [path for path in contents if not {name, f"{name}.name"} & contents[path].keys()]
-        for path in contents:
-            # Of a preset the program wrote all that was made of it.
-            if choice.registry is not None or path != base:
-                contents[path] = settle(name, choice, contents[path], named, path)
-        # None has no options: those in a file that names nothing are of others.
-        for path in unnamed if choice.is_slot and named.get(name) == NONE else ():
-            contents[path] = {key: value for key, value in contents[path].items() if not key.startswith(f"{name}.")}
+    _settle(choices, contents, named, base)
     for group in either:
         _keep_one(group, contents, rest)
     check_chosen(choices, named, rest)
@@ -140,6 +130,24 @@ def parse(
         return config
     given = dict.fromkeys([*named, *contents.get(file, ())], False) | given | dict.fromkeys(flags, True)
     return dataclasses.replace(config, given=given)
+
+
+def _settle(
+    choices: dict[str, NamedSection], contents: dict[Path, dict[str, Any]], named: dict[str, Any], base: Path | None
+) -> None:
+    """Decide what each section holds, in `named`; drop from the files' `contents` what is of others: see `settle`."""
+    for name, choice in choices.items():
+        if choice.table and named.get(name) in ("list", "help"):
+            print(choice.table())
+            raise SystemExit(0)
+        unnamed = [path for path in contents if not {name, f"{name}.name"} & contents[path].keys()]
+        for path in contents:
+            # Of a preset the program wrote all that was made of it.
+            if choice.registry is not None or path != base:
+                contents[path] = settle(name, choice, contents[path], named, path)
+        # None has no options: those in a file that names nothing are of others.
+        for path in unnamed if choice.is_slot and named.get(name) == NONE else ():
+            contents[path] = {key: value for key, value in contents[path].items() if not key.startswith(f"{name}.")}
 
 
 def _values(contents: dict[Path, dict[str, Any]], known: dict[str, Any]) -> dict[str, Any]:

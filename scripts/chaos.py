@@ -7,7 +7,7 @@
 A round starts the run again with --resume auto, waits for a moment in a start, a step, a save, an evaluation or the
 export of the final model, and kills all processes, one rank, the launcher or a loader worker. At the end losses and
 weights have to be equal to the bit, and no process, half-written folder or lock may be left. Flags after -- are those
-of pretrain.py; without any a tiny model learns digits. Exit status 1: something differed or was left.
+of pretrain; without any a tiny model learns digits. Exit status 1: something differed or was left.
 """
 
 import json
@@ -30,6 +30,7 @@ from contrastive.entry import run_script
 from contrastive.errors import UserError
 from contrastive.files import sha256
 from contrastive.log import console, read_metrics, say
+from contrastive.option_types import Positive, check_bounds
 
 PRETRAIN = Path(__file__).resolve().with_name("pretrain.py")
 MARK = "CONTRASTIVE_CHAOS"  # in the environment of every process of a run, by which it is found
@@ -56,9 +57,9 @@ LAST_TO_GO = 40  # seconds after a kill; torchrun gives its ranks 30 to end by t
 class ChaosConfig:
     """How to disturb a run."""
 
-    rounds: int = 10
+    rounds: Positive[int] = 10
     """How often to kill it."""
-    ranks: int = 2
+    ranks: Positive[int] = 2
     """Processes on this machine."""
     fsdp: bool = False
     """Shard the model by FSDP2."""
@@ -68,9 +69,7 @@ class ChaosConfig:
     """A new folder, for both runs and what each launch said."""
 
     def __post_init__(self):
-        for name in ("rounds", "ranks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, expected 1 or more")
+        check_bounds(self)
         if self.fsdp and self.ranks == 1:
             raise UserError("--fsdp with one process shards nothing; give --ranks 2 or more")
 

@@ -41,7 +41,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 # what it can take away.
 MOST_LINES_OF_A_FILE = 350
 MOST_FILES, MOST_LINES = 237, 39_300  # of the package
-MOST_FILES_TO_TRAIN, MOST_LINES_TO_TRAIN = 92, 14_050  # that `import contrastive.train.pretrain` reads
+MOST_FILES_TO_TRAIN, MOST_LINES_TO_TRAIN = 92, 14_060  # that `import contrastive.train.pretrain` reads
 HEAVY = {"transformers", "open_clip", "datasets", "pyarrow", "pandas", "sklearn", "matplotlib", "onnx", "webdataset"}
 HEAVY |= {"gradio"}
 

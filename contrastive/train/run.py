@@ -55,16 +55,7 @@ def command(
         name, doc, shown: of the command, for its help: see `parse`.
         default_recipe: the configuration where --config names none.
     """
-    args = [word for arg in args for word in (arg.split("=") if arg.startswith("--resume=") else [arg])]
-    typed = {flag.name: flag.value for flag in flags_of(args)}
-    automatic = typed.get("resume") == "auto"
-    if typed.get("resume") in ("latest", "auto") and "--resume" in args:
-        args = [arg for place, arg in enumerate(args) if place != args.index("--resume") + 1]
-    elif after := typed.get("resume"):
-        raise UserError(
-            "--resume goes on from the newest checkpoint of --run_folder, or with auto starts where there is none; "
-            + (f"add --run_folder before '{after}'" if os.path.isdir(after) else f"leave out '{after}'")
-        )
+    args, automatic = _take_resume(args)
     args, chosen = take_option(args, "config")
     args, device = take_option(args, "device")
     if device is not None:
@@ -92,7 +83,7 @@ def command(
         from contrastive.train.given import for_other_data
 
         config = for_other_data(config, default_file)
-    if "batch_size" in typed and launched():
+    if "batch_size" in {flag.name for flag in flags_of(args)} and launched():
         batch, ranks = config.train.global_batch_size, int(os.environ["WORLD_SIZE"])
         say(f"--batch_size is the global batch here: {batch} over {ranks} ranks, {batch // ranks} each")
     with ending_at_once():
@@ -101,6 +92,20 @@ def command(
             if is_orphan():  # nobody waits, and Python would take all of torch apart: seconds on a busy machine
                 os._exit(status)
             sys.exit(status)
+
+
+def _take_resume(args: list[str]) -> tuple[list[str], bool]:
+    """Split the word after --resume off the flags; return the rest, and whether it is 'auto'."""
+    args = [word for arg in args for word in (arg.split("=") if arg.startswith("--resume=") else [arg])]
+    after = next((flag.value for flag in reversed(flags_of(args)) if flag.name == "resume"), "")
+    if after in ("latest", "auto") and "--resume" in args:
+        args = [arg for place, arg in enumerate(args) if place != args.index("--resume") + 1]
+    elif after:
+        raise UserError(
+            "--resume goes on from the newest checkpoint of --run_folder, or with auto starts where there is none; "
+            + (f"add --run_folder before '{after}'" if os.path.isdir(after) else f"leave out '{after}'")
+        )
+    return args, after == "auto"
 
 
 def _stem(config: RunConfig, default_file: Path) -> str:
