@@ -55,7 +55,7 @@ def test_rounds_learn_where_the_run_went_on(runs):
 
 
 def test_options_that_cannot_be(tmp_path):
-    for flags, words in ((["--rounds", "0"], "--rounds is 0"), (["--fsdp", "--ranks", "1"], "shards nothing")):
+    for flags, words in ((["--rounds", "0"], "rounds is 0"), (["--fsdp", "--ranks", "1"], "shards nothing")):
         with pytest.raises(UserError, match=words):
             main(["--folder", str(tmp_path / "new"), *flags])
     with pytest.raises(UserError, match="exists; give another --folder"):
