@@ -104,3 +104,5 @@ def _run_script(rank, number, port, script, args, folder, variables):
     except SystemExit as end:
         status = end.code or 0
     Path(f"{folder}/status{rank}").write_text(str(status))
+    sys.stdout.flush()
+    os._exit(0)  # torch is not taken apart: gloo's threads abort now and then where another rank was quicker
