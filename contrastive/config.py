@@ -113,8 +113,7 @@ def parse(
     known = _flat_types(chosen)
     renamed = {old: new for old, new in _renamed(chosen).items() if old not in known}
     contents = {path: _with_new_names(own, renamed, path == base, path) for path, own in contents.items()}
-    values = _values(contents, known)
-    start = _filled(chosen(), values) if values else None
+    start = _filled(chosen(), values) if (values := _values(contents, known)) else None
     if asked := {"-h", "--help", "--help-all", "--help_all"} & set(rest):
         from contrastive.help import help_text
 
