@@ -75,7 +75,7 @@ test-wheel: setup
 	cd build/wheel/empty && OMP_NUM_THREADS=1 ../venv/bin/contrastive zero-shot run --data scenes:test --limit 64
 
 quickstart: setup
-	$(BIN)/python -m contrastive.distributed.start_ranks --nproc_per_node $(RANKS) scripts/pretrain.py --loss $(LOSS) --run_folder $(RUN) $(ARGS)
+	$(BIN)/python -m contrastive.distributed.start_ranks --nproc_per_node $(RANKS) scripts/pretrain.py --loss $(LOSS) --out $(RUN) $(ARGS)
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:test
 	$(BIN)/python scripts/zero_shot.py $(RUN) --data scenes:heldout
 

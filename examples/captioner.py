@@ -6,6 +6,7 @@ A small decoder reads the image tower's patch tokens and tells the caption word 
 teaches the tower where things are, so it is worth having even where no captions are wanted.
 """
 
+import sys
 from pathlib import Path
 
 from contrastive.entry import run
@@ -35,4 +36,4 @@ def main(work: Path, *flags: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path("runs/captioner"))
+    main(Path("runs/captioner"), *sys.argv[1:])

@@ -7,6 +7,7 @@ ones. The student learns to give the same (MobileCLIP's distillation loss).
 """
 
 import json
+import sys
 from pathlib import Path
 
 from contrastive.entry import run
@@ -36,4 +37,4 @@ def main(work: Path, *flags: str, steps: int = 300) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(Path("runs/distillation"))
+    main(Path("runs/distillation"), *sys.argv[1:])

@@ -6,6 +6,7 @@ accelerate launch examples/own_loss.py         # several processes: the loss gat
 86 s of one core: acc@1 51 % of 64 classes.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,4 +61,4 @@ def main(work: Path, *flags: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path("runs/own_loss"))
+    main(Path("runs/own_loss"), *sys.argv[1:])

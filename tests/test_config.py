@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tyro.conf import Positional, arg
 
-from contrastive.config import Gone, from_dict, parse, to_dict
+from contrastive.config import from_dict, parse, to_dict
 from contrastive.errors import UserError
 from contrastive.named_sections import preset, slot, take_option
 from contrastive.registry import Registry
@@ -319,60 +319,6 @@ def test_words_that_stand_alone_may_stand_between_flags():
     words = ["--json", "m", "--limit", "3", "a", "--query", "-1", "2", "b", "--no_json", "c"]
     read = parse(Options, words, prog="t", description="")
     assert (read.model, read.images, read.limit, read.query) == ("m", ("a", "b", "c"), 3, (-1, 2))
-
-
-@dataclass(frozen=True)
-class Garden:
-    RENAMED = {"size": "plot.rooms", "fence": Gone(True)}
-
-    plot: House = field(default_factory=House)
-    beds: int = 2
-    """How many."""
-
-
-@dataclass(frozen=True)
-class Estate:
-    RENAMED = {"beds": "garden.beds"}
-
-    garden: Garden = field(default_factory=Garden)
-
-
-def estate(*args, file=None, base=None):
-    return parse(Estate, list(args), file, prog="t", description="", base=base)
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("garden: {size: 3}", "{path}: garden.size is garden.plot.rooms now"),
-        ("beds: 3", "{path}: beds is garden.beds now"),
-        ("garden: {fence: true}", "{path}: garden.fence is no option any more: it is always True"),
-    ],
-)
-def test_old_names_are_told_by_the_new_ones(file, text, line):
-    with pytest.raises(UserError) as error:
-        estate(file=file(text))
-    assert str(error.value) == line.format(path=file(text))
-
-
-def test_old_flags_are_told_by_the_new_ones():
-    for flag, line in [
-        ("--garden.size", "--garden.size is --garden.plot.rooms now"),
-        ("--beds=3", "--beds is --garden.beds now"),
-        ("--garden.fence", "--garden.fence is no option any more: it is always True"),
-    ]:
-        with pytest.raises(UserError) as error:
-            estate(flag)
-        assert str(error.value) == line
-
-
-def test_old_names_count_in_files_that_the_program_wrote(file):
-    old = "beds: 5\ngarden: {fence: true}"
-    assert estate(base=file(old)).garden == Garden(beds=5)
-    assert estate("--garden.beds", "6", base=file(old)).garden.beds == 6
-    assert estate(base=file("beds: 5\ngarden: {beds: 4}")).garden.beds == 4
-    with pytest.raises(UserError, match="garden.fence is False, but is no option any more: it is always True"):
-        estate(base=file("garden: {fence: false}"))
 
 
 def test_take_option():

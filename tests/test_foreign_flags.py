@@ -83,7 +83,7 @@ def test_the_common_ones_are_short(cls):
         ("--torchcompile", "--train.compile on"),
         (
             "--name exp1 --logs l",
-            "--name exp1 is --run_folder exp1 here. --logs l is --run_folder l/NAME",
+            "--name exp1 is --out exp1 here. --logs l is --out l/NAME",
         ),
         ("--image-mean 0 0 0", "--data.preprocess.mean, with the same three numbers, here"),
         ("-b 8 -train-data d", "-b: flags have two dashes here. -train-data: flags have two dashes here. See --help"),
@@ -144,7 +144,7 @@ def test_resume_takes_no_value_but_latest_and_auto(tiny_file, tmp_path):
     words = {"name": "t", "doc": "", "default_recipe": str(tiny_file), "shown": ""}
     with pytest.raises(UserError, match="--resume goes on from the newest .*; leave out 'a/1.pt'"):
         command(PretrainConfig, lambda config: True, ["--resume", "a/1.pt"], **words)
-    with pytest.raises(UserError, match=f"newest .*; add --run_folder before '{tmp_path}'$"):
+    with pytest.raises(UserError, match=f"newest .*; add --out before '{tmp_path}'$"):
         command(PretrainConfig, lambda config: True, ["--resume", str(tmp_path)], **words)
     resumes = []
     for args in (

@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
     options = parse(CheckpointOptions, arguments, prog="checkpoint", description=__doc__)
     checkpoints = checkpoints_in(options.run / "checkpoints")
     if not checkpoints:
-        raise UserError(f"{options.run} has no checkpoints; give the folder of a run, its --run_folder")
+        raise UserError(f"{options.run} has no checkpoints; give the folder of a run, its --out")
     how = _retention(options)
     wrong = {path: problem(path) for path in checkpoints}
     if options.action == "prune":

@@ -141,7 +141,7 @@ def find_checkpoint(checkpoints: Path) -> Path:
         warn(f"checkpoint passed over: {line}")
     if folder is None:
         why = "all are damaged: " + "; ".join(passed) if passed else "there is none yet"
-        raise UserError(f"cannot resume from {checkpoints}: {why}. Start again with another --run_folder")
+        raise UserError(f"cannot resume from {checkpoints}: {why}. Start again with another --out")
     return folder
 
 

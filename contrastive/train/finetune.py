@@ -80,7 +80,7 @@ def finetune(config: FinetuneConfig) -> bool:
     if checkpoint is not None and config.init_key not in (None, key):
         raise UserError(
             f"{bundle.path} is not the model that {config.run_folder} started from: its weights have changed; put the "
-            "old ones back, or start again with another --run_folder"
+            "old ones back, or start again with another --out"
         )
     bundle, config = at_size(bundle, config.image_size), replace(config, init_key=key)
     source, held_out, config = open_data(config)

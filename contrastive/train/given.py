@@ -138,7 +138,7 @@ def changes_on_resume(config: RunConfig, before: dict[str, Any]) -> str:
     if kept:
         raise UserError(
             f"a resumed run keeps its {kept[0]} (asked for: {'; '.join(said[name] for name in kept)}): leave it as it "
-            "was, or start another run with a --run_folder of its own; pretraining starts from these weights with "
+            "was, or start another run with a --out of its own; pretraining starts from these weights with "
             f"--init {config.run_folder}"
         )
     schedule = "; from here on the learning rate is that of a run of this length" if "train.steps" in said else ""

@@ -102,8 +102,8 @@ def _take_resume(args: list[str]) -> tuple[list[str], bool]:
         args = [arg for place, arg in enumerate(args) if place != args.index("--resume") + 1]
     elif after:
         raise UserError(
-            "--resume goes on from the newest checkpoint of --run_folder, or with auto starts where there is none; "
-            + (f"add --run_folder before '{after}'" if os.path.isdir(after) else f"leave out '{after}'")
+            "--resume goes on from the newest checkpoint of --out, or with auto starts where there is none; "
+            + (f"add --out before '{after}'" if os.path.isdir(after) else f"leave out '{after}'")
         )
     return args, after == "auto"
 

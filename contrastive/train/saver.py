@@ -137,7 +137,7 @@ class CheckpointSaver:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _check_room_ahead(self, done: int, steps: int) -> None:
-        check_writable(self._checkpoints, "name another folder with --run_folder")
+        check_writable(self._checkpoints, "name another folder with --out")
         config, (model, optimizers, ema) = self._config, self._parts
         weights = _bytes(model.state_dict().values())
         states = [tensor for optimizer in optimizers for found in optimizer.state.values() for tensor in found.values()]

@@ -27,8 +27,8 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise UserError(f"nothing to resume in {folder}: it has no config.yaml; drop --resume to start a run")
     is_free = not folder.exists() or (folder.is_dir() and all(map(_is_left_over, folder.iterdir())))
     if not (resume or is_free):
-        raise UserError(f"{folder} exists; continue it with --resume, or name another folder with --run_folder")
-    check_writable(folder, "name another folder with --run_folder")
+        raise UserError(f"{folder} exists; continue it with --resume, or name another folder with --out")
+    check_writable(folder, "name another folder with --out")
 
 
 def goes_on(folder: Path) -> bool:
@@ -78,7 +78,7 @@ class RunLock:
         self._lease.release()
 
     def _acquire(self) -> None:
-        busy = f"another process is training in {self.folder}; wait for it or use another --run_folder"
+        busy = f"another process is training in {self.folder}; wait for it or use another --out"
         before, looks = None, 0
         while True:
             try:

@@ -101,7 +101,7 @@ def test_existing_run_folder_is_left_alone(tiny, tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        f"pretrain.py: error: {run} exists; continue it with --resume, or name another folder with --run_folder"
+        f"pretrain.py: error: {run} exists; continue it with --resume, or name another folder with --out"
     ]
     assert [path.name for path in run.iterdir()] == ["mine.txt"] and (run / "mine.txt").read_text() == "precious"
 

@@ -169,7 +169,7 @@ def test_a_read_only_run_folder_is_said_before_anything(resume, tmp_path, monkey
     if resume:
         (tmp_path / "config.yaml").write_text("a: 1")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(UserError, match="cannot write to .*; name another folder with --run_folder"):
+    with pytest.raises(UserError, match="cannot write to .*; name another folder with --out"):
         check_folder(tmp_path, resume)
 
 
