@@ -28,13 +28,14 @@ from contrastive.train.run import command
 ROOT = Path(__file__).resolve().parents[1]
 SETTLE = 3  # steps at the start that do not count
 HEAD = "--objectives.{0}.prototypes 1024 --objectives.{0}.hidden 512 --objectives.{0}.bottleneck 128"
-SELF_DISTILL, MASKED = HEAD.format("self_distill"), HEAD.format("masked")
+SELF_DISTILL, MASKED, PATCH_DISTILL = map(HEAD.format, ("self_distill", "masked", "patch_distill"))
 CASES = {
     "none": "",
     "caption": "--objectives caption",
     "self_distill": f"--objectives self_distill {SELF_DISTILL}",
     "masked": f"--objectives masked {MASKED}",
     "self_distill masked": f"--objectives self_distill masked {SELF_DISTILL} {MASKED}",
+    "patch_distill": f"--objectives patch_distill {PATCH_DISTILL}",
     "slip": "--objectives slip --objectives.slip.hidden 512 --objectives.slip.out 128",
     "distill": "--objectives distill --teacher {0}/teacher",
     "distill, stored": "--objectives distill --teacher {0}/views",

@@ -85,3 +85,16 @@ class Crops(Extra):
                 [augment(sample.record.image, size, self.options, sample.rng) for _ in range(self.count)]
             )
         }
+
+
+class DrawnPlaces(Extra):
+    """'places', int64 (M,): a share of the image's patches drawn at random, rising, as many of each image."""
+
+    def __init__(self, name: str, first_step: int, share: float, patch_size: int):
+        super().__init__(name, first_step)
+        self.share, self.patch_size = share, patch_size
+
+    def of(self, sample: DrawnSample) -> dict[str, Any]:
+        patches = (sample.image_size // self.patch_size) ** 2
+        drawn = sample.rng.random(patches).argsort(kind="stable")
+        return {"places": np.sort(drawn[: max(1, round(self.share * patches))])}

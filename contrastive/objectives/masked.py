@@ -2,16 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from contrastive.data.extras import DrawnSample, Extra
+from contrastive.data.extras import DrawnPlaces
 from contrastive.models.image_tower import Hidden
 from contrastive.objectives.objective import MicroBatch, Setting, Tensors
-from contrastive.objectives.prototypes import PrototypeConfig, PrototypeObjective
+from contrastive.objectives.prototypes import PrototypeConfig, PrototypeObjective, at_places
 from contrastive.option_types import Probability
 
 
@@ -33,19 +31,6 @@ class MaskedConfig(PrototypeConfig):
         return MaskedPrediction(self, setting)
 
 
-class MaskedPatches(Extra):
-    """'places', int64 (M,): which patches are hidden, rising, as many of each image."""
-
-    def __init__(self, name: str, first_step: int, share: float, patch_size: int):
-        super().__init__(name, first_step)
-        self.share, self.patch_size = share, patch_size
-
-    def of(self, sample: DrawnSample) -> dict[str, Any]:
-        patches = (sample.image_size // self.patch_size) ** 2
-        drawn = sample.rng.random(patches).argsort(kind="stable")
-        return {"places": np.sort(drawn[: max(1, round(self.share * patches))])}
-
-
 class MaskedPrediction(PrototypeObjective):
     """See `MaskedConfig`. Each hidden patch's token, through the head, to the teacher's of the same place."""
 
@@ -54,33 +39,21 @@ class MaskedPrediction(PrototypeObjective):
     def __init__(self, options: MaskedConfig, setting: Setting):
         super().__init__(options, setting)
         self.mask_token = nn.Parameter(torch.zeros(setting.model.image.width))
-        self.extra = MaskedPatches(self.name, self.first_step, options.share, setting.model.image.patch_size)
+        self.extra = DrawnPlaces(self.name, self.first_step, options.share, setting.model.image.patch_size)
 
     def targets(self, part: MicroBatch, inputs: Tensors) -> dict[str, torch.Tensor]:
-        patches, places = self._patches(self.teacher.tokens(part)), inputs["places"]
+        patches, places = self.patches_of(self.teacher.tokens(part)), inputs["places"]
         if not self.options.center_images:
-            return {"prototypes": self.teacher_head(_at(patches, places))}
+            return {"prototypes": self.teacher_head(at_places(patches, places))}
         logits = self.teacher_head(patches)
-        return {"prototypes": _at(logits - logits.mean(dim=1, keepdim=True), places)}
-
-    def whole_targets(self, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        logits = targets["prototypes"]  # (b, M, K)
-        return {"prototypes": self.probabilities(logits.flatten(0, 1)).unflatten(0, logits.shape[:2])}
+        return {"prototypes": at_places(logits - logits.mean(dim=1, keepdim=True), places)}
 
     def loss(self, part: MicroBatch, inputs: Tensors, targets: Tensors) -> torch.Tensor:
         tower, places = part.model.image_tower, inputs["places"]
         num_patches = math.prod(side // tower.config.patch_size for side in part.pixels.shape[-2:])
         hidden = torch.zeros(len(places), num_patches, dtype=torch.bool, device=places.device).scatter(1, places, True)
         tokens = tower.forward_features(part.pixels, Hidden(hidden, self.mask_token))
-        return self.cross_entropy(self.head(_at(self._patches(tokens), places)), targets["prototypes"])
-
-    def _patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens[:, self.teacher.tower.num_prefix_tokens :]
+        return self.cross_entropy(self.head(at_places(self.patches_of(tokens), places)), targets["prototypes"])
 
     def describe(self) -> str:
         return f"{self.options.share:.0%} of the patches to {self.options.prototypes:,} prototypes, "
-
-
-def _at(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """What (b', N, D) has at these patches: (b', M, D)."""
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))

@@ -78,6 +78,8 @@ class Setting:
     """Whether it takes all captions of an image together."""
     locked: bool = False
     """Whether the image tower does not learn."""
+    drops_patches: bool = False
+    """Whether it is shown a share of the patches alone (patch_dropout), in some stage of the curriculum at least."""
     others: Mapping[str, "Objective"] = field(default_factory=dict)
     """Those of the run that were built before this one."""
 

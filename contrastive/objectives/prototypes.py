@@ -139,6 +139,14 @@ class PrototypeObjective(Objective):
         if self._next_center is not None:
             self.center.copy_(torch.where(skipped, self.center, self._next_center))
 
+    def patches_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (b', N, D) without the class token."""
+        return tokens[:, self.teacher.tower.num_prefix_tokens :]
+
+    def whole_targets(self, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        logits = targets["prototypes"]  # (b, K) or (b, M, K)
+        return {"prototypes": self.probabilities(logits.flatten(0, -2)).view_as(logits)}
+
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The teacher's logits of this rank (n, K), as many on each, to probabilities (n, K), over the global batch."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -167,3 +175,8 @@ def sinkhorn(logits: torch.Tensor) -> torch.Tensor:
         columns = all_reduce_sum((logits - largest).exp().sum(dim=0)).log() + largest
         logits = (logits - columns + math.log(rows / logits.shape[1])).log_softmax(dim=1)
     return logits.exp()
+
+
+def at_places(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """What (b', N, D) has at these patches, int64 (b', M): (b', M, D)."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))

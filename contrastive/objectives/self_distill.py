@@ -62,9 +62,6 @@ class SelfDistill(PrototypeObjective):
         pooled = tower.pooled(self.teacher.tokens(part), project=False)
         return {"prototypes": self.teacher_head(pooled)}
 
-    def whole_targets(self, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"prototypes": self.probabilities(targets["prototypes"])}
-
     def loss(self, part: MicroBatch, inputs: Tensors, targets: Tensors) -> torch.Tensor:
         crops = self.normalize(inputs["views"].flatten(0, 1)).to(part.pixels.dtype)
         told = self.head(part.model.image_tower(crops, project=False)).unflatten(0, (-1, self.options.crops))

@@ -230,7 +230,7 @@ class ContrastiveTask(TrainingTask):
 
     def _setting(self, name: str) -> Setting:
         config, data = self.config, self.config.data
-        sizes = tuple(dict.fromkeys(size for size, _ in self.curriculum.settings))
+        sizes, shares_dropped = (tuple(dict.fromkeys(own)) for own in zip(*self.curriculum.settings, strict=True))
         parts = self.source, self.tokenizer, self.preprocess
         varied = data.caption_templates, data.captions_per_image, data.augment
         return Setting(
@@ -239,6 +239,7 @@ class ContrastiveTask(TrainingTask):
             loss=config.loss,
             all_captions=config.all_captions,
             locked=config.lock == "image",
+            drops_patches=any(shares_dropped),
             others=self.objectives,
         )
 

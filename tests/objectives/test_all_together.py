@@ -16,10 +16,11 @@ objectives:
   distill: {teacher: [TEACHER], feature_weight: 0.5, project: true}
   self_distill: {crops: 2, crop_size: 8, start: 0.5, prototypes: 16, hidden: 16, bottleneck: 8}
   masked: {start: 0.4, prototypes: 16, hidden: 16, bottleneck: 8, balance: sinkhorn}
+  patch_distill: {start: 0.6, share: 0.5, prototypes: 16, hidden: 16, bottleneck: 8}
   slip: {hidden: 16, out: 8}
   hard_negatives: {column: wrong}
 """
-NAMES = {"contrastive", "caption", "distill", "self_distill", "masked", "slip", "hard_negatives"}
+NAMES = {"contrastive", "caption", "distill", "self_distill", "masked", "patch_distill", "slip", "hard_negatives"}
 
 
 @pytest.fixture

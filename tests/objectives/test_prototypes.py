@@ -7,7 +7,7 @@ import torch
 from rank_processes import joined, run_on_ranks
 
 from contrastive.data.augment import AugmentConfig
-from contrastive.data.extras import Crops, DrawnSample
+from contrastive.data.extras import Crops, DrawnPlaces, DrawnSample
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.record import Record
 from contrastive.distributed.runtime import Runtime
@@ -17,24 +17,27 @@ from contrastive.losses import reference as formulas
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.objectives import Setting
 from contrastive.objectives.learner import Learner
-from contrastive.objectives.masked import MaskedConfig, MaskedPatches
+from contrastive.objectives.masked import MaskedConfig
+from contrastive.objectives.patch_distill import PatchDistillConfig
 from contrastive.objectives.self_distill import SelfDistillConfig
 from contrastive.train.gradient import Batch, forward_backward
 
 CONFIG = ModelConfig(
     embed_dim=16,
-    image=ImageTowerConfig(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32, class_token=True),
+    image=ImageTowerConfig(
+        image_size=16, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32, class_token=True, pool="attention"
+    ),
     text=TextTowerConfig(vocab_size=20, context_length=6, width=16, depth=1, num_heads=2, mlp_dim=32),
     init_logit_scale=10.0,
     init_logit_bias=-3.0,
 )
 HEAD = {"prototypes": 12, "hidden": 16, "bottleneck": 8}
-B, CROPS, MASKED = 24, 2, 5
+B, CROPS, MASKED, MIDDLES = 24, 2, 5, 3
 PREPROCESS = Preprocess(PreprocessConfig(image_size=16))
 
 
-def setting(name, others=None, sizes=(16,), locked=False):
-    return Setting(name, CONFIG, None, None, PREPROCESS, 10, sizes, others=others or {}, locked=locked)
+def setting(name, others=None, sizes=(16,), **how):
+    return Setting(name, CONFIG, None, None, PREPROCESS, 10, sizes, others=others or {}, **how)
 
 
 def learner(balance="center", **starts):
@@ -45,6 +48,7 @@ def learner(balance="center", **starts):
         "masked": MaskedConfig(
             balance=balance, start=starts.get("masked", 0.0), center_images=balance == "sinkhorn", **HEAD
         ),
+        "patch_distill": PatchDistillConfig(window=3, balance=balance, start=starts.get("patch_distill", 0.0), **HEAD),
     }
     for name, config in configs.items():
         model.objectives[name] = config.build(setting(name, dict(model.objectives.items())))
@@ -63,7 +67,9 @@ def data():
     tokens = torch.randint(0, 20, (B, 6), generator=generator)
     crops = torch.randint(0, 256, (B, CROPS, 3, 8, 8), generator=generator, dtype=torch.uint8)
     places = torch.rand(B, 16, generator=generator).argsort(dim=1)[:, :MASKED].sort(dim=1).values
-    return pixels, tokens, {"self_distill": {"views": crops}, "masked": {"places": places}}
+    middles = torch.rand(B, 16, generator=generator).argsort(dim=1)[:, :MIDDLES].sort(dim=1).values
+    inputs = {"self_distill": {"views": crops}, "masked": {"places": places}, "patch_distill": {"places": middles}}
+    return pixels, tokens, inputs
 
 
 def gradients(balance, accumulate, runtime, rank=0, world_size=1):
@@ -82,7 +88,7 @@ def wanted(balance):
     """The losses by their formulas, the gradients of all that learns, and the centres after the step."""
     model = learner(balance)
     pixels, tokens, inputs = data()
-    student, distill, masked = model.image_tower, model.objectives["self_distill"], model.objectives["masked"]
+    student, (distill, masked, local) = model.image_tower, model.objectives.values()
 
     def loss(told, aimed, center):
         told, aimed = told.flatten(0, -2), aimed.flatten(0, -2)
@@ -97,13 +103,17 @@ def wanted(balance):
         of_patches = masked.teacher_head(seen[rows])
         if masked.options.center_images:
             of_patches = of_patches - masked.teacher_head(seen[:, 1:]).mean(dim=1, keepdim=True)
+        teacher, middles = distill.own_teacher.tower, inputs["patch_distill"]["places"]
+        of_windows = local.teacher_head(teacher(windows(pixels, middles), project=False).unflatten(0, (B, MIDDLES)))
         centers = {
+            "patch_distill": 0.9 * local.center + 0.1 * of_windows.flatten(0, 1).mean(0),
             "self_distill": 0.9 * distill.center + 0.1 * of_image.mean(0),
             "masked": 0.9 * masked.center + 0.1 * of_patches.flatten(0, 1).mean(0),
         }
         if balance == "sinkhorn":
             of_image = formulas.sinkhorn(of_image, 0.04, 3)
             of_patches = formulas.sinkhorn(of_patches.flatten(0, 1), 0.04, 3).unflatten(0, (B, MASKED))
+            of_windows = formulas.sinkhorn(of_windows.flatten(0, 1), 0.04, 3).unflatten(0, (B, MIDDLES))
     crops = PREPROCESS.normalize(inputs["self_distill"]["views"].flatten(0, 1)).double()
     told = distill.head(student(crops, project=False)).unflatten(0, (B, CROPS))
     own = loss(told, of_image[:, None].expand_as(told), distill.center)
@@ -112,10 +122,13 @@ def wanted(balance):
     x = torch.cat([student.class_token.expand(B, 1, -1), x], dim=1) + student.position_embedding
     tokens_seen = student.norm(student.transformer(x))
     other = loss(masked.head(tokens_seen[rows]), of_patches, masked.center)
+    alone = student.forward_features(pixels)[torch.arange(B)[:, None], 1 + middles].flatten(0, 1)
+    third = loss(local.head(student.head(alone[:, None])).unflatten(0, (B, MIDDLES)), of_windows, local.center)
     labels = formulas.pair_labels(tokens[:, 0], "negative")
     features = model.encode_image(pixels), model.encode_text(tokens), model.logit_scale.exp(), model.logit_bias
     contrastive = formulas.sigmoid_loss(*features, *labels)
-    losses = {"loss": contrastive + own + 0.25 * other, "self_distill_loss": own, "masked_loss": other}
+    losses = {"self_distill_loss": own, "masked_loss": other, "patch_distill_loss": third}
+    losses["loss"] = contrastive + own + 0.25 * other + third
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return (
         losses,
@@ -124,13 +137,30 @@ def wanted(balance):
     )
 
 
+def windows(pixels, middles):
+    """Three patches of 4 a side around each, or what the image has of them, at 12 x 12 pixels, one by one."""
+
+    def stretched(image, middle, dim):
+        first, last = 4 * max(0, middle - 1), 4 * min(4, middle + 2)
+        at = first + (torch.arange(12, dtype=torch.float64) + 0.5) / 12 * (last - first) - 0.5
+        low = at.floor().long()
+        share = (at - low)[:, None] if dim == 1 else at - low
+        below, above = (image.index_select(dim, near.clamp(0, 15)) for near in (low, low + 1))
+        return below * (1 - share) + above * share
+
+    found = []
+    for image, places in zip(pixels, middles.tolist(), strict=True):
+        found += [stretched(stretched(image, place // 4, 1), place % 4, 2) for place in places]
+    return torch.stack(found)
+
+
 def check(balance, losses, grads, centers):
     right, expected, next_centers = wanted(balance)
     for name, value in right.items():
         torch.testing.assert_close(losses[name], value.detach(), rtol=1e-10, atol=0)
     for name, grad in grads.items():
         if name in expected:
-            # The positions of crops are resampled in float32.
+            # The positions of crops and windows are resampled in float32.
             atol = 1e-8 if name == "image_tower.position_embedding" else 1e-12
             torch.testing.assert_close(grad, expected[name], rtol=1e-7, atol=atol, msg=name)
         else:
@@ -141,7 +171,7 @@ def check(balance, losses, grads, centers):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("balance", ["center", "sinkhorn"])
-def test_both_equal_their_formulas(balance, accumulate):
+def test_all_equal_their_formulas(balance, accumulate):
     check(balance, *gradients(balance, accumulate, Runtime("fp32")))
 
 
@@ -165,7 +195,7 @@ def test_ranks_equal_the_formulas(ranks, tmp_path, free_port):
 
 
 def test_one_teacher_is_kept_by_who_begins_first():
-    model = learner(self_distill=0.5, masked=0.2)
+    model = learner(self_distill=0.5, masked=0.2, patch_distill=0.9)
     distill, masked = model.objectives["self_distill"], model.objectives["masked"]
     assert masked.teacher is distill.teacher and distill.teacher.keeper == "masked"
     names = [name for name in model.state_dict() if "tower" in name and name.startswith("objectives.")]
@@ -199,7 +229,7 @@ def test_what_is_drawn():
     assert not torch.equal(crops.of(drawn(16))["views"], crops.of(drawn(16, 1))["views"])
     seen = torch.zeros(16)
     for seed in range(400):
-        places = torch.from_numpy(MaskedPatches("masked", 0, 0.3, 4).of(drawn(16, seed))["places"])
+        places = torch.from_numpy(DrawnPlaces("masked", 0, 0.3, 4).of(drawn(16, seed))["places"])
         assert len(places) == 5 and (places.diff() > 0).all()
         seen[places] += 1
     share = seen / 400
@@ -213,6 +243,11 @@ def test_what_is_drawn():
         (lambda: SelfDistillConfig(crop_size=6).build(setting("self_distill")), "a multiple of the patch size 4"),
         (lambda: SelfDistillConfig(crop_size=8).build(setting("self_distill", sizes=(8, 16))), "the images' 8 pixels"),
         (lambda: MaskedConfig().build(setting("masked", locked=True)), "--lock image keeps as it is"),
+        (lambda: PatchDistillConfig(window=4).build(setting("patch_distill")), "window is 4; it has to be odd"),
+        (
+            lambda: PatchDistillConfig(window=3).build(setting("patch_distill", drops_patches=True)),
+            "reads all patches, and patch_dropout drops some",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(make, said):

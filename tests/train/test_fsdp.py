@@ -152,6 +152,7 @@ objectives:
   caption: {width: 16, num_heads: 2, mlp_dim: 16, depth: 2}
   self_distill: {start: 0.5, crops: 2, crop_size: 8, prototypes: 16, hidden: 16, bottleneck: 8, balance: sinkhorn}
   masked: {start: 0.3, share: 0.4, prototypes: 16, hidden: 16, bottleneck: 8, keep: true}
+  patch_distill: {start: 0.4, prototypes: 16, hidden: 16, bottleneck: 8}
   distill: {teacher: [TEACHER], feature_weight: 0.5, project: true}
 """
 

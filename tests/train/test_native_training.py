@@ -202,6 +202,7 @@ REFUSED = {
     "--objectives slip": "--objectives slip cuts square views, which is not for model.image.native",
     "--objectives self_distill": "--objectives self_distill cuts square crops",
     "--objectives masked": "--objectives masked hides",
+    "--objectives patch_distill": "--objectives patch_distill cuts square windows",
     "--objectives distill": "--objectives distill shows teachers square views",
 }
 

@@ -58,6 +58,7 @@ objectives:
   caption: {{width: 16, depth: 1, num_heads: 2, mlp_dim: 16}}
   self_distill: {{crops: 1, crop_size: 4, prototypes: 8, hidden: 8, bottleneck: 8, augment: {AUGMENT}}}
   masked: {{prototypes: 8, hidden: 8, bottleneck: 8}}
+  patch_distill: {{prototypes: 8, hidden: 8, bottleneck: 8}}
   slip: {{hidden: 8, out: 8, augment: {AUGMENT}}}
   distill: {{teacher: [TEACHER], feature_weight: 0.5, project: true}}
 """,
@@ -67,7 +68,7 @@ data: {{train: digits, augment: {AUGMENT}}}
 """,
     "finetune": f"{COMMON}\ndata: {{train: digits, augment: {AUGMENT}}}\nwise_ft: {{alphas: [0.0, 0.5]}}",
 }
-WALKED = ("caption", "self_distill", "masked", "slip", "distill")  # objectives
+WALKED = ("caption", "self_distill", "masked", "patch_distill", "slip", "distill")  # objectives
 VALUES = {  # where another value of the type would be wrong, as the words after the flag
     "schedule.decay": "constant",
     "schedule.cooldown_steps": "2",
@@ -135,11 +136,15 @@ VALUES = {  # where another value of the type would be wrong, as the words after
     "objectives.caption.norm_eps": "0.1",
     "objectives.self_distill.start": "0.5",
     "objectives.masked.start": "0.5",
+    "objectives.patch_distill.start": "0.5",
+    "objectives.patch_distill.share": "0.9",
+    "objectives.patch_distill.window": "1",
     "objectives.slip.start": "0.5",
     "objectives.distill.start": "0.5",
     "objectives.distill.scale": "3",
     "objectives.self_distill.momentum": "0.1",
     "objectives.masked.momentum": "0.1",
+    "objectives.patch_distill.momentum": "0.1",
     **{
         name.replace("data", f"objectives.{objective}"): value
         for objective in ("self_distill", "slip")
