@@ -96,7 +96,7 @@ def test_only_a_run_that_was_stopped_goes_back_into_the_queue(
         assert words == (
             "launch --config_file configs/accelerate/eight_gpus.yaml --num_machines 2 --num_processes 2 "
             f"--machine_rank {node} --main_process_ip 127.0.0.1 --main_process_port 20007 scripts/pretrain.py "
-            f"--run_folder {tmp_path / 'run'} --resume auto --loss two words\n"
+            f"--out {tmp_path / 'run'} --resume auto --loss two words\n"
         )
 
 
