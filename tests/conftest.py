@@ -70,3 +70,15 @@ def tiny(tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     return path
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a text to a file, a.yaml by default; returns its path."""
+
+    def write(text, name="a.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write

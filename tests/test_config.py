@@ -70,16 +70,6 @@ def run(*args, file=None):
     return parse(Family, list(args), file, prog="test", description="A test.")
 
 
-@pytest.fixture
-def file(tmp_path):
-    def write(text, name="a.yaml"):
-        path = tmp_path / name
-        path.write_text(text)
-        return path
-
-    return write
-
-
 def test_defaults_file_flags(file):
     path = file("name: Jones\nother: {rooms: 5, height: 1e-3}\nincome: 3\nrange: [0.5, 2]\npet: {indoor: true}")
     config = run("--other.rooms", "6", "--mood=bad", file=path)

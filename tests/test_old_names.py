@@ -14,16 +14,6 @@ class House:
     """How many."""
 
 
-@pytest.fixture
-def file(tmp_path):
-    def write(text, name="a.yaml"):
-        path = tmp_path / name
-        path.write_text(text)
-        return path
-
-    return write
-
-
 @dataclass(frozen=True)
 class Garden:
     RENAMED = {"size": "plot.rooms", "fence": Gone(True)}
