@@ -29,6 +29,9 @@ KINDS = {
     "bidirectional average": {"pool": "average", "attend_padding": False},
     "bidirectional eos": {"pool": "eos", "attend_padding": False},
 }
+# In float32 the gradients are sums over 64 tokens, which processors add up in orders of their own: apart by 1.25e-6 of
+# 1.15 on one where another stayed within 1e-6. Float64 is the sharp test.
+FLOAT32 = 5e-6
 TOKENS = torch.tensor(
     [
         [1, 7, 8, 2, 0, 0, 0, 0],
@@ -71,7 +74,7 @@ def test_packed_equals_padded(kind):
         for rows in (slice(None), slice(0, 1), slice(3, 4)):
             packed = model.pack(TOKENS[rows])
             assert isinstance(packed, PackedTokens) and len(packed.ids) <= TOKENS[rows].numel() * 5 // 8
-            same(results(model.float(), packed), results(model, TOKENS[rows]), 1e-6)
+            same(results(model.float(), packed), results(model, TOKENS[rows]), FLOAT32)
             same(results(model.double(), packed), results(model, TOKENS[rows]), 1e-12)
 
 
@@ -141,7 +144,7 @@ def test_the_kernel_of_a_gpu_is_given_where_each_text_begins(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))
     monkeypatch.setattr(segments, "_has_varlen_kernel", lambda q, dropout: True)
     for kind in KINDS:
-        same(results(tower(kind), tower(kind).pack(TOKENS)), expected[kind], 1e-6)
+        same(results(tower(kind), tower(kind).pack(TOKENS)), expected[kind], FLOAT32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
