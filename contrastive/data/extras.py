@@ -87,6 +87,13 @@ class Crops(Extra):
         }
 
 
+class WhichImage(Extra):
+    """'image', int: the sample's place in its source."""
+
+    def of(self, sample: DrawnSample) -> dict[str, Any]:
+        return {"image": sample.index}
+
+
 class DrawnPlaces(Extra):
     """'places', int64 (M,): a share of the image's patches drawn at random, rising, as many of each image."""
 

@@ -1,4 +1,4 @@
-"""What self-distillation and masked prediction share: a teacher that follows the student, and heads with prototypes.
+"""Heads with prototypes, which what is learnt of a teacher is told by in self-distillation and masked prediction.
 
 A head tells for a feature to which of K prototypes it belongs; the student's head is to say of what it sees what the
 teacher's says of the whole image (Caron et al. 2021, "DINO"; Zhou et al. 2022, "iBOT").
@@ -13,23 +13,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from contrastive.distributed.collectives import all_reduce_max, all_reduce_sum, world_size
-from contrastive.distributed.sharding import local
 from contrastive.models import DualEncoder
-from contrastive.models.image_tower import ImageTower
-from contrastive.objectives.objective import MicroBatch, Objective, ObjectiveConfig, Setting
-from contrastive.option_types import Positive, Probability
+from contrastive.objectives.objective import Setting
+from contrastive.objectives.self_taught import SelfTaught, SelfTaughtConfig, copy_weights, follow
+from contrastive.option_types import Positive
 
 CENTER_DECAY = 0.9
 SINKHORN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class PrototypeConfig(ObjectiveConfig):
+class PrototypeConfig(SelfTaughtConfig):
     """The options of a head with prototypes and of the teacher that it learns from."""
 
-    momentum: Probability[float] = 0.996
-    """Share of the teacher that stays in each step; the rest is the student's. A shared teacher's tower has that of the
-    objective that begins first."""
     prototypes: Positive[int] = 4096
     """K: among how many a feature is told apart."""
     hidden: Positive[int] = 2048
@@ -68,73 +64,24 @@ class PrototypeHead(nn.Module):
         return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.prototypes, dim=-1))
 
 
-class EmaTeacher(nn.Module):
-    """An image tower that follows the student's: teacher ← m · teacher + (1 − m) · student. It never learns.
-
-    keeper: the objective that moves it, of those that share it the one that begins first.
-    """
-
-    def __init__(self, setting: Setting, momentum: float):
-        super().__init__()
-        self.tower = ImageTower(setting.model.image, setting.model.embed_dim)
-        self.momentum, self.keeper = momentum, setting.name
-        self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "EmaTeacher":
-        """It stays in eval mode."""
-        return super().train(False)
-
-    def tokens(self, part: MicroBatch) -> torch.Tensor:
-        """(b', N, D) of the whole images, class token first where there is one."""
-        return part.once("teacher's tokens", lambda: self.tower.forward_features(part.pixels))
-
-
-def follow(teacher: nn.Module, student: nn.Module, momentum: float, skipped: torch.Tensor) -> None:
-    """Move the teacher's parameters towards the student's, unless `skipped` (bool, 0-dim)."""
-    teachers, students = ([local(p) for p in module.parameters()] for module in (teacher, student))
-    moves = torch._foreach_sub(students, teachers)
-    torch._foreach_mul_(moves, torch.where(skipped, 0.0, 1 - momentum))
-    torch._foreach_add_(teachers, moves)
-
-
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Make the parameters of `target` those of `source`, which has the same."""
-    for to, from_ in zip(target.parameters(), source.parameters(), strict=True):
-        local(to).copy_(local(from_))
-
-
-class PrototypeObjective(Objective):
+class PrototypeObjective(SelfTaught):
     """A student's head that learns from its own average, and the targets that it learns."""
+
+    options: PrototypeConfig
 
     def __init__(self, options: PrototypeConfig, setting: Setting):
         super().__init__(options, setting)
-        setting.check_learns_images()
-        sharing = [one for one in setting.others.values() if isinstance(one, PrototypeObjective)]
-        if sharing:
-            # Not registered a second time: its weights are saved once, as the other objective's.
-            self._shared = (sharing[0].teacher,)
-            if self.first_step < min(one.first_step for one in sharing):
-                self.teacher.keeper, self.teacher.momentum = setting.name, options.momentum
-        else:
-            self.own_teacher = EmaTeacher(setting, options.momentum)
-            self._shared = (self.own_teacher,)
         self.head = PrototypeHead(setting.model.image.width, options)
         self.teacher_head = PrototypeHead(setting.model.image.width, options).requires_grad_(False)
         self.register_buffer("center", torch.zeros(options.prototypes))
         self._next_center: torch.Tensor | None = None  # once the step is done
 
-    @property
-    def teacher(self) -> EmaTeacher:
-        return self._shared[0]
-
     def begin(self, model: DualEncoder) -> None:
-        if self.teacher.keeper == self.name:
-            copy_weights(model.image_tower, self.teacher.tower)
+        super().begin(model)
         copy_weights(self.head, self.teacher_head)
 
     def after_update(self, model: DualEncoder, skipped: torch.Tensor) -> None:
-        if self.teacher.keeper == self.name:
-            follow(self.teacher.tower, model.image_tower, self.teacher.momentum, skipped)
+        super().after_update(model, skipped)
         follow(self.teacher_head, self.head, self.options.momentum, skipped)
         if self._next_center is not None:
             self.center.copy_(torch.where(skipped, self.center, self._next_center))

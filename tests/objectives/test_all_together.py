@@ -17,10 +17,14 @@ objectives:
   self_distill: {crops: 2, crop_size: 8, start: 0.5, prototypes: 16, hidden: 16, bottleneck: 8}
   masked: {start: 0.4, prototypes: 16, hidden: 16, bottleneck: 8, balance: sinkhorn}
   patch_distill: {start: 0.6, share: 0.5, prototypes: 16, hidden: 16, bottleneck: 8}
+  patch_mean: {start: 0.3}
   slip: {hidden: 16, out: 8}
   hard_negatives: {column: wrong}
 """
-NAMES = {"contrastive", "caption", "distill", "self_distill", "masked", "patch_distill", "slip", "hard_negatives"}
+NAMES = {
+    *("contrastive", "caption", "distill", "self_distill", "masked", "patch_distill", "patch_mean", "slip"),
+    "hard_negatives",
+}
 
 
 @pytest.fixture

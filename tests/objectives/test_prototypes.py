@@ -1,9 +1,11 @@
-"""Self-distillation and masked prediction against their formulas, under ranks and micro-batches; their teacher."""
+"""What learns from the model's own average, against its formula, under ranks and micro-batches; the teacher."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rank_processes import joined, run_on_ranks
 
 from contrastive.data.augment import AugmentConfig
@@ -19,6 +21,8 @@ from contrastive.objectives import Setting
 from contrastive.objectives.learner import Learner
 from contrastive.objectives.masked import MaskedConfig
 from contrastive.objectives.patch_distill import PatchDistillConfig
+from contrastive.objectives.patch_mean import PatchMeanConfig
+from contrastive.objectives.prototypes import PrototypeObjective
 from contrastive.objectives.self_distill import SelfDistillConfig
 from contrastive.train.gradient import Batch, forward_backward
 
@@ -31,6 +35,7 @@ CONFIG = ModelConfig(
     init_logit_scale=10.0,
     init_logit_bias=-3.0,
 )
+AVERAGING = replace(CONFIG, image=replace(CONFIG.image, pool="average"))
 HEAD = {"prototypes": 12, "hidden": 16, "bottleneck": 8}
 B, CROPS, MASKED, MIDDLES = 24, 2, 5, 3
 PREPROCESS = Preprocess(PreprocessConfig(image_size=16))
@@ -49,6 +54,7 @@ def learner(balance="center", **starts):
             balance=balance, start=starts.get("masked", 0.0), center_images=balance == "sinkhorn", **HEAD
         ),
         "patch_distill": PatchDistillConfig(window=3, balance=balance, start=starts.get("patch_distill", 0.0), **HEAD),
+        "patch_mean": PatchMeanConfig(temperature=0.2, start=starts.get("patch_mean", 0.0)),
     }
     for name, config in configs.items():
         model.objectives[name] = config.build(setting(name, dict(model.objectives.items())))
@@ -56,9 +62,13 @@ def learner(balance="center", **starts):
     with torch.no_grad():  # a teacher of its own, tokens that are not all alike, a centre
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        for one in model.objectives.values():
+        for one in with_prototypes(model).values():
             one.center += 0.1 * torch.randn(one.center.shape, generator=generator)
     return model.double()
+
+
+def with_prototypes(model):
+    return {name: one for name, one in model.objectives.items() if isinstance(one, PrototypeObjective)}
 
 
 def data():
@@ -69,6 +79,7 @@ def data():
     places = torch.rand(B, 16, generator=generator).argsort(dim=1)[:, :MASKED].sort(dim=1).values
     middles = torch.rand(B, 16, generator=generator).argsort(dim=1)[:, :MIDDLES].sort(dim=1).values
     inputs = {"self_distill": {"views": crops}, "masked": {"places": places}, "patch_distill": {"places": middles}}
+    inputs["patch_mean"] = {"image": torch.arange(B) % (B - 2)}  # two images are there twice
     return pixels, tokens, inputs
 
 
@@ -80,7 +91,7 @@ def gradients(balance, accumulate, runtime, rank=0, world_size=1):
     batch = Batch(pixels, tokens.chunk(accumulate), tokens[:, 0], inputs)
     how = {"objectives": model.active(0), "seed": (0, 5), "runtime": runtime}
     losses = forward_backward(runtime.wrap(model), SigmoidLoss(), batch, **how)
-    centers = {name: one._next_center for name, one in model.objectives.items()}
+    centers = {name: one._next_center for name, one in with_prototypes(model).items()}
     return losses, {name: p.grad for name, p in model.named_parameters()}, centers
 
 
@@ -88,7 +99,7 @@ def wanted(balance):
     """The losses by their formulas, the gradients of all that learns, and the centres after the step."""
     model = learner(balance)
     pixels, tokens, inputs = data()
-    student, (distill, masked, local) = model.image_tower, model.objectives.values()
+    student, (distill, masked, local, mean) = model.image_tower, model.objectives.values()
 
     def loss(told, aimed, center):
         told, aimed = told.flatten(0, -2), aimed.flatten(0, -2)
@@ -100,6 +111,7 @@ def wanted(balance):
         seen = distill.own_teacher.tower.forward_features(pixels)
         rows = torch.arange(B)[:, None], 1 + inputs["masked"]["places"]  # after the class token
         of_image = distill.teacher_head(distill.own_teacher.tower.pooled(seen, project=False))
+        embedded = F.normalize(distill.own_teacher.tower.pooled(seen), dim=1)
         of_patches = masked.teacher_head(seen[rows])
         if masked.options.center_images:
             of_patches = of_patches - masked.teacher_head(seen[:, 1:]).mean(dim=1, keepdim=True)
@@ -122,13 +134,17 @@ def wanted(balance):
     x = torch.cat([student.class_token.expand(B, 1, -1), x], dim=1) + student.position_embedding
     tokens_seen = student.norm(student.transformer(x))
     other = loss(masked.head(tokens_seen[rows]), of_patches, masked.center)
-    alone = student.forward_features(pixels)[torch.arange(B)[:, None], 1 + middles].flatten(0, 1)
+    patches = student.forward_features(pixels)[:, 1:]
+    alone = patches[torch.arange(B)[:, None], middles].flatten(0, 1)
     third = loss(local.head(student.head(alone[:, None])).unflatten(0, (B, MIDDLES)), of_windows, local.center)
+    means = F.normalize(mean.head(patches.mean(dim=1)), dim=1)
+    same_image = formulas.pair_labels(inputs["patch_mean"]["image"], "ignore")
+    fourth = formulas.softmax_loss(means, embedded, 1 / 0.2, *same_image)
     labels = formulas.pair_labels(tokens[:, 0], "negative")
     features = model.encode_image(pixels), model.encode_text(tokens), model.logit_scale.exp(), model.logit_bias
     contrastive = formulas.sigmoid_loss(*features, *labels)
-    losses = {"self_distill_loss": own, "masked_loss": other, "patch_distill_loss": third}
-    losses["loss"] = contrastive + own + 0.25 * other + third
+    losses = {"self_distill_loss": own, "masked_loss": other, "patch_distill_loss": third, "patch_mean_loss": fourth}
+    losses["loss"] = contrastive + own + 0.25 * other + third + fourth
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return (
         losses,
@@ -195,7 +211,7 @@ def test_ranks_equal_the_formulas(ranks, tmp_path, free_port):
 
 
 def test_one_teacher_is_kept_by_who_begins_first():
-    model = learner(self_distill=0.5, masked=0.2, patch_distill=0.9)
+    model = learner(self_distill=0.5, masked=0.2, patch_distill=0.9, patch_mean=0.9)
     distill, masked = model.objectives["self_distill"], model.objectives["masked"]
     assert masked.teacher is distill.teacher and distill.teacher.keeper == "masked"
     names = [name for name in model.state_dict() if "tower" in name and name.startswith("objectives.")]
@@ -243,6 +259,10 @@ def test_what_is_drawn():
         (lambda: SelfDistillConfig(crop_size=6).build(setting("self_distill")), "a multiple of the patch size 4"),
         (lambda: SelfDistillConfig(crop_size=8).build(setting("self_distill", sizes=(8, 16))), "the images' 8 pixels"),
         (lambda: MaskedConfig().build(setting("masked", locked=True)), "--lock image keeps as it is"),
+        (
+            lambda: PatchMeanConfig().build(replace(setting("patch_mean"), model=AVERAGING)),
+            "for towers that pool otherwise, and model.image.pool is average already",
+        ),
         (lambda: PatchDistillConfig(window=4).build(setting("patch_distill")), "window is 4; it has to be odd"),
         (
             lambda: PatchDistillConfig(window=3).build(setting("patch_distill", drops_patches=True)),

@@ -167,6 +167,16 @@ def test_objectives_see_no_padding():
     torch.testing.assert_close(Caption.loss(captions, whole, inputs, {}), sum(each) / 2)
 
 
+def test_what_a_mean_of_patches_aims_at_is_each_images_own(folder, tmp_path):
+    """Padding has no part in it: one micro-batch of all images and one of each learn the same."""
+    flags = ("--config", folder / "native.yaml", "--objectives", "patch_mean", "--train.steps", "2")
+    for name, tokens in (("whole", ()), ("parts", ("--train.micro_batch_tokens", "16"))):
+        pretrain_here(*flags, *tokens, "--run_folder", tmp_path / name)
+    whole, parts = (rows(tmp_path / name) for name in ("whole", "parts"))
+    for one, other in zip(whole, parts, strict=True):
+        assert one["patch_mean_loss"] == pytest.approx(other["patch_mean_loss"], rel=1e-5)
+
+
 def test_captions_and_a_model_to_start_from(folder, tmp_path):
     """Two stages: a model of squares goes on natively with the same weights, and that one with smaller patches."""
     start = ("--init", folder / "square", "--data", folder / "pairs.csv", "--train.global_batch_size", "8")

@@ -59,6 +59,7 @@ objectives:
   self_distill: {{crops: 1, crop_size: 4, prototypes: 8, hidden: 8, bottleneck: 8, augment: {AUGMENT}}}
   masked: {{prototypes: 8, hidden: 8, bottleneck: 8}}
   patch_distill: {{prototypes: 8, hidden: 8, bottleneck: 8}}
+  patch_mean: {{}}
   slip: {{hidden: 8, out: 8, augment: {AUGMENT}}}
   distill: {{teacher: [TEACHER], feature_weight: 0.5, project: true}}
 """,
@@ -68,7 +69,7 @@ data: {{train: digits, augment: {AUGMENT}}}
 """,
     "finetune": f"{COMMON}\ndata: {{train: digits, augment: {AUGMENT}}}\nwise_ft: {{alphas: [0.0, 0.5]}}",
 }
-WALKED = ("caption", "self_distill", "masked", "patch_distill", "slip", "distill")  # objectives
+WALKED = ("caption", "self_distill", "masked", "patch_distill", "patch_mean", "slip", "distill")  # objectives
 VALUES = {  # where another value of the type would be wrong, as the words after the flag
     "schedule.decay": "constant",
     "schedule.cooldown_steps": "2",
@@ -137,6 +138,7 @@ VALUES = {  # where another value of the type would be wrong, as the words after
     "objectives.self_distill.start": "0.5",
     "objectives.masked.start": "0.5",
     "objectives.patch_distill.start": "0.5",
+    "objectives.patch_mean.start": "0.5",
     "objectives.patch_distill.share": "0.9",
     "objectives.patch_distill.window": "1",
     "objectives.slip.start": "0.5",
@@ -145,6 +147,7 @@ VALUES = {  # where another value of the type would be wrong, as the words after
     "objectives.self_distill.momentum": "0.1",
     "objectives.masked.momentum": "0.1",
     "objectives.patch_distill.momentum": "0.1",
+    "objectives.patch_mean.momentum": "0.1",
     **{
         name.replace("data", f"objectives.{objective}"): value
         for objective in ("self_distill", "slip")
@@ -162,6 +165,9 @@ BESIDE = {  # what else it takes for it to matter
     "all_captions": "--data.captions_per_image 2 --loss softmax --loss.duplicates negative",
     "data.spread_captions": "--data.captions_per_image 2 --data.templates photo",
     "schedule.cooldown_steps": "--schedule.decay wsd",
+    "objectives.patch_mean.momentum": " ".join(  # whose is it that begins first
+        f"--objectives.{name}.start 0.5" for name in ("self_distill", "masked", "patch_distill")
+    ),
     "data.lanes": "--data.window 100",
     "data.preprocess.cut": "--data.preprocess.resize crop --data.preprocess.short_side 11",
     "model.image.pool": "--model.image.class_token",

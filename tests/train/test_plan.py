@@ -19,6 +19,7 @@ from contrastive.objectives.distill import DistillConfig
 from contrastive.objectives.hard_negatives import HardNegativesConfig
 from contrastive.objectives.masked import MaskedConfig
 from contrastive.objectives.patch_distill import PatchDistillConfig
+from contrastive.objectives.patch_mean import PatchMeanConfig
 from contrastive.objectives.self_distill import SelfDistillConfig
 from contrastive.objectives.slip import SlipConfig
 from contrastive.optim import AdamWConfig, MuonConfig
@@ -58,6 +59,7 @@ BESIDE = {
     "self_distill": SelfDistillConfig(crops=2, start=0.75, **HEAD),
     "masked": MaskedConfig(start=0.75, **HEAD),
     "patch_distill": PatchDistillConfig(start=0.75, **HEAD),
+    "patch_mean": PatchMeanConfig(start=0.75),
     "slip": SlipConfig(hidden=16, out=8),
     "distill": DistillConfig(teacher=("nowhere",)),
     "hard_negatives": HardNegativesConfig(column="wrong"),
@@ -68,7 +70,7 @@ def test_objectives_are_counted_with_their_modules_teachers_and_views(monkeypatc
     monkeypatch.setattr(products, "ONEDNN", False)
     config = replace(CONFIG, objectives=chosen(OBJECTIVES, BESIDE))
     model = model_of(config)
-    named = ["caption", "self_distill", "masked", "patch_distill", "slip"]
+    named = ["caption", "self_distill", "masked", "patch_distill", "patch_mean", "slip"]
     assert list(model.objectives) == named, "what needs data is left out"
     given = torch.randn(4, 3, 32, 32), torch.ones(4, 8, dtype=torch.int64), example_inputs(config, model, 4)
     given[2]["caption"]["weights"].fill_(1 / 8)  # all tokens count
