@@ -33,13 +33,14 @@ class PatchMeanConfig(SelfTaughtConfig):
 class PatchMean(SelfTaught):
     """See `PatchMeanConfig`. The mean's linear map and the teacher's embeddings, (B, E) each, B pairs among B x B."""
 
+    reads = "patches"
     options: PatchMeanConfig
 
     def __init__(self, options: PatchMeanConfig, setting: Setting):
         super().__init__(options, setting)
         if setting.model.image.pool == "average":
             raise UserError(
-                f"--objectives {self.name} is for towers that pool otherwise, and model.image.pool is average already"
+                f"--objectives {self.name} is for model.image.pool class or attention; average is the patches' mean"
             )
         self.head = nn.Linear(setting.model.image.width, setting.model.embed_dim)
         self.extra = WhichImage(self.name, self.first_step)

@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
     init_logit_scale=10.0,
     init_logit_bias=-3.0,
 )
-AVERAGING = replace(CONFIG, image=replace(CONFIG.image, pool="average"))
+POOLING = {pool: replace(CONFIG, image=replace(CONFIG.image, pool=pool)) for pool in ("attention", "class", "average")}
 HEAD = {"prototypes": 12, "hidden": 16, "bottleneck": 8}
 B, CROPS, MASKED, MIDDLES = 24, 2, 5, 3
 PREPROCESS = Preprocess(PreprocessConfig(image_size=16))
@@ -45,9 +45,9 @@ def setting(name, others=None, sizes=(16,), **how):
     return Setting(name, CONFIG, None, None, PREPROCESS, 10, sizes, others=others or {}, **how)
 
 
-def learner(balance="center", **starts):
+def learner(balance="center", pool="attention", **starts):
     torch.manual_seed(0)
-    model = Learner(CONFIG)
+    model = Learner(POOLING[pool])
     configs = {
         "self_distill": SelfDistillConfig(crops=CROPS, balance=balance, start=starts.get("self_distill", 0.0), **HEAD),
         "masked": MaskedConfig(
@@ -57,7 +57,9 @@ def learner(balance="center", **starts):
         "patch_mean": PatchMeanConfig(temperature=0.2, start=starts.get("patch_mean", 0.0)),
     }
     for name, config in configs.items():
-        model.objectives[name] = config.build(setting(name, dict(model.objectives.items())))
+        model.objectives[name] = config.build(
+            replace(setting(name, dict(model.objectives.items())), model=POOLING[pool])
+        )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():  # a teacher of its own, tokens that are not all alike, a centre
         for parameter in model.parameters():
@@ -83,8 +85,8 @@ def data():
     return pixels, tokens, inputs
 
 
-def gradients(balance, accumulate, runtime, rank=0, world_size=1):
-    model = learner(balance)
+def gradients(balance, accumulate, runtime, rank=0, world_size=1, pool="attention"):
+    model = learner(balance, pool)
     pixels, tokens, inputs = data()
     pixels, tokens = pixels.chunk(world_size)[rank], tokens.chunk(world_size)[rank]
     inputs = {name: {k: v.chunk(world_size)[rank] for k, v in own.items()} for name, own in inputs.items()}
@@ -95,9 +97,9 @@ def gradients(balance, accumulate, runtime, rank=0, world_size=1):
     return losses, {name: p.grad for name, p in model.named_parameters()}, centers
 
 
-def wanted(balance):
+def wanted(balance, pool):
     """The losses by their formulas, the gradients of all that learns, and the centres after the step."""
-    model = learner(balance)
+    model = learner(balance, pool)
     pixels, tokens, inputs = data()
     student, (distill, masked, local, mean) = model.image_tower, model.objectives.values()
 
@@ -136,7 +138,8 @@ def wanted(balance):
     other = loss(masked.head(tokens_seen[rows]), of_patches, masked.center)
     patches = student.forward_features(pixels)[:, 1:]
     alone = patches[torch.arange(B)[:, None], middles].flatten(0, 1)
-    third = loss(local.head(student.head(alone[:, None])).unflatten(0, (B, MIDDLES)), of_windows, local.center)
+    alone = student.head(alone[:, None]) if pool == "attention" else alone
+    third = loss(local.head(alone).unflatten(0, (B, MIDDLES)), of_windows, local.center)
     means = F.normalize(mean.head(patches.mean(dim=1)), dim=1)
     same_image = formulas.pair_labels(inputs["patch_mean"]["image"], "ignore")
     fourth = formulas.softmax_loss(means, embedded, 1 / 0.2, *same_image)
@@ -170,8 +173,8 @@ def windows(pixels, middles):
     return torch.stack(found)
 
 
-def check(balance, losses, grads, centers):
-    right, expected, next_centers = wanted(balance)
+def check(balance, losses, grads, centers, pool="attention"):
+    right, expected, next_centers = wanted(balance, pool)
     for name, value in right.items():
         torch.testing.assert_close(losses[name], value.detach(), rtol=1e-10, atol=0)
     for name, grad in grads.items():
@@ -185,10 +188,11 @@ def check(balance, losses, grads, centers):
         torch.testing.assert_close(center, next_centers[name], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("pool", ["attention", "class"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("balance", ["center", "sinkhorn"])
-def test_all_equal_their_formulas(balance, accumulate):
-    check(balance, *gradients(balance, accumulate, Runtime("fp32")))
+def test_all_equal_their_formulas(balance, accumulate, pool):
+    check(balance, *gradients(balance, accumulate, Runtime("fp32"), pool=pool), pool)
 
 
 def run_rank(rank, world_size, port, folder):
@@ -260,8 +264,8 @@ def test_what_is_drawn():
         (lambda: SelfDistillConfig(crop_size=8).build(setting("self_distill", sizes=(8, 16))), "the images' 8 pixels"),
         (lambda: MaskedConfig().build(setting("masked", locked=True)), "--lock image keeps as it is"),
         (
-            lambda: PatchMeanConfig().build(replace(setting("patch_mean"), model=AVERAGING)),
-            "for towers that pool otherwise, and model.image.pool is average already",
+            lambda: PatchMeanConfig().build(replace(setting("patch_mean"), model=POOLING["average"])),
+            "for model.image.pool class or attention; average is the patches' mean",
         ),
         (lambda: PatchDistillConfig(window=4).build(setting("patch_distill")), "window is 4; it has to be odd"),
         (
