@@ -36,7 +36,8 @@ CASES = {
     "masked": f"--objectives masked {MASKED}",
     "self_distill masked": f"--objectives self_distill masked {SELF_DISTILL} {MASKED}",
     "patch_distill": f"--objectives patch_distill {PATCH_DISTILL}",
-    "patch_mean": "--objectives patch_mean",
+    # One token of 37 more than `none` has, which averages.
+    "patch_mean": "--objectives patch_mean --model.image.pool class --model.image.class_token",
     "slip": "--objectives slip --objectives.slip.hidden 512 --objectives.slip.out 128",
     "distill": "--objectives distill --teacher {0}/teacher",
     "distill, stored": "--objectives distill --teacher {0}/views",

@@ -1,7 +1,8 @@
 """The mean of an image's patches is to be told from other images' as the teacher tells the whole (self-distillation).
 
-A pooling of its own, a class token or attention, asks nothing of single patches: the last block's serve it as keys, or
-not at all. In a mean each has to say what it shows. The loss is that of MoCo v3 (Chen et al. 2021), on one view.
+A class token leaves the last block's patches unused, and attention pooling asks what serves all of them together; in
+a mean each has to say what it shows. The loss is CLIP's softmax, both ways, against a teacher that is the model's
+average, as in MoCo (He et al. 2020).
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import nn
 
 from contrastive.data.extras import WhichImage
 from contrastive.errors import UserError
+from contrastive.losses import NoLossConfig
 from contrastive.losses.softmax import SoftmaxLoss
 from contrastive.models import Features
 from contrastive.models.encoders import unit_length
@@ -33,7 +35,6 @@ class PatchMeanConfig(SelfTaughtConfig):
 class PatchMean(SelfTaught):
     """See `PatchMeanConfig`. The mean's linear map and the teacher's embeddings, (B, E) each, B pairs among B x B."""
 
-    reads = "patches"
     options: PatchMeanConfig
 
     def __init__(self, options: PatchMeanConfig, setting: Setting):
@@ -41,6 +42,10 @@ class PatchMean(SelfTaught):
         if setting.model.image.pool == "average":
             raise UserError(
                 f"--objectives {self.name} is for model.image.pool class or attention; average is the patches' mean"
+            )
+        if isinstance(setting.loss, NoLossConfig):
+            raise UserError(
+                f"--objectives {self.name} aims at what the contrastive loss teaches, which --loss none has not"
             )
         self.head = nn.Linear(setting.model.image.width, setting.model.embed_dim)
         self.extra = WhichImage(self.name, self.first_step)
@@ -59,5 +64,4 @@ class PatchMean(SelfTaught):
         return self.compare(*pairs, 1 / self.options.temperature, None, caption_ids=targets["image"])
 
     def describe(self) -> str:
-        whose = "" if self.teacher.keeper == self.name else f" of {self.teacher.keeper}'s teacher"
-        return f"mean of the patches to the image's embedding{whose}, temperature {self.options.temperature:g}, "
+        return f"mean of the patches to the image's embedding, temperature {self.options.temperature:g}, "

@@ -1,4 +1,4 @@
-"""Heads with prototypes, which what is learnt of a teacher is told by in self-distillation and masked prediction.
+"""Heads with prototypes, by which self_distill, masked and patch_distill compare what student and teacher see.
 
 A head tells for a feature to which of K prototypes it belongs; the student's head is to say of what it sees what the
 teacher's says of the whole image (Caron et al. 2021, "DINO"; Zhou et al. 2022, "iBOT").

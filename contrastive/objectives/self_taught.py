@@ -17,8 +17,7 @@ class SelfTaughtConfig(ObjectiveConfig):
     """The option of the teacher."""
 
     momentum: Probability[float] = 0.996
-    """Share of the teacher that stays in each step; the rest is the student's. A shared teacher's tower has that of the
-    objective that begins first."""
+    """Share of the teacher that stays in each step; the rest is the student's. Objectives of one momentum share one."""
 
 
 class EmaTeacher(nn.Module):
@@ -27,10 +26,10 @@ class EmaTeacher(nn.Module):
     keeper: the objective that moves it, of those that share it the one that begins first.
     """
 
-    def __init__(self, setting: Setting, momentum: float):
+    def __init__(self, setting: Setting):
         super().__init__()
         self.tower = ImageTower(setting.model.image, setting.model.embed_dim)
-        self.momentum, self.keeper = momentum, setting.name
+        self.keeper = setting.name
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "EmaTeacher":
@@ -39,7 +38,7 @@ class EmaTeacher(nn.Module):
 
     def tokens(self, part: MicroBatch) -> torch.Tensor:
         """(b', N, D) of the whole images, class token first where there is one."""
-        return part.once("teacher's tokens", lambda: self.tower.forward_features(part.pixels))
+        return part.once(f"tokens of {self.keeper}'s teacher", lambda: self.tower.forward_features(part.pixels))
 
 
 def follow(teacher: nn.Module, student: nn.Module, momentum: float, skipped: torch.Tensor) -> None:
@@ -57,21 +56,22 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 
 
 class SelfTaught(Objective):
-    """An objective that learns from the image tower's average; all those of a run share one teacher."""
+    """An objective that learns from the image tower's average; those of a run with one momentum share one teacher."""
 
     options: SelfTaughtConfig
 
     def __init__(self, options: SelfTaughtConfig, setting: Setting):
         super().__init__(options, setting)
         setting.check_learns_images()
-        sharing = [one for one in setting.others.values() if isinstance(one, SelfTaught)]
+        others = [one for one in setting.others.values() if isinstance(one, SelfTaught)]
+        sharing = [one for one in others if one.options.momentum == options.momentum]
         if sharing:
             # Not registered a second time: its weights are saved once, as the other objective's.
             self._shared = (sharing[0].teacher,)
             if self.first_step < min(one.first_step for one in sharing):
-                self.teacher.keeper, self.teacher.momentum = setting.name, options.momentum
+                self.teacher.keeper = setting.name
         else:
-            self.own_teacher = EmaTeacher(setting, options.momentum)
+            self.own_teacher = EmaTeacher(setting)
             self._shared = (self.own_teacher,)
 
     @property
@@ -84,4 +84,4 @@ class SelfTaught(Objective):
 
     def after_update(self, model: DualEncoder, skipped: torch.Tensor) -> None:
         if self.teacher.keeper == self.name:
-            follow(self.teacher.tower, model.image_tower, self.teacher.momentum, skipped)
+            follow(self.teacher.tower, model.image_tower, self.options.momentum, skipped)

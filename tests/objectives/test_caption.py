@@ -264,7 +264,7 @@ def test_the_image_model_starts_another_run(alone, tmp_path):
     [
         ("--loss none --objectives none", "--loss none learns by objectives alone, one of which starts at 0"),
         ("--loss none --objectives.caption.start 0.5", "--loss none learns by objectives alone, one of which starts"),
-        ("--loss none --objectives patch_mean", "model.image.pool attention: nothing trains it with --loss none"),
+        ("--loss none --objectives patch_mean", "--objectives patch_mean aims at what the contrastive loss teaches"),
         ("--loss none", "model.image.pool attention: nothing trains it with --loss none"),
         ("--loss none --model.image.pool average --model.image.projection", "model.image.projection true: nothing"),
         (

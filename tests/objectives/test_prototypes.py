@@ -218,6 +218,8 @@ def test_one_teacher_is_kept_by_who_begins_first():
     model = learner(self_distill=0.5, masked=0.2, patch_distill=0.9, patch_mean=0.9)
     distill, masked = model.objectives["self_distill"], model.objectives["masked"]
     assert masked.teacher is distill.teacher and distill.teacher.keeper == "masked"
+    other = PatchMeanConfig(momentum=0.9).build(setting("other", dict(model.objectives.items())))
+    assert other.teacher is not masked.teacher and other.teacher.keeper == "other"
     names = [name for name in model.state_dict() if "tower" in name and name.startswith("objectives.")]
     assert names and all(name.startswith("objectives.self_distill.own_teacher.") for name in names)
     with torch.no_grad():

@@ -165,9 +165,6 @@ BESIDE = {  # what else it takes for it to matter
     "all_captions": "--data.captions_per_image 2 --loss softmax --loss.duplicates negative",
     "data.spread_captions": "--data.captions_per_image 2 --data.templates photo",
     "schedule.cooldown_steps": "--schedule.decay wsd",
-    "objectives.patch_mean.momentum": " ".join(  # whose is it that begins first
-        f"--objectives.{name}.start 0.5" for name in ("self_distill", "masked", "patch_distill")
-    ),
     "data.lanes": "--data.window 100",
     "data.preprocess.cut": "--data.preprocess.resize crop --data.preprocess.short_side 11",
     "model.image.pool": "--model.image.class_token",
