@@ -136,13 +136,16 @@ def synthetic(folder, num_shards=40_000, samples=10_000):
 
 
 OPEN = """
-import resource, sys, time
+import json, resource, sys, time
 from contrastive.data.sources import open_source
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 started = time.process_time()
 source = open_source(sys.argv[1])
 print(len(source), len(source.shard_sizes), source.remote, source.captioned, source.labelled, len(source.fingerprint))
-print(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+seconds, kilobytes = time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+started = time.process_time()
+json.load(open(sys.argv[1] + "/manifest.json"))
+print(seconds / (time.process_time() - started), kilobytes)
 """
 
 
@@ -153,8 +156,9 @@ def test_row_18_opening_400_million_samples_reads_no_shard(tmp_path):
     )
     facts, cost = done.stdout.splitlines()
     assert facts == "400000000 40000 True True False 16"
-    seconds, kilobytes = map(float, cost.split())
-    assert seconds < 2 and kilobytes < 400_000
+    times_its_json, kilobytes = map(float, cost.split())
+    # About 2.5; in seconds, one machine takes twice what another does.
+    assert times_its_json < 5 and kilobytes < 400_000
     source = open_source(str(tmp_path / "laion"))
     with pytest.raises(UserError, match="00000.tar.npz: the index of this shard is missing"):
         source[0]

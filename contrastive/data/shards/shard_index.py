@@ -304,15 +304,23 @@ def load_index(shard: IndexedShard) -> ShardIndex:
 
 def summary_from(values: dict) -> ShardSummary:
     """Build a summary from `dataclasses.asdict`'s values, as JSON keeps them; ValueError for others."""
-    counts = [values[name] for name, kind in ShardSummary.__annotations__.items() if kind is int]
+    counts = [values[name] for name in _COUNTS]
     if not all(type(count) is int and count >= 0 for count in counts) or values["samples"] * BLOCK > values["size"]:
         raise ValueError("counts that no shard has")
     faults = [found for name in ("refused", "left_aside") for found in values[name].values()]
-    texts = [values["sha256"] or "", *values["fields"], *values["texts"], *(key for f in faults for key in f["keys"])]
+    texts = [values["sha256"] or "", *(key for found in faults for key in found["keys"])]
+    fields, suffixes = _shared(tuple(values["fields"])), _shared(tuple(values["texts"]))
     if not all(type(text) is str for text in texts) or not all(type(found["count"]) is int for found in faults):
         raise ValueError("names that are no texts")
-    return ShardSummary(**{**values, **{name: _shared(tuple(values[name])) for name in ("fields", "texts")}})
+    return ShardSummary(**{**values, "fields": fields, "texts": suffixes})
 
 
-# One tuple for the same names in 40,000 shards.
-_shared = lru_cache(maxsize=1024)(tuple)
+_COUNTS = [name for name, kind in ShardSummary.__annotations__.items() if kind is int]
+
+
+@lru_cache(maxsize=1024)
+def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
+    """One tuple, looked at once, for the same names in 40,000 shards."""
+    if not all(type(name) is str for name in names):
+        raise ValueError("names that are no texts")
+    return names
