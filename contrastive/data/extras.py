@@ -91,7 +91,7 @@ class WhichImage(Extra):
     """'image', int: the sample's place in its source."""
 
     def of(self, sample: DrawnSample) -> dict[str, Any]:
-        return {"image": sample.index}
+        return {**super().of(sample), "image": sample.index}
 
 
 class DrawnPlaces(Extra):

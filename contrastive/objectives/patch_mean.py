@@ -44,9 +44,7 @@ class PatchMean(SelfTaught):
                 f"--objectives {self.name} is for model.image.pool class or attention; average is the patches' mean"
             )
         if isinstance(setting.loss, NoLossConfig):
-            raise UserError(
-                f"--objectives {self.name} aims at what the contrastive loss teaches, which --loss none has not"
-            )
+            raise UserError(f"--objectives {self.name} aims at what the contrastive loss teaches; --loss none is none")
         self.head = nn.Linear(setting.model.image.width, setting.model.embed_dim)
         self.extra = WhichImage(self.name, self.first_step)
         self.compare = SoftmaxLoss("ignore")  # an image that is there twice is no wrong answer

@@ -67,8 +67,6 @@ class PrototypeHead(nn.Module):
 class PrototypeObjective(SelfTaught):
     """A student's head that learns from its own average, and the targets that it learns."""
 
-    options: PrototypeConfig
-
     def __init__(self, options: PrototypeConfig, setting: Setting):
         super().__init__(options, setting)
         self.head = PrototypeHead(setting.model.image.width, options)

@@ -1,12 +1,12 @@
 """Two further views of an image are told from those of all other images (Mu et al. 2022, "SLIP"; SimCLR)."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from contrastive.data.augment import AugmentConfig
-from contrastive.data.extras import Crops, DrawnSample
+from contrastive.data.extras import Crops, WhichImage
 from contrastive.losses.sigmoid import SigmoidLoss, SigmoidLossConfig
 from contrastive.losses.softmax import SoftmaxLoss
 from contrastive.models import Features
@@ -45,11 +45,8 @@ class SlipConfig(ObjectiveConfig):
         return Slip(self, setting)
 
 
-class TwoViews(Crops):
+class TwoViews(WhichImage, Crops):
     """'views', uint8 (2, 3, S, S), and 'image', int, which image they are of."""
-
-    def of(self, sample: DrawnSample) -> dict[str, Any]:
-        return {**super().of(sample), "image": sample.index}
 
 
 class Slip(Objective):
