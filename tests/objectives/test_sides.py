@@ -252,8 +252,8 @@ def test_a_run_from_a_table(tiny, tmp_path):
     with pytest.raises(UserError, match="objectives.hard_negatives.keep: it has no modules that could be kept"):
         keep = ("--objectives.hard_negatives.column", "wrong", "--objectives.hard_negatives.keep")
         pretrain_here(*words, "--run_folder", tmp_path / "d", *keep)
-    with pytest.raises(UserError, match="hard_negatives.column wrong: scenes:train has no texts to choose from"):
-        words[3] = "scenes"
+    with pytest.raises(UserError, match="hard_negatives.column wrong: scenes:val has no texts to choose from"):
+        words[3] = "scenes:val"
         pretrain_here(*words, "--run_folder", tmp_path / "c", "--objectives.hard_negatives.column", "wrong")
 
 

@@ -273,12 +273,13 @@ def test_no_configuration_has_a_learning_rate_to_warn_of():
     )
 
 
-def test_accelerate_launch_takes_it_and_its_process_all_cores(tmp_path):
+def test_accelerate_launch_takes_it_and_its_process_all_cores(tiny, tmp_path):
     """accelerate 1.15 without --cpu sets OMP_NUM_THREADS=1 for its one process."""
     words = [sys.executable, *ACCELERATE, "--num_processes", "1", ROOT / "scripts" / "pretrain.py", "--dry_run"]
+    words += ["--config", tiny]
     env = {name: value for name, value in environment().items() if name != "OMP_NUM_THREADS"}
     run = {"capture_output": True, "text": True, "env": env, "timeout": 120, "cwd": tmp_path}
     done = subprocess.run([*words, "--run_folder", "run"], **run)
     assert done.returncode == 0 and "a dry run" in done.stderr and "warning:" not in done.stderr, done.stderr
     assert f"1 x cpu, fp32, {len(os.sched_getaffinity(0))} threads each" in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [tiny]

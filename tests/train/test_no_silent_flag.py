@@ -38,6 +38,7 @@ KINDS = {
     "pretrain": (PretrainConfig, pretrain),
     "finetune": (FinetuneConfig, finetune),
     "classifier": (TrainClassifierConfig, train_classifier),
+    "objectives": (PretrainConfig, pretrain),  # apart, or the run of every other option would wait for them
 }
 COMMON = """
 train: {steps: 2, global_batch_size: 8, ema_decay: 0.5}
@@ -47,13 +48,16 @@ evaluation: {every: 2, limit: 8, batch_size: 4}
 """
 AUGMENT = "{crop_scale: [0.3, 1.0], rand_augment_ops: 1, color_jitter: [0.4, 0.4, 0.4, 0.1], gray_prob: 0.2}"
 IMAGE = "image_size: 8, patch_size: 4, width: 16, depth: 1, num_heads: 2, mlp_dim: 16"
-FILES = {
-    "pretrain": f"""{COMMON}
+PRETRAIN = f"""{COMMON}
 model:
   embed_dim: 16
   image: {{{IMAGE}, projection: true}}
   text: {{context_length: 8, width: 16, depth: 1, num_heads: 2, mlp_dim: 16}}
 data: {{train: "digits:train", eval: ["digits:test"], vocab_size: 300, augment: {AUGMENT}}}
+"""
+FILES = {
+    "pretrain": PRETRAIN,
+    "objectives": f"""{PRETRAIN}
 objectives:
   caption: {{width: 16, depth: 1, num_heads: 2, mlp_dim: 16}}
   self_distill: {{crops: 1, crop_size: 4, prototypes: 8, hidden: 8, bottleneck: 8, augment: {AUGMENT}}}
@@ -288,13 +292,15 @@ def options():
     names = {}
     for kind, (cls, _) in KINDS.items():
         config = dataclasses.replace(cls(), optimizer=MuonConfig())
-        if kind == "pretrain":
+        if kind == "objectives":
             config = dataclasses.replace(config, objectives=chosen(OBJECTIVES, WALKED))
         for name in flatten(to_dict(config)):
+            if (name.split(".")[0] == "objectives") != (kind == "objectives"):
+                continue
             if name not in FILLED_IN and not name.endswith(".name") and (kind, name) != ("finetune", "init"):
                 names.setdefault(name, []).append(kind)
     for number, (name, kinds) in enumerate(names.items()):
-        shared = len(kinds) == len(KINDS)
+        shared = len(kinds) == len(KINDS) - 1
         yield from ((kind, name) for kind in ([kinds[number % len(kinds)]] if shared else kinds))
 
 

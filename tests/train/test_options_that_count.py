@@ -218,9 +218,9 @@ def test_a_resumed_run_keeps_the_model_that_it_was_started_with(tmp_path):
     [
         (["--data.caption_column", "title"], "data.caption_column has no effect: digits:train has no texts to choose"),
         (["--data.image_column", "path"], "data.image_column has no effect: digits:train has no columns; leave it out"),
-        (["--data.train", "scenes", "--data.eval", "scenes:test", "--data.templates", "cifar"], None),
+        (["--data.train", "scenes:val", "--data.eval", "scenes:test", "--data.templates", "cifar"], None),
         (
-            ["--data.train", "scenes", "--data.eval", "scenes:val", "--data.templates", "cifar"],
+            ["--data.train", "scenes:val", "--data.eval", "scenes:val", "--data.templates", "cifar"],
             "templates cifar is for labelled data",
         ),
         (

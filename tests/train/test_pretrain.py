@@ -58,7 +58,7 @@ def test_trackers_get_the_figures(tiny, tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one(tiny, tmp_path, free_port):
-    """With the issue's own command, which accelerate alone would run as a single process."""
+    """With README's command, which accelerate alone would run as a single process."""
     common = ("--config", tiny, "--model.image.dropout", "0", "--train.log_every", "1")
     pretrain_here(*common, "--run_folder", tmp_path / "one")
     done = pretrain(
