@@ -4,12 +4,22 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 
+from contrastive.data.sources import open_source
 from contrastive.data.sources.scene_layout import BACKDROPS, COLOURS, SHAPES
-from contrastive.data.sources.scenes import HELD_OUT_PAIRS, PAIRS, RGB, TRAINING_PAIRS, Scenes
+from contrastive.data.sources.scenes import (
+    END_CLASSES,
+    END_PAIRS,
+    HELD_OUT_PAIRS,
+    PAIRS,
+    RGB,
+    TRAINING_PAIRS,
+    Scenes,
+)
 from contrastive.errors import UserError
 
 MENTION = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
@@ -291,3 +301,39 @@ def test_rendering_keeps_up_with_training():
             source[index]
         best = min(best, (time.perf_counter() - start) / 200)
     assert best < 0.002  # about 0.1 ms on an idle core
+
+
+def test_wide_pictures_show_what_their_captions_say():
+    source = pickle.loads(pickle.dumps(open_source("scenes:wide")))
+    shapes = Counter()
+    for index in (0, 1, 2, 3, 4, 5):
+        record = source[index]
+        height, width = record.image.shape[:2]
+        shapes[height, width] += 1
+        assert record.captions == source.captions(index) and record.label is None and 3 <= len(record.captions) <= 4
+        first, second = record.captions[-1].split(" and ")
+        here, there = ("on the left", "on the right") if width > height else ("at the top", "at the bottom")
+        assert first.endswith(here) and second.endswith(there)
+        one, other = np.split(record.image, 2, axis=int(width > height))
+        for half, said in ((one, first), (other, second)):
+            colour, shape = said.split()[1:3]
+            assert (colour, shape) not in HELD_OUT_PAIRS
+            distance = np.abs(half.astype(int) - RGB[colour]).max(axis=2)
+            assert (distance < 20).sum() > 100, f"no {colour} {said}"
+    assert set(shapes) == {(48, 192), (192, 48)}
+
+
+def test_no_end_alone_tells_the_class():
+    source = open_source("scenes:wide-test")
+    assert len(END_CLASSES) == len(set(source.class_names)) == 112 and len(source) % 112 == 0
+    assert not set(END_PAIRS) & set(HELD_OUT_PAIRS)
+    for place in (1, 2):
+        assert set(Counter(one[place] for one in END_CLASSES).values()) == {14}
+    record = source[5]
+    assert record.captions[-1] == f"a {source.class_names[record.label]}"
+    assert (record.image == open_source("scenes:wide-test")[5].image).all()
+
+
+def test_a_split_that_is_not_there_is_said():
+    with pytest.raises(UserError, match="scenes: unknown split 'wied'.*masks, wide, wide-val or wide-test"):
+        open_source("scenes:wied")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from contrastive.data.class_sets import are_lemmas, bare_names, is_wordnet_id
 from contrastive.data.prompts import default_templates, load_templates
-from contrastive.data.record import Source, check_split, some_have
+from contrastive.data.record import Source, some_have
 from contrastive.data.sources.derived import ClassPrompts, Mixture, split_mixture
 from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote, table_suffix
 from contrastive.data.sources.torchvision_sets import SETS, cifar_folders, open_cifar, open_named
@@ -238,12 +238,9 @@ def _as_pairs(source: Source, classes: str | None, templates: tuple[str, ...] | 
 
 @SOURCES.register("scenes")
 def _open_scenes(argument: str, columns: Columns) -> Source:
-    from contrastive.data.sources.scenes import SPLITS, Scenes
-    from contrastive.data.sources.wide_scenes import SPLITS as WIDE
-    from contrastive.data.sources.wide_scenes import WideScenes
+    from contrastive.data.sources.scenes import Scenes
 
-    check_split("scenes", argument or "train", {**SPLITS, **WIDE})
-    return WideScenes(argument) if argument in WIDE else Scenes(argument or "train")
+    return Scenes(argument or "train")
 
 
 @SOURCES.register("digits")

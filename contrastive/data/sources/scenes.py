@@ -3,6 +3,10 @@
 Each scene is a pure function of (split, index). Eight of the 64 colour-shape pairs are never drawn nor named
 in training, so that `heldout` measures whether a model composes what it learnt. Pictures are drawn with
 signed-distance functions: smooth edges at any size, no image library.
+
+Those of the `wide` splits are four times as wide as high, or as high as wide, with a thing at either end. A caption is
+true of one of them only with both ends. Squares squash the things in one direction in half of the pictures and in the
+other in the rest; images in their own aspect (model.image.native) show them as they are.
 """
 
 import math
@@ -14,13 +18,18 @@ import numpy as np
 from contrastive.data.record import Record, Source, check_index, check_split, fingerprint_of
 from contrastive.data.sources.scene_layout import (
     COLOURS,
+    ENDS,
     SHAPES,
+    SPREAD,
     Backdrop,
     Draws,
     Scene,
     Thing,
     draw_any,
+    draw_ends,
     draw_single,
+    name_ends,
+    word_ends,
     word_scene,
 )
 from contrastive.errors import UserError
@@ -40,12 +49,18 @@ HELD_OUT_PAIRS = (
 )
 TRAINING_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
 
+# Which are told apart at each end of `wide-test`: by neither colour nor shape alone.
+END_PAIRS = tuple((colour, shape) for colour in ("red", "blue") for shape in ("circle", "square", "heart", "crescent"))
+END_CLASSES = tuple((relation, one, two) for relation in ENDS for one in END_PAIRS for two in END_PAIRS if one != two)
+
 SPLITS = {"train": 200_000, "val": 2_000, "test": 2_560, "heldout": 640, "masks": 2_000}
+SPLITS |= {"wide": 200_000, "wide-val": 2_000, "wide-test": 2_240}
 
 HELD_OUT_LABELS = frozenset(PAIRS.index(pair) for pair in HELD_OUT_PAIRS)
 
-_SEEDS = {"train": 1, "val": 2, "test": 3, "heldout": 4, "masks": 5}
-_VERSION = "scenes-2"  # raise it with any change to what a scene shows or says: resumed runs compare it
+_SEEDS = {"train": 1, "val": 2, "test": 3, "heldout": 4, "masks": 5, "wide": 6, "wide-val": 7, "wide-test": 8}
+# Raise them with any change to what a scene shows or says: resumed runs compare them.
+_VERSION, _WIDE_VERSION = "scenes-2", "wide-scenes-1"
 _MIN_IMAGE_SIZE = 16
 
 # Far apart from one another and from the grounds, which are all dark.
@@ -71,10 +86,13 @@ class Scenes(Source):
     pairs. Both are labelled with an index into the same 64 `class_names` ('red circle', ...);
     `heldout_labels` are those of the held-out pairs. `masks` has one or two things of all 64 pairs, no labels, and
     a mask of each picture: 0 the ground, 1 to 8 the shapes. Colours are no classes of it: a pixel alone tells them.
+    `wide` to train on and `wide-val` for retrieval are pictures 4:1 and 1:4 as often, with one of the 56 training pairs
+    at each end, no labels. `wide-test` is labelled with 112 classes ('red circle on the left and a blue heart on the
+    right', ...), which no one end tells.
 
     Args:
-        split: 'train', 'val', 'test', 'heldout' or 'masks'.
-        image_size: side of the square pictures in pixels, at least 16; below 32 shapes are hard to tell.
+        split: one of `SPLITS`.
+        image_size: the short side of the pictures in pixels, at least 16; below 32 shapes are hard to tell.
         num_samples: how many scenes; by default as `SPLITS` says. The first scenes of a longer
             source equal those of a shorter one.
 
@@ -95,33 +113,46 @@ class Scenes(Source):
         labelled_pairs = {"test": PAIRS, "heldout": HELD_OUT_PAIRS}.get(split, ())
         self._labels = tuple(map(PAIRS.index, labelled_pairs))  # they come in turn
         self.class_names = tuple(map(" ".join, PAIRS)) if self._labels else None
-        self.heldout_labels = HELD_OUT_LABELS
+        self._wide = split.startswith("wide")
+        if self._wide:
+            self.templates = ("a(n) {}", "a picture of a(n) {}")
+        else:
+            self.heldout_labels = HELD_OUT_LABELS
+        if split == "wide-test":
+            self._labels = tuple(range(len(END_CLASSES)))
+            self.class_names = tuple(name_ends(*one) for one in END_CLASSES)
         self.masked = split == "masks"
         if self.masked:
             self.mask_names = ("background", *SHAPES)
             self.templates = tuple(f"a {colour} {{}}" for colour in COLOURS)  # no caption has a shape without one
-        self.fingerprint = fingerprint_of(f"{_VERSION} {split} {image_size} {self._length}")
+        version = _WIDE_VERSION if self._wide else _VERSION
+        self.fingerprint = fingerprint_of(f"{version} {split} {image_size} {self._length}")
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Record:
-        """The scene as a record: image uint8 (image_size, image_size, 3), captions, and label or None."""
+        """The scene as a record: image uint8 (S, S, 3), of wide ones (S, 4 S, 3) or (4 S, S, 3), captions and label."""
         scene, draws = self._draw(index)
+        if self._wide:
+            whole, size = render(scene, SPREAD * self.image_size), self.image_size
+            image = np.ascontiguousarray(whole[:size] if scene.relation == "left" else whole[:, :size])
+        else:
+            image = render(scene, self.image_size)
         return Record(
             key=f"{self.split}-{index:08d}",
-            image=render(scene, self.image_size),
-            captions=word_scene(scene, draws),
+            image=image,
+            captions=self._word(scene, draws),
             label=self.label(index),
             mask=draw_mask(scene, self.image_size) if self.masked else None,
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Three to five wordings, the most detailed first, without rendering."""
-        return word_scene(*self._draw(index))
+        return self._word(*self._draw(index))
 
     def label(self, index: int) -> int | None:
-        """The class index of a `test` or `heldout` scene; None in `train` and `val`."""
+        """The class index of a `test`, `heldout` or `wide-test` scene; None in the other splits."""
         index = check_index(self, index)
         return self._labels[index % len(self._labels)] if self._labels else None
 
@@ -132,9 +163,20 @@ class Scenes(Source):
     def _draw(self, index: int) -> tuple[Scene, Draws]:
         """The scene's description, and its random numbers from where the wording takes over."""
         label, draws = self.label(index), Draws(_SEEDS[self.split], index)
+        if self._wide:
+            return draw_ends(draws, *(_any_ends(draws) if label is None else END_CLASSES[label])), draws
         if label is not None:
             return draw_single(draws, PAIRS[label]), draws
         return draw_any(draws, PAIRS if self.masked else TRAINING_PAIRS), draws
+
+    def _word(self, scene: Scene, draws: Draws) -> tuple[str, ...]:
+        return word_ends(scene, draws) if self._wide else word_scene(scene, draws)
+
+
+def _any_ends(draws: Draws) -> tuple[str, tuple[str, str], tuple[str, str]]:
+    """The relation of the ends of a long picture, and two training pairs that differ."""
+    relation, first = draws.choice(tuple(ENDS)), draws.choice(TRAINING_PAIRS)
+    return relation, first, draws.choice([pair for pair in TRAINING_PAIRS if pair != first])
 
 
 def render(scene: Scene, image_size: int) -> np.ndarray:
