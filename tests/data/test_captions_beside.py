@@ -8,8 +8,8 @@ from PIL import Image
 from shard_writing import refusal, write_tar
 
 from contrastive.commands.index_command import main as index_main
-from contrastive.data.shards.grouping import group_members
 from contrastive.data.shards.shard_writing import write_shards
+from contrastive.data.shards.tar_members import group_members
 from contrastive.data.sources import announce, open_source
 from contrastive.data.sources.beside import caption_lines
 from contrastive.errors import UserError

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from contrastive.data.record import FaultCounts
-from contrastive.data.shards.grouping import IMAGES, ROLES, Group, group_members, shown
-from contrastive.data.shards.tar_members import BLOCK
+from contrastive.data.shards.tar_members import BLOCK, IMAGES, ROLES, Group, group_members, shown
 from contrastive.data.sources.beside import CAPTION_FIELDS, MAX_TEXT_BYTES, caption_lines, json_fields, same_texts
 from contrastive.errors import UserError, reason_of
 from contrastive.files import sha256, write_whole
