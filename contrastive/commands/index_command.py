@@ -24,8 +24,7 @@ from contrastive.command_line import print_json
 from contrastive.config import parse
 from contrastive.data.record import FaultCounts
 from contrastive.data.shards.indexing import index_shards, verify_shards
-from contrastive.data.shards.shard_index import IndexedShard
-from contrastive.data.shards.shard_manifest import find_shards, is_index, read_index, total
+from contrastive.data.shards.shard_index import IndexedShard, find_shards, is_index, read_index, total
 from contrastive.data.shards.shard_source import Shards
 from contrastive.data.sources.paths import expand_paths, expand_urls, is_remote
 from contrastive.errors import UserError

@@ -16,7 +16,7 @@ from web_server import WebServer
 
 from contrastive.commands.index_command import main
 from contrastive.data.shards.remote import copy_path
-from contrastive.data.shards.shard_manifest import INDEX_FOLDER, read_index
+from contrastive.data.shards.shard_index import INDEX_FOLDER, read_index
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 

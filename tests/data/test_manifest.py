@@ -9,10 +9,9 @@ import pytest
 from filelock import FileLock
 from shard_writing import pairs, write_tar
 
-from contrastive.data.shards import indexing, shard_index
+from contrastive.data.shards import indexing
 from contrastive.data.shards.indexing import index_shards
-from contrastive.data.shards.shard_index import load_index
-from contrastive.data.shards.shard_manifest import INDEX_FOLDER, IndexFolder, read_index
+from contrastive.data.shards.shard_index import INDEX_FOLDER, IndexFolder, load_index, read_index
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError
 
@@ -169,14 +168,14 @@ def test_counts_are_of_what_the_shards_hold(tmp_path):
 
 
 def test_a_shard_that_is_still_being_written_is_refused(tmp_path, monkeypatch):
-    path, count = write_tar(tmp_path / "x.tar", pairs("a")), shard_index._count
+    path, count = write_tar(tmp_path / "x.tar", pairs("a")), indexing._count
 
     def meanwhile(path, index):
         with open(path, "ab") as file:
             file.write(bytes(512))
         return count(path, index)
 
-    monkeypatch.setattr(shard_index, "_count", meanwhile)
+    monkeypatch.setattr(indexing, "_count", meanwhile)
     with pytest.raises(UserError, match="x.tar changed while it was read; index it when it is complete"):
         open_source(path)
     assert not (tmp_path / INDEX_FOLDER / "x.tar.npz").exists()

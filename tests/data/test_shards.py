@@ -13,7 +13,7 @@ from shard_writing import pairs, refusal, write_tar
 from torch.utils.data import DataLoader
 
 from contrastive.data.record import BadSample
-from contrastive.data.shards.shard_index import index_shard
+from contrastive.data.shards.indexing import index_shard
 from contrastive.data.shards.tar_members import iter_members, split_key
 from contrastive.data.sources import open_source
 from contrastive.errors import UserError

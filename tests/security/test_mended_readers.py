@@ -17,8 +17,7 @@ from contrastive.data.class_joining import read_class_file
 from contrastive.data.decode import MAX_COPIED_PIXELS, MAX_PILLOW_PIXELS, decode
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.record import BadSample
-from contrastive.data.shards.shard_index import load_index
-from contrastive.data.shards.shard_manifest import read_index
+from contrastive.data.shards.shard_index import load_index, read_index
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import load_tokenizer, train_bpe
 from contrastive.errors import UserError, did_you_mean

@@ -1,29 +1,35 @@
-"""Where the samples of one WebDataset shard lie: found by one pass over its headers, kept in an .npz beside it."""
+"""The index of shards, as files: where the samples of each lie, and a manifest of what is known of all of them.
+
+An index folder holds `manifest.json`, a summary of every shard, and for each shard an .npz of the places of its
+samples, which is read when the shard is first touched.
+"""
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from contrastive.data.record import FaultCounts
-from contrastive.data.shards.tar_members import BLOCK, IMAGES, ROLES, Group, group_members, shown
-from contrastive.data.sources.beside import CAPTION_FIELDS, MAX_TEXT_BYTES, caption_lines, json_fields, same_texts
+from contrastive.data.record import fingerprint_of
+from contrastive.data.shards.tar_members import BLOCK, ROLES
+from contrastive.data.sources.paths import folder_and_name, is_remote
 from contrastive.errors import UserError, reason_of
-from contrastive.files import sha256, write_whole
+from contrastive.files import cache_folder, write_whole
 
 # Why a sample is refused; the place in the tuple is what the index stores.
 REFUSALS = ("", "duplicate_member", "not_a_file", "unsafe_name")
-_MOST_OTHERS = 16
 # Offsets are kept in blocks of 512 bytes as int32, which is half the memory and reaches 1 TB. A member of this size
 # or above is refused anyway, so that its size may be cut to it.
-_LARGEST = 2**31 - 1
-_MAX_FIELDS = 100
+LARGEST = 2**31 - 1
+INDEX_FOLDER, MANIFEST = ".contrastive-index", "manifest.json"
+_FORMAT, _VERSION = "contrastive shard index", 2
+# What a manifest beside its shards says of their place: the folder may be moved as a whole.
+_BESIDE = ".."
 _MEND = "run contrastive index on the data with --force"
 # An index of 10,000 samples takes half a megabyte; this many are at hand in each process.
 _MAX_LOADED = 128
@@ -118,113 +124,7 @@ class IndexedShard(NamedTuple):
     summary: ShardSummary
 
 
-def index_shard(path: str, digest: bool = False) -> tuple[ShardIndex, ShardSummary]:
-    """Index one shard; `digest` asks for its sha256, for which all of it is read.
-
-    Members that follow each other with one key make a sample, as in WebDataset (see `group_members`). A sample that
-    repeats a member or a key of the same shard, has a link in place of a file, or '..' in its name is kept but refused
-    on access, so that it is counted and never paired wrongly.
-
-    Raises:
-        UserError: a torn or altered shard, by name and offset; one without samples, or still being written.
-    """
-    before = _state(path)
-    groups, left_aside = group_members(path)
-    if not groups:
-        found = "".join(f"; it holds {found['count']:,} {reason}" for reason, found in left_aside.items())
-        raise UserError(f"{path} holds no sample: no KEY.jpg, KEY.png, ... with a KEY.txt or KEY.json{found}")
-    if all(group.refusal == "duplicate_member" for group in groups):
-        raise UserError(
-            f"{path}: the members of no key, as '{shown(groups[0].key)}', follow each other, or they are there twice; "
-            "write it again in the order of names, as `tar --sort=name` does"
-        )
-    index = _index_of(groups)
-    summary = ShardSummary(
-        *before, sha256(path) if digest else None, len(index), **_count(path, index), left_aside=_one_key(left_aside)
-    )
-    if _state(path) != before:
-        raise UserError(f"{path} changed while it was read; index it when it is complete")
-    return index, summary
-
-
-def _index_of(groups: Sequence[Group]) -> ShardIndex:
-    commonest = Counter(suffix for group in groups for suffix in group.others).most_common(_MOST_OTHERS)
-    others = [suffix for suffix, _ in commonest if suffix.rpartition(b".")[2] not in IMAGES]
-    members = (member for group in groups for member in (*group.roles, *map(group.others.get, others)))
-    # One flat list: a small list for each member costs more than all the rest.
-    spans = [n for m in members for n in ((m.offset // BLOCK, min(m.size, _LARGEST)) if m else (0, -1))]
-    return ShardIndex(
-        spans=np.array(spans, dtype=np.int32).reshape(len(groups), -1, 2),
-        refusals=np.array([REFUSALS.index(group.refusal) for group in groups], dtype=np.uint8),
-        keys=PackedBytes.of(group.key for group in groups),
-        others=tuple(map(shown, others)),
-    )
-
-
-def _state(path: str) -> tuple[int, int]:
-    try:
-        state = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
-    if state.st_size > _LARGEST * BLOCK:
-        raise UserError(f"{path} is larger than a shard may be (1 TB); split it")
-    return state.st_size, state.st_mtime_ns
-
-
-def _count(path: str, index: ShardIndex) -> dict:
-    """Return the counts of a ShardSummary, for which every text and JSON of the shard is read."""
-    refused, fields = FaultCounts(), {}
-    captions = labels = label_names = of_json = lines = unlike = 0
-    # Lists of numbers, column by column: a row of an array takes ten times as long to read.
-    (_, images), texts, jsons, (_, classes) = (index.spans[:, place].T.tolist() for place in range(len(ROLES)))
-    with open(path, "rb") as file:
-        read = partial(os.pread, file.fileno())
-        for row, refusal in enumerate(index.refusals.tolist()):
-            reason = REFUSALS[refusal] or ("missing_image" if images[row] < 0 else "")
-            content = {}
-            if not reason and 0 <= jsons[1][row] <= MAX_TEXT_BYTES:
-                try:
-                    content = json_fields(read(jsons[1][row], jsons[0][row] * BLOCK))
-                except ValueError:
-                    reason = "bad_json"
-            if reason:
-                refused.add(reason, shown(index.keys[row]))
-                continue
-            label = stated = None
-            if content:
-                fields |= dict.fromkeys(content)
-                label, stated = content.get("label"), next(filter(None, map(content.get, CAPTION_FIELDS)), None)
-            size = texts[1][row]
-            captions += size >= 0 or bool(stated)
-            of_json += bool(stated)
-            labels += classes[row] >= 0 or type(label) is int
-            label_names += type(label) is str
-            if 0 <= size <= MAX_TEXT_BYTES:
-                data = read(size, texts[0][row] * BLOCK).strip()
-                if b"\n" in data or b"\r" in data or (stated and data.decode("utf-8", "replace") != stated):
-                    found = caption_lines(data.decode("utf-8-sig", "replace"))
-                    lines += len(found) > 1
-                    unlike += bool(data and stated) and not same_texts(found, stated)
-    known = [role for place, role in enumerate(ROLES[1:], start=1) if (index.spans[:, place, 1] >= 0).any()]
-    return {
-        "captions": captions,
-        "labels": labels,
-        "label_names": label_names,
-        "of_json": of_json,
-        "lines": lines,
-        "unlike": unlike,
-        "fields": tuple(sorted(fields)[:_MAX_FIELDS]),
-        "texts": (*known, *index.others),
-        "refused": _one_key(refused),
-    }
-
-
-def _one_key(counts: FaultCounts) -> FaultCounts:
-    """The counts with one key of each reason: there may be 40,000 shards."""
-    return FaultCounts({reason: {**found, "keys": found["keys"][:1]} for reason, found in counts.items()})
-
-
-# The index as a file
+# The index of a shard as a file
 
 
 def save_index(path: str, index: ShardIndex, summary: ShardSummary) -> None:
@@ -268,7 +168,7 @@ def _check(index: ShardIndex, shard_bytes: int) -> None:
         raise ValueError("numbers that are none of an index")
     begin, size = spans[..., 0].astype(np.int64) * BLOCK, spans[..., 1]
     inside = (begin >= 0) & (begin + size <= shard_bytes)
-    if not (inside | (size < 0) | (size == _LARGEST)).all():
+    if not (inside | (size < 0) | (size == LARGEST)).all():
         raise ValueError("members beyond the end of the shard")
 
 
@@ -323,3 +223,128 @@ def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
     if not all(type(name) is str for name in names):
         raise ValueError("names that are no texts")
     return names
+
+
+# The manifest of a folder of shards: what training has to know of them before it reads one
+
+
+@dataclass(frozen=True)
+class IndexFolder:
+    """The index of the shards of one folder.
+
+    path: of the index folder. shards: the folder or URL that the shards lie in.
+    """
+
+    path: str
+    shards: str
+
+    def read(self) -> dict[str, IndexedShard]:
+        """Return each shard by name; none where there is no manifest, or one of another version."""
+        _, summaries = _read_manifest(self.path) or (None, {})
+        return {name: self.shard(name, summary) for name, summary in summaries.items()}
+
+    def add(self, summaries: Mapping[str, ShardSummary]) -> None:
+        """Write the manifest with these shards besides those that it lists. The caller holds the lock."""
+        merged = {name: shard.summary for name, shard in self.read().items()} | dict(summaries)
+        base = _BESIDE if os.path.basename(self.path) == INDEX_FOLDER else self.shards
+        rows = (json.dumps({"name": name, **asdict(merged[name])}) for name in sorted(merged))
+        head = json.dumps({"format": _FORMAT, "version": _VERSION, "shards_in": base})
+        # One shard a line, for people who look.
+        write_whole(Path(self.path, MANIFEST), head[:-1] + ', "shards": [\n' + ",\n".join(rows) + "\n]}\n")
+
+    def shard(self, name: str, summary: ShardSummary) -> IndexedShard:
+        return IndexedShard(self.location(name), self.index_path(name), summary)
+
+    def location(self, name: str) -> str:
+        return f"{self.shards}/{name}" if is_remote(self.shards) else os.path.join(self.shards, name)
+
+    def index_path(self, name: str) -> str:
+        """Return where the places of the samples of a shard are kept."""
+        safe = re.sub(r"[^\w.-]", "_", name)
+        # 'a?b' and 'a_b' must not share a file: names that had to be changed carry a hash of the original.
+        if safe != name:
+            safe = f"{safe[:100]}-{fingerprint_of(os.fsencode(name))}"
+        return os.path.join(self.path, f"{safe}.npz")
+
+
+def index_folders(shards: str) -> tuple[IndexFolder, ...]:
+    """Return where the index of a folder of shards may be, the preferred place first.
+
+    Beside local shards; else, and for remote ones, in the cache.
+    """
+    in_cache = IndexFolder(os.path.join(cache_folder(), "index", fingerprint_of(os.fsencode(shards))), shards)
+    return (in_cache,) if is_remote(shards) else (IndexFolder(os.path.join(shards, INDEX_FOLDER), shards), in_cache)
+
+
+def find_shards(
+    locations: Sequence[str], fits: Callable[[IndexedShard], bool] = lambda shard: True
+) -> list[IndexedShard | None]:
+    """Return what the manifests say of shards (paths or URLs): the first entry of each that `fits`, or None."""
+    listed: dict[str, list[dict[str, IndexedShard]]] = {}
+    found = []
+    for folder, name in map(folder_and_name, locations):
+        if folder not in listed:
+            listed[folder] = [index.read() for index in index_folders(folder)]
+        found.append(next((shards[name] for shards in listed[folder] if name in shards and fits(shards[name])), None))
+    return found
+
+
+def is_index(path: str) -> bool:
+    """Whether a path names an index folder or its manifest, wherever it lies; other folders may have a manifest too."""
+    path = os.path.expanduser(path)
+    if INDEX_FOLDER in (os.path.basename(path.rstrip("/")), os.path.basename(os.path.dirname(path))):
+        return True
+    try:
+        with open(path if os.path.basename(path) == MANIFEST else os.path.join(path, MANIFEST), "rb") as file:
+            return _FORMAT.encode() in file.read(200)
+    except OSError:
+        return False
+
+
+def read_index(path: str) -> list[IndexedShard]:
+    """Return all shards that an index folder (or its manifest.json) lists, in its order; none is looked at.
+
+    Raises:
+        UserError: it is not an index, damaged, of another version, or lists nothing.
+    """
+    path = os.path.abspath(os.path.expanduser(path))
+    folder = os.path.dirname(path) if os.path.basename(path) == MANIFEST else path
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{path} is no index of shards of this version; make one with contrastive index")
+    base, summaries = manifest
+    if not summaries:
+        raise UserError(f"{path} lists no shard; run contrastive index on the data")
+    index = IndexFolder(folder, base if is_remote(base) else os.path.normpath(os.path.join(folder, base)))
+    return [index.shard(name, summary) for name, summary in summaries.items()]
+
+
+def _read_manifest(folder: str) -> tuple[str, dict[str, ShardSummary]] | None:
+    """Return where the shards lie and the summary of each by name; None without a manifest, or of another version."""
+    path = os.path.join(folder, MANIFEST)
+    try:
+        with open(path, "rb") as file:
+            manifest = json.load(file)
+        if manifest["format"] != _FORMAT:
+            raise ValueError("it is some other file")
+        if manifest.get("version") != _VERSION:
+            return None
+        summaries = {row.pop("name"): summary_from(row) for row in manifest["shards"]}
+        base = manifest["shards_in"]
+        # What came with data may name shards beside it or on the net, and no other file of this machine.
+        own = Path(folder).resolve().is_relative_to(Path(cache_folder()).resolve())
+        if not own and base != _BESIDE and (not is_remote(base) or base.startswith(("file:", "memory:"))):
+            raise ValueError(f"it names shards in {base}, but lies elsewhere")
+        for name in summaries:
+            if os.fsencode(name) in (b"", b".", b"..") or "/" in name or "\0" in name:
+                raise ValueError(f"a shard named {name!r}")
+        return base, summaries
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as an index of shards ({error}); delete it and index again") from None
+
+
+def total(shards: Sequence[IndexedShard], count: str) -> int:
+    """Return the sum of a count of the summaries over shards."""
+    return sum(getattr(shard.summary, count) for shard in shards)

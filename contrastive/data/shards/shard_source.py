@@ -21,8 +21,7 @@ from contrastive.data.record import (
     part_and_row,
 )
 from contrastive.data.shards.remote import Wanted, open_copy
-from contrastive.data.shards.shard_index import REFUSALS, IndexedShard, load_index
-from contrastive.data.shards.shard_manifest import total
+from contrastive.data.shards.shard_index import REFUSALS, IndexedShard, load_index, total
 from contrastive.data.sources.beside import CAPTION_FIELDS, Beside, caption_names, count_aside, spoken
 from contrastive.data.sources.columns import CAPTION_COLUMNS
 from contrastive.data.sources.paths import MAX_IMAGE_BYTES, is_remote, short_names

@@ -112,7 +112,7 @@ def _open(spec: str, columns: Columns) -> Source:
         return SOURCES.get(scheme)(argument, columns)
     if "://" in spec or scheme == "pipe":
         return _open_remote(spec, columns)
-    from contrastive.data.shards.shard_manifest import is_index, read_index
+    from contrastive.data.shards.shard_index import is_index, read_index
 
     if is_index(spec):
         from contrastive.data.shards.shard_source import Shards
