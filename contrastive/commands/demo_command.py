@@ -26,7 +26,7 @@ from contrastive.commands.evaluate_command import named
 from contrastive.config import parse
 from contrastive.data.prompts import load_templates
 from contrastive.data.sources import announce
-from contrastive.data.sources.images_alone import open_images
+from contrastive.data.sources.image_files import open_images
 from contrastive.errors import UserError, needs
 from contrastive.evaluate.asking import trained_on
 from contrastive.evaluate.demo_page import Demo, free_port, page, serve

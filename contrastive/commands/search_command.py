@@ -26,7 +26,7 @@ from contrastive.command_line import LoadingOptions, chosen_device, print_json
 from contrastive.config import parse
 from contrastive.data.record import Source
 from contrastive.data.sources import announce, open_source
-from contrastive.data.sources.images_alone import open_images
+from contrastive.data.sources.image_files import open_images
 from contrastive.data.sources.paths import IMAGE_SUFFIXES
 from contrastive.errors import UserError
 from contrastive.evaluate.embedding_store import EmbeddingStore, find_store

@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from contrastive.data.sources.images_alone import open_images
+from contrastive.data.sources.image_files import open_images
 from contrastive.errors import UserError
 
 

@@ -11,7 +11,7 @@ from interop.small_bundles import small_bundle
 from native_model import Shapes
 from PIL import Image
 
-from contrastive.data.sources.images_alone import open_images
+from contrastive.data.sources.image_files import open_images
 from contrastive.data.sources.scenes import Scenes
 from contrastive.errors import UserError
 from contrastive.evaluate.asking import facts_of, found_images, label_scores, labels_in, trained_on

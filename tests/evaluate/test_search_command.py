@@ -71,7 +71,7 @@ def test_texts_and_images_as_queries(search, model_folder, photos, tmp_path, emb
 
 
 def open_images_of(folder):
-    from contrastive.data.sources.images_alone import open_images
+    from contrastive.data.sources.image_files import open_images
 
     return open_images([str(folder)])
 

@@ -76,6 +76,25 @@ class Beside(ABC):
         return texts, None
 
 
+class FileBeside(Beside):
+    """The files whose path is `stem` with a suffix."""
+
+    def __init__(self, stem: str, key: str):
+        self.stem, self.key = stem, key
+
+    def read(self, suffix: str, limit: int) -> bytes | None:
+        for ending in (suffix, suffix.upper()):
+            try:
+                with open(f"{self.stem}.{ending}", "rb") as file:
+                    data = file.read(limit + 1)
+            except OSError:
+                continue
+            if len(data) > limit:
+                raise BadSample("too_large", self.key)
+            return data
+        return None
+
+
 def caption_lines(text: str) -> tuple[str, ...]:
     """Return the captions of a KEY.txt: one a line, blank lines left out; of blank ones alone, that as one.
 

@@ -1,89 +1,79 @@
-"""A folder of image files, with class folders or with captions beside the images."""
+"""A folder of image files: in class folders, with captions beside the images, or with a table of them."""
 
 import fnmatch
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from contrastive.data.class_sets import class_set_beside
-from contrastive.data.record import Record, Source, check_index, fingerprint_of
-from contrastive.data.shards.shard_index import PackedBytes
-from contrastive.data.sources.beside import Captions
-from contrastive.data.sources.columns import Columns
-from contrastive.data.sources.folder_captions import (
-    FORMS,
+from contrastive.data.class_sets import CLASS_FILES, class_set_beside
+from contrastive.data.record import SAMPLES_ASKED, BadSample, FaultCounts, Source, fingerprint_of
+from contrastive.data.sources.beside import (
+    CAPTION_FIELDS,
     FileBeside,
-    FolderCaptions,
-    FolderFiles,
-    captions_table,
-    find_captions,
-    find_metadata,
-    is_hidden,
-    open_inside,
-    sort_files,
+    caption_lines,
+    caption_names,
+    count_aside,
+    same_texts,
+    spoken,
 )
-from contrastive.data.sources.paths import IMAGE_SUFFIXES, read_image_file
+from contrastive.data.sources.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns
+from contrastive.data.sources.image_files import JUNK, FolderCaptions, ImageFiles, files_below, is_hidden
+from contrastive.data.sources.paths import IMAGE_SUFFIXES, SPLIT_NAMES, are_splits, splits_of
+from contrastive.data.sources.tables import columns_of, open_table
 from contrastive.errors import UserError
 
-_JUNK = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
-"""Folders that other programs leave; those that begin with a dot are left out too."""
-_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "dev"}
+FORMS = (
+    "read are: KEY.txt or KEY.json ('caption') beside each image (others named by caption_column), "
+    "metadata.csv|jsonl|parquet with file_name, class folders, a table by its own path"
+)
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_COMPANIONS = ("txt", "json", "cls")
 
 
-class ImageFiles(Source):
-    """Files of images, with labels or captions in files beside them, or neither. The fingerprint covers the paths.
+@dataclass(frozen=True)
+class FolderFiles:
+    """The files of a folder, by paths relative to it, sorted.
 
-    Args:
-        root: the folder that `paths` are relative to.
-        labels: int64, one an image.
-        captions: where they are, where there are no labels.
+    others: those that are no images. beside: by suffix, the images' stems that have such a file: 'txt' to {'a', 'b'}.
+    left_aside: the others by suffix or reason, but for those that may be captions.
     """
 
-    def __init__(
-        self,
-        name: str,
-        root: str,
-        paths: Sequence[str],
-        labels: np.ndarray | None = None,
-        class_names: tuple[str, ...] | None = None,
-        captions: FolderCaptions | None = None,
-    ):
-        self.name, self.class_names = name, class_names
-        self._root, self._labels, self._captions = root, labels, captions
-        self.columns_read = ("caption_column",) if captions else ()
-        self._paths = PackedBytes.of(os.fsencode(path) for path in paths)
-        self.fingerprint = fingerprint_of(os.fsencode("\0".join((*paths, *(captions.identity if captions else ())))))
-        self.reading = (
-            captions.reading if captions else f"{len(class_names)} class folders" if class_names else "images alone"
-        )
+    root: str
+    images: list[str]
+    others: list[str]
+    beside: dict[str, set[str]]
+    left_aside: FaultCounts
 
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> Record:
-        path, key = self._locate(index)
-        image, (captions, weights) = read_image_file(path, key), self._read_captions(path, key)
-        return Record(key, image, captions, self.label(index), weights)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self._read_captions(*self._locate(index))[0]
-
-    def _read_captions(self, path: str, key: str) -> Captions:
-        if self._captions is None:
-            return (), None
-        sample = FileBeside(os.path.splitext(path)[0], key)
-        return sample.captions(self._captions.names, self._captions.weights)
-
-    def _locate(self, index: int) -> tuple[str, str]:
-        relative = self._paths[check_index(self, index)]
-        path = os.path.join(self._root, os.fsdecode(relative))
-        return path, relative.decode("utf-8", "backslashreplace")
+    def there(self) -> str:
+        """Say what there is, the commonest suffix first: 'there are 3 .json, 1 .csv'."""
+        found = Counter(os.path.splitext(path)[1].lower() or "without suffix" for path in (*self.images, *self.others))
+        return f"there are {', '.join(f'{count:,} {suffix}' for suffix, count in found.most_common(8)) or 'no files'}"
 
 
-def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
+def sort_files(root: str) -> FolderFiles:
+    images, others = files_below(root)
+    stems, beside, left_aside = {os.path.splitext(path)[0] for path in images}, {}, FaultCounts()
+    for path in others:
+        stem = os.path.splitext(path)[0]
+        while stem not in stems and (shorter := os.path.splitext(stem)[0]) != stem:
+            stem = shorter
+        suffix = path[len(stem) + 1 :].lower()
+        if stem in stems:
+            beside.setdefault(suffix, set()).add(stem)
+            reason = "" if suffix in _COMPANIONS else f".{suffix}"
+        else:
+            suffix = os.path.splitext(path)[1].lower()
+            reason = "hidden" if is_hidden(path) else f"{suffix} without image" if suffix[1:] in _COMPANIONS else suffix
+            reason = reason or "without suffix"
+        if reason and path not in CLASS_FILES:
+            count_aside(left_aside, reason, path)
+    return FolderFiles(root, images, others, beside, left_aside)
+
+
+def open_folder(name: str, root: str, columns: Columns) -> Source:
     """Open images with captions beside them, a folder with metadata.csv, or ROOT/class_name/*.jpg (at any depth below).
 
     One .txt beside an image, or one .json with a caption, is enough to make it a captioned folder; images without one
@@ -93,10 +83,8 @@ def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
     Raises:
         UserError: no images; neither captions nor class folders; splits or a single folder for classes.
     """
-    columns, found = columns or Columns(), sorted(_walk(root))
-    images = _images_among(found)
-    chosen = set(images)
-    files = sort_files(root, images, [path for path in found if path not in chosen])
+    files = sort_files(root)
+    images = files.images
     if not images:
         raise UserError(f"{name}: {_nothing_found(files)}; {files.there()}; {FORMS}")
     if table := find_metadata(name, files):
@@ -113,18 +101,9 @@ def open_folder(name: str, root: str, columns: Columns | None = None) -> Source:
     for suffix in captions.names if captions else ():
         source.left_aside.pop(suffix, None)
     tops = sorted({path.split(os.sep, 1)[0] for path in images}) if captions else []
-    if len(tops) > 1 and _are_splits(tops):
+    if len(tops) > 1 and are_splits(tops):
         source.reading += f"; {', '.join(tops)} are taken together"
     return source
-
-
-def images_below(root: str) -> list[str]:
-    """Return the images in a folder and below it, by their paths in it."""
-    return _images_among(sorted(_walk(root)))
-
-
-def _images_among(paths: Sequence[str]) -> list[str]:
-    return [path for path in paths if path.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not is_hidden(path)]
 
 
 def _in_classes(name: str, files: FolderFiles) -> ImageFiles:
@@ -139,23 +118,9 @@ def _in_classes(name: str, files: FolderFiles) -> ImageFiles:
         # Labels are not what the paths alone would make them: by the place of each folder among all.
         source.fingerprint = fingerprint_of(os.fsencode("\0".join((*images, "", *class_names))))
     for folder in set(folders) - number.keys():
-        of_system = folder in _JUNK or folder[0] == "."
+        of_system = folder in JUNK or folder[0] == "."
         files.left_aside.add("system folders" if of_system else "folders without images", folder)
     return source
-
-
-def _walk(root: str) -> Iterator[str]:
-    seen = set()  # folders linked in a circle would have no end
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        state = os.stat(folder)
-        if (state.st_dev, state.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((state.st_dev, state.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if name not in _JUNK and not name.startswith("."))
-        relative = os.path.relpath(folder, root)
-        for name in names:
-            yield name if relative == os.curdir else os.path.join(relative, name)
 
 
 def _class_names(name: str, files: FolderFiles) -> tuple[str, ...]:
@@ -167,7 +132,7 @@ def _class_names(name: str, files: FolderFiles) -> tuple[str, ...]:
             f"{len(loose)} of {len(images)} lie in no sub-folder, as '{loose[0]}'; {files.there()}; {FORMS}"
         )
     folders = sorted({path.split(os.sep, 1)[0] for path in images})
-    if _are_splits(folders):
+    if are_splits(folders):
         raise UserError(f"{name}: its folders are splits ({', '.join(folders)}); give one, as '{name}/{folders[0]}'")
     if len(folders) == 1:
         raise UserError(
@@ -197,17 +162,6 @@ def _numbering(class_names: tuple[str, ...]) -> str:
     return f", numbered {first} to {last}{' with gaps, which labels have not' if gaps else f': {told}'}"
 
 
-def _are_splits(names: Sequence[str]) -> bool:
-    """Whether all names are those of splits: 'train', 'val2017'."""
-    return _SPLIT_NAMES.issuperset(name.lower().rstrip("0123456789") for name in names)
-
-
-def splits_of(paths: Sequence[str]) -> list[str]:
-    """Return what files named as 'test-00000-of-00001.parquet', 'train-0.tar' begin with; [] unless all are such."""
-    begins = sorted({re.split(r"[-_.]", os.path.basename(path))[0] for path in paths})
-    return begins if _are_splits(begins) else []
-
-
 def _check_levels(name: str, files: FolderFiles, folders: list[str]) -> None:
     """Raise UserError where first-level folders are no classes: shards of img2dataset; domains of the same classes."""
     told = "json" in files.beside or any(path.endswith("_stats.json") for path in files.others)
@@ -221,7 +175,7 @@ def _check_levels(name: str, files: FolderFiles, folders: list[str]) -> None:
     for path in files.images:
         first, second, *more = path.split(os.sep, 2)
         below[first].add(second if more else "")
-    shared = {each for each in set.intersection(*below.values()) if not each.isdecimal()} - _SPLIT_NAMES
+    shared = {each for each in set.intersection(*below.values()) if not each.isdecimal()} - SPLIT_NAMES
     if len(shared) > 1 and not any("" in each for each in below.values()):
         one, other = sorted(shared)[:2]
         raise UserError(
@@ -239,3 +193,116 @@ def _nothing_found(files: FolderFiles) -> str:
                 those = [os.path.join(files.root, folder, split + ending) for split in splits_of(alike) or [""]]
                 return f"no images in this folder, but .{suffix} files; give {' or '.join(map(repr, those))}"
     return f"no images in this folder ({', '.join(IMAGE_SUFFIXES)})"
+
+
+# Captions of a folder
+
+
+def find_captions(name: str, files: FolderFiles, asked: str | None) -> FolderCaptions | None:
+    """Return where the captions of the images are, None where nothing says any.
+
+    KEY.txt goes before KEY.json, which counts where one of 100 has a caption. UserError: none of what is asked for.
+    """
+    beside, (fields, several, unlike) = files.beside, _look(files)
+    if asked and (beside.keys() & {*_COMPANIONS, asked.lower().lstrip(".")} or fields):
+        names, weights = caption_names(asked, sorted(fields), sorted(beside), name)
+        told, note = ", ".join(map(spoken, names)), ""
+    else:
+        usual = {".txt": "KEY.txt"} if "txt" in beside else {}
+        in_json = [field for field in CAPTION_FIELDS if field in fields]
+        if in_json and not beside["json"] <= beside.get("txt", set()):
+            usual[".json"] = spoken(in_json[0])
+        names, weights, told = tuple(usual), None, ", else ".join(usual.values())
+        differ = f" (KEY.json says other in {unlike}, as far as was looked; caption_column json takes it)"
+        note = differ if unlike else ""
+    if not names:
+        return None
+    suffixes = {each[1:] if each[0] == "." else "json" for each in names}
+    lines = ", one a line" if several and "txt" in suffixes else ""
+    captioned = set().union(*(beside.get(suffix, ()) for suffix in suffixes))
+    count = sum(os.path.splitext(path)[0] in captioned for path in files.images)
+    share = f"; {len(files.images) - count:,} images have none" if count < len(files.images) else ""
+    texts = [path for path in files.others if path.rpartition(".")[2].lower() in suffixes | {"txt"}]
+    return FolderCaptions(
+        names=names,
+        weights=weights,
+        identity=(*(path for path in texts if not is_hidden(path)), *filter(None, (asked, lines))),
+        reading=f"captions: {told}{lines}{note}{share}",
+    )
+
+
+def _look(files: FolderFiles) -> tuple[set[str], bool, int]:
+    """Look at 100 texts of each kind: fields of KEY.json, whether a KEY.txt has several lines, how many say other."""
+    held, several, unlike, stems = set(), False, 0, []
+    for suffix in ("txt", "json"):  # some JSON may lie beside a text, others beside none
+        beside = sorted(files.beside.get(suffix, ()))
+        stems += beside[:: max(1, len(beside) // SAMPLES_ASKED)]
+    for stem in dict.fromkeys(stems):
+        sample = FileBeside(os.path.join(files.root, stem), stem)
+        try:
+            fields, text = sample.fields, sample.text("txt")
+        except BadSample:
+            continue
+        held |= {name for name, value in fields.items() if value or name not in CAPTION_FIELDS}
+        stated, lines = next(filter(None, map(fields.get, CAPTION_FIELDS)), None), caption_lines(text or "")
+        several |= len(lines) > 1
+        unlike += bool(text and stated) and not same_texts(lines, stated)
+    return held, several, unlike
+
+
+def find_metadata(name: str, files: FolderFiles) -> str:
+    """Return the metadata.csv of a folder of `datasets`, which has a column file_name.
+
+    Empty where there is no such file, or KEY.txt beside the images as well.
+
+    Raises:
+        UserError: several of them, or one that lies further down.
+    """
+    found = [path for path in files.others if os.path.basename(path) in _METADATA]
+    found = [path for path in found if "file_name" in columns_of(os.path.join(files.root, path))]
+    if not found or "txt" in files.beside:
+        return ""
+    if len(found) > 1 or os.sep in found[0]:
+        folders = "/*" * found[-1].count(os.sep)
+        raise UserError(
+            f"{name}: the captions lie in {', '.join(found[:3])}; give one, or those alike as "
+            f"'{files.root}{folders}/{os.path.basename(found[-1])}'"
+        )
+    return found[0]
+
+
+def open_inside(name: str, files: FolderFiles, table: str, columns: Columns) -> Source:
+    """Open a table that lies in the folder, and count the images that it does not list."""
+    source = open_table(name, [os.path.join(files.root, table)], columns)
+    source.reading = f"{table}: {source.reading}"
+    listed = source.image_paths()
+    for path in (path for path in files.images if path not in listed):
+        source.left_aside.add("images in no row", path)
+    return source
+
+
+def captions_table(name: str, files: FolderFiles) -> str:
+    """Return the table at the top of the folder with captions of images, '' for none.
+
+    A table is any with an image and a caption column, 'results.csv' with 'image_name| comment' as Flickr30k's, or the
+    JSON of COCO's or Karpathy's captions.
+
+    Raises:
+        UserError: several tables; COCO's JSON further down, where its paths would lead elsewhere.
+    """
+    coco = r"(annotations/)?captions[^/]*\.json|dataset(_coco|_flickr\w*)?\.json"
+    found = []
+    for path in files.others:
+        columns = [] if os.sep in path else columns_of(os.path.join(files.root, path))
+        known = {column.strip().lower() for column in columns}
+        if re.fullmatch(coco, path.lower()) or (known & {*IMAGE_COLUMNS} and known & {*CAPTION_COLUMNS, "comment"}):
+            found.append(path)
+    found = [path for path in found if os.sep not in path] or found[:1]  # those further down only where no other is
+    if len(found) > 1:
+        raise UserError(f"{name}: captions lie in {', '.join(found)}; give one, as '{files.root}/{found[0]}'")
+    if found and os.sep in found[0]:
+        raise UserError(
+            f"{name}: no captions beside the images, but '{found[0]}'; copy it into the folder in which its paths "
+            f"begin, and give that folder; {FORMS}"
+        )
+    return found[0] if found else ""

@@ -14,7 +14,7 @@ from contrastive.data.class_sets import are_lemmas, bare_names, is_wordnet_id
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import Source, some_have
 from contrastive.data.sources.derived import ClassPrompts, Mixture, split_mixture
-from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote, table_suffix
+from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote, splits_of, table_suffix
 from contrastive.data.sources.torchvision_sets import SETS, cifar_folders, open_cifar, open_named
 from contrastive.errors import UserError, did_you_mean, needs
 from contrastive.log import say
@@ -172,7 +172,7 @@ def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) ->
     from contrastive.data.sources.arrays import idx_folder, open_idx
     from contrastive.data.sources.folder import open_folder
     from contrastive.data.sources.hugging_face import is_saved_dataset, open_saved
-    from contrastive.data.sources.mask_folder import find_masks, open_masks
+    from contrastive.data.sources.image_files import open_masks
 
     if is_saved_dataset(folder):
         return open_saved(spec, folder, split, columns)
@@ -180,8 +180,8 @@ def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) ->
         return open_idx(spec, folder, split or "train")
     if cifar_folders(folder):
         return open_cifar(spec, folder, split or "train")
-    if found := find_masks(folder):
-        return open_masks(spec, folder, *found, split)
+    if (masked := open_masks(spec, folder, split)) is not None:
+        return masked
     if split is not None:
         given = os.path.join(folder, split) if os.path.isdir(os.path.join(folder, split)) else folder
         raise UserError(f"{spec}: only a folder saved by datasets, or of MNIST or CIFAR, has splits; give '{given}'")
@@ -189,8 +189,6 @@ def _open_folder(spec: str, folder: str, split: str | None, columns: Columns) ->
 
 
 def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
-    from contrastive.data.sources.folder import splits_of
-
     suffixes = sorted({table_suffix(path) for path in paths})
     if len(suffixes) > 1:
         raise UserError(f"{spec} matches files of several kinds ({', '.join(suffixes)}); name one kind")

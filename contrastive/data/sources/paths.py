@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from contrastive.data.record import BadSample
 from contrastive.errors import UserError, did_you_mean
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "dev"}
 # No photograph is larger as a file; one that is would cost every worker that much memory.
 MAX_IMAGE_BYTES = 256 * 2**20
 # Protocols of fsspec that give whole files; a chain of them ('a::b') or a command ('pipe:') is not one.
@@ -80,6 +82,11 @@ def table_suffix(path: str) -> str:
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
+def is_image(path: str) -> bool:
+    """Whether a file is called as images are."""
+    return path.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
 def read_image_file(path: str, key: str) -> bytes:
     """Return the bytes of the file. Raises BadSample: 'missing_image', 'unreadable_image', 'too_large'."""
     try:
@@ -92,6 +99,17 @@ def read_image_file(path: str, key: str) -> bytes:
     if len(data) > MAX_IMAGE_BYTES:
         raise BadSample("too_large", key)
     return data
+
+
+def are_splits(names: Sequence[str]) -> bool:
+    """Whether all names are those of splits: 'train', 'val2017'."""
+    return SPLIT_NAMES.issuperset(name.lower().rstrip("0123456789") for name in names)
+
+
+def splits_of(paths: Sequence[str]) -> list[str]:
+    """Return what files named as 'test-00000-of-00001.parquet', 'train-0.tar' begin with; [] unless all are such."""
+    begins = sorted({re.split(r"[-_.]", os.path.basename(path))[0] for path in paths})
+    return begins if are_splits(begins) else []
 
 
 def _expand_braces(spec: str) -> list[str]:

@@ -324,3 +324,22 @@ class ParquetImages:
                 return file.read_row_group(group, columns=[self._column], use_threads=False).column(0)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: row group {group} cannot be read ({reason_of(error)})") from None
+
+
+def columns_of(path: str) -> list[str]:
+    """Return the names of the columns of a table, none where it cannot be read as one."""
+    suffix = os.path.splitext(path)[1].lower()
+    try:
+        if suffix == ".parquet":
+            from pyarrow.parquet import read_schema
+
+            return read_schema(path).names
+        if suffix not in (".csv", ".tsv", ".txt", ".jsonl", ".json"):
+            return []
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            first = file.read(2**20) if suffix.startswith(".json") else file.readline(2**20)
+        if suffix.startswith(".json"):  # a record a line, or a list of them
+            return list(json.JSONDecoder().raw_decode(first.lstrip("[ \r\n\t"))[0])
+        return re.split(r"[,\t;|]", first.replace('"', "").strip())
+    except (OSError, ValueError, TypeError):  # Arrow's own errors are among them
+        return []

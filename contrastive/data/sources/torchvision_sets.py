@@ -173,7 +173,7 @@ def _read(name: str, root: str, dataset: str, split: str, altered: dict[str, Any
     from torchvision import datasets
 
     from contrastive.data.sources.arrays import ArrayImages
-    from contrastive.data.sources.folder import ImageFiles
+    from contrastive.data.sources.image_files import ImageFiles
 
     entry = SETS[dataset]
     loader = type(entry.loader, (getattr(datasets, entry.loader),), altered or {})
