@@ -27,8 +27,8 @@ from contrastive.data.sources import announce, open_source
 from contrastive.data.sources.columns import check_columns
 from contrastive.data.sources.derived import as_found
 from contrastive.data.sources.image_files import open_images
-from contrastive.data.sources.kept import FORMAT, KEPT, KeptData, write_kept
 from contrastive.data.sources.open import absolute
+from contrastive.data.sources.subset import FORMAT, KEPT, KeptData, write_kept
 from contrastive.distributed.launching import prepare_process
 from contrastive.distributed.runtime import joined_ranks
 from contrastive.errors import UserError

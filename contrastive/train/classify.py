@@ -11,8 +11,8 @@ from contrastive.data.class_joining import in_classes_of
 from contrastive.data.decode import decode
 from contrastive.data.record import BadSample, Source, some_have
 from contrastive.data.sources import announce, open_source
-from contrastive.data.sources.derived import labelled_share
 from contrastive.data.sources.open import held_out_spec
+from contrastive.data.sources.subset import labelled_share
 from contrastive.errors import UserError
 from contrastive.log import console, is_main_process
 from contrastive.models import ClassifierConfig, ImageClassifier, classifier_config, classifier_table

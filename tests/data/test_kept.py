@@ -8,8 +8,8 @@ from PIL import Image
 
 from contrastive.data.sources import open_source
 from contrastive.data.sources.derived import as_found
-from contrastive.data.sources.kept import FORMAT, KeptData, write_kept
 from contrastive.data.sources.open import absolute, held_out_spec
+from contrastive.data.sources.subset import FORMAT, KeptData, write_kept
 from contrastive.errors import UserError
 
 

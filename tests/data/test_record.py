@@ -13,7 +13,8 @@ import contrastive
 from contrastive.data.order_choice import order_for
 from contrastive.data.record import FaultCounts, Record, Source, Wrapped
 from contrastive.data.sources import SOURCES, open_source
-from contrastive.data.sources.derived import ClassPrompts, LabelledSubset, Mixture, Renamed, Subset
+from contrastive.data.sources.derived import ClassPrompts, Mixture, Renamed
+from contrastive.data.sources.subset import Subset, labelled_share
 
 MEMBERS = sorted(
     {name for name in (*vars(Source), *Source.__annotations__) if not name.startswith("_")} | {"__len__", "__getitem__"}
@@ -32,10 +33,6 @@ WRAPPERS = {
     ),
     Subset: (
         lambda source: Subset(source, np.array([1, 2, 7]), "some"),
-        {"name", "fingerprint", "shard_sizes", "__len__", "__getitem__", "captions", "label"},
-    ),
-    LabelledSubset: (
-        lambda source: LabelledSubset(source, 0.5),
         {"name", "fingerprint", "shard_sizes", "__len__", "__getitem__", "captions", "label"},
     ),
 }
@@ -145,9 +142,9 @@ def test_a_wrapper_is_one_part_and_keeps_what_is_stored():
         assert wrapper.parts == (wrapper,) and wrapper.weights == (1,)
     prompts = ClassPrompts(full, ("a {}",))
     assert prompts.stored is full and full.stored is full
-    share = LabelledSubset(full, 0.5)
+    share = labelled_share(full, 0.5)
     assert share.stored is share
-    stored = LabelledSubset(prompts, 0.5).stored
+    stored = labelled_share(prompts, 0.5).stored
     assert stored.fingerprint == share.fingerprint and stored[1] == share[1]
 
 

@@ -9,7 +9,8 @@ from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.sharded_order import ShardedOrder
 from contrastive.data.shards import remote
 from contrastive.data.sources import open_source
-from contrastive.data.sources.derived import ClassPrompts, LabelledSubset, Mixture, labelled_share
+from contrastive.data.sources.derived import ClassPrompts, Mixture
+from contrastive.data.sources.subset import labelled_share
 from contrastive.errors import UserError
 
 
@@ -24,7 +25,7 @@ def keys(source):
 
 def test_each_class_gives_its_share(digits):
     whole = Counter(digits.label(i) for i in range(len(digits)))
-    tenth = LabelledSubset(digits, 0.1)
+    tenth = labelled_share(digits, 0.1)
     counts = Counter(tenth.label(i) for i in range(len(tenth)))
     assert counts == {label: round(0.1 * n) for label, n in whole.items()}
     assert tenth[3].label == tenth.label(3) and tenth.captions(3) == tenth[3].captions
@@ -32,14 +33,14 @@ def test_each_class_gives_its_share(digits):
 
 
 def test_always_the_same_and_nested(digits):
-    tenth, half = keys(LabelledSubset(digits, 0.1)), keys(LabelledSubset(digits, 0.5))
-    assert tenth == keys(LabelledSubset(digits, 0.1)) and set(tenth) < set(half)
-    prints = {LabelledSubset(digits, share).fingerprint for share in (0.1, 0.5, 1.0)}
+    tenth, half = keys(labelled_share(digits, 0.1)), keys(labelled_share(digits, 0.5))
+    assert tenth == keys(labelled_share(digits, 0.1)) and set(tenth) < set(half)
+    prints = {labelled_share(digits, share).fingerprint for share in (0.1, 0.5, 1.0)}
     assert len(prints | {digits.fingerprint}) == 4
 
 
 def test_the_least_is_one_of_each_class(digits):
-    assert Counter(LabelledSubset(digits, 1e-6).label(i) for i in range(10)) == dict.fromkeys(range(10), 1)
+    assert Counter(labelled_share(digits, 1e-6).label(i) for i in range(10)) == dict.fromkeys(range(10), 1)
 
 
 class Holes(Source):
@@ -60,15 +61,15 @@ class Holes(Source):
 
 
 def test_unlabelled_samples_are_left_out():
-    assert len(LabelledSubset(Holes(), 1.0)) == 100
+    assert len(labelled_share(Holes(), 1.0)) == 100
     with pytest.raises(UserError, match="holes has no labels"):
-        LabelledSubset(Holes(labelled=False), 0.5)
+        labelled_share(Holes(labelled=False), 0.5)
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan")])
 def test_a_share_that_is_none(digits, share):
     with pytest.raises(UserError, match="data.share is"):
-        LabelledSubset(digits, share)
+        labelled_share(digits, share)
 
 
 class Afar(Source):

@@ -19,7 +19,7 @@ from sandbox import Reader
 
 from contrastive.data.sources import open_source
 from contrastive.data.sources.derived import as_found
-from contrastive.data.sources.kept import FORMAT, KeptData, write_kept
+from contrastive.data.sources.subset import FORMAT, KeptData, write_kept
 
 Made = Callable[[Path], object]
 

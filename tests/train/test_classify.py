@@ -17,7 +17,7 @@ from contrastive.data.order_choice import MixtureOrder, order_for
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.settings import LabelledDataConfig
 from contrastive.data.sources import open_source
-from contrastive.data.sources.derived import labelled_share
+from contrastive.data.sources.subset import labelled_share
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import classification
 from contrastive.log import read_metrics

@@ -1,4 +1,4 @@
-"""Sources made of others: captions from class names, some of the samples, several mixed by weight."""
+"""Sources made of others: captions from class names, other names of the classes, several mixed by weight."""
 
 from __future__ import annotations
 
@@ -97,94 +97,11 @@ class Renamed(Wrapped):
         return self._places[label]
 
 
-class Subset(Wrapped):
-    """Some samples of `source`, in its order.
-
-    Args:
-        indices: of the samples, rising int64 (n,).
-        name: for messages.
-    """
-
-    def __init__(self, source: Source, indices: np.ndarray, name: str):
-        super().__init__(source)
-        self.name, self._indices = name, indices
-        identity = source.fingerprint.encode() + indices.tobytes()
-        if source.shard_sizes is not None:
-            # The shards keep their numbers, by which the order asks for them, with fewer samples in each or none.
-            ends = np.searchsorted(indices, np.cumsum(source.shard_sizes))
-            self.shard_sizes = np.diff(ends, prepend=0)
-            # They decide the order within a window: a run begun when a share had no shards is not to go on with them.
-            identity += self.shard_sizes.tobytes()
-        self.fingerprint = fingerprint_of(identity)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.source[self._place(index)]
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self.source.captions(self._place(index))
-
-    def label(self, index: int) -> int | None:
-        return self.source.label(self._place(index))
-
-    @property
-    def stored(self) -> Source:
-        return Subset(self.source.stored, self._indices, self.name) if self.prompted else self
-
-    def _place(self, index: int) -> int:
-        return int(self._indices[check_index(self, index)])
-
-
-class LabelledSubset(Subset):
-    """A fixed random share of each class of `source`, at least one sample of each.
-
-    Args:
-        share: above 0, at most 1. A smaller share is part of a larger one.
-
-    Samples without a label, or whose label cannot be read, are left out.
-
-    Raises:
-        UserError: a share that is none, or no label in the source.
-    """
-
-    def __init__(self, source: Source, share: float):
-        if not 0 < share <= 1:
-            raise UserError(f"data.share is {share}; it must be above 0 and at most 1")
-        super().__init__(source, _pick(source, share), f"{source.name} ({100 * share:g} %)")
-
-
 def as_found(source: Source) -> Source:
     """Return a source without the captions and the class names that `open_source` may have given it."""
     while isinstance(source, ClassPrompts | Renamed):
         source = source.source
     return source
-
-
-def labelled_share(source: Source, share: float) -> Source:
-    """Return the share of a source as above; of a mixture, that of each part, so that the weights stay."""
-    if len(source.parts) > 1:
-        parts = [LabelledSubset(part, share) for part in source.parts]
-        return Mixture(f"{source.name} ({100 * share:g} %)", parts, source.weights)
-    return LabelledSubset(source, share)
-
-
-def _pick(source: Source, share: float) -> np.ndarray:
-    labels = np.full(len(source), -1, dtype=np.int64)
-    for index in range(len(source)):
-        try:
-            label = source.label(index)
-        except BadSample:
-            continue
-        labels[index] = -1 if label is None else label
-    rng, chosen = np.random.default_rng(0), []
-    for label in np.unique(labels[labels >= 0]):
-        own = rng.permutation(np.flatnonzero(labels == label))
-        chosen.append(own[: max(1, round(share * len(own)))])
-    if not chosen:
-        raise UserError(f"{source.name} has no labels to take a share of")
-    return np.sort(np.concatenate(chosen))
 
 
 class Mixture(Source):

@@ -118,7 +118,7 @@ def _open(spec: str, columns: Columns) -> Source:
         from contrastive.data.shards.shard_source import Shards
 
         return Shards(spec, read_index(spec), columns.caption)
-    from contrastive.data.sources.kept import is_kept
+    from contrastive.data.sources.subset import is_kept
 
     if is_kept(spec):
         return _open_kept(spec, columns)
@@ -133,7 +133,7 @@ def _open(spec: str, columns: Columns) -> Source:
 
 def _open_kept(folder: str, columns: Columns) -> Source:
     from contrastive.data.sources.columns import Columns
-    from contrastive.data.sources.kept import kept_subset, read_kept
+    from contrastive.data.sources.subset import kept_subset, read_kept
 
     said = read_kept(folder)
     own = Columns(columns.image or said.image_column, columns.caption or said.caption_column)
@@ -271,7 +271,7 @@ def held_out_spec(spec: str) -> str | None:
     Splits are looked for by the names of `HELD_OUT`, in that order. Of a mixture, and of data that are no training
     split themselves, there is none.
     """
-    from contrastive.data.sources.kept import is_kept, read_kept
+    from contrastive.data.sources.subset import is_kept, read_kept
 
     spec = spec.strip()
     if not spec or "://" in spec or len(split_mixture(spec)[0]) > 1:

@@ -1,8 +1,4 @@
-"""A folder that says which samples of a data source to train on, as `contrastive curate` writes it.
-
-kept.json   the data source, its fingerprint and number of samples, how many are kept
-kept.npy    the kept samples, by their places in the source: int64, rising
-"""
+"""Some of the samples of a source: a share of each class, or those that `contrastive curate` kept."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -11,13 +7,92 @@ from pathlib import Path
 import numpy as np
 
 from contrastive.config import from_dict
-from contrastive.data.record import Source
-from contrastive.data.sources.derived import Subset
+from contrastive.data.record import BadSample, Record, Source, Wrapped, check_index, fingerprint_of
+from contrastive.data.sources.derived import Mixture
 from contrastive.errors import UserError, reason_of
 from contrastive.files import read_json, write_json, write_whole
 
+# A folder says which samples of a data source are kept:
+#   kept.json   the data source, its fingerprint and number of samples, how many are kept
+#   kept.npy    the kept samples, by their places in the source: int64, rising
 KEPT, INDICES = "kept.json", "kept.npy"
 FORMAT = "contrastive-kept-1"
+
+
+class Subset(Wrapped):
+    """Some samples of `source`, in its order.
+
+    Args:
+        indices: of the samples, rising int64 (n,).
+        name: for messages.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, name: str):
+        super().__init__(source)
+        self.name, self._indices = name, indices
+        identity = source.fingerprint.encode() + indices.tobytes()
+        if source.shard_sizes is not None:
+            # The shards keep their numbers, by which the order asks for them, with fewer samples in each or none.
+            ends = np.searchsorted(indices, np.cumsum(source.shard_sizes))
+            self.shard_sizes = np.diff(ends, prepend=0)
+            # They decide the order within a window: a run begun when a share had no shards is not to go on with them.
+            identity += self.shard_sizes.tobytes()
+        self.fingerprint = fingerprint_of(identity)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self._place(index)]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(self._place(index))
+
+    def label(self, index: int) -> int | None:
+        return self.source.label(self._place(index))
+
+    @property
+    def stored(self) -> Source:
+        return Subset(self.source.stored, self._indices, self.name) if self.prompted else self
+
+    def _place(self, index: int) -> int:
+        return int(self._indices[check_index(self, index)])
+
+
+def labelled_share(source: Source, share: float) -> Source:
+    """Return a fixed random share of each class of `source`, at least one sample of each; of a mixture, of each part.
+
+    Samples without a label, or whose label cannot be read, are left out. A smaller share is part of a larger one.
+
+    Args:
+        share: above 0, at most 1.
+
+    Raises:
+        UserError: a share that is none, or no label in the source.
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"data.share is {share}; it must be above 0 and at most 1")
+    name = f"{source.name} ({100 * share:g} %)"
+    if len(source.parts) > 1:
+        return Mixture(name, [labelled_share(part, share) for part in source.parts], source.weights)
+    return Subset(source, _pick(source, share), name)
+
+
+def _pick(source: Source, share: float) -> np.ndarray:
+    labels = np.full(len(source), -1, dtype=np.int64)
+    for index in range(len(source)):
+        try:
+            label = source.label(index)
+        except BadSample:
+            continue
+        labels[index] = -1 if label is None else label
+    rng, chosen = np.random.default_rng(0), []
+    for label in np.unique(labels[labels >= 0]):
+        own = rng.permutation(np.flatnonzero(labels == label))
+        chosen.append(own[: max(1, round(share * len(own)))])
+    if not chosen:
+        raise UserError(f"{source.name} has no labels to take a share of")
+    return np.sort(np.concatenate(chosen))
 
 
 @dataclass(frozen=True)
