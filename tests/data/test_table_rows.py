@@ -12,7 +12,7 @@ from refusals import refused
 
 from contrastive.data.record import BadSample
 from contrastive.data.shards.shard_writing import write_shards
-from contrastive.data.sources import open_source, row_images
+from contrastive.data.sources import column_source, open_source
 
 CAPTIONS = [("a.jpg", "one"), ("b.jpg", "two"), ("a.jpg", "three"), ("b.jpg", "four"), ("c.jpg", "five")]
 EXPECTED = [("one", "three"), ("two", "four"), ("five",)]
@@ -147,7 +147,7 @@ def test_same_name_in_other_bytes_is_another_image(images):
 
 
 def test_a_large_table_is_read_on_only_where_its_start_has_a_pair(monkeypatch):
-    monkeypatch.setattr(row_images, "SCAN_BYTES", 10)
+    monkeypatch.setattr(column_source, "SCAN_BYTES", 10)
     given = []
 
     def groups(*cells):
@@ -155,9 +155,9 @@ def test_a_large_table_is_read_on_only_where_its_start_has_a_pair(monkeypatch):
             given.append(cell)
             yield pa.array(cell, pa.binary())
 
-    assert row_images.byte_keys(groups([b"12345"], [b"123456"], [b"12345"])) is None and len(given) == 2
-    keys = row_images.byte_keys(groups([b"12345", b"12345"], [b"123456"], [b"7"]))
-    assert len(keys) == 4 and row_images.rows_by_image(keys)[1].tolist() == [2, 3, 4]
+    assert column_source.byte_keys(groups([b"12345"], [b"123456"], [b"12345"])) is None and len(given) == 2
+    keys = column_source.byte_keys(groups([b"12345", b"12345"], [b"123456"], [b"7"]))
+    assert len(keys) == 4 and column_source.rows_by_image(keys)[1].tolist() == [2, 3, 4]
 
 
 def test_rows_by_image_against_a_loop():
@@ -166,7 +166,7 @@ def test_rows_by_image_against_a_loop():
     groups = {}
     for row, key in enumerate(keys):
         groups.setdefault(key or f"row {row}", []).append(row)
-    rows, ends = row_images.rows_by_image(pa.chunked_array([keys[:100], keys[100:]], pa.large_string()))
+    rows, ends = column_source.rows_by_image(pa.chunked_array([keys[:100], keys[100:]], pa.large_string()))
     assert [part.tolist() for part in np.split(rows, ends[:-1])] == list(groups.values())
 
 

@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
-import ast
-import json
+import glob
+import hashlib
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from contrastive.data.class_sets import class_names_beside
-from contrastive.data.record import SAMPLES_ASKED, BadSample, Record, Source, check_index, fingerprint_of, part_and_row
-from contrastive.data.sources.columns import CAPTION_KEYS, Columns, shared_out, texts_in
-from contrastive.data.sources.paths import MAX_IMAGE_BYTES, read_image_file
-from contrastive.data.sources.row_images import TablePart, byte_keys, find_images, path_keys, rows_by_image
-from contrastive.errors import UserError, did_you_mean
+from contrastive.data.record import (
+    SAMPLES_ASKED,
+    BadSample,
+    Record,
+    Source,
+    check_index,
+    evenly_spread,
+    fingerprint_of,
+    part_and_row,
+)
+from contrastive.data.sources.columns import Columns, check_types, is_text, listed, read_labels, shared_out, texts_in
+from contrastive.data.sources.paths import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, read_image_file
+from contrastive.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+SCAN_BYTES = 128 * 2**20
+"""Of embedded images: what is read before it is believed that no two rows show the same one."""
+# How paths are written that lead nowhere as they stand. '#0' is the number of a caption in Flickr's lists.
+_OTHERWISE = ((r"\\", "/", "backslashes taken for '/'"), (r"#\d+$", "", "'#0', '#1', ... taken off the paths"))
+_BASE64 = ("data:image/", "/9j/4", "iVBORw0KGgo")
 _LIST_TEXT = re.compile(r"""\s*\[\s*(["']|\]\s*$)""")
-_LIST_CELL = re.compile(r"\[.*\]")
-_NO_NUMBER = ("nan", "na", "n/a", "null", "none")
 
 
-class Cells(Protocol):
-    """One column, by row. Picklable, safe to fork."""
+class TablePart(NamedTuple):
+    """Consecutive rows with one origin. label: names it in keys. folder: of relative image paths, '' for none."""
 
-    def __getitem__(self, row: int) -> pa.Scalar: ...
+    label: str
+    folder: str
+    num_rows: int
 
 
 class ColumnSource(Source):
-    """Rows of an image column with captions, labels or both.
+    """Rows of an image column with captions, labels, masks or several of these.
 
     Args:
         name: the specification, for messages.
@@ -63,25 +76,24 @@ class ColumnSource(Source):
         parts: Sequence[TablePart],
         columns: Columns,
         types: Mapping[str, pa.DataType],
-        cells: Mapping[str, Cells],
+        cells: Mapping[str, Any],
         class_names: tuple[str, ...] | None,
         fingerprint: str,
         embedded: Iterable[pa.Array] = (),
         notes: Sequence[str] = (),
     ):
-        _check_types(columns, types, name)
-        self.name, self._parts, self._images_in, notes = name, tuple(parts), columns.image, list(notes)
+        check_types(columns, types, name)
+        self.name, self._parts, notes, keys = name, tuple(parts), list(notes), None
         self._ends = np.cumsum([part.num_rows for part in parts])
         self._rows = self._row_ends = None  # of the rows of each sample, where they end; None: a row is a sample
-        self._images, keys = cells[columns.image], None
-        self.masked, self._masks_in = columns.mask is not None, columns.mask
-        self._masks = cells[columns.mask] if columns.mask else None
+        self._image_column, self._mask_column, self.masked = columns.image, columns.mask, columns.mask is not None
+        self._pictures = {column: cells[column] for column in (columns.image, columns.mask) if column}
         if self.masked and parts[0].folder and not columns.label:  # whose names those are, where there is one
             self.mask_names = class_names_beside(parts[0].folder)
         if is_text(types[columns.image]):
-            self._images, said = find_images(name, columns.image, self._images, parts)
-            notes += said
-            keys = path_keys(self._images, parts) if columns.weighted else None
+            paths, said = self._paths_that_lead(cells[columns.image])
+            self._pictures[columns.image], notes = paths, notes + said
+            keys = path_keys(paths, parts) if columns.weighted else None
         elif columns.weighted:
             keys = byte_keys(embedded)
         self._captions = [
@@ -96,7 +108,7 @@ class ColumnSource(Source):
         self.fingerprint = fingerprint_of(f"{fingerprint} {notes}") if notes else fingerprint
         if columns.label:
             known = class_names or (parts[0].folder and class_names_beside(parts[0].folder)) or None
-            labels, self.class_names, fault = _read_labels(cells[columns.label], known, name)
+            labels, self.class_names, fault = read_labels(cells[columns.label], known, name)
             if fault and not columns.weighted:
                 raise UserError(f"{name} has neither captions nor labels: column '{columns.label}' holds {fault}")
             if fault:
@@ -109,23 +121,20 @@ class ColumnSource(Source):
         return int(self._ends[-1]) if self._rows is None else len(self._row_ends)
 
     def __getitem__(self, index: int) -> Record:
-        rows = self._rows_of(index)
-        part, key = self._locate(rows[0])
-        image = self._image_bytes(_read(self._images, rows[0], key), part.folder, key, self._images_in)
+        rows, mask = self._rows_of(index), None
+        _, key = self._locate(rows[0])
+        image = self._picture(self._image_column, rows[0])
         captions, weights = self._weighted_captions(rows)
-        mask = self._mask_bytes(rows[0], part.folder, key) if self.masked else None
+        if self.masked:
+            with suppress(BadSample):  # a bad mask does not spoil the sample for those who ask for no masks
+                mask = self._picture(self._mask_column, rows[0])
         weights = weights if len(self._captions) > 1 else None
         return Record(key, image, captions, self.label(index), weights, mask=mask)
 
-    def _mask_bytes(self, row: int, folder: str, key: str) -> bytes | None:
-        try:
-            return self._image_bytes(_read(self._masks, row, key), folder, key, self._masks_in)
-        except BadSample:  # which does not spoil it for those who ask for no masks
-            return None
-
     def image_paths(self) -> set[str]:
         """Return the paths of the image column, which holds paths, in one spelling."""
-        return {os.path.normpath(os.fsdecode(path)) for path in self._images.cast("binary").to_pylist() if path}
+        paths = self._pictures[self._image_column].cast("binary").to_pylist()
+        return {os.path.normpath(os.fsdecode(path)) for path in paths if path}
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._weighted_captions(self._rows_of(index))[0]
@@ -137,14 +146,17 @@ class ColumnSource(Source):
             for row in rows:
                 key = self._locate(row)[1]
                 value = _read(cells, row, key, keep=len(rows) > 1)
-                found = texts_in(_listed(value) if lists and value else value)
+                found = texts_in(listed(value) if lists and value else value)
                 if not all(isinstance(text, str) for text in found):
                     raise BadSample("bad_caption", key)
                 texts += found
             captions.append(texts)
         return shared_out(captions, [weight for _, weight, _ in self._captions])
 
-    def _image_bytes(self, value: Any, folder: str, key: str, column: str) -> bytes:
+    def _picture(self, column: str, row: int) -> bytes:
+        """The bytes of an image or of a mask, which a cell holds or leads to."""
+        part, key = self._locate(row)
+        value = _read(self._pictures[column], row, key)
         if isinstance(value, dict):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, bytes):
@@ -153,8 +165,42 @@ class ColumnSource(Source):
             return value
         if not value:
             raise BadSample("missing_image", f"{key}: column '{column}' is empty")
-        path = os.path.join(folder, value)
+        path = os.path.join(part.folder, value)
         return read_image_file(path, f"{key}: column '{column}', {os.path.abspath(path)}")
+
+    def _paths_that_lead(self, paths: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str]]:
+        r"""Return the paths as they lead to images, told by 100 of them, and what was decided: '\' may become '/'.
+
+        Raises:
+            UserError: they hold something else than paths, or none of them leads to a file.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        tried, where = [], f"column '{self._image_column}'"
+        for row in evenly_spread(len(paths)):
+            part, key = self._locate(row)
+            value = (paths[row].cast(pa.binary()).as_py() or b"").decode("utf-8", "replace")
+            if value.startswith(("http://", "https://", "s3://", "gs://")):
+                raise UserError(
+                    f"{self.name}: {where} holds web addresses; download the images first, "
+                    "as img2dataset does into .tar shards"
+                )
+            if value.startswith(_BASE64) and len(value) > 200:
+                raise UserError(f"{self.name}: {where} holds base64 text; decode it to files, or to bytes in a table")
+            if os.path.isfile(os.path.join(part.folder, value)):
+                return paths, []
+            tried.append((part.folder, value, key))
+        for written, meant, note in _OTHERWISE:
+            if any(os.path.isfile(os.path.join(folder, re.sub(written, meant, value))) for folder, value, _ in tried):
+                return pc.replace_substring_regex(paths, written, meant), [note]
+        folder, value, key = tried[0]
+        slashes = " and with '/' for '\\'" if "\\" in value else ""
+        raise UserError(
+            f"{self.name}: no image is there, of {len(tried)} that were looked for: {where} has '{value}' ({key}), "
+            f"looked for as '{os.path.abspath(os.path.join(folder, value))}'{slashes}; relative paths start at "
+            f"the table's folder{_elsewhere(folder, value)}"
+        )
 
     def _rows_of(self, index: int) -> Sequence[int]:
         index = check_index(self, index)
@@ -183,141 +229,24 @@ class ColumnSource(Source):
         return most
 
 
-def is_text(column_type: pa.DataType) -> bool:
-    from pyarrow import types
-
-    return types.is_string(column_type) or types.is_large_string(column_type) or types.is_string_view(column_type)
-
-
-def _check_types(columns: Columns, types: Mapping[str, pa.DataType], where: str) -> None:
-    """Raise UserError where the image column holds no images, or a caption column no texts."""
-    from pyarrow import types as kinds
-
-    held = types[columns.image]
-    # The image format of `datasets` is a struct of bytes and path.
-    packed = kinds.is_struct(held) and any(field.name == "bytes" and not is_text(field.type) for field in held)
-    if not (packed or is_text(held) or kinds.is_binary(held) or kinds.is_large_binary(held)):
-        raise UserError(
-            f"{where}: column '{columns.image}' holds {held}; images must be paths, bytes or an Image feature"
-        )
-    for caption, _ in columns.weighted:
-        inner = held = types[caption]
-        while inner is not None and kinds.is_nested(inner):
-            known = [name for name in CAPTION_KEYS if kinds.is_struct(inner) and inner.get_field_index(name) >= 0]
-            inner = inner.field(known[0]).type if known else getattr(inner, "value_type", None)
-        if inner is None or not (is_text(inner) or kinds.is_null(inner)):
-            raise UserError(
-                f"{where}: column '{caption}' holds {held}; captions must be texts or lists of texts; of a dict "
-                f"{' or '.join(CAPTION_KEYS)} is read; name another column with caption_column"
-            )
-
-
-def _hold_lists(where: str, column: str, cells: Cells, num_rows: int) -> bool:
+def _hold_lists(where: str, column: str, cells: Any, num_rows: int) -> bool:
     """Whether the texts of a caption column are lists: all of the first 100. UserError where they cannot be read."""
     texts = []
     for row in range(min(SAMPLES_ASKED, num_rows)):
-        try:
+        with suppress(BadSample):
             texts.append(_read(cells, row, ""))
-        except BadSample:
-            continue
     texts = [text for text in texts if text and text.strip()]
     if not texts or not all(map(_LIST_TEXT.match, texts)):
         return False
     for text in texts:
-        if not all(isinstance(part, str) for part in texts_in(_listed(text))):
+        if not all(isinstance(part, str) for part in texts_in(listed(text))):
             raise UserError(
                 f"{where}: column '{column}' holds {text[:60]!r}, a list of texts neither as JSON nor as Python"
             )
     return True
 
 
-def _listed(text: str) -> Any:
-    """The list that `text` is, else something that is no caption."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        try:
-            value = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return [False]
-        # What numpy prints has no commas, and its texts would run together.
-        return value if repr(value) == text.strip() else [False]
-
-
-def _read_labels(
-    column: pa.ChunkedArray, class_names: tuple[str, ...] | None, where: str
-) -> tuple[np.ndarray | None, tuple[str, ...] | None, str]:
-    """Return (labels int64, -1 for none; class names; ''), or (None, None, what the column holds instead of labels).
-
-    Whole numbers are labels, as 1, 1.0, '1' or True; null, NaN and what is below 0 is none. Other texts are class
-    names, of `class_names` or else of the sorted distinct texts.
-
-    Raises:
-        UserError: a label outside `class_names`, or bad UTF-8.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if pa.types.is_binary(column.type) or is_text(column.type):
-        try:
-            column = pc.utf8_trim_whitespace(column.cast(pa.string()))
-            present = sorted(name for name in pc.unique(column).to_pylist() if name)
-            if several := next(filter(partial(_says_several, known=set(present)), present), ""):
-                return None, None, f"several labels in a cell, as '{several}'; a label is one whole number or one text"
-            column, class_names = _numbered(column, present, class_names, where)
-        except (pa.ArrowInvalid, UnicodeDecodeError):
-            raise UserError(f"{where}: the labels are not UTF-8 text") from None
-    if pa.types.is_boolean(column.type):
-        column = column.cast(pa.int8())
-    if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), None, column)
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
-        return None, None, f"{column.type}; a label is one whole number or one text"
-    try:
-        labels = pc.fill_null(column.cast(pa.int64()), -1).to_numpy()
-    except pa.ArrowInvalid:
-        return None, None, f"{column.type}s that are no whole numbers"
-    if labels.max(initial=-1) < 0:
-        return None, None, "not a single label"
-    if class_names and labels.max() >= len(class_names):
-        raise UserError(f"{where}: label {labels.max()}, but there are {len(class_names)} class names")
-    return np.maximum(labels, -1), class_names, ""
-
-
-def _says_several(label: str, known: Collection[str]) -> bool:
-    """Whether a label is a list: in brackets, of others that occur, or with bars between any that does."""
-    parts = [part.strip() in known for part in re.split(r"[|;,]", label)]
-    return bool(_LIST_CELL.fullmatch(label)) or (len(parts) > 1 and (all(parts) or ("|" in label and any(parts))))
-
-
-def _numbered(
-    column: pa.ChunkedArray, present: Sequence[str], class_names: tuple[str, ...] | None, where: str
-) -> tuple[pa.ChunkedArray, tuple[str, ...] | None]:
-    """Return texts, all those `present`, as numbers: what they say, where all say numbers or 'true' and 'false'; else
-    their place among the class names."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    unknown = [name for name in present if name not in (class_names or ())]
-    said = [name for name in present if name.lower() not in _NO_NUMBER]
-    if unknown and said:
-        numbers = pc.if_else(pc.is_in(column, pa.array(said, pa.string())), column, None)
-        if {name.lower() for name in said} <= {"true", "false"}:
-            return pc.equal(pc.utf8_lower(numbers), "true"), class_names
-        try:
-            return numbers.cast(pa.float64()), class_names
-        except pa.ArrowInvalid:
-            pass  # names of classes
-    if class_names and unknown:
-        raise UserError(
-            f"{where}: label '{unknown[0]}' is not among the {len(class_names)} class names."
-            f"{did_you_mean(unknown[0], class_names)}"
-        )
-    class_names = class_names or tuple(present)
-    return pc.index_in(column, value_set=pa.array(class_names, pa.string())), class_names
-
-
-def _read(cells: Cells, row: int, key: str, keep: bool = False) -> Any:
+def _read(cells: Any, row: int, key: str, keep: bool = False) -> Any:
     """Return the value. keep: a text of bad UTF-8 as one that the loader refuses, not the whole sample with it."""
     value = cells[row]
     try:
@@ -326,3 +255,83 @@ def _read(cells: Cells, row: int, key: str, keep: bool = False) -> Any:
         if keep and hasattr(value, "as_buffer"):
             return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
         raise BadSample("bad_utf8", key) from None
+
+
+# The images of the rows: where their paths lead, and which rows show the same one
+
+
+def _elsewhere(folder: str, value: str) -> str:
+    """Say where such a file lies, if it is near."""
+    value, above = value.replace("\\", "/"), os.path.join(folder, os.pardir)
+    near = [f"{os.path.join(glob.escape(at), '*')}/" for at in (folder, above)]
+    starts = [os.curdir, folder, above, *(path for pattern in near for path in sorted(glob.glob(pattern))[:50])]
+    for path in (value.lstrip("/"), os.path.basename(value)):
+        for end in ("", *(f".{suffix}" for suffix in IMAGE_SUFFIXES)):
+            for start in starts:
+                if os.path.isfile(os.path.join(start, path + end)):
+                    found = os.path.abspath(os.path.join(start, path + end))
+                    return f"; there is '{found}', where its paths have to lead"
+    return ""
+
+
+def path_keys(paths: pa.ChunkedArray, parts: Sequence[TablePart]) -> pa.ChunkedArray:
+    """Return the paths in one spelling, null for none: './a.jpg', 'a.jpg' and '/DATA/a.jpg' are the same."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    paths = paths.cast(pa.large_binary())  # bad UTF-8 costs a sample, not the table
+    paths = pc.if_else(pc.equal(paths, b""), None, paths)
+    if any(pc.any(pc.match_substring(paths, odd)).as_py() for odd in ("./", "//")):
+        paths = pc.replace_substring_regex(paths, r"/(\.?/)+", "/")
+        paths = pc.replace_substring_regex(paths, r"^(\./)+", "")
+    absolute = pc.starts_with(paths, "/")
+    if len({part.folder for part in parts}) == 1 and not pc.any(absolute).as_py():
+        return paths
+    spelled, first = [], 0
+    for part in parts:
+        own, folder = paths.slice(first, part.num_rows), os.fsencode(os.path.join(os.path.abspath(part.folder), ""))
+        joined = pc.binary_join_element_wise(pa.scalar(folder, own.type), own, pa.scalar(b"", own.type))
+        spelled += pc.if_else(absolute.slice(first, part.num_rows), own, joined).chunks
+        first += part.num_rows
+    return pa.chunked_array(spelled, paths.type)
+
+
+def byte_keys(groups: Iterable[pa.Array]) -> pa.ChunkedArray | None:
+    """Return a key a row, the same where bytes and path of two images are; None where none seems to be there twice.
+
+    groups: bytes, or structs of bytes and path, in the order of the rows. Of a large table all are read only where
+    there is a pair in the first SCAN_BYTES.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    keys, seen, read = [], set(), 0
+    for group in groups:
+        fields = [held.name for held in group.type] if pa.types.is_struct(group.type) else []
+        texts = pc.struct_field(group, "path").to_pylist() if "path" in fields else [None] * len(group)
+        for value, text in zip(pc.struct_field(group, "bytes") if fields else group, texts, strict=True):
+            buffer, path = value.as_buffer() if value.is_valid else None, os.fsencode(text or "")
+            keys.append(path or None if buffer is None else hashlib.blake2b(buffer, digest_size=16).digest() + path)
+            seen.add(keys[-1])
+            read += len(buffer or b"")
+        if read > SCAN_BYTES and len(seen) == len(keys):
+            return None
+    return pa.chunked_array([pa.array(keys, pa.large_binary())])
+
+
+def rows_by_image(keys: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the rows of each image, image after image by its first row, and where those of each end; None: no repeats.
+
+    keys: one a row, equal for equal images; a row whose key is null stands alone. Of a, b, a, null the rows are
+    0, 2 (of a), 1 (of b), 3, which end at 2, 3, 4.
+    """
+    import pyarrow.compute as pc
+
+    codes = np.concatenate([pc.fill_null(part.indices, -1).to_numpy() for part in keys.dictionary_encode().chunks])
+    num_keys, alone, rows = codes.max(initial=-1) + 1, codes < 0, np.arange(len(codes))
+    if num_keys + alone.sum() == len(codes):
+        return None
+    first = np.empty(num_keys + 1, np.int64)
+    first[codes[::-1]] = rows[::-1]  # of several, the last that is written stays
+    first = np.where(alone, rows, first[codes])
+    return np.argsort(first, kind="stable"), np.cumsum(np.bincount(first)[np.unique(first)])

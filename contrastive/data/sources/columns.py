@@ -1,13 +1,24 @@
-"""Which columns of a table, of whichever kind, hold image, captions and label."""
+"""Which columns of a table, of whichever kind, hold image, captions and label, and whether they can."""
 
+from __future__ import annotations
+
+import ast
+import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from contrastive.data.record import Source
 from contrastive.data.sources.paths import IMAGE_SUFFIXES
 from contrastive.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 IMAGE_COLUMNS = (
     "image", "img", "image_path", "filepath", "file_path", "path", "file_name", "filename", "jpg", "png", "webp",
@@ -21,6 +32,8 @@ MASK_COLUMNS = ("mask", "mask_path", "segmentation_mask", "annotation")
 _URL_COLUMNS = ("url", "image_url", "img_url")
 _PICTURES = ("struct<bytes", "binary", "large_binary")  # types as Arrow prints them
 _NUMBERS = ("int", "uint", "float", "half", "double", "decimal", "bool", "numbers", "null")
+_LIST_CELL = re.compile(r"\[.*\]")
+_NO_NUMBER = ("nan", "na", "n/a", "null", "none")
 
 
 @dataclass(frozen=True)
@@ -147,6 +160,19 @@ def texts_in(value: object) -> list:
     return [] if value is None else [value]
 
 
+def listed(text: str) -> Any:
+    """The list that `text` is, else something that is no caption."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return [False]
+        # What numpy prints has no commas, and its texts would run together.
+        return value if repr(value) == text.strip() else [False]
+
+
 def shared_out(
     captions: Iterable[Sequence[str]], weights: Iterable[float]
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -195,3 +221,108 @@ def check_columns(sources: Sequence[Source], asked: Mapping[str, str | None]) ->
         name = option.rpartition(".")[2]
         if column is not None and name not in read:
             raise UserError(f"{option} has no effect: {sources[0].name} has no {lacking[name]}; leave it out")
+
+
+# What a column holds
+
+
+def is_text(column_type: pa.DataType) -> bool:
+    from pyarrow import types
+
+    return types.is_string(column_type) or types.is_large_string(column_type) or types.is_string_view(column_type)
+
+
+def check_types(columns: Columns, types: Mapping[str, pa.DataType], where: str) -> None:
+    """Raise UserError where the image column holds no images, or a caption column no texts."""
+    from pyarrow import types as kinds
+
+    held = types[columns.image]
+    # The image format of `datasets` is a struct of bytes and path.
+    packed = kinds.is_struct(held) and any(field.name == "bytes" and not is_text(field.type) for field in held)
+    if not (packed or is_text(held) or kinds.is_binary(held) or kinds.is_large_binary(held)):
+        raise UserError(
+            f"{where}: column '{columns.image}' holds {held}; images must be paths, bytes or an Image feature"
+        )
+    for caption, _ in columns.weighted:
+        inner = held = types[caption]
+        while inner is not None and kinds.is_nested(inner):
+            known = [name for name in CAPTION_KEYS if kinds.is_struct(inner) and inner.get_field_index(name) >= 0]
+            inner = inner.field(known[0]).type if known else getattr(inner, "value_type", None)
+        if inner is None or not (is_text(inner) or kinds.is_null(inner)):
+            raise UserError(
+                f"{where}: column '{caption}' holds {held}; captions must be texts or lists of texts; of a dict "
+                f"{' or '.join(CAPTION_KEYS)} is read; name another column with caption_column"
+            )
+
+
+def read_labels(
+    column: pa.ChunkedArray, class_names: tuple[str, ...] | None, where: str
+) -> tuple[np.ndarray | None, tuple[str, ...] | None, str]:
+    """Return (labels int64, -1 for none; class names; ''), or (None, None, what the column holds instead of labels).
+
+    Whole numbers are labels, as 1, 1.0, '1' or True; null, NaN and what is below 0 is none. Other texts are class
+    names, of `class_names` or else of the sorted distinct texts.
+
+    Raises:
+        UserError: a label outside `class_names`, or bad UTF-8.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_binary(column.type) or is_text(column.type):
+        try:
+            column = pc.utf8_trim_whitespace(column.cast(pa.string()))
+            present = sorted(name for name in pc.unique(column).to_pylist() if name)
+            if several := next(filter(partial(_says_several, known=set(present)), present), ""):
+                return None, None, f"several labels in a cell, as '{several}'; a label is one whole number or one text"
+            column, class_names = _numbered(column, present, class_names, where)
+        except (pa.ArrowInvalid, UnicodeDecodeError):
+            raise UserError(f"{where}: the labels are not UTF-8 text") from None
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
+        return None, None, f"{column.type}; a label is one whole number or one text"
+    try:
+        labels = pc.fill_null(column.cast(pa.int64()), -1).to_numpy()
+    except pa.ArrowInvalid:
+        return None, None, f"{column.type}s that are no whole numbers"
+    if labels.max(initial=-1) < 0:
+        return None, None, "not a single label"
+    if class_names and labels.max() >= len(class_names):
+        raise UserError(f"{where}: label {labels.max()}, but there are {len(class_names)} class names")
+    return np.maximum(labels, -1), class_names, ""
+
+
+def _says_several(label: str, known: Collection[str]) -> bool:
+    """Whether a label is a list: in brackets, of others that occur, or with bars between any that does."""
+    parts = [part.strip() in known for part in re.split(r"[|;,]", label)]
+    return bool(_LIST_CELL.fullmatch(label)) or (len(parts) > 1 and (all(parts) or ("|" in label and any(parts))))
+
+
+def _numbered(
+    column: pa.ChunkedArray, present: Sequence[str], class_names: tuple[str, ...] | None, where: str
+) -> tuple[pa.ChunkedArray, tuple[str, ...] | None]:
+    """Return texts, all those `present`, as numbers: what they say, where all say numbers or 'true' and 'false'; else
+    their place among the class names."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    unknown = [name for name in present if name not in (class_names or ())]
+    said = [name for name in present if name.lower() not in _NO_NUMBER]
+    if unknown and said:
+        numbers = pc.if_else(pc.is_in(column, pa.array(said, pa.string())), column, None)
+        if {name.lower() for name in said} <= {"true", "false"}:
+            return pc.equal(pc.utf8_lower(numbers), "true"), class_names
+        try:
+            return numbers.cast(pa.float64()), class_names
+        except pa.ArrowInvalid:
+            pass  # names of classes
+    if class_names and unknown:
+        raise UserError(
+            f"{where}: label '{unknown[0]}' is not among the {len(class_names)} class names."
+            f"{did_you_mean(unknown[0], class_names)}"
+        )
+    class_names = class_names or tuple(present)
+    return pc.index_in(column, value_set=pa.array(class_names, pa.string())), class_names

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contrastive.data.record import fingerprint_of
-from contrastive.data.sources.column_source import ColumnSource, is_text
-from contrastive.data.sources.columns import Columns, find_columns
-from contrastive.data.sources.row_images import TablePart
+from contrastive.data.sources.column_source import ColumnSource, TablePart
+from contrastive.data.sources.columns import Columns, find_columns, is_text
 from contrastive.errors import UserError, did_you_mean, needs, reason_of
 
 if TYPE_CHECKING:

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from contrastive.data.record import FaultCounts, fingerprint_of, part_and_row
-from contrastive.data.sources.column_source import ColumnSource, is_text
-from contrastive.data.sources.columns import Columns, find_columns
+from contrastive.data.sources.column_source import ColumnSource, TablePart
+from contrastive.data.sources.columns import Columns, find_columns, is_text
 from contrastive.data.sources.delimited import BLOCK_BYTES, read_delimited
 from contrastive.data.sources.paths import IMAGE_SUFFIXES, short_names, table_suffix
-from contrastive.data.sources.row_images import TablePart
 from contrastive.errors import UserError, reason_of
 from contrastive.files import sha256
 
