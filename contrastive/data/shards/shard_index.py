@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -280,12 +280,11 @@ def find_shards(
     locations: Sequence[str], fits: Callable[[IndexedShard], bool] = lambda shard: True
 ) -> list[IndexedShard | None]:
     """Return what the manifests say of shards (paths or URLs): the first entry of each that `fits`, or None."""
-    listed: dict[str, list[dict[str, IndexedShard]]] = {}
+    listed = cache(lambda folder: [index.read() for index in index_folders(folder)])
     found = []
     for folder, name in map(folder_and_name, locations):
-        if folder not in listed:
-            listed[folder] = [index.read() for index in index_folders(folder)]
-        found.append(next((shards[name] for shards in listed[folder] if name in shards and fits(shards[name])), None))
+        entries = (shards[name] for shards in listed(folder) if name in shards)
+        found.append(next(filter(fits, entries), None))
     return found
 
 

@@ -20,7 +20,6 @@ from contrastive.errors import UserError
 _TEST_EVERY = 5  # of each of the digits, in the order of their file
 _PREFIXES = {"train": "train", "test": "t10k"}  # a split to what its idx files begin with
 _IMAGES, _LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
-_IMAGE_MAGIC, _LABEL_MAGIC = 2051, 2049
 # All of these name their files alike. A word in the name of the folder, to the class names.
 _IDX_SETS = {"fashion": "fashion_mnist", "kmnist": "kmnist", "kuzushiji": "kmnist", "mnist": "digits"}
 
@@ -111,8 +110,8 @@ def open_idx(name: str, folder: str, split: str) -> ArrayImages:
     if None in paths:
         missing = f"{prefix}-{(_IMAGES, _LABELS)[paths.index(None)]}"
         raise UserError(f"{name}: there is no {missing} or {missing}.gz in {within}")
-    images = _read_idx(paths[0], _IMAGE_MAGIC, num_sizes=3)
-    labels = _read_idx(paths[1], _LABEL_MAGIC, num_sizes=1).astype(np.int64)
+    images = _read_idx(paths[0], num_sizes=3)
+    labels = _read_idx(paths[1], num_sizes=1).astype(np.int64)
     if len(images) != len(labels):
         raise UserError(
             f"{paths[0]} has {len(images):,} images, but {os.path.basename(paths[1])} {len(labels):,} labels; "
@@ -142,8 +141,9 @@ def _idx_class_names(folder: str) -> tuple[str, ...]:
     return class_set("digits").names
 
 
-def _read_idx(path: str, magic: int, num_sizes: int) -> np.ndarray:
+def _read_idx(path: str, num_sizes: int) -> np.ndarray:
     """Return the values of an idx file of unsigned bytes, in its shape."""
+    magic = 0x800 + num_sizes  # 8 stands for unsigned bytes
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             head = np.frombuffer(file.read(4 + 4 * num_sizes), dtype=">u4").tolist()

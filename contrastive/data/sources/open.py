@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,6 @@ FORMS = (
     "PAIRS.csv|tsv|jsonl|parquet, a folder of images, of MNIST's or CIFAR's files, or saved by datasets, "
     "hf:NAME[:SPLIT]"
 )
-_TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".ndjson", ".json", ".txt")
 
 HELD_OUT = ("test", "val", "valid", "validation", "dev")
 """Names of held-out splits, the preferred one first."""
@@ -118,10 +118,12 @@ def _open(spec: str, columns: Columns) -> Source:
         from contrastive.data.shards.shard_source import Shards
 
         return Shards(spec, read_index(spec), columns.caption)
-    from contrastive.data.sources.subset import is_kept
+    from contrastive.data.sources.subset import is_kept, kept_subset, read_kept
 
     if is_kept(spec):
-        return _open_kept(spec, columns)
+        said = read_kept(spec)
+        own = replace(columns, image=columns.image or said.image_column, caption=columns.caption or said.caption_column)
+        return kept_subset(spec, said, _open(said.data, own))
     folder, split = _folder_and_split(spec)
     if folder:
         return _open_folder(spec, os.path.expanduser(folder), split, columns)
@@ -129,15 +131,6 @@ def _open(spec: str, columns: Columns) -> Source:
         hint = did_you_mean(scheme, (*SOURCES.names(), *os.listdir()))
         raise UserError(f"unknown data source '{scheme}'.{hint} Forms: {FORMS}")
     return _open_files(spec, expand_paths(spec), columns)
-
-
-def _open_kept(folder: str, columns: Columns) -> Source:
-    from contrastive.data.sources.columns import Columns
-    from contrastive.data.sources.subset import kept_subset, read_kept
-
-    said = read_kept(folder)
-    own = Columns(columns.image or said.image_column, columns.caption or said.caption_column)
-    return kept_subset(folder, said, _open(said.data, own))
 
 
 def absolute(spec: str) -> str:
@@ -197,14 +190,13 @@ def _open_files(spec: str, paths: list[str], columns: Columns) -> Source:
         from contrastive.data.shards.shard_source import Shards
 
         source = Shards(spec, index_shards(paths, digest=False), columns.caption)
-    elif suffixes[0] in _TABLES:
-        from contrastive.data.sources.tables import open_table
-
-        source = open_table(spec, paths, columns)
     else:
-        raise UserError(
-            f"{spec}: files of kind '{suffixes[0]}' are not read; use .tar, {', '.join(_TABLES)} or a folder"
-        )
+        from contrastive.data.sources.tables import READERS, open_table
+
+        if suffixes[0] not in READERS:
+            known = ", ".join(READERS)
+            raise UserError(f"{spec}: files of kind '{suffixes[0]}' are not read; use .tar, {known} or a folder")
+        source = open_table(spec, paths, columns)
     if len(splits := splits_of(paths)) > 1:
         source.reading += f"; {', '.join(splits)} are taken together"
     return source

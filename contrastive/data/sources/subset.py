@@ -1,6 +1,7 @@
 """Some of the samples of a source: a share of each class, or those that `contrastive curate` kept."""
 
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,11 +82,9 @@ def labelled_share(source: Source, share: float) -> Source:
 def _pick(source: Source, share: float) -> np.ndarray:
     labels = np.full(len(source), -1, dtype=np.int64)
     for index in range(len(source)):
-        try:
+        with suppress(BadSample):
             label = source.label(index)
-        except BadSample:
-            continue
-        labels[index] = -1 if label is None else label
+            labels[index] = -1 if label is None else label
     rng, chosen = np.random.default_rng(0), []
     for label in np.unique(labels[labels >= 0]):
         own = rng.permutation(np.flatnonzero(labels == label))

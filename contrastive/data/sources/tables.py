@@ -115,7 +115,7 @@ def _read_table(path: str, asked: Columns) -> TableFile:
             raise UserError(f"{path} is empty")
         if suffix != ".parquet":
             _check_text(path)
-        file = _READERS[suffix](path, asked)
+        file = READERS[suffix](path, asked)
     except (OSError, csv.Error, pa.ArrowException, *_DAMAGE) as error:
         hint = "; JSON is read as a list of records, or as one a line" if "json" in suffix else ""
         raise UserError(f"{path}: cannot be read as {suffix[1:]} ({reason_of(error)}){hint}") from None
@@ -232,15 +232,16 @@ def _read_parquet(path: str, asked: Columns) -> TableFile:
     return TableFile(path, columns, rows, image_type, _hub_class_names(schema, columns.label), _footer_digest(path))
 
 
-_READERS = {
+READERS = {
     ".csv": _read_csv,
-    ".txt": _read_csv,
     ".tsv": partial(_read_csv, separator="\t"),
     ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
     ".ndjson": _read_jsonl,
     ".json": _read_jsonl,
-    ".parquet": _read_parquet,
+    ".txt": _read_csv,
 }
+"""What reads a table, by its suffix."""
 
 
 def _plain(column_type: pa.DataType) -> pa.DataType:
