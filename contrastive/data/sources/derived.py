@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from contrastive.errors import UserError
 if TYPE_CHECKING:
     from contrastive.data.shards.remote import Wanted
 
+T = TypeVar("T")
 _WEIGHT = re.compile(r"(.+)=([-+.\d]*)")
 _MAX_SUM = 1_000_000  # positions of a mixture's block, which are shuffled at once
 
@@ -56,11 +57,7 @@ class ClassPrompts(Wrapped):
         return self._captions(self.source.label(index))
 
     def _captions(self, label: int | None, key: str = "") -> tuple[str, ...]:
-        if label is None:
-            return ()
-        if not 0 <= label < len(self._filled):
-            raise BadSample("bad_label", key)
-        return self._filled[label]
+        return () if label is None else _of_label(self._filled, label, key)
 
 
 class Renamed(Wrapped):
@@ -90,11 +87,14 @@ class Renamed(Wrapped):
         return self._placed(self.source.label(index))
 
     def _placed(self, label: int | None, key: str = "") -> int | None:
-        if label is None or self._places is None:
-            return label
-        if not 0 <= label < len(self._places):
-            raise BadSample("bad_label", key)
-        return self._places[label]
+        return label if label is None or self._places is None else _of_label(self._places, label, key)
+
+
+def _of_label(column: Sequence[T], label: int, key: str) -> T:
+    """What stands in a column at the place of a label. BadSample where there is no such place."""
+    if not 0 <= label < len(column):
+        raise BadSample("bad_label", key)
+    return column[label]
 
 
 def as_found(source: Source) -> Source:

@@ -18,10 +18,18 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
+SPLITS_FILE = "dataset_dict.json"
+
 
 def is_saved_dataset(folder: str) -> bool:
     """True for a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` made."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", SPLITS_FILE))
+
+
+def saved_splits(folder: str) -> list[str]:
+    """Return the splits of such a folder, none where it has no splits."""
+    file = Path(folder, SPLITS_FILE)
+    return json.loads(file.read_text("utf-8"))["splits"] if file.is_file() else []
 
 
 def open_saved(name: str, folder: str, split: str | None, asked: Columns) -> ColumnSource:
@@ -29,10 +37,8 @@ def open_saved(name: str, folder: str, split: str | None, asked: Columns) -> Col
     needs(name, "datasets")
     from datasets import load_from_disk
 
-    splits_file = Path(folder) / "dataset_dict.json"
     with _library_errors(name):
-        if splits_file.is_file():
-            splits = json.loads(splits_file.read_text("utf-8"))["splits"]
+        if splits := saved_splits(folder):
             folder = os.path.join(folder, _chosen(name, split, splits))
         elif split is not None:
             raise UserError(f"{name}: this folder has no splits; give it without ':{split}'")

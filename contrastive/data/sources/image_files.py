@@ -11,7 +11,7 @@ from contrastive.data.class_sets import class_names_beside
 from contrastive.data.record import BadSample, FaultCounts, Record, Source, check_index, check_split, fingerprint_of
 from contrastive.data.shards.shard_index import PackedBytes
 from contrastive.data.sources import open_source
-from contrastive.data.sources.beside import Captions, FileBeside
+from contrastive.data.sources.beside import FileBeside
 from contrastive.data.sources.paths import is_image, read_image_file
 from contrastive.errors import UserError
 
@@ -52,7 +52,8 @@ class ImageFiles(Source):
         captions: FolderCaptions | None = None,
     ):
         self.name, self.class_names = name, class_names
-        self._root, self._labels, self._captions = root, labels, captions
+        self._root, self._labels = root, labels
+        self._names, self._weights = (captions.names, captions.weights) if captions else ((), None)
         self.columns_read = ("caption_column",) if captions else ()
         self._paths = PackedBytes.of(os.fsencode(path) for path in paths)
         self.fingerprint = fingerprint_of(os.fsencode("\0".join((*paths, *(captions.identity if captions else ())))))
@@ -64,23 +65,18 @@ class ImageFiles(Source):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Record:
-        path, key = self._locate(index)
-        image, (captions, weights) = read_image_file(path, key), self._read_captions(path, key)
-        return Record(key, image, captions, self.label(index), weights)
+        path, beside = self._locate(index)
+        image = read_image_file(path, beside.key)
+        captions, weights = beside.captions(self._names, self._weights)
+        return Record(beside.key, image, captions, self.label(index), weights)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._read_captions(*self._locate(index))[0]
+        return self._locate(index)[1].captions(self._names, self._weights)[0]
 
-    def _read_captions(self, path: str, key: str) -> Captions:
-        if self._captions is None:
-            return (), None
-        sample = FileBeside(os.path.splitext(path)[0], key)
-        return sample.captions(self._captions.names, self._captions.weights)
-
-    def _locate(self, index: int) -> tuple[str, str]:
+    def _locate(self, index: int) -> tuple[str, FileBeside]:
         relative = self._paths[check_index(self, index)]
         path = os.path.join(self._root, os.fsdecode(relative))
-        return path, relative.decode("utf-8", "backslashreplace")
+        return path, FileBeside(os.path.splitext(path)[0], relative.decode("utf-8", "backslashreplace"))
 
 
 def files_below(root: str) -> tuple[list[str], list[str]]:
@@ -130,7 +126,7 @@ class MaskFolder(ImageFiles):
         self.reading = f"masks: '{os.path.dirname(self._masks[0])}'"
 
     def __getitem__(self, index: int) -> Record:
-        _, key = self._locate(index)
+        key = self._locate(index)[1].key
         try:
             mask = read_image_file(os.path.join(self._root, self._masks[index]), key)
         except BadSample:

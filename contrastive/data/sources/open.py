@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contrastive.data.class_sets import are_lemmas, bare_names, is_wordnet_id
@@ -301,12 +299,11 @@ def _splits_of(name: str) -> Collection[str] | None:
         except Exception:  # the network's and the hub's; training itself says what is wrong with the name
             return ()
     from contrastive.data.sources.arrays import idx_folder
-    from contrastive.data.sources.hugging_face import is_saved_dataset
+    from contrastive.data.sources.hugging_face import is_saved_dataset, saved_splits
 
     folder = os.path.expanduser(name)
     if is_saved_dataset(folder):
-        splits = Path(folder) / "dataset_dict.json"
-        return json.loads(splits.read_text("utf-8"))["splits"] if splits.is_file() else ()
+        return saved_splits(folder)
     return ("train", "test") if idx_folder(folder) or cifar_folders(folder) else None
 
 
