@@ -84,7 +84,7 @@ def test_an_interrupted_build_goes_on(shards, walked, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(indexing, "index_shard", stopped)
-        patched.setattr(indexing, "_write", lambda missing, built: None)  # as a kill would
+        patched.setattr(IndexFolder, "add", lambda folder, rows: None)  # as a kill would
         with pytest.raises(KeyboardInterrupt):
             open_source(f"{shards}/*.tar")
     assert not (shards / INDEX_FOLDER / "manifest.json").exists()

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -136,16 +136,20 @@ def _build(missing: dict[str, IndexFolder], index: Callable, workers: int | None
 
     Whatever ends this early, the shards that are done are added to their manifests.
     """
-    built, faults = {}, []
+    built, faults, rows = {}, [], defaultdict(dict)
     jobs = list(missing.items())
     try:
-        for (location, _), shard in in_parallel("indexing shards", index, jobs, workers, most=_MAX_WORKERS):
+        for (location, folder), shard in in_parallel("indexing shards", index, jobs, workers, most=_MAX_WORKERS):
             if isinstance(shard, str):
                 faults.append(shard)
             else:
                 built[location] = shard
+                rows[folder][folder_and_name(location)[1]] = shard.summary
     finally:
-        _write(missing, built)
+        for folder, own in rows.items():
+            folder.add(own)
+            if is_remote(folder.shards) and any(row.labels or row.label_names for row in own.values()):
+                _fetch_class_names(folder)
     _raise_first(faults, "cannot be indexed either")
     return built
 
@@ -182,15 +186,6 @@ def _index_copy(url: str, digest: bool) -> tuple[ShardIndex, ShardSummary]:
     finally:
         os.close(descriptor)
     return index, replace(summary, mtime_ns=0)
-
-
-def _write(missing: dict[str, IndexFolder], built: dict[str, IndexedShard]) -> None:
-    """Add what was built to the manifests."""
-    for folder in dict.fromkeys(missing[location] for location in built):
-        own = {folder_and_name(at)[1]: shard.summary for at, shard in built.items() if missing[at] == folder}
-        folder.add(own)
-        if is_remote(folder.shards) and any(row.labels or row.label_names for row in own.values()):
-            _fetch_class_names(folder)
 
 
 def _fetch_class_names(folder: IndexFolder) -> None:
