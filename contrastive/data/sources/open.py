@@ -13,7 +13,15 @@ from contrastive.data.class_sets import are_lemmas, bare_names, is_wordnet_id
 from contrastive.data.prompts import default_templates, load_templates
 from contrastive.data.record import Source, some_have
 from contrastive.data.sources.derived import ClassPrompts, Mixture, split_mixture
-from contrastive.data.sources.paths import REMOTE, expand_paths, expand_urls, is_remote, splits_of, table_suffix
+from contrastive.data.sources.paths import (
+    HELD_OUT,
+    REMOTE,
+    expand_paths,
+    expand_urls,
+    is_remote,
+    splits_of,
+    table_suffix,
+)
 from contrastive.data.sources.torchvision_sets import SETS, cifar_folders, open_cifar, open_named
 from contrastive.errors import UserError, did_you_mean, needs
 from contrastive.log import say
@@ -33,9 +41,6 @@ FORMS = (
     "PAIRS.csv|tsv|jsonl|parquet, a folder of images, of MNIST's or CIFAR's files, or saved by datasets, "
     "hf:NAME[:SPLIT]"
 )
-
-HELD_OUT = ("test", "val", "valid", "validation", "dev")
-"""Names of held-out splits, the preferred one first."""
 
 _SETS_BY_NAME = {"digits": ("train", "test"), "scenes": ("train", "test"), **{name: SETS[name].splits for name in SETS}}
 _TRAIN_FILES = re.compile(r"train(?![a-z])")  # 'train-00000', but not 'training'

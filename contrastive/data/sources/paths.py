@@ -10,7 +10,9 @@ from contrastive.data.record import BadSample
 from contrastive.errors import UserError, did_you_mean
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "dev"}
+HELD_OUT = ("test", "val", "valid", "validation", "dev")
+"""Names of held-out splits, the preferred one first."""
+SPLIT_NAMES = {"train", "training", *HELD_OUT}
 # No photograph is larger as a file; one that is would cost every worker that much memory.
 MAX_IMAGE_BYTES = 256 * 2**20
 # Protocols of fsspec that give whole files; a chain of them ('a::b') or a command ('pipe:') is not one.

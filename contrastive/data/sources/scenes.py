@@ -110,18 +110,16 @@ class Scenes(Source):
         self.image_size = image_size
         self.name = f"scenes:{split}"
         self._length = SPLITS[split] if num_samples is None else num_samples
-        labelled_pairs = {"test": PAIRS, "heldout": HELD_OUT_PAIRS}.get(split, ())
-        self._labels = tuple(map(PAIRS.index, labelled_pairs))  # they come in turn
-        self.class_names = tuple(map(" ".join, PAIRS)) if self._labels else None
-        self._wide = split.startswith("wide")
+        self._wide, self.masked = split.startswith("wide"), split == "masks"
+        self._classes = END_CLASSES if self._wide else PAIRS
+        labelled = {"test": PAIRS, "heldout": HELD_OUT_PAIRS, "wide-test": END_CLASSES}.get(split, ())
+        self._labels = tuple(map(self._classes.index, labelled))  # they come in turn
+        if labelled:
+            self.class_names = tuple(name_ends(*one) if self._wide else " ".join(one) for one in self._classes)
         if self._wide:
             self.templates = ("a(n) {}", "a picture of a(n) {}")
         else:
             self.heldout_labels = HELD_OUT_LABELS
-        if split == "wide-test":
-            self._labels = tuple(range(len(END_CLASSES)))
-            self.class_names = tuple(name_ends(*one) for one in END_CLASSES)
-        self.masked = split == "masks"
         if self.masked:
             self.mask_names = ("background", *SHAPES)
             self.templates = tuple(f"a {colour} {{}}" for colour in COLOURS)  # no caption has a shape without one
@@ -163,10 +161,11 @@ class Scenes(Source):
     def _draw(self, index: int) -> tuple[Scene, Draws]:
         """The scene's description, and its random numbers from where the wording takes over."""
         label, draws = self.label(index), Draws(_SEEDS[self.split], index)
+        shown = None if label is None else self._classes[label]
         if self._wide:
-            return draw_ends(draws, *(_any_ends(draws) if label is None else END_CLASSES[label])), draws
-        if label is not None:
-            return draw_single(draws, PAIRS[label]), draws
+            return draw_ends(draws, *(shown or _any_ends(draws))), draws
+        if shown is not None:
+            return draw_single(draws, shown), draws
         return draw_any(draws, PAIRS if self.masked else TRAINING_PAIRS), draws
 
     def _word(self, scene: Scene, draws: Draws) -> tuple[str, ...]:
