@@ -27,7 +27,7 @@ from contrastive.distributed.runtime import Runtime
 from contrastive.distributed.sharding import clip_gradients
 from contrastive.losses import LOSSES
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
-from contrastive.optim.optimizers import AdamWConfig, step_unless
+from contrastive.optim import AdamWConfig, step_unless
 from contrastive.option_types import Positive
 from contrastive.patches import Patches
 from contrastive.train.gradient import Batch, forward_backward

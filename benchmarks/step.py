@@ -48,7 +48,7 @@ from contrastive.interop.formats import open_clip_folder
 from contrastive.losses import LOSSES
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.models.presets import model_config
-from contrastive.optim.optimizers import AdamWConfig
+from contrastive.optim import AdamWConfig
 from contrastive.option_types import Positive
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig, resolve
 from contrastive.train.options import TrainConfig

@@ -20,7 +20,7 @@ from contrastive.log import say
 from contrastive.models import DualEncoder
 from contrastive.models.patch_size import set_patch_size
 from contrastive.objectives.learner import PREFIX
-from contrastive.optim.schedule import COOLED_DOWN, ScheduleConfig
+from contrastive.optim import COOLED_DOWN, ScheduleConfig
 from contrastive.option_types import as_option
 from contrastive.train.contrastive_task import PretrainConfig
 from contrastive.train.native import native_options

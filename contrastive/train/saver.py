@@ -15,8 +15,7 @@ from contrastive.distributed.collectives import gather_objects, rank
 from contrastive.errors import UserError, reason_of
 from contrastive.files import check_writable
 from contrastive.log import warn
-from contrastive.optim import ExponentialMovingAverage
-from contrastive.optim.optimizers import Muon
+from contrastive.optim import ExponentialMovingAverage, Muon
 from contrastive.train.checkpoint import Optimizers, SaveModel, TrainingState, training_state, write_checkpoint
 from contrastive.train.options import CheckpointConfig
 from contrastive.train.retention import Verification, check_room, checkpoints_in, expendable, step_of

@@ -15,7 +15,7 @@ from torch import nn
 
 from contrastive.distributed.collectives import GATHER_BYTES
 from contrastive.models.transformer import Transformer
-from contrastive.optim.optimizers import Muon
+from contrastive.optim import Muon
 
 
 @dataclass(frozen=True)

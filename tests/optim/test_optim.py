@@ -13,8 +13,16 @@ from contrastive.models import (
     ModelConfig,
     TextTowerConfig,
 )
-from contrastive.optim import AdamWConfig, ExponentialMovingAverage, MuonConfig, ScheduleConfig, set_learning_rates
-from contrastive.optim.optimizers import Muon, layer_factors, orthogonalise
+from contrastive.optim import (
+    AdamWConfig,
+    ExponentialMovingAverage,
+    Muon,
+    MuonConfig,
+    ScheduleConfig,
+    layer_factors,
+    orthogonalise,
+    set_learning_rates,
+)
 
 
 @pytest.fixture

@@ -1,16 +1,17 @@
-"""Optimizers by name: AdamW as CLIP and SigLIP use it, and Muon for the hidden matrices."""
+"""How weights move: optimizers by name, the learning rate as a function of the step, the moving average of weights."""
 
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Protocol
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import nn
 
 from contrastive import products
 from contrastive.distributed.sharding import by_whole_matrices, local
+from contrastive.errors import UserError
 from contrastive.option_types import Bound, Positive
 from contrastive.registry import Registry
 
@@ -18,6 +19,7 @@ LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
 EMBEDDINGS = ("patch_embed", "token_embedding", "class_token", "position_embedding", "pre_norm")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at zero, so five rounds are enough
 ROUNDS = 5
+COOLED_DOWN = ("wsd", "rsqrt")  # decays whose first steps do not depend on how many there will be
 
 
 class OptimizerConfig(Protocol):
@@ -210,3 +212,89 @@ def _newton_schulz(x: torch.Tensor, times: Callable[[torch.Tensor, torch.Tensor]
         gram = times(x, x)  # symmetric, so its square is gram · gramᵀ
         x = a * x + times(b * gram + c * times(gram, gram), x.mT)
     return x
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warm-up, then decay."""
+
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; none: 3 % of the run, at least 100 steps but at most a tenth of it."""
+    decay: Literal["cosine", "linear", "constant", "wsd", "rsqrt"] = "cosine"
+    """From the peak to final_fraction; wsd stays there, rsqrt falls as 1 / sqrt(step), until a linear cooldown."""
+    final_fraction: float = 0.0
+    """Learning rate at the end, as a share of the peak; of rsqrt's, of where the cooldown begins."""
+    cooldown_steps: Positive[int | None] = None
+    """Last steps, in which wsd and rsqrt fall to final_fraction; none: a fifth of the run."""
+
+    def resolved(self, total_steps: int) -> "ScheduleConfig":
+        """Return it with its warm-up settled, where longer runs begin alike; UserError where it exceeds the run."""
+        if self.decay in ("cosine", "linear"):
+            return self
+        warmup, cooldown = self._ramps(total_steps)
+        if self.decay in COOLED_DOWN and warmup + cooldown > total_steps:
+            said = f"warmup_steps {warmup} and cooldown_steps {cooldown} are more than the {total_steps} of the run"
+            raise UserError(f"schedule: {said}; give fewer")
+        return replace(self, warmup_steps=warmup)
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Return what the peak learning rate is multiplied by at `step`, counted from 0, of `total_steps`."""
+        warmup, cooldown = self._ramps(total_steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        if self.decay == "constant":
+            return 1.0
+        if self.decay in COOLED_DOWN:
+            peak = math.sqrt(max(warmup, 1) / max(step, 1)) if self.decay == "rsqrt" else 1.0  # as in big_vision
+            fallen = max(0.0, 1 - (total_steps - step) / cooldown)
+            return peak * (1 - (1 - self.final_fraction) * fallen)
+        done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+        remaining = 0.5 * (1 + math.cos(math.pi * done)) if self.decay == "cosine" else 1 - done
+        return self.final_fraction + (1 - self.final_fraction) * remaining
+
+    def _ramps(self, total_steps: int) -> tuple[int, int]:
+        """Steps of warm-up and of cooldown."""
+        usual = min(max(round(0.03 * total_steps), 100), total_steps // 10)
+        warmup = usual if self.warmup_steps is None else self.warmup_steps
+        return warmup, self.cooldown_steps or max(1, total_steps // 5)
+
+
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set every group's learning rate to `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+class ExponentialMovingAverage:
+    """average ← decay · average + (1 − decay) · weight after every step, in float32.
+
+    The first steps use min(decay, (1 + step) / (10 + step)), so that random initial weights fade soon.
+
+    Args:
+        model: its parameters that learn are averaged, starting from their present values.
+        decay: 0.999 averages about 1,000 steps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.average = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, skipped: torch.Tensor) -> None:
+        """Move the averages towards the weights; where `skipped` (bool, 0-dim, on their device) leave them."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages = [local(average) for average in self.average.values()]
+        weights = [local(p.detach()).float() for name, p in model.named_parameters() if name in self.average]
+        moved = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(moved, torch.where(skipped, 0.0, 1 - decay))
+        torch._foreach_add_(averages, moved)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's weights with the averages; a second call undoes it."""
+        for name, average in self.average.items():
+            parameter = model.get_parameter(name)
+            weight = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(weight)
