@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from contrastive.errors import UserError
-from contrastive.models.segments import Segments
+from contrastive.models.packing import Segments
 from contrastive.models.transformer import Transformer, TransformerConfig
 from contrastive.option_types import Positive
 

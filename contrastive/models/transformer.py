@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from contrastive import products
 from contrastive.errors import UserError
-from contrastive.models.segments import Segments, attend, attend_within
+from contrastive.models.packing import Segments, attend, attend_within
 from contrastive.option_types import NotNegative, Positive, Probability, check_bounds
 from contrastive.products import product
 

@@ -18,7 +18,7 @@ from contrastive.models import (
     PackedTokens,
     TextTower,
     TextTowerConfig,
-    segments,
+    packing,
 )
 from contrastive.models.init import initialise_tower
 
@@ -142,7 +142,7 @@ def test_the_kernel_of_a_gpu_is_given_where_each_text_begins(monkeypatch):
 
     expected = {kind: results(tower(kind).double(), tower(kind).pack(TOKENS)) for kind in KINDS}
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))
-    monkeypatch.setattr(segments, "_has_varlen_kernel", lambda q, dropout: True)
+    monkeypatch.setattr(packing, "_has_varlen_kernel", lambda q, dropout: True)
     for kind in KINDS:
         same(results(tower(kind).double(), tower(kind).pack(TOKENS)), expected[kind], 1e-12)
 

@@ -7,7 +7,7 @@ import torch
 from launching import pretrain_here, rows
 
 from contrastive.errors import UserError
-from contrastive.models.segments import Segments
+from contrastive.models.packing import Segments
 from contrastive.models.transformer import Transformer, TransformerConfig
 from contrastive.train.health import HealthConfig
 from contrastive.train.options import RunConfig, TrainConfig, check_run
