@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from contrastive.errors import UserError
-from contrastive.models.caption_decoder import CaptionDecoder, before_end
-from contrastive.models.token_loss import token_losses
+from contrastive.models.caption_decoder import CaptionDecoder, before_end, token_losses
 from contrastive.option_types import NotNegative, Positive, check_bounds
 
 POSITIONS_AT_ONCE = 2**14

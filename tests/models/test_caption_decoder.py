@@ -8,9 +8,8 @@ from torch import nn
 
 from contrastive.errors import UserError
 from contrastive.losses import reference
-from contrastive.models import TextTowerConfig, token_loss
-from contrastive.models.caption_decoder import CaptionDecoder, CaptionDecoderConfig
-from contrastive.models.token_loss import token_losses
+from contrastive.models import TextTowerConfig, caption_decoder
+from contrastive.models.caption_decoder import CaptionDecoder, CaptionDecoderConfig, token_losses
 from contrastive.train.counting import Allocations
 
 CONFIG = CaptionDecoderConfig(width=16, depth=2, num_heads=4, mlp_dim=24)
@@ -68,7 +67,7 @@ def test_blocks_are_torchs_pre_norm_decoder_layers():
 @pytest.mark.parametrize("image_width", [12, 16])
 @pytest.mark.parametrize("logits_at_once", [1, 3 * VOCABULARY, 10**6])
 def test_loss_and_gradients_are_the_formulas(image_width, logits_at_once, monkeypatch):
-    monkeypatch.setattr(token_loss, "CPU_LOGITS", logits_at_once)
+    monkeypatch.setattr(caption_decoder, "CPU_LOGITS", logits_at_once)
     found, expected = [], []
     for results in (found, expected):
         model, image = decoder(image_width), images(width=image_width).requires_grad_()
@@ -171,7 +170,7 @@ def test_sizes_are_the_text_towers_with_half_the_depth():
 
 @pytest.mark.parametrize("device_type", [None, "cpu"])
 def test_logits_exist_a_chunk_at_a_time(device_type, monkeypatch):
-    monkeypatch.setattr(token_loss, "CPU_LOGITS", 2**14)
+    monkeypatch.setattr(caption_decoder, "CPU_LOGITS", 2**14)
     torch.manual_seed(0)
     states, matrix = torch.randn(600, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
     targets = torch.randint(512, (600,))
