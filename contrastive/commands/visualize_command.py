@@ -23,8 +23,7 @@ from contrastive.log import bar, say
 from contrastive.option_types import NotNegative, Positive
 from contrastive.visualize.drawing import shortened
 from contrastive.visualize.pictured_model import MAX_SHOWN, PicturedModel, read_inputs
-from contrastive.visualize.pictures import PICTURES, Picture, make_picture
-from contrastive.visualize.pictures_page import claim, write_page
+from contrastive.visualize.pictures import PICTURES, Picture, claim, make_picture, write_page
 
 TITLE_CHARACTERS = 30  # of the model's name, in the pictures' titles
 
