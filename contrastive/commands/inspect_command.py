@@ -20,14 +20,13 @@ from contrastive.command_line import print_json
 from contrastive.config import parse
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.class_joining import check_classes
-from contrastive.data.doubts import doubts
-from contrastive.data.inspection import QUANTITIES, chosen_indices, facts, measure, see, summary
+from contrastive.data.inspection import QUANTITIES, chosen_indices, doubts, facts, measure, summary
 from contrastive.data.settings import CaptionOptions
 from contrastive.data.sources import announce, open_source
 from contrastive.data.sources.columns import check_columns
 from contrastive.errors import UserError
 from contrastive.log import console, say, warn
-from contrastive.visualize.inspection_page import PAGE, claim, spark, write_inspection
+from contrastive.visualize.inspection_page import PAGE, claim, see, spark, write_inspection
 
 SHOWN = (
     "samples shown out json image_size image_column caption_column classes templates caption_templates clean tokenizer "

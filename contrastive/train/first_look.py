@@ -8,15 +8,16 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from contrastive.data.doubts import doubts, short
 from contrastive.data.inspection import (
     Measured,
     Seen,
     chosen_indices,
+    doubts,
     facts,
     first_samples,
     image_hash,
     measure,
+    short,
     summary,
 )
 from contrastive.data.order import SampleOrder

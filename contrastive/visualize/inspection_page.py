@@ -1,6 +1,7 @@
-"""What an inspection leaves behind: a page, a contact sheet and the figures as JSON; and what it prints."""
+"""What an inspection shows: samples as the model gets them, a page, a contact sheet, the figures as JSON."""
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from contrastive.data.inspection import QUANTITIES, Seen, facts
+from contrastive.data.augment import AugmentConfig
+from contrastive.data.inspection import QUANTITIES, Seen, facts, first_samples
+from contrastive.data.loader import train_loader
+from contrastive.data.order_choice import order_for
+from contrastive.data.record import Source
+from contrastive.data.samples import PairDataset
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.files import claim_folder, write_json, write_whole
@@ -34,6 +40,36 @@ def claim(folder: Path, source: str) -> None:
     if earlier is not None and earlier["source"] != source:
         raise UserError(f"{folder} holds the inspection of '{earlier['source']}'; give another --output")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def see(
+    source: Source,
+    tokenizer: Tokenizer,
+    image_size: int,
+    augment: AugmentConfig,
+    seed: int,
+    caption_templates: tuple[str, ...] = ("{}",),
+    *,
+    shown: int,
+    samples: int,
+) -> tuple[list[Seen], float]:
+    """Return the first `shown` samples of a training run with this seed, and images/s of the loader in one process.
+
+    The rate is taken over about `samples` samples, after the first batch.
+
+    Raises:
+        UserError: as from training, where no sample can be used.
+    """
+    shown = min(shown, len(source))
+    order = order_for(source, shown, seed)
+    dataset = PairDataset(source, order, tokenizer, image_size, augment, caption_templates)
+    steps = 1 + math.ceil(samples / shown)
+    batches = iter(train_loader(dataset, num_steps=steps))
+    next(batches)
+    started = time.perf_counter()
+    loaded = sum(len(batch["index"]) for batch in batches)
+    rate = loaded / (time.perf_counter() - started)
+    return first_samples(dataset, shown), rate
 
 
 def write_inspection(folder: Path, figures: dict[str, Any], seen: Sequence[Seen], tokenizer: Tokenizer) -> None:

@@ -12,14 +12,14 @@ from PIL import Image
 
 from contrastive.commands.inspect_command import main
 from contrastive.data.augment import AugmentConfig
-from contrastive.data.inspection import chosen_indices, distribution, measure, see, summary
+from contrastive.data.inspection import chosen_indices, distribution, measure, summary
 from contrastive.data.loader import train_loader
 from contrastive.data.order_choice import order_for
 from contrastive.data.samples import PairDataset
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import clip_tokenizer, train_bpe
 from contrastive.errors import UserError
-from contrastive.visualize.inspection_page import contact_sheet, spark
+from contrastive.visualize.inspection_page import contact_sheet, see, spark
 
 EVIL = "<script>alert('x')</script> & <b>"
 

@@ -17,7 +17,7 @@ from rank_processes import script_on_ranks
 
 from contrastive.commands import classifier_command, finetune_command
 from contrastive.config import parse
-from contrastive.data.doubts import kind_of_text
+from contrastive.data.inspection import kind_of_text
 from contrastive.train import first_look
 from contrastive.train.classify import TrainClassifierConfig
 from contrastive.train.finetune import FinetuneConfig
