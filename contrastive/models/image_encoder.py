@@ -138,8 +138,7 @@ class ImageEncoder(ImageTrunk):
         return x.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
 
     def _normed(self, x: torch.Tensor, pixels: torch.Tensor | Patches) -> torch.Tensor:
-        x = self.norm(x)
-        return self._unpacked(x, pixels, None) if isinstance(pixels, Patches) else x  # the norm has a bias
+        return self._unpacked(self.norm(x), pixels, None)  # the norm has a bias: padding is to be 0 again
 
     def _checked_states(self, pixels: torch.Tensor | Patches, numbers: Iterable[int]) -> dict[int, torch.Tensor]:
         values = pixels.values if isinstance(pixels, Patches) else pixels

@@ -11,7 +11,12 @@ from torch import nn
 
 from contrastive.errors import UserError
 from contrastive.models.packing import Packing
-from contrastive.models.positions import Places, interpolate_position_embedding, sincos_position_embedding
+from contrastive.models.patch_embedding import (
+    PatchEmbedding,
+    Places,
+    interpolate_position_embedding,
+    sincos_position_embedding,
+)
 from contrastive.models.transformer import MOST, AttentionPooling, Extent, Transformer, TransformerConfig
 from contrastive.option_types import Positive, Probability
 from contrastive.patches import Patches
@@ -77,18 +82,6 @@ class ImageTowerConfig(TransformerConfig):
             )
 
 
-class PatchEmbedding(nn.Conv2d):
-    """Patches to tokens, without positions: (B, 3, H, W) to (B, D, h, w). Two names are those of timm's."""
-
-    grid_size: tuple[int, int]
-    """Rows and columns of patches in images of the set size."""
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of an image of the set size."""
-        return self.grid_size[0] * self.grid_size[1]
-
-
 class Hidden(NamedTuple):
     """Patches that the tower is not to see, for masked prediction (Zhou et al. 2022, "iBOT")."""
 
@@ -143,9 +136,8 @@ class ImageTrunk(nn.Module):
         """Resample the positions once, for images of another size in pixels: a side, or (height, width).
 
         Learned positions are interpolated from those at hand (antialiased; bicubic, of a native tower bilinear), fixed
-        ones computed anew. The
-        position parameter is a new one: call this before an optimizer or DDP takes hold of the parameters. A square
-        size also becomes `architecture.image_size`.
+        ones computed anew. The position parameter is a new one: call this before an optimizer or DDP takes hold of the
+        parameters. A square size also becomes `architecture.image_size`.
 
         Raises:
             UserError: a side is not a multiple of the patch size.
@@ -220,9 +212,8 @@ class ImageTrunk(nn.Module):
             raise UserError("Patches are for towers with model.image.native; this one takes pixels (B, 3, H, W)")
         images.check(self.architecture.patch_size)
         images, embed = images.cut(), self.patch_embed
-        packing = (
-            Packing.of(images, self.num_prefix_tokens) if self.packs and not torch.compiler.is_exporting() else None
-        )
+        packed = self.packs and not torch.compiler.is_exporting()
+        packing = Packing.of(images, self.num_prefix_tokens) if packed else None
         if packing is None:
             values, numbers = images.values, torch.arange(images.values.shape[1], device=images.values.device)
             places = Places.of(images.grids.to(numbers.device)[:, None], numbers)
@@ -244,9 +235,7 @@ class ImageTrunk(nn.Module):
 
     def states(self, pixels: torch.Tensor | Patches, wanted: Collection[int]) -> dict[int, torch.Tensor]:
         """The hidden states of these numbers, (B, N, D) each, none of them normalised by the final LayerNorm."""
-        if not isinstance(pixels, Patches):
-            return self.transformer.states(self.embed(pixels), wanted)
-        x, extent, packing = self.embed_native(pixels)
+        x, extent, packing = self._embedded(pixels)
         states = self.transformer.states(x, wanted, extent)
         return {number: self._unpacked(state, pixels, packing) for number, state in states.items()}
 
@@ -269,11 +258,18 @@ class ImageTrunk(nn.Module):
             return None
         return F.pad(images.cut().mask, (self.num_prefix_tokens, 0), value=True)
 
-    def _unpacked(self, x: torch.Tensor, images: Patches, packing: Packing | None) -> torch.Tensor:
-        """(B, N, D), N as in `images.cut()`, 0 where there is padding."""
+    def _embedded(
+        self, images: torch.Tensor | Patches, hidden: Hidden | None = None
+    ) -> tuple[torch.Tensor, Extent, Packing | None]:
+        """Pixels by `embed`, Patches by `embed_native`: to what the latter returns."""
+        return self.embed_native(images) if isinstance(images, Patches) else (self.embed(images, hidden), None, None)
+
+    def _unpacked(self, x: torch.Tensor, images: torch.Tensor | Patches, packing: Packing | None) -> torch.Tensor:
+        """(B, N, D), of Patches N as in `images.cut()`, 0 where there is padding."""
         if packing is not None:
             return packing.unpacked(x, images.cut(), self.num_prefix_tokens)
-        return torch.where(self.own_tokens(images)[..., None], x, 0)
+        own = self.own_tokens(images)
+        return x if own is None else torch.where(own[..., None], x, 0)
 
     @property
     def _resampling_mode(self) -> str:
@@ -304,27 +300,32 @@ class ImageTower(ImageTrunk):
         """The options; image_size is the one set last where that was square."""
         return self.architecture
 
+    def set_patch_size(self, patch_size: int, image_size: int) -> None:
+        """Take patches of another side, and images of `image_size` pixels in them; their parameters are new ones.
+
+        Raises:
+            UserError: the image size is no multiple of it.
+        """
+        self.patch_embed = self.patch_embed.resampled(patch_size)
+        self.architecture = replace(self.architecture, patch_size=patch_size)
+        self.set_input_size(image_size)
+
     def forward_features(self, pixels: torch.Tensor | Patches, hidden: Hidden | None = None) -> torch.Tensor:
         """Tokens after the last block and the final LayerNorm: (B, 3, H, W) to (B, N, D).
 
         Of Patches with N at most of an image's own; 0 follows those of the others.
         """
-        if not isinstance(pixels, Patches):
-            return self.norm(self.transformer(self.embed(pixels, hidden)))
-        x, extent, packing = self.embed_native(pixels)
+        x, extent, packing = self._embedded(pixels, hidden)
         return self._unpacked(self.norm(self.transformer(x, extent)), pixels, packing)
 
     def forward(self, pixels: torch.Tensor | Patches, project: bool = True) -> torch.Tensor:
         """(B, 3, H, W) normalised pixels, or Patches, to (B, E), not L2-normalised; to (B, D) with project=False."""
-        if not isinstance(pixels, Patches):
-            return self.pooled(self.forward_features(pixels), project)
-        x, extent, packing = self.embed_native(pixels)
+        x, extent, packing = self._embedded(pixels)
         x, pool = self.norm(self.transformer(x, extent)), self.architecture.pool
         if packing is None:
             return self.pooled(x, project, pixels)
-        return self._projected(
-            self.head(x, extent)[packing.order] if pool == "attention" else packing.pooled(x, pool), project
-        )
+        pooled = self.head(x, extent)[packing.order] if pool == "attention" else packing.pooled(x, pool)
+        return self._projected(pooled, project)
 
     def pooled(
         self, tokens: torch.Tensor, project: bool = True, images: torch.Tensor | Patches | None = None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from contrastive.models.positions import Places
+from contrastive.models.patch_embedding import Places
 from contrastive.patches import Patches
 
 # Compiled, what has another shape for every batch would be compiled for each. Loaded late, as it takes a second.

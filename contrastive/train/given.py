@@ -18,7 +18,6 @@ from contrastive.interop.bundle import Bundle
 from contrastive.interop.loading import load
 from contrastive.log import say
 from contrastive.models import DualEncoder
-from contrastive.models.patch_size import set_patch_size
 from contrastive.objectives.learner import PREFIX
 from contrastive.optim import COOLED_DOWN, ScheduleConfig
 from contrastive.option_types import as_option
@@ -249,7 +248,7 @@ def at_size(bundle: Bundle, size: int | None, patch: int | None = None) -> Bundl
     if patch == own.patch_size:
         model.image_tower.set_input_size(size)
     else:
-        set_patch_size(model.image_tower, patch, size)
+        model.image_tower.set_patch_size(patch, size)
         say(f"the patch embedding of {bundle.path} is resampled for patches of {patch} pixels")
     model.config = replace(model.config, image=model.image_tower.config)
     say(f"the positions of {bundle.path} are resampled for images of {size} pixels")

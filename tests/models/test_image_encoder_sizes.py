@@ -9,7 +9,7 @@ from test_image_encoder import CLASS, MAP, close, images, tower_of
 from contrastive.errors import UserError
 from contrastive.models import ImageTower
 from contrastive.models.image_encoder import ImageEncoder
-from contrastive.models.positions import interpolate_position_embedding, sincos_position_embedding
+from contrastive.models.patch_embedding import interpolate_position_embedding, sincos_position_embedding
 
 SIZES = [(48, 48), (16, 40), (24, 8)]
 

@@ -20,7 +20,7 @@ from contrastive.models import (
     list_classifiers,
 )
 from contrastive.models.image_tower import drop_patches
-from contrastive.models.positions import interpolate_position_embedding, sincos_position_embedding
+from contrastive.models.patch_embedding import interpolate_position_embedding, sincos_position_embedding
 from contrastive.models.presets import model_config
 from contrastive.models.transformer import Attention
 

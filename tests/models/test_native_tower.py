@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from contrastive.errors import UserError
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
 from contrastive.models.init import initialise_tower
-from contrastive.models.positions import Places
+from contrastive.models.patch_embedding import Places
 from contrastive.models.transformer import Block
 from contrastive.patches import Patches
 

@@ -6,7 +6,7 @@ from torch.nn.functional import conv2d, interpolate
 
 from contrastive.errors import UserError
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
-from contrastive.models.patch_size import resample_patch_embedding, set_patch_size
+from contrastive.models.patch_embedding import resample_patch_embedding
 
 
 @pytest.mark.parametrize("size", [4, 5, 8, 16])
@@ -37,8 +37,8 @@ def test_a_tower_of_enlarged_patches_embeds_the_enlarged_image_alike():
     each = interpolate(pixels.flatten(0, 3)[:, None], size=(8, 8), mode="bilinear", align_corners=False)
     larger = each[:, 0].unflatten(0, (2, 3, 4, 4)).transpose(3, 4).reshape(2, 3, 32, 32)
     before = tower(image)
-    set_patch_size(tower, 8, 32)  # as many patches: the positions stay
+    tower.set_patch_size(8, 32)  # as many patches: the positions stay
     assert (tower.config.patch_size, tower.config.image_size, tower.grid) == (8, 32, (4, 4))
     torch.testing.assert_close(tower(larger), before, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="multiple of the patch size 5"):
-        set_patch_size(tower, 5, 32)
+        tower.set_patch_size(5, 32)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from contrastive.models.positions import Places
+from contrastive.models.patch_embedding import Places
 from contrastive.patches import Patches
 
 RENAMES = ((r"^patch_embed\.", "embeds."), (r"^pos_embed", "embeds.pos_embed"), (r"^cls_token", "embeds.cls_token"))

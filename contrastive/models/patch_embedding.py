@@ -1,12 +1,45 @@
-"""Where patches are in their image: fixed embeddings, and learned ones resampled for other grids.
+"""What enters the tower for a patch: its embedding and its position's, fixed or learned, resampled for other sizes.
 
-D is the tower's width, h and w rows and columns of patches.
+B images, D is the tower's width, h and w rows and columns of patches, P a patch's side in pixels.
 """
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+
+class PatchEmbedding(nn.Conv2d):
+    """Patches to tokens, without positions: (B, 3, H, W) to (B, D, h, w). Two names are those of timm's."""
+
+    grid_size: tuple[int, int]
+    """Rows and columns of patches in images of the set size."""
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image of the set size."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @torch.no_grad()
+    def resampled(self, patch_size: int) -> "PatchEmbedding":
+        """Return the embedding of patches of another side, for as many of them; see `resample_patch_embedding`."""
+        new = PatchEmbedding(3, self.out_channels, patch_size, patch_size, bias=self.bias is not None).to(self.weight)
+        new.weight.copy_(resample_patch_embedding(self.weight, patch_size))
+        if self.bias is not None:
+            new.bias.copy_(self.bias)
+        new.grid_size = self.grid_size
+        return new
+
+
+def resample_patch_embedding(weight: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Return the weights (D, 3, P, P) for patches of another side, (D, 3, P', P') (Beyer et al. 2023, "FlexiViT").
+
+    They give a patch enlarged to P' (bilinear) what the old ones give it as it is; of patches made smaller what comes
+    nearest: the pseudo-inverse of the resizing, as timm's `resample_patch_embed`.
+    """
+    side = torch.linalg.pinv(resampling(weight.shape[-1], patch_size, weight.device, "bilinear").double().T)
+    return torch.einsum("ij,kl,dcjl->dcik", side, side, weight.double()).to(weight.dtype)
 
 
 def sincos_position_embedding(grid_height: int, grid_width: int, width: int) -> torch.Tensor:
