@@ -29,8 +29,7 @@ from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.tasks import SEED, TASKS, Figure, Outcome, clustered_interval
 from contrastive.models.image_tower import ImageTower
 from contrastive.patches import Patches
-from contrastive.visualize.attention import reading_attention, trace
-from contrastive.visualize.representations import patch_embeddings, text_similarity
+from contrastive.visualize.representations import patch_embeddings, reading_attention, text_similarity, trace
 
 READ_BY = {
     "class": "the class token in the last block",

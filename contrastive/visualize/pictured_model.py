@@ -21,13 +21,16 @@ from contrastive.errors import UserError
 from contrastive.log import warn
 from contrastive.models.image_tower import ImageTower
 from contrastive.patches import Patches, one_by_one
-from contrastive.visualize.attention import (
+from contrastive.visualize.representations import (
     Trace,
+    evenly_spread,
     layer_index,
+    patch_embeddings,
     patch_index,
+    random_tower,
+    text_similarity,
     trace,
 )
-from contrastive.visualize.representations import evenly_spread, patch_embeddings, random_tower, text_similarity
 
 MAX_SHOWN = 12
 """Images that are looked into patch by patch; whole embeddings are of all."""

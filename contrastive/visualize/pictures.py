@@ -17,7 +17,6 @@ from contrastive.errors import UserError
 from contrastive.files import claim_folder, write_json, write_whole
 from contrastive.models.encoders import unit_length
 from contrastive.page import PARTS, data_uri, filled, html_page
-from contrastive.visualize.attention import query_attention, reading_attention, rollout_reading
 from contrastive.visualize.draw_pictures import (
     draw_beside,
     draw_components,
@@ -37,6 +36,9 @@ from contrastive.visualize.representations import (
     mean_cosine,
     pca_colours,
     position_similarity,
+    query_attention,
+    reading_attention,
+    rollout_reading,
     strongest_filters,
 )
 

@@ -15,8 +15,7 @@ from contrastive.evaluate import localisation
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.localisation import Correspondence, Pointing, View, draw_view, pointing_maps
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
-from contrastive.visualize.attention import reading_attention, trace
-from contrastive.visualize.representations import patch_embeddings
+from contrastive.visualize.representations import patch_embeddings, reading_attention, trace
 
 
 class Places(Source):

@@ -5,7 +5,7 @@ import torch
 from towers import every_kind, noise, small_tower
 
 from contrastive.errors import UserError
-from contrastive.visualize.attention import (
+from contrastive.visualize.representations import (
     attention_weights,
     block_attention,
     query_attention,

@@ -11,9 +11,9 @@ from towers import call_visualize
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.visualize.attention import reading_attention, rollout_reading, trace
 from contrastive.visualize.pictured_model import PicturedModel, read_inputs
 from contrastive.visualize.pictures import PICTURES
+from contrastive.visualize.representations import reading_attention, rollout_reading, trace
 
 
 def save_pictures(folder):

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from towers import KINDS, every_kind, noise, small_tower
 
-from contrastive.visualize.attention import trace
 from contrastive.visualize.representations import (
     above_mean,
     effective_rank,
@@ -20,6 +19,7 @@ from contrastive.visualize.representations import (
     random_tower,
     strongest_filters,
     text_similarity,
+    trace,
 )
 
 EXACT = {"rtol": 0, "atol": 1e-5}
