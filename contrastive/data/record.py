@@ -67,7 +67,7 @@ class Record:
     caption_weights: how often each caption is drawn, relative to the others; None: all alike.
     caption_group: what all the captions say, where several texts say the same, as prompts of one class do: for a loss
         that takes equal captions for matches, all captions of one group are equal.
-    mask: the class of each pixel, as stored: see `masks.decode_mask`. None: this sample has none.
+    mask: the class of each pixel, as stored: see `decode.decode_mask`. None: this sample has none.
     """
 
     key: str

@@ -13,9 +13,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from contrastive.data.decode import decode
+from contrastive.data.decode import IGNORED, decode, decode_mask
 from contrastive.data.loader import eval_loader
-from contrastive.data.masks import IGNORED, decode_mask
 from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.errors import UserError

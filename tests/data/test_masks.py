@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from refusals import refused
 
-from contrastive.data.masks import decode_mask
+from contrastive.data.decode import decode_mask
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.record import BadSample
 from contrastive.data.sources import open_source

@@ -8,8 +8,7 @@ import torch
 import yaml
 from PIL import Image
 
-from contrastive.data.decode import decode
-from contrastive.data.masks import decode_mask
+from contrastive.data.decode import decode, decode_mask
 from contrastive.data.record import BadSample
 from contrastive.data.sources import open_source
 from contrastive.data.sources.paths import read_image_file
