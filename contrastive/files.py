@@ -5,6 +5,7 @@ torch, safetensors and DCP all load a file with a flipped bit without a word; on
 
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -26,6 +27,14 @@ MOST_VALUES = 100_000  # of a YAML file: nine lines of aliases stand for a billi
 def cache_folder() -> str:
     """Return the folder for what can be made again: $CONTRASTIVE_CACHE, else ~/.cache/contrastive."""
     return os.path.abspath(os.path.expanduser(os.environ.get("CONTRASTIVE_CACHE") or "~/.cache/contrastive"))
+
+
+def package_file(package: str, missing: str, *parts: str) -> Path:
+    """Return the path of a file in a package, without importing it; UserError `missing` where it is not installed."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise UserError(missing)
+    return Path(found.submodule_search_locations[0], *parts)
 
 
 def sha256(path: str | Path) -> str:

@@ -12,7 +12,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import ModuleType
 
-from contrastive.errors import UserError
+from contrastive.files import package_file
 
 ALIASES = {"mnist": "digits", "imagenet1k": "imagenet"}
 """Other names of sets."""
@@ -152,20 +152,15 @@ def class_set_beside(*folders: str | Path) -> ClassSet | None:
 
 def wordnet_lines(file: str) -> list[str]:
     """Return the lines of one of timm's lists of WordNet's synsets, without loading timm."""
-    package = importlib.util.find_spec("timm")
-    if package is None:
-        raise UserError("the names of WordNet ids come with timm, which open_clip_torch needs too; pip install timm")
-    path = Path(package.submodule_search_locations[0], "data", "_info", file)
-    return path.read_text("utf-8").splitlines()
+    missing = "the names of WordNet ids come with timm, which open_clip_torch needs too; pip install timm"
+    return package_file("timm", missing, "data", "_info", file).read_text("utf-8").splitlines()
 
 
 @functools.cache
 def imagenet_metadata() -> ModuleType:
     """Return open_clip's module of CLIP's ImageNet prompts and class names, without the rest of the package."""
-    package = importlib.util.find_spec("open_clip")
-    if package is None:
-        raise UserError("CLIP's ImageNet prompts come with open_clip_torch; pip install open_clip_torch")
-    path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
+    missing = "CLIP's ImageNet prompts come with open_clip_torch; pip install open_clip_torch"
+    path = package_file("open_clip", missing, "zero_shot_metadata.py")
     spec = importlib.util.spec_from_file_location("open_clip_zero_shot_metadata", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -8,7 +8,6 @@ is too long is cut so that eos still ends it, which is the position a CLIP text 
 import copy
 import functools
 import gzip
-import importlib.util
 import itertools
 import json
 import math
@@ -25,7 +24,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from contrastive.data.captions import MAX_CAPTION_CHARS, Cleaning, caption_fault, clean_text
 from contrastive.errors import UserError, did_you_mean, needs, reason_of
-from contrastive.files import check_sizes, read_json, write_json
+from contrastive.files import check_sizes, package_file, read_json, write_json
 from contrastive.words import no_attribute
 
 # The library's threads do not survive the fork of a loader worker, and one caption needs none.
@@ -263,11 +262,8 @@ def train_bpe(
 
 @functools.cache
 def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    package = importlib.util.find_spec("open_clip")  # finds the folder without importing the package
-    if package is None or not package.submodule_search_locations:
-        raise UserError("CLIP's vocabulary comes with open_clip_torch; pip install open_clip_torch")
-    path = Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as file:
+    missing = "CLIP's vocabulary comes with open_clip_torch; pip install open_clip_torch"
+    with gzip.open(package_file("open_clip", missing, "bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : CLIP_MERGES + 1]
     merges = [tuple(line.split()) for line in lines]
     # Byte order of the original: printable bytes first, then the rest under the characters from U+0100 on.
