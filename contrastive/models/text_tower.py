@@ -147,17 +147,7 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: torch.Tensor | PackedTokens) -> torch.Tensor:
         """(B, N) int64 ids, or what `pack` makes of them, to (B, E), not L2-normalised."""
-        x = self.forward_features(tokens)
-        if isinstance(tokens, PackedTokens):
-            x = self._pool_packed(x, tokens)
-        elif self.config.pool == "eos":
-            x = pool_eos(x, tokens, self.config.eos_id)
-        elif self.config.pool == "last":
-            if tokens.shape[1] < self.config.context_length:
-                warnings.warn(UNPADDED.format(tokens.shape[1], self.config.context_length), stacklevel=2)
-            x = x[:, -1]
-        else:
-            x = pool_average(x, tokens, self.config.pad_id)
+        x = self._pooled(self.forward_features(tokens), tokens)
         return x if self.projection is None else self.projection(x)
 
     def _check_length(self, tokens: torch.Tensor) -> None:
@@ -172,30 +162,29 @@ class TextTower(nn.Module):
         count = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         return (count * (tokens != self.config.pad_id)).amax(dim=1).clamp(min=1)
 
-    def _pool_packed(self, x: torch.Tensor, tokens: PackedTokens) -> torch.Tensor:
-        """(T, D) to (B, D), in the caller's order."""
-        boundaries = tokens.segments.boundaries
+    def _pooled(self, x: torch.Tensor, tokens: torch.Tensor | PackedTokens) -> torch.Tensor:
+        """Tokens (B, N, D), or packed (T, D), to a vector of each text in the caller's order, (B, D)."""
+        packed = isinstance(tokens, PackedTokens)
+        if self.config.pool == "last":  # which is never packed
+            if tokens.shape[1] < self.config.context_length:
+                warnings.warn(UNPADDED.format(tokens.shape[1], self.config.context_length), stacklevel=3)
+            return x[:, -1]
         if self.config.pool == "eos":
-            return x[boundaries[1:][tokens.places] - 1]
-        kept = (tokens.ids != self.config.pad_id).unsqueeze(-1).to(x.dtype)
-        total, count = (
-            torch.segment_reduce(part, "sum", offsets=boundaries, unsafe=True)  # unsafe: no check that waits for a GPU
-            for part in (x * kept, kept)
-        )
-        return (total / count.clamp(min=1))[tokens.places]
+            if packed:
+                return x[tokens.segments.boundaries[1:][tokens.places] - 1]
+            return x[torch.arange(x.shape[0], device=x.device), first_eos(tokens, self.config.eos_id)]
+        kept = ((tokens.ids if packed else tokens) != self.config.pad_id).unsqueeze(-1).to(x.dtype)
+        if packed:
+            total, count = (
+                # unsafe: no check that waits for a GPU
+                torch.segment_reduce(part, "sum", offsets=tokens.segments.boundaries, unsafe=True)[tokens.places]
+                for part in (x * kept, kept)
+            )
+        else:
+            total, count = (x * kept).sum(dim=1), kept.sum(dim=1)
+        return total / count.clamp(min=1)
 
 
 def first_eos(tokens: torch.Tensor, eos_id: int) -> torch.Tensor:
     """Return the first end-of-text position of each text, 0 where there is none: ids (B, N) to (B,)."""
     return (tokens == eos_id).int().argmax(dim=1)
-
-
-def pool_eos(x: torch.Tensor, tokens: torch.Tensor, eos_id: int) -> torch.Tensor:
-    """Return the token at the first end-of-text position: (B, N, D) and ids (B, N) to (B, D)."""
-    return x[torch.arange(x.shape[0], device=x.device), first_eos(tokens, eos_id)]
-
-
-def pool_average(x: torch.Tensor, tokens: torch.Tensor, pad_id: int) -> torch.Tensor:
-    """Return the mean over positions that are not padding: (B, N, D) and ids (B, N) to (B, D)."""
-    kept = (tokens != pad_id).unsqueeze(-1).to(x.dtype)
-    return (x * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
