@@ -12,6 +12,7 @@ from contrastive.errors import UserError
 
 # Counter values that keep the random streams of one (seed, number) pair apart.
 PERMUTATION, DRAWS, SHARDS, WINDOWS, REMAINDER, REPLACEMENT, MIXTURE, VIEWS, PATCHES = range(9)
+_CHUNK = 16_384  # words of a mixture drawn at once, whole blocks of them
 
 
 def philox(seed: int, number: int, stream: int, attempt: int = 0) -> np.random.Philox:
@@ -102,7 +103,18 @@ class SampleOrder(ABC):
 
         Each comes once, the first needed first; none where the order does not go by shards.
         """
-        return ()
+        found = self.shards_at(self.share(step, num_steps, rank, world_size))
+        if found is None:
+            return ()
+        distinct, first = np.unique(found, axis=0, return_index=True)
+        return distinct[np.argsort(first)]
+
+    def shards_at(self, positions: np.ndarray) -> np.ndarray | None:
+        """Return the source's numbers of the shards that hold the samples at `positions`, both int64 (n,).
+
+        None where the order does not go by shards.
+        """
+        return None
 
     def cursor(self, step: int, fingerprint: str = "") -> dict[str, Any]:
         """Return all that a checkpoint has to keep for the data to go on from `step`.
@@ -183,6 +195,116 @@ class DrawnOrder(SampleOrder):
 
     def kind(self) -> dict[str, Any]:
         return {"replacement": True}
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureOrder(SampleOrder):
+    """Positions shared out among the orders of several parts, in proportion to whole weights.
+
+    Each block of sum(weights) positions has exactly weights[d] of part d, in shuffled places. The k-th of them
+    in the run is position k of the part's own order, so a part has epochs of its own and every sample of it
+    comes exactly once in each. Indices are those of the parts laid end to end.
+
+    An epoch of the mixture is `num_samples` positions, as many as the parts have samples together: a part of
+    a large weight comes more than once in it.
+
+    Args:
+        parts: their orders; the batch sizes are those of their share.
+        weights: whole numbers above 0, one a part.
+    """
+
+    parts: Sequence[SampleOrder]
+    weights: tuple[int, ...]
+    _starts: np.ndarray = field(init=False, repr=False)
+    _chunks: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        sizes = [part.num_samples for part in self.parts]
+        if sum(sizes) != self.num_samples or len(sizes) != len(self.weights) or min(self.weights) < 1:
+            raise ValueError(f"{len(sizes)} parts of {sum(sizes)} samples do not make this mixture")
+        object.__setattr__(self, "_starts", np.cumsum(sizes) - sizes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_chunks": {}}  # cheap to make again, dear to send to a worker
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        owners, draws = self._owners(positions)
+        found = np.empty(len(positions), np.int64)
+        for number, part in enumerate(self.parts):
+            own = owners == number
+            if own.any():
+                found[own] = self._starts[number] + part.at(draws[own])
+        return found
+
+    def index_of(self, position: int) -> int:
+        number, draw = self._owner(position)
+        return int(self._starts[number]) + self.parts[number].index_of(draw)
+
+    def stand_in(self, position: int, draw: float, attempt: int) -> int:
+        # From the same part: bad samples leave the proportions as they are.
+        number, own = self._owner(position)
+        return int(self._starts[number]) + self.parts[number].stand_in(own, draw, attempt)
+
+    def shards_at(self, positions: np.ndarray) -> np.ndarray:
+        """As SampleOrder's, (n, 2): the number of the part and that of its shard; -1 of parts that go by none."""
+        owners, draws = self._owners(positions)
+        found = np.full((len(positions), 2), -1)
+        for number, part in enumerate(self.parts):
+            own = owners == number
+            shards = part.shards_at(draws[own])
+            if shards is not None:
+                found[own] = np.stack([owners[own], shards], axis=1)
+        return found
+
+    def shards_ahead(self, step: int, num_steps: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
+        """As SampleOrder's: pairs of a part's number and that of its shard, of the parts that are read by shards."""
+        pairs = super().shards_ahead(step, num_steps, rank, world_size).tolist()
+        return [tuple(pair) for pair in pairs if pair[0] >= 0]
+
+    def kind(self) -> dict[str, Any]:
+        parts = [part.kind() for part in self.parts]
+        shared = {name: [part.get(name) for part in parts] for name in ("window", "lanes")}
+        return {"weights": list(self.weights), "replacement": any(part.get("replacement") for part in parts), **shared}
+
+    def _owner(self, position: int) -> tuple[int, int]:
+        """Return the number of the part at `position`, and the position in the part's own order."""
+        block, place = divmod(position, sum(self.weights))
+        chunk, row = divmod(block, self._blocks_in_chunk)
+        owners, earlier = self._chunk(chunk)
+        number = int(owners[row, place])
+        return number, block * self.weights[number] + int(earlier[row, place])
+
+    def _owners(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `_owner`, int64 (n,) each."""
+        blocks, places = np.divmod(positions, sum(self.weights))
+        chunks, rows = np.divmod(blocks, self._blocks_in_chunk)
+        owners, earlier = np.empty((2, len(positions)), np.int64)
+        for chunk in np.unique(chunks):
+            now = chunks == chunk
+            of, before = self._chunk(int(chunk))
+            owners[now], earlier[now] = of[rows[now], places[now]], before[rows[now], places[now]]
+        return owners, blocks * np.asarray(self.weights)[owners] + earlier
+
+    @property
+    def _blocks_in_chunk(self) -> int:
+        return max(1, _CHUNK // sum(self.weights))
+
+    def _chunk(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return, int64 (blocks, places), whose each place is and how many of the same part are before it."""
+        if chunk not in self._chunks:
+            size, blocks = sum(self.weights), self._blocks_in_chunk
+            words = philox(self.seed, chunk, MIXTURE).random_raw(blocks * size).reshape(blocks, size)
+            tickets = np.repeat(np.arange(len(self.weights)), self.weights)
+            owners = tickets[np.argsort(words, axis=1, kind="stable")]
+            # Sorted by owner, the places of part d follow each other from where its tickets begin.
+            counts = np.arange(size) - (np.cumsum(self.weights) - self.weights)[tickets]
+            earlier = np.empty_like(owners)
+            np.put_along_axis(earlier, np.argsort(owners, axis=1, kind="stable"), counts[None], axis=1)
+            self._chunks[chunk] = owners, earlier
+            for old in set(self._chunks) - {chunk, chunk - 1}:
+                del self._chunks[old]
+        return self._chunks[chunk]
 
 
 def check_cursor(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

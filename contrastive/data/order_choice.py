@@ -1,123 +1,189 @@
-"""Which order a source is trained in; and the order of several sources mixed by weight, exactly, block by block."""
+"""Which order a source is trained in; and the one for data that is large or far away, by shards and windows."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from contrastive.data.order import MIXTURE, DrawnOrder, Order, SampleOrder, philox
+from contrastive.data.order import REMAINDER, SHARDS, WINDOWS, DrawnOrder, MixtureOrder, Order, SampleOrder, shuffled
 from contrastive.data.record import Source
-from contrastive.data.sharded_order import WINDOW, ShardedOrder, default_lanes, first_seen, pseudo_shards
 from contrastive.errors import UserError
 
 SHUFFLED_WHOLE = 4_000_000  # samples of local data up to which the shuffled list of them all is kept in memory
-_CHUNK = 16_384  # words of a mixture drawn at once, whole blocks of them
+WINDOW = 16_384
+MAX_LANES = 64
+PSEUDO_SHARD = 10_000  # rows, where a source has no shards of its own
+_NEARBY_ATTEMPTS = 10
 _PART_SEED = 0x9E3779B97F4A7C15  # odd, so that no two parts of a mixture share a seed
+
+Place = TypeVar("Place", int, np.ndarray)
 
 
 @dataclass(frozen=True, eq=False)
-class MixtureOrder(SampleOrder):
-    """Positions shared out among the orders of several parts, in proportion to whole weights.
+class ShardedOrder(SampleOrder):
+    """Every sample exactly once an epoch, with few shards in use at a time.
 
-    Each block of sum(weights) positions has exactly weights[d] of part d, in shuffled places. The k-th of them
-    in the run is position k of the part's own order, so a part has epochs of its own and every sample of it
-    comes exactly once in each. Indices are those of the parts laid end to end.
+    With N samples, batch G and L lanes: the stream of an epoch is its shards in shuffled order, row after row.
+    It is cut into L lanes of T * G / L samples, T = N // G, and what is left over. Lane l fills slots
+    l * G / L to (l + 1) * G / L - 1 of the T batches of the epoch, shuffled within windows; what is left over
+    is shuffled and fills the epoch's last N - T * G positions.
 
-    An epoch of the mixture is `num_samples` positions, as many as the parts have samples together: a part of
-    a large weight comes more than once in it.
+    So a rank, whose share of a batch is a run of slots, reads the shards of its own lanes. An epoch begins
+    where the last one ends, in mid-batch unless G divides N: its slots are then those of the batch turned by
+    as much, and a rank may share one lane with its neighbour.
+
+    Memory: 24 bytes a shard, and 4 bytes a sample of the two newest windows of each lane.
 
     Args:
-        parts: their orders; the batch sizes are those of their share.
-        weights: whole numbers above 0, one a part.
+        shard_sizes: samples of each shard, in the order of the source, int (n,). Sum: num_samples.
+        window: samples shuffled among themselves; more than a lane has is all of the lane.
+        lanes: L, a divisor of the batch. None: the largest up to MAX_LANES.
+
+    Raises:
+        UserError: as SampleOrder; lanes that do not divide the batch, a window below 1.
     """
 
-    parts: Sequence[SampleOrder]
-    weights: tuple[int, ...]
+    shard_sizes: np.ndarray
+    window: int = WINDOW
+    lanes: int | None = None
     _starts: np.ndarray = field(init=False, repr=False)
-    _chunks: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
+    _epochs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
+    _windows: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = [part.num_samples for part in self.parts]
-        if sum(sizes) != self.num_samples or len(sizes) != len(self.weights) or min(self.weights) < 1:
-            raise ValueError(f"{len(sizes)} parts of {sum(sizes)} samples do not make this mixture")
+        sizes = np.asarray(self.shard_sizes, np.int64)
+        if sizes.sum() != self.num_samples or sizes.min(initial=0) < 0:
+            raise ValueError(f"the shards hold {sizes.sum()} samples, the source {self.num_samples}")
+        if self.window < 1:
+            raise UserError(f"data.window is {self.window}; it must be 1 or more")
+        lanes = default_lanes(self.global_batch_size) if self.lanes is None else self.lanes
+        if lanes < 1 or self.global_batch_size % lanes:
+            raise UserError(
+                f"data.lanes {lanes} does not divide the batch of {self.global_batch_size}; "
+                f"use a divisor of it, such as {default_lanes(self.global_batch_size)}, or leave it out"
+            )
+        object.__setattr__(self, "shard_sizes", sizes)
+        object.__setattr__(self, "lanes", lanes)
         object.__setattr__(self, "_starts", np.cumsum(sizes) - sizes)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chunks": {}}  # cheap to make again, dear to send to a worker
-
-    def at(self, positions: np.ndarray) -> np.ndarray:
-        owners, draws = self._owners(positions)
-        found = np.empty(len(positions), np.int64)
-        for number, part in enumerate(self.parts):
-            own = owners == number
-            if own.any():
-                found[own] = self._starts[number] + part.at(draws[own])
-        return found
-
-    def index_of(self, position: int) -> int:
-        number, draw = self._owner(position)
-        return int(self._starts[number]) + self.parts[number].index_of(draw)
-
-    def stand_in(self, position: int, draw: float, attempt: int) -> int:
-        # From the same part: bad samples leave the proportions as they are.
-        number, own = self._owner(position)
-        return int(self._starts[number]) + self.parts[number].stand_in(own, draw, attempt)
-
-    def shards_ahead(self, step: int, num_steps: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
-        """As ShardedOrder's: pairs of a part's number and that of its shard, of the parts that are read by shards."""
-        owners, draws = self._owners(self.share(step, num_steps, rank, world_size))
-        touched = np.full((len(draws), 2), -1)
-        for number, part in enumerate(self.parts):
-            own = owners == number
-            if isinstance(part, ShardedOrder) and own.any():
-                touched[own] = np.stack([owners[own], part.shards_at(draws[own])], axis=1)
-        return [tuple(pair) for pair in first_seen(touched).tolist() if pair[0] >= 0]
-
-    def kind(self) -> dict[str, Any]:
-        parts = [part.kind() for part in self.parts]
-        shared = {name: [part.get(name) for part in parts] for name in ("window", "lanes")}
-        return {"weights": list(self.weights), "replacement": any(part.get("replacement") for part in parts), **shared}
-
-    def _owner(self, position: int) -> tuple[int, int]:
-        """Return the number of the part at `position`, and the position in the part's own order."""
-        block, place = divmod(position, sum(self.weights))
-        chunk, row = divmod(block, self._blocks_in_chunk)
-        owners, earlier = self._chunk(chunk)
-        number = int(owners[row, place])
-        return number, block * self.weights[number] + int(earlier[row, place])
-
-    def _owners(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `_owner`, int64 (n,) each."""
-        blocks, places = np.divmod(positions, sum(self.weights))
-        chunks, rows = np.divmod(blocks, self._blocks_in_chunk)
-        owners, earlier = np.empty((2, len(positions)), np.int64)
-        for chunk in np.unique(chunks):
-            now = chunks == chunk
-            of, before = self._chunk(int(chunk))
-            owners[now], earlier[now] = of[rows[now], places[now]], before[rows[now], places[now]]
-        return owners, blocks * np.asarray(self.weights)[owners] + earlier
+        return {**self.__dict__, "_epochs": {}, "_windows": {}}  # cheap to make again, dear to send to a worker
 
     @property
-    def _blocks_in_chunk(self) -> int:
-        return max(1, _CHUNK // sum(self.weights))
+    def _share(self) -> int:
+        """Slots of a batch that a lane fills."""
+        return self.global_batch_size // self.lanes
 
-    def _chunk(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return, int64 (blocks, places), whose each place is and how many of the same part are before it."""
-        if chunk not in self._chunks:
-            size, blocks = sum(self.weights), self._blocks_in_chunk
-            words = philox(self.seed, chunk, MIXTURE).random_raw(blocks * size).reshape(blocks, size)
-            tickets = np.repeat(np.arange(len(self.weights)), self.weights)
-            owners = tickets[np.argsort(words, axis=1, kind="stable")]
-            # Sorted by owner, the places of part d follow each other from where its tickets begin.
-            counts = np.arange(size) - (np.cumsum(self.weights) - self.weights)[tickets]
-            earlier = np.empty_like(owners)
-            np.put_along_axis(earlier, np.argsort(owners, axis=1, kind="stable"), counts[None], axis=1)
-            self._chunks[chunk] = owners, earlier
-            for old in set(self._chunks) - {chunk, chunk - 1}:
-                del self._chunks[old]
-        return self._chunks[chunk]
+    @property
+    def _lane_size(self) -> int:
+        """Samples of a lane."""
+        return self.num_samples // self.global_batch_size * self._share
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        shards, rows = self._locate(positions)
+        return self._starts[shards] + rows
+
+    def index_of(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_samples)
+        lane, number, row = self._place(place)
+        return self._index(epoch, self._window_start(lane, number) + int(self._window(epoch, lane, number)[row]))
+
+    def stand_in(self, position: int, draw: float, attempt: int) -> int:
+        # Near at first, so that a bad sample does not fetch another shard; anywhere when all near are bad.
+        if attempt > _NEARBY_ATTEMPTS:
+            return super().stand_in(position, draw, attempt)
+        epoch, place = divmod(position, self.num_samples)
+        lane, number, _ = self._place(place)
+        return self._index(epoch, self._window_start(lane, number) + int(draw * self._window_size(lane, number)))
+
+    def shards_at(self, positions: np.ndarray) -> np.ndarray:
+        return self._locate(positions)[0]
+
+    def kind(self) -> dict[str, Any]:
+        return {"window": self.window, "lanes": self.lanes}
+
+    def _place(self, place: Place) -> tuple[Place, Place, Place]:
+        """Return (lane, window, row in the window) of a place in an epoch, or of an array of them.
+
+        What is left over at the end of the stream is one window of a lane of its own, the one after the last.
+        """
+        whole, share = self._lane_size * self.lanes, self._share
+        batch, slot = divmod(place, self.global_batch_size)
+        lane, offset = slot // share, batch * share + slot % share
+        number, row = divmod(offset, self.window)
+        if isinstance(place, np.ndarray):
+            rest = place >= whole
+            return np.where(rest, self.lanes, lane), np.where(rest, 0, number), np.where(rest, place - whole, row)
+        return (self.lanes, 0, place - whole) if place >= whole else (lane, number, row)
+
+    def _window_start(self, lane: Place, number: Place) -> Place:
+        """Return the place in the stream where a window begins."""
+        return lane * self._lane_size + number * self.window
+
+    def _window_size(self, lane: int, number: int) -> int:
+        if lane == self.lanes:
+            return self.num_samples - self._lane_size * self.lanes
+        return min(self.window, self._lane_size - number * self.window)
+
+    def _window(self, epoch: int, lane: int, number: int) -> np.ndarray:
+        """Return a window's permutation, int32 (size,)."""
+        key = (epoch, lane, number)
+        if key not in self._windows:
+            stream, attempt = (REMAINDER, 0) if lane == self.lanes else (WINDOWS, lane << 40 | number)
+            found = shuffled(self._window_size(lane, number), self.seed, epoch, stream, attempt)
+            self._windows[key] = found.astype(np.int32)
+            # The lanes advance together: the window made first is the one done with first.
+            while len(self._windows) > self.lanes * (self._share // self.window + 2) + 1:  # what one batch may touch
+                del self._windows[next(iter(self._windows))]
+        return self._windows[key]
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shards in their order in the stream, and where in it each of them ends."""
+        if epoch not in self._epochs:
+            order = shuffled(len(self.shard_sizes), self.seed, epoch, SHARDS)
+            self._epochs[epoch] = order, np.cumsum(self.shard_sizes[order])
+            for old in set(self._epochs) - {epoch, epoch - 1}:
+                del self._epochs[old]
+        return self._epochs[epoch]
+
+    def _index(self, epoch: int, place: int) -> int:
+        """Return the source index of a place in the stream."""
+        order, ends = self._epoch(epoch)
+        rank = int(np.searchsorted(ends, place, side="right"))
+        shard = int(order[rank])
+        return int(self._starts[shard]) + place - int(ends[rank]) + int(self.shard_sizes[shard])
+
+    def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (shard, row in it), each int64 (n,), of the samples at `positions`."""
+        epochs, places = np.divmod(positions, self.num_samples)
+        lanes, numbers, rows = self._place(places)
+        windows = (epochs * (self.lanes + 1) + lanes) * (self._lane_size // self.window + 1) + numbers
+        by_window = np.argsort(windows, kind="stable")
+        bounds = np.flatnonzero(np.diff(windows[by_window])) + 1
+        for members in np.split(by_window, bounds) if len(positions) else ():
+            one = members[0]
+            permutation = self._window(int(epochs[one]), int(lanes[one]), int(numbers[one]))
+            rows[members] = permutation[rows[members]]
+        places = self._window_start(lanes, numbers) + rows
+        shards = np.empty(len(positions), np.int64)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            order, ends = self._epoch(int(epoch))
+            ranks = np.searchsorted(ends, places[now], side="right")
+            shards[now] = order[ranks]
+            rows[now] = places[now] - ends[ranks] + self.shard_sizes[order[ranks]]
+        return shards, rows
+
+
+def default_lanes(global_batch_size: int) -> int:
+    """Return the largest divisor of the batch up to MAX_LANES."""
+    return next(lanes for lanes in range(min(MAX_LANES, global_batch_size), 0, -1) if global_batch_size % lanes == 0)
+
+
+def pseudo_shards(num_samples: int) -> np.ndarray:
+    """Return the sizes, int64 (n,), that cut a source without shards into runs of PSEUDO_SHARD rows."""
+    return np.diff(np.arange(0, num_samples + PSEUDO_SHARD, PSEUDO_SHARD).clip(max=num_samples))
 
 
 def order_for(

@@ -14,11 +14,10 @@ from contrastive.data import loader
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.loader import eval_loader, train_loader
 from contrastive.data.order import Order
-from contrastive.data.order_choice import order_for
+from contrastive.data.order_choice import ShardedOrder, order_for
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.samples import PairDataset, caption_id
-from contrastive.data.sharded_order import ShardedOrder
 from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError

@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from contrastive.data.order import DrawnOrder, Order, check_cursor
-from contrastive.data.order_choice import MixtureOrder, order_for
+from contrastive.data.order import DrawnOrder, MixtureOrder, Order, check_cursor
+from contrastive.data.order_choice import ShardedOrder, order_for
 from contrastive.data.record import BadSample, Record, Source
-from contrastive.data.sharded_order import ShardedOrder
 from contrastive.data.shards import remote
 from contrastive.data.sources import open_source
 from contrastive.data.sources.derived import Mixture, split_mixture

@@ -11,11 +11,10 @@ from batches import batch_indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contrastive.data import sharded_order
+from contrastive.data import order_choice
 from contrastive.data.order import DrawnOrder, Order, check_cursor, shuffled
-from contrastive.data.order_choice import order_for
+from contrastive.data.order_choice import ShardedOrder, default_lanes, order_for, pseudo_shards
 from contrastive.data.record import Source
-from contrastive.data.sharded_order import ShardedOrder, default_lanes, pseudo_shards
 from contrastive.errors import UserError
 
 
@@ -177,7 +176,7 @@ def test_sharded_keeps_two_windows_a_lane_and_sends_none_to_workers():
 
 def test_sharded_makes_each_window_once(monkeypatch):
     made = []
-    monkeypatch.setattr(sharded_order, "shuffled", lambda *names: made.append(names) or shuffled(*names))
+    monkeypatch.setattr(order_choice, "shuffled", lambda *names: made.append(names) or shuffled(*names))
     order = sharded([100] * 64, 64, window=60, lanes=8)  # lanes of 800 samples: 14 windows, the last of 20
     for position in range(6400):
         order.index_of(position)

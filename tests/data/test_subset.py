@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from contrastive.data.order import check_cursor
-from contrastive.data.order_choice import order_for
+from contrastive.data.order_choice import ShardedOrder, order_for
 from contrastive.data.record import BadSample, Record, Source
-from contrastive.data.sharded_order import ShardedOrder
 from contrastive.data.shards import remote
 from contrastive.data.sources import open_source
 from contrastive.data.sources.derived import ClassPrompts, Mixture

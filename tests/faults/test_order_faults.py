@@ -13,10 +13,9 @@ from launching import pretrain_here
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.loader import train_loader
 from contrastive.data.order import check_cursor
-from contrastive.data.order_choice import order_for
+from contrastive.data.order_choice import ShardedOrder, order_for
 from contrastive.data.record import BadSample, Record, Source
 from contrastive.data.samples import PairDataset
-from contrastive.data.sharded_order import ShardedOrder
 from contrastive.data.sources.derived import Mixture
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import contrastive
 from contrastive.config import to_dict
-from contrastive.data.order_choice import MixtureOrder, order_for
+from contrastive.data.order import MixtureOrder
+from contrastive.data.order_choice import order_for
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.data.settings import LabelledDataConfig
 from contrastive.data.sources import open_source
