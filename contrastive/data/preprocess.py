@@ -177,8 +177,7 @@ class Preprocess:
             return self._one(images)
         if several and not images:
             raise UserError("no images: the list is empty")
-        made = [self._one(image) for image in (images if several else [images])]
-        pixels = Patches.batch(made) if self.config.resize == "native" else torch.stack(made)
+        pixels = self.collate([self._one(image) for image in (images if several else [images])])
         if return_tensors is None:
             return pixels
         return PixelBatch(pixels.inputs if isinstance(pixels, Patches) else {"pixel_values": pixels})
@@ -191,10 +190,7 @@ class Preprocess:
 
     def pixels(self, image: bytes | Image.Image | np.ndarray) -> "torch.Tensor | Patches":
         """Return uint8 RGB (3, S, S), or the Patches of one native image, without augmentation."""
-        pixels, config = decode(image), self.config
-        if config.resize == "native":
-            return native_patches(pixels, config.patch_size, config.most_patches, config.interpolation)
-        return self._fitted(pixels, config.interpolation)
+        return self._fitted(decode(image), self.config.interpolation)
 
     def collate(self, images: "Sequence[torch.Tensor | Patches]") -> "torch.Tensor | Patches":
         """Return what `pixels` made of images as a batch, also of none."""
@@ -207,13 +203,13 @@ class Preprocess:
 
         Of native images as Patches of one channel.
         """
-        one, config = torch.from_numpy(mask)[None], self.config
-        if config.resize == "native":
-            return native_patches(one, config.patch_size, config.most_patches, "nearest-exact")
-        return self._fitted(one, "nearest-exact")[0]
+        fitted = self._fitted(torch.from_numpy(mask)[None], "nearest-exact")
+        return fitted if isinstance(fitted, Patches) else fitted[0]
 
-    def _fitted(self, pixels: torch.Tensor, kernel: Kernel) -> torch.Tensor:
+    def _fitted(self, pixels: torch.Tensor, kernel: Kernel) -> "torch.Tensor | Patches":
         config, (height, width) = self.config, self.config.size
+        if config.resize == "native":
+            return native_patches(pixels, config.patch_size, config.most_patches, kernel)
         if config.resize == "squash":
             scaled = (config.short_side, config.short_side) if config.short_side else (height, width)
             pixels = resize(pixels, *scaled, kernel)
