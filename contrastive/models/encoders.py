@@ -204,9 +204,7 @@ class ImageClassifier(_WithImageTower):
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(self.head.weight.dtype))
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """As `scores`; what a run wraps for its precision and its processes."""
-        return self.scores(pixels)
+    forward = scores  # what a run wraps for its precision and its processes
 
 
 def _check_tensor(given: torch.Tensor, dims: int, wanted: str) -> None:
