@@ -39,7 +39,7 @@ from contrastive.log import bar
 from contrastive.models.generate import GenerationConfig, log_likelihood
 from contrastive.objectives.captioner import Captioner, captioner_of
 from contrastive.patches import Patches
-from contrastive.visualize.pictured_model import is_image_name, loose_images
+from contrastive.visualize.pictured_model import image_files
 
 
 class GeneratedCaption(NamedTuple):
@@ -61,7 +61,7 @@ def images_of(places: Sequence[str]) -> list[Source]:
     found: list[Source | list[str]] = []
     for place in places:
         path = Path(place).expanduser()
-        files = [path] if is_image_name(path) and not path.is_dir() else loose_images(path) if path.is_dir() else []
+        files = image_files(path)
         if not files:
             found.append(open_source(place))
         elif not path.exists():

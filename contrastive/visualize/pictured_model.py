@@ -237,13 +237,10 @@ def read_inputs(
 def _read_place(place: str, preprocess: Preprocess, limit: int) -> tuple[list[_Image], list[str]]:
     """Return the images of one place, and the texts of its classes where there are few."""
     path = Path(place).expanduser()
-    if is_image_name(path) and not path.is_dir():
-        return [_read_file(path, preprocess)], []
-    if path.is_dir():
-        files = loose_images(path)
-        if files:
-            return [_read_file(files[place], preprocess) for place in evenly_spread(len(files), limit)], []
-    elif path.is_file() and path.suffix.lower() not in (".tar", ".csv", ".tsv", ".jsonl", ".parquet"):
+    files = image_files(path)
+    if files:
+        return [_read_file(files[place], preprocess) for place in evenly_spread(len(files), limit)], []
+    if path.is_file() and path.suffix.lower() not in (".tar", ".csv", ".tsv", ".jsonl", ".parquet"):
         kinds = ", ".join(f".{suffix}" for suffix in IMAGE_SUFFIXES)
         raise UserError(f"{path} is not an image file ({kinds}), nor data that is read")
     source = open_source(place)
@@ -251,15 +248,15 @@ def _read_place(place: str, preprocess: Preprocess, limit: int) -> tuple[list[_I
     return _read_source(source, preprocess, limit)
 
 
-def loose_images(folder: Path) -> list[Path]:
-    """The images right inside a folder, where none has a caption beside it; else none: it is a data source."""
-    images = sorted(path for path in folder.iterdir() if is_image_name(path) and path.name[0] != ".")
-    return [] if any(path.with_suffix(".txt").exists() for path in images) else images
+def image_files(path: Path) -> list[Path]:
+    """The image file that `path` is by its name, or the images right inside the folder; none where it is a data source.
 
-
-def is_image_name(path: Path) -> bool:
-    """Whether a path ends as image files do."""
-    return path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
+    A folder whose images have captions beside them is one.
+    """
+    found = sorted(entry for entry in path.iterdir() if entry.name[0] != ".") if path.is_dir() else [path]
+    images = [entry for entry in found if entry.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES]
+    captioned = path.is_dir() and any(image.with_suffix(".txt").exists() for image in images)
+    return [] if captioned else images
 
 
 def _read_file(path: Path, preprocess: Preprocess) -> _Image:
