@@ -26,19 +26,7 @@ if TYPE_CHECKING:  # for editors, which do not run __getattr__
     from contrastive.models.presets import model_config as model_config
     from contrastive.models.presets import model_table as model_table
 
-# Read when first asked for: a run without --model needs no names.
-_PRESETS = (
-    "classifier_config",
-    "classifier_table",
-    "create_model",
-    "list_classifiers",
-    "list_models",
-    "model_config",
-    "model_table",
-)
-
 __all__ = [
-    *_PRESETS,
     "ClassifierConfig",
     "DualEncoder",
     "Features",
@@ -53,10 +41,18 @@ __all__ = [
     "TextModelConfig",
     "TextTower",
     "TextTowerConfig",
+    "classifier_config",
+    "classifier_table",
+    "create_model",
+    "list_classifiers",
+    "list_models",
+    "model_config",
+    "model_table",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PRESETS:
+    if name not in __all__:
         raise AttributeError(f"module 'contrastive.models' has no attribute '{name}'")
+    # Read when first asked for: a run without --model needs no names.
     return getattr(importlib.import_module("contrastive.models.presets"), name)
