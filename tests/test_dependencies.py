@@ -10,7 +10,7 @@ import pytest
 
 from contrastive.data.sources import open_source
 from contrastive.errors import EXTRAS, UserError
-from contrastive.evaluate.heads import HeadTask
+from contrastive.evaluate.feature_probes import HeadTask
 from contrastive.interop.formats.transformers_config import library_defaults
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -41,7 +41,8 @@ class ProbeTask(EvaluationTask):
         """Fit and score; `how`: device, progress.
 
         Returns:
-            Figures in percent and details by name, and 'predicted': (N,) int64, the classes of the test set.
+            What `hit_figures` and `counts` say, in percent, details by name that JSON can hold, and 'predicted': (N,)
+            int64, the classes of the test set.
         """
 
     def headline(self, result: dict) -> tuple[str, ...]:

@@ -15,9 +15,7 @@ from contrastive.errors import UserError, did_you_mean
 from contrastive.evaluate import (  # noqa: F401 - they register their tasks
     captioning,
     compositional,
-    few_shot,
-    heads,
-    knn,
+    feature_probes,
     linear_probe,
     localisation,
     segmentation,

@@ -9,7 +9,7 @@ from probe_data import clouds, fitted
 from sklearn.linear_model import Ridge
 
 from contrastive.errors import UserError
-from contrastive.evaluate.few_shot import FewShot, draw, ridge_scores
+from contrastive.evaluate.feature_probes import FewShot, draw, ridge_scores
 from contrastive.evaluate.probe_input import checked_input
 
 

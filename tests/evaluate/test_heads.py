@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from contrastive.errors import UserError
-from contrastive.evaluate.heads import HEADS, Head, HeadTask
+from contrastive.evaluate.feature_probes import HEADS, Head, HeadTask
 from contrastive.evaluate.probe_input import checked_input
 from contrastive.registry import Registry
 
@@ -86,7 +86,7 @@ def test_what_scikit_learn_warns_of_is_in_the_result():
 
 def test_a_head_of_ones_own(monkeypatch):
     registry = Registry("head")
-    monkeypatch.setattr("contrastive.evaluate.heads.HEADS", registry)
+    monkeypatch.setattr("contrastive.evaluate.feature_probes.HEADS", registry)
 
     class Majority:
         """Only what every classifier has."""

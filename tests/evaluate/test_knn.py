@@ -9,8 +9,8 @@ from probe_data import clouds, fitted, unit
 from sklearn.neighbors import KNeighborsClassifier
 
 from contrastive.errors import UserError
-from contrastive.evaluate import knn as module
-from contrastive.evaluate.knn import Knn
+from contrastive.evaluate import feature_probes as module
+from contrastive.evaluate.feature_probes import Knn
 from contrastive.evaluate.probe_input import checked_input
 
 

@@ -276,7 +276,7 @@ def test_an_unforeseen_fault_is_a_line_too(tmp_path, bundle, data, monkeypatch):
     def fail(*args, **options):
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr("contrastive.evaluate.knn.Knn.fit", fail)
+    monkeypatch.setattr("contrastive.evaluate.feature_probes.Knn.fit", fail)
     failed, done = run(subject_of(bundle, tmp_path), KNN, ZERO_SHOT)
     assert failed.error == "ZeroDivisionError: by nothing" and done.outcome
 
