@@ -43,8 +43,9 @@ from contrastive.evaluate.curation import (
     write_report,
 )
 from contrastive.evaluate.embedding_store import find_store
+from contrastive.evaluate.embedding_writing import check_texts, has_captions
 from contrastive.evaluate.embeddings import EmbeddingSet
-from contrastive.evaluate.evaluated_model import EvaluatedModel, check_texts, has_captions
+from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.files import claim_folder
 from contrastive.interop.hub import results_folder
 from contrastive.log import is_main_process, say

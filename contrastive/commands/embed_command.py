@@ -29,10 +29,15 @@ from contrastive.data.stored_views import StoredViews, Views
 from contrastive.distributed.launching import prepare_process
 from contrastive.distributed.runtime import joined_ranks
 from contrastive.errors import UserError
-from contrastive.evaluate.clip_retrieval import write_clip_retrieval
 from contrastive.evaluate.embedding_store import SAMPLES_PER_SHARD, StoreOptions, claim_store, store_config
-from contrastive.evaluate.evaluated_model import check_texts, fill_store, has_captions, model_identity
-from contrastive.evaluate.view_embeddings import embed_views
+from contrastive.evaluate.embedding_writing import (
+    check_texts,
+    embed_views,
+    fill_store,
+    has_captions,
+    model_identity,
+    write_clip_retrieval,
+)
 from contrastive.files import read_yaml
 from contrastive.log import is_main_process, say, warn
 from contrastive.option_types import Positive

@@ -24,8 +24,9 @@ from contrastive.distributed import collectives
 from contrastive.errors import UserError, needs
 from contrastive.evaluate.classification import embed_labelled, names_to_use, told_of
 from contrastive.evaluate.compositional import ChoiceImages
+from contrastive.evaluate.embedding_writing import has_captions
 from contrastive.evaluate.embeddings import answers_of, usable_captions
-from contrastive.evaluate.evaluated_model import EvaluatedModel, has_captions
+from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.tasks import (
     TASKS,
     EvaluationTask,

@@ -49,8 +49,7 @@ def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> tuple[
         labels: (N,) int64 in 0..C-1.
 
     Returns:
-        {'acc1', 'mean_per_class_recall'} and, for more than five classes, 'acc5'; recall is averaged over
-        the classes that have images. Confusion (C, C) int64: row the true class, column the predicted one.
+        Those of `hit_figures`. Confusion (C, C) int64: row the true class, column the predicted one.
 
     Ties count against the model, and so do NaNs: one that gives every class the same score has 0 %.
     """
@@ -59,14 +58,32 @@ def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> tuple[
     num_classes = scores.shape[1]
     rank, predicted = ranked(scores, labels)
     cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    confusion = cells.view(num_classes, num_classes)
-    counts = confusion.sum(dim=1)
-    recall = confusion.diagonal()[counts > 0] / counts[counts > 0]
-    metrics = {"acc1": _percent(rank < 1)}
+    return hit_figures(rank, predicted, labels, num_classes), cells.view(num_classes, num_classes)
+
+
+def hit_figures(
+    rank: torch.Tensor, predicted: torch.Tensor, labels: torch.Tensor, num_classes: int
+) -> dict[str, float]:
+    """'acc1', 'acc5' for more than five classes, and 'mean_per_class_recall' over the classes that have samples.
+
+    Args:
+        rank: (N,), how many classes stand before the right one.
+        predicted: (N,), the class chosen; labels: (N,), the right one.
+    """
+    right = predicted == labels
+    figures = {"acc1": 100 * right.double().mean().item()}
     if num_classes > 5:
-        metrics["acc5"] = _percent(rank < 5)
-    metrics["mean_per_class_recall"] = 100 * recall.double().mean().item()
-    return metrics, confusion
+        figures["acc5"] = 100 * ((rank < 5) | right).double().mean().item()
+    hits, totals = per_class_counts(predicted, labels, num_classes)
+    there = totals > 0
+    figures["mean_per_class_recall"] = 100 * (hits[there] / totals[there].double()).mean().item()
+    return figures
+
+
+def per_class_counts(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, ...]:
+    """(C,) samples of each class that were predicted right, and (C,) samples of each class."""
+    right = torch.bincount(labels[predicted == labels], minlength=num_classes)
+    return right, torch.bincount(labels, minlength=num_classes)
 
 
 def ranked(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,7 +266,3 @@ def _by_class(images: EmbeddingSet, names: Sequence[str], confusion: torch.Tenso
         "missing_classes": [name for name, count in zip(names, counts.tolist(), strict=True) if not count],
         "confusion": confusion.tolist(),
     }
-
-
-def _percent(hits: torch.Tensor) -> float:
-    return 100 * hits.double().mean().item()

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from contrastive.errors import UserError, did_you_mean, needs, reason_of
-from contrastive.evaluate.classification import ranked
+from contrastive.evaluate.classification import hit_figures, ranked
 from contrastive.evaluate.evaluated_model import EvaluatedModel
-from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, counts, hit_figures, probe_device
+from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, counts, probe_device
 from contrastive.evaluate.tasks import TASKS, Outcome
 from contrastive.log import bar
 from contrastive.registry import Registry
@@ -79,7 +79,7 @@ class FewShot(ProbeTask):
                 train, labels = given.train[rows].to(device), given.train_labels[rows]
                 scores = ridge_scores(train, labels, given.test, given.num_classes)
                 rank, predicted = ranked(scores, given.test_labels)
-                found[number].append(hit_figures(rank, predicted, given))
+                found[number].append(hit_figures(rank, predicted, given.test_labels, given.num_classes))
             if seed == 0:
                 first = predicted
         figures = {}
@@ -223,7 +223,7 @@ class HeadTask(ProbeTask):
             except (ValueError, TypeError) as error:
                 raise UserError(f"head {self.head}: {reason_of(error).rstrip('.: ')}") from None
         return {
-            **hit_figures(rank, predicted, given),
+            **hit_figures(rank, predicted, given.test_labels, given.num_classes),
             "head": self.head,
             "options": self.options,
             "warnings": sorted({reason_of(warning.message).rstrip(".: ") for warning in caught}),
@@ -306,7 +306,7 @@ class Knn(ProbeTask):
         chosen = max((number for number in used if number <= USUAL), default=min(used))
         found = _ranked(given, used, self.temperature, probe_device(device), progress)
         return {
-            **hit_figures(*found[chosen], given),
+            **hit_figures(*found[chosen], given.test_labels, given.num_classes),
             **{f"k{number}_acc1": 100 * (rank < 1).double().mean().item() for number, (rank, _) in found.items()},
             "k": chosen,
             "left_out_k": [number for number in self.k if number not in used],

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from contrastive.errors import UserError
-from contrastive.evaluate.classification import ranked
+from contrastive.evaluate.classification import hit_figures, ranked
 from contrastive.evaluate.logistic import MAX_ITERATIONS, LinearProbe, LogisticProblem, between, fit_logistic
-from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, counts, hit_figures
+from contrastive.evaluate.probe_input import ProbeInput, ProbeTask, counts
 from contrastive.evaluate.tasks import TASKS
 from contrastive.log import bar
 
@@ -104,7 +104,7 @@ def linear_probe(
     probe = fit_logistic(features, labels, given.num_classes, best.weight_decay, start=best, device=device)
     rank, predicted = ranked(probe.scores(given.test), given.test_labels)
     return {
-        **hit_figures(rank, predicted, given),
+        **hit_figures(rank, predicted, given.test_labels, given.num_classes),
         **counts(given),
         "predicted": predicted,
         "num_train": len(features),

@@ -10,9 +10,10 @@ import torch
 
 from contrastive.data.class_joining import places_among
 from contrastive.errors import UserError
+from contrastive.evaluate.classification import per_class_counts
 from contrastive.evaluate.embeddings import Space
 from contrastive.evaluate.evaluated_model import EvaluatedModel
-from contrastive.evaluate.tasks import EvaluationTask, Need, Outcome, classification_outcome, per_class_counts
+from contrastive.evaluate.tasks import EvaluationTask, Need, Outcome, classification_outcome
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class ProbeTask(EvaluationTask):
         given = checked_input(*arrays[:4], num_classes, *arrays[4:])  # after the test set comes the validation set
         found = self.fit(given, device=subject.device, progress=subject.progress)
         result = {**found, "skipped": dict(test.skipped)}
-        per_class = per_class_counts(result.pop("predicted"), test.labels, num_classes)
-        return classification_outcome(result, per_class, self.headline(result))
+        right, samples = per_class_counts(result.pop("predicted"), test.labels, num_classes)
+        return classification_outcome(result, (right.numpy(), samples.numpy()), self.headline(result))
 
 
 @dataclass(frozen=True)
@@ -150,24 +151,6 @@ def probe_device(device: str | torch.device) -> torch.device:
     """Where to compute; the CPU in place of MPS, which has neither float64 nor eigenvectors."""
     device = torch.device(device)
     return torch.device("cpu") if device.type == "mps" else device
-
-
-def hit_figures(rank: torch.Tensor, predicted: torch.Tensor, given: ProbeInput) -> dict[str, float]:
-    """'acc1', 'acc5' for more than five classes, and 'mean_per_class_recall' over the classes that have test samples.
-
-    Args:
-        rank: (N,), how many classes stand before the right one.
-        predicted: (N,), the class chosen.
-    """
-    right = predicted == given.test_labels
-    figures = {"acc1": 100 * right.double().mean().item()}
-    if given.num_classes > 5:
-        figures["acc5"] = 100 * ((rank < 5) | right).double().mean().item()
-    totals = torch.bincount(given.test_labels, minlength=given.num_classes)
-    hits = torch.bincount(given.test_labels[right], minlength=given.num_classes)
-    there = totals > 0
-    figures["mean_per_class_recall"] = 100 * (hits[there] / totals[there].double()).mean().item()
-    return figures
 
 
 def counts(given: ProbeInput) -> dict:

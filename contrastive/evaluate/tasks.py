@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from contrastive.data.class_joining import in_classes_of, load_class_set, warn_of_ids
 from contrastive.data.class_sets import ClassSet
@@ -86,12 +85,6 @@ def classification_outcome(
         elif name not in ("chance", "confusion"):  # C x C numbers: contrastive zero-shot draws them
             details[name] = value
     return Outcome(figures, headline, details)
-
-
-def per_class_counts(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(C,) samples of each class that were predicted right, and (C,) samples of each class."""
-    counts = torch.bincount(labels, minlength=num_classes)
-    return torch.bincount(labels[predicted == labels], minlength=num_classes).numpy(), counts.numpy()
 
 
 class Need(NamedTuple):

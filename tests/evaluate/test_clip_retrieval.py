@@ -7,10 +7,10 @@ import torch
 from colour_model import ColourSource, bundle
 
 from contrastive.errors import UserError
-from contrastive.evaluate.clip_retrieval import write_clip_retrieval
 from contrastive.evaluate.embedding_store import StoreOptions, claim_store, store_config
+from contrastive.evaluate.embedding_writing import fill_store, write_clip_retrieval
 from contrastive.evaluate.embeddings import embed_texts
-from contrastive.evaluate.evaluated_model import fill_store, load_embeddings
+from contrastive.evaluate.evaluated_model import load_embeddings
 
 MODEL = {"path": "colours", "key": "0", "preprocess": {}}
 TEXTS = {0: ("a red thing", "red"), 1: (" ",), 2: ("blue", "cyan"), 3: ("white",), 4: (), 5: ("green",)}

@@ -12,8 +12,9 @@ from small_model import save_small_model, script_caller
 
 import contrastive
 from contrastive.data.sources import open_source
+from contrastive.evaluate.embedding_writing import has_captions, model_identity
 from contrastive.evaluate.embeddings import embed_images
-from contrastive.evaluate.evaluated_model import has_captions, load_embeddings, model_identity
+from contrastive.evaluate.evaluated_model import load_embeddings
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from small_model import save_small_model
 import contrastive
 from contrastive.errors import UserError
 from contrastive.evaluate.embedding_store import EmbeddingStore, StoreOptions, claim_store, store_config
+from contrastive.evaluate.embedding_writing import fill_store, model_identity, model_key
 from contrastive.evaluate.embeddings import embed_images, embed_texts
-from contrastive.evaluate.evaluated_model import fill_store, load_embeddings, model_identity, model_key
+from contrastive.evaluate.evaluated_model import load_embeddings
 
 NAMES = list(COLOURS)
 BOTH = ("images", "texts")

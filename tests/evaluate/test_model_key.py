@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
-from contrastive.evaluate.evaluated_model import model_identity
+from contrastive.evaluate.embedding_writing import model_identity
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 
 

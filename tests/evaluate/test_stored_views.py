@@ -19,7 +19,7 @@ from contrastive.data.record import BadSample
 from contrastive.data.sources import open_source
 from contrastive.data.stored_views import Views, find_views
 from contrastive.errors import UserError
-from contrastive.evaluate.view_embeddings import embed_views
+from contrastive.evaluate.embedding_writing import embed_views
 
 AUGMENT = AugmentConfig(crop_scale=(0.2, 0.9), flip=True, color_jitter=(0.3, 0.3, 0.3, 0.1))
 LAYOUT = {"dtype": "float32", "precision": "fp32", "samples_per_shard": 4}

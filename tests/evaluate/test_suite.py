@@ -16,7 +16,8 @@ from contrastive.evaluate import evaluated_model as evaluated_module
 from contrastive.evaluate.classification import zero_shot
 from contrastive.evaluate.comparison import ModelEntry
 from contrastive.evaluate.embedding_store import StoreOptions, claim_store, store_config
-from contrastive.evaluate.evaluated_model import EvaluatedModel, fill_store, model_identity
+from contrastive.evaluate.embedding_writing import fill_store, model_identity
+from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.retrieval import retrieval
 from contrastive.evaluate.suite import Suite, read_suite, run_suite, task_from
 from contrastive.interop.bundle import Bundle
