@@ -9,14 +9,16 @@ folder of images, image files, or data as in training; they are embedded once, a
 them. The page is for this machine alone; Ctrl-C ends it. It needs Gradio: pip install 'contrastive[demo]'
 """
 
+import errno
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -27,16 +29,24 @@ from contrastive.config import parse
 from contrastive.data.prompts import load_templates
 from contrastive.data.sources import announce
 from contrastive.data.sources.image_files import open_images
+from contrastive.data.sources.paths import MAX_IMAGE_BYTES
 from contrastive.errors import UserError, needs
-from contrastive.evaluate.asking import trained_on
-from contrastive.evaluate.demo_page import Demo, free_port, page, serve
+from contrastive.evaluate.demo_page import Demo, page, trained_on
 from contrastive.evaluate.embedding_store import find_store
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.interop.hub import results_folder
 from contrastive.log import say, warn
 from contrastive.option_types import Positive
+from contrastive.page import PARTS
 
-HERE = "127.0.0.1"
+if TYPE_CHECKING:
+    import gradio as gr
+
+HERE, FIRST_PORT = "127.0.0.1", 7860
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +99,60 @@ def load(options: DemoOptions) -> Demo:
             raise UserError(f"{data}: none of its images could be read")
     known = sources[data] if data else trained_on(models[0].bundle)
     return Demo(tuple(models), known, data, options.templates)
+
+
+class _OwnOnly:
+    """Tells browsers to fetch nothing from elsewhere, whatever a page's template or a later Gradio asks for."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def sent(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, sent)
+
+
+def free_port(host: str, port: int | None) -> int:
+    """Return the port, or the first free one from `FIRST_PORT`; UserError where it is taken, or none can be had."""
+    wanted = range(FIRST_PORT, FIRST_PORT + 100) if port is None else (port,)
+    for number in wanted:
+        try:
+            with socket.create_server((host, number)):
+                return number
+        except OverflowError:
+            raise UserError(f"port is {number}; it must be at most 65535") from None
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise UserError(f"no page can be served at {host}, port {number}: {error.strerror}") from None
+    taken = f"port {port} is" if port else f"ports {wanted[0]} to {wanted[-1]} are"
+    raise UserError(f"{taken} taken; give another --port{', or none for a free one' if port else ''}")
+
+
+def serve(blocks: "gr.Blocks", host: str, port: int) -> str:
+    """Serve the page from threads of their own, on a free port; return its address. `blocks.close()` ends it."""
+    import gradio as gr
+
+    # Gradio asks its own server whether it is up, by way of a proxy where there is one.
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [direct, "localhost", host]))
+    _, address, _ = blocks.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        run_history=False,
+        footer_links=[],
+        max_file_size=MAX_IMAGE_BYTES,
+        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        css=(PARTS / "demo.css").read_text("utf-8"),
+        app_kwargs={"middleware": [(_OwnOnly, (), {})]},  # class, arguments, named ones
+    )
+    return address
 
 
 def main(arguments: list[str]) -> None:

@@ -1,8 +1,10 @@
-"""A page that asks models about images: labels as bars, words as heat maps, texts as searches. Gradio draws it."""
+"""A page that asks models about images: labels as bars, words as heat maps, texts as searches. Gradio draws it.
 
-import errno
+C labels, N images.
+"""
+
 import os
-import socket
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,34 +12,126 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from contrastive.data.decode import decode
 from contrastive.data.prompts import default_templates, fill, load_templates, template_sets
 from contrastive.data.record import BadSample, Source
-from contrastive.data.sources.paths import MAX_IMAGE_BYTES
 from contrastive.errors import UserError, needs
-from contrastive.evaluate.asking import FoundImage, facts_of, found_images, label_scores, labels_in
+from contrastive.evaluate.classification import zero_shot_classifier
+from contrastive.evaluate.embeddings import embed_texts, evaluating
 from contrastive.evaluate.evaluated_model import EvaluatedModel
+from contrastive.evaluate.search import nearest
+from contrastive.interop.run_record import RunRecord
 from contrastive.page import PARTS, data_uri, filled
 from contrastive.visualize.drawing import shortened
-from contrastive.visualize.word_maps import word_map, words_of
+from contrastive.visualize.representations import match_probabilities
+from contrastive.visualize.word_maps import as_seen, check_text, word_map, words_of
 
 if TYPE_CHECKING:
     import gradio as gr
 
-FIRST_PORT = 7860
 FITTING, WHOLE = "fitting", -1
-MOST_BARS, MOST_FOUND = 20, 12
+MOST_LABELS, MOST_BARS, MOST_FOUND = 1000, 20, 12
 NAME_CHARACTERS = 16  # of an image, below it
 THUMBNAIL = 256  # pixels of a shorter side
 WITHIN, ALONE = "in its context", "alone"
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:"
-)
 QUIET = {"show_progress": "minimal", "api_visibility": "private", "trigger_mode": "always_last"}
 NO_IMAGES = "Start the demo with images to search them: contrastive demo MODEL photos/"
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """How labels fit an image; all are (C,)."""
+
+    labels: tuple[str, ...]
+    cosines: torch.Tensor
+    shares: torch.Tensor
+    """Softmax over the labels of scale · cosine: what chance gives is 1/C."""
+    matches: torch.Tensor | None
+    """Of a model trained with a bias: the probability that image and label belong together, each by itself."""
+
+
+def labels_in(text: str) -> tuple[str, ...]:
+    """Return the labels that stand in a text, one a line or between commas.
+
+    Raises:
+        UserError: none, or too many.
+    """
+    labels = tuple(dict.fromkeys(filter(None, (" ".join(part.split()) for part in re.split(r"[,;\n]", text)))))
+    if not labels:
+        raise UserError("type labels, as: cat, dog, bird")
+    if len(labels) > MOST_LABELS:
+        raise UserError(f"{len(labels)} labels; {MOST_LABELS} at most")
+    return labels
+
+
+def label_scores(bundle: Any, image: bytes, labels: Sequence[str], templates: Sequence[str]) -> LabelScores:
+    """Compare an image with labels in prompts, as zero-shot classification does (CLIP, section 3.1).
+
+    Args:
+        bundle: anything with `model`, `preprocess` and `tokenizer`.
+        image: the bytes of a file.
+
+    Raises:
+        UserError: an image that cannot be read.
+    """
+    model, preprocess = bundle.model, bundle.preprocess
+    device = model.logit_scale.device
+    pixels = preprocess.normalize(preprocess.collate([as_seen(image, preprocess)]).to(device))
+    texts = zero_shot_classifier(model, bundle.tokenizer, labels, templates, device=device)
+    with evaluating(model):
+        cosines = model.encode_image(pixels).float().cpu() @ texts.T
+        scale, bias = model.logit_scale.exp().cpu(), model.logit_bias
+        shares = match_probabilities(cosines, scale, None)[0]
+        matches = None if bias is None else match_probabilities(cosines, scale, bias.cpu())[0]
+    return LabelScores(tuple(labels), cosines[0], shares, matches)
+
+
+@dataclass(frozen=True)
+class FoundImage:
+    """An image that a search found: its place in the source, its key, and its cosine with the text."""
+
+    index: int
+    key: str
+    cosine: float
+
+
+def found_images(subject: EvaluatedModel, data: str, text: str, count: int) -> list[FoundImage]:
+    """Return the images of `data` that are nearest to a text, the nearest first; at most `count`.
+
+    Raises:
+        UserError: a text that is empty, or too long for the model.
+    """
+    check_text(text, subject.bundle.tokenizer)
+    images = subject.embeddings(data)
+    query = embed_texts(subject.bundle.model, subject.bundle.tokenizer, [text], device=subject.device)
+    best = nearest(query, images.features, count)
+    rows = zip(best.rows[0].tolist(), best.scores[0].tolist(), strict=True)
+    return [FoundImage(int(images.index[row]), images.keys[row], cosine) for row, cosine in rows]
+
+
+def trained_on(bundle: Any) -> Source:
+    """Return a source without samples, of the name of what the model was trained on as far as its run tells.
+
+    `default_templates` goes by it where there is no other.
+    """
+    source, run = Source(), RunRecord.of(bundle.path)
+    source.name = str(run.option("data.train")) if run else ""
+    return source
+
+
+def facts_of(bundle: Any) -> str:
+    """Return in words how large a model is, what it sees, and what its loss made of a pair."""
+    image, count = bundle.config.image, sum(parameter.numel() for parameter in bundle.model.parameters())
+    size = f"{count / 1e6:,.0f} M" if count >= 1e7 else f"{count / 1e6:.1f} M"
+    seen = f"{image.image_size}-pixel images, patches of {image.patch_size}"
+    if image.native:
+        most = bundle.preprocess.config.most_patches
+        seen = f"images of any shape, {most} patches of {image.patch_size} at most"
+    loss = "softmax" if bundle.model.logit_bias is None else "sigmoid"
+    return f"{size} parameters, {seen}, {loss} loss"
 
 
 @dataclass(frozen=True)
@@ -94,7 +188,7 @@ class Demo:
             return nothing, nothing, _answered(wrong=NO_IMAGES)
         try:
             found = [found_images(model, self.data, text, MOST_FOUND) for model in self.models]
-            shown = [[(self._thumbnail(one.index), self._caption(one)) for one in of] for of in found]
+            shown = [[self._shown(one) for one in of] for of in found]
         except UserError as error:
             return nothing, nothing, _answered(wrong=error)
         count = len(self.models[0].embeddings(self.data).features)
@@ -109,13 +203,10 @@ class Demo:
         except BadSample as bad:
             raise UserError(f"{source.name}: image {bad.key or index} cannot be read any more") from None
 
-    def _thumbnail(self, index: int) -> Image.Image:
-        small = Image.fromarray(self.image(index, THUMBNAIL))
+    def _shown(self, found: FoundImage) -> tuple[Image.Image, str]:
+        small = Image.fromarray(self.image(found.index, THUMBNAIL))
         small.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
-        return small
-
-    def _caption(self, found: FoundImage) -> str:
-        return f"{found.cosine:.3f} · {shortened([found.key], NAME_CHARACTERS // len(self.models))[0]}"
+        return small, f"{found.cosine:.3f} · {shortened([found.key], NAME_CHARACTERS // len(self.models))[0]}"
 
     def taken(self, index: int) -> np.ndarray | str:
         """Return an image of the data as the page takes it: the file of a JPEG, which as PNG would take seconds."""
@@ -192,10 +283,7 @@ def _words_tab(demo: Demo, image: "gr.Image", source: Source | None) -> None:
     word = gr.Radio(_choices(sentence.value), value=WHOLE, label="Click a word", elem_id="word")
     answer = gr.HTML(elem_id="heat", elem_classes="answers")
 
-    def renewed(sentence: str) -> gr.Radio:
-        return gr.Radio(_choices(sentence), value=WHOLE)
-
-    sentence.change(renewed, sentence, word, **QUIET)
+    sentence.change(lambda text: gr.Radio(_choices(text), value=WHOLE), sentence, word, **QUIET)
     asked = [sentence.submit, word.input, how.input, image.change]
     gr.on(asked, demo.words, [image, sentence, word, how], answer, **QUIET)
 
@@ -234,69 +322,9 @@ def _search_tab(demo: Demo, image: "gr.Image") -> None:
         shown, of, line = demo.found(text)
         return [*shown, *of, line]
 
-    text.submit(search, text, [*galleries, *places, note], **QUIET)
-    for gallery, place in zip(galleries, places, strict=True):
-        gallery.select(_chosen(demo), place, image, **QUIET)
-
-
-def _chosen(demo: Demo):
-    import gradio as gr
-
     def chosen(places: list[int], clicked: gr.SelectData) -> np.ndarray | str:
         return demo.taken(places[clicked.index])
 
-    return chosen
-
-
-class _OwnOnly:
-    """Tells browsers to fetch nothing from elsewhere, whatever a page's template or a later Gradio asks for."""
-
-    def __init__(self, app: Any):
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def sent(message: dict) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
-            await send(message)
-
-        await self.app(scope, receive, sent)
-
-
-def free_port(host: str, port: int | None) -> int:
-    """Return the port, or the first free one from `FIRST_PORT`; UserError where it is taken, or none can be had."""
-    wanted = range(FIRST_PORT, FIRST_PORT + 100) if port is None else (port,)
-    for number in wanted:
-        try:
-            with socket.create_server((host, number)):
-                return number
-        except OverflowError:
-            raise UserError(f"port is {number}; it must be at most 65535") from None
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise UserError(f"no page can be served at {host}, port {number}: {error.strerror}") from None
-    taken = f"port {port} is" if port else f"ports {wanted[0]} to {wanted[-1]} are"
-    raise UserError(f"{taken} taken; give another --port{', or none for a free one' if port else ''}")
-
-
-def serve(blocks: "gr.Blocks", host: str, port: int) -> str:
-    """Serve the page from threads of their own, on a free port; return its address. `blocks.close()` ends it."""
-    import gradio as gr
-
-    # Gradio asks its own server whether it is up, by way of a proxy where there is one.
-    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [direct, "localhost", host]))
-    _, address, _ = blocks.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        run_history=False,
-        footer_links=[],
-        max_file_size=MAX_IMAGE_BYTES,
-        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        css=(PARTS / "demo.css").read_text("utf-8"),
-        app_kwargs={"middleware": [(_OwnOnly, (), {})]},  # class, arguments, named ones
-    )
-    return address
+    text.submit(search, text, [*galleries, *places, note], **QUIET)
+    for gallery, place in zip(galleries, places, strict=True):
+        gallery.select(chosen, place, image, **QUIET)

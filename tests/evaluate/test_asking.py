@@ -11,13 +11,22 @@ from interop.small_bundles import small_bundle
 from native_model import Shapes
 from PIL import Image
 
+from contrastive.commands.demo_command import free_port as port_to_serve
 from contrastive.data.sources.image_files import open_images
 from contrastive.data.sources.scenes import Scenes
 from contrastive.errors import UserError
-from contrastive.evaluate.asking import facts_of, found_images, label_scores, labels_in, trained_on
 from contrastive.evaluate.classification import zero_shot_classifier
-from contrastive.evaluate.demo_page import ALONE, FITTING, WITHIN, Demo
-from contrastive.evaluate.demo_page import free_port as port_to_serve
+from contrastive.evaluate.demo_page import (
+    ALONE,
+    FITTING,
+    WITHIN,
+    Demo,
+    facts_of,
+    found_images,
+    label_scores,
+    labels_in,
+    trained_on,
+)
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 
 LABELS = ("cat", "dog", "blue star")
@@ -98,7 +107,7 @@ def test_prompts_fit_what_a_run_was_trained_on(tmp_path, monkeypatch):
     bundle = small_bundle("siglip")
     assert trained_on(bundle).name == ""  # no run
     run = type("Run", (), {"option": lambda self, name: {"data.train": "scenes:train"}[name]})()
-    monkeypatch.setattr("contrastive.evaluate.asking.RunRecord", type("Of", (), {"of": lambda path: run}))
+    monkeypatch.setattr("contrastive.evaluate.demo_page.RunRecord", type("Of", (), {"of": lambda path: run}))
     demo = Demo((subject(tmp_path),), trained_on(bundle))
     path = tmp_path / "a.png"
     path.write_bytes(png())

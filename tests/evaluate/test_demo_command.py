@@ -7,9 +7,9 @@ import pytest
 from native_model import save_native
 from small_model import save_small_model
 
+from contrastive.commands import demo_command
 from contrastive.commands.demo_command import DemoOptions, load, main
 from contrastive.errors import UserError
-from contrastive.evaluate import demo_page
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_without_images_there_is_nothing_to_search(model):
 
 def test_refused_before_anything_starts(model, tmp_path, free_port, monkeypatch):
     classifier = save_native(tmp_path / "classifier", classifier=True)
-    monkeypatch.setattr(demo_page, "FIRST_PORT", free_port)
+    monkeypatch.setattr(demo_command, "FIRST_PORT", free_port)
     for words, told in (
         ([model, "--limit", "3"], "--limit is of IMAGES, and there are none"),
         ([model, "--beside", model], "the same model is given twice"),

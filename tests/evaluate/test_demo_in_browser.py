@@ -13,7 +13,7 @@ from interop.small_bundles import small_bundle
 from PIL import Image
 
 from contrastive.data.prompts import load_templates
-from contrastive.evaluate.asking import label_scores
+from contrastive.evaluate.demo_page import label_scores
 from contrastive.files import write_folder
 from contrastive.interop.bundle import save_model
 
