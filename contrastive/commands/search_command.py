@@ -32,8 +32,16 @@ from contrastive.errors import UserError
 from contrastive.evaluate.embedding_store import EmbeddingStore, find_store
 from contrastive.evaluate.embeddings import EmbeddingSet, check_text_tower, embed_images, embed_texts
 from contrastive.evaluate.evaluated_model import EvaluatedModel
-from contrastive.evaluate.gallery import Section, Shot, picture, said_of, write_gallery
-from contrastive.evaluate.search import index_library, nearest, nearest_by_index
+from contrastive.evaluate.search import (
+    Section,
+    Shot,
+    index_library,
+    nearest,
+    nearest_by_index,
+    picture,
+    said_of,
+    write_gallery,
+)
 from contrastive.interop.hub import results_folder
 from contrastive.log import say, warn
 from contrastive.option_types import Positive

@@ -19,8 +19,7 @@ from torch.nn.functional import normalize
 
 from contrastive.data.record import Source
 from contrastive.evaluate.embeddings import EmbeddingSet
-from contrastive.evaluate.gallery import Section, Shot, picture, said_of, write_gallery
-from contrastive.evaluate.search import nearest
+from contrastive.evaluate.search import Section, Shot, nearest, picture, said_of, write_gallery
 from contrastive.files import write_json, write_whole
 
 ROUNDING = 1e-6  # of cosines in float32: equal images are no less alike than 1

@@ -1,18 +1,25 @@
 """The nearest rows to a query: exact, by blocks, or approximate through an index of faiss or usearch.
 
-Q queries, N rows, E channels, K nearest.
+And a page of pictures with what is to be said of each: what a search found, what a curation dropped. Q queries, N rows,
+E channels, K nearest.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from contrastive.data.decode import decode
+from contrastive.data.record import BadSample, Source
 from contrastive.errors import UserError
 from contrastive.files import write_whole
 from contrastive.log import say
+from contrastive.page import PARTS, filled, html_page, thumbnail
 
 BLOCK = 2**24  # cosines held at once: 64 MB, and twice that to rank them
 MOST_QUERIES = 4096  # at once: narrower blocks of rows make slow products
@@ -22,6 +29,7 @@ CELLS_LOOKED_THROUGH, ROWS_OF_A_CELL_TO_PLACE_IT = 64, 64
 # usearch: a graph (HNSW, arXiv 1603.09320); edges of a row, rows looked at to place one, and to find some.
 EDGES, LOOKED_AT_TO_BUILD, LOOKED_AT = 32, 80, 256
 _LAST = 2**32 - 1
+SIDE = 240  # pixels of a picture on the page
 
 
 class Nearest(NamedTuple):
@@ -123,7 +131,6 @@ def _search_faiss(queries, rows, count: int, file: Path | None):
 
 
 def _search_usearch(queries, rows, count: int, file: Path | None):
-    import numpy as np
     from usearch.index import Index
 
     index = Index.restore(str(file)) if file and file.exists() else None
@@ -139,3 +146,60 @@ def _search_usearch(queries, rows, count: int, file: Path | None):
     index.expansion_search = max(LOOKED_AT, 2 * count)
     found = index.search(queries, count)
     return found.keys.reshape(len(queries), -1)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture of the page, or two side by side."""
+
+    images: tuple[np.ndarray | None, ...]
+    """uint8 (H, W, 3); None for one that cannot be read."""
+    title: str
+    text: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    remark: str
+    shots: Sequence[Shot]
+    image: np.ndarray | None = None
+    """Beside the title, uint8 (H, W, 3)."""
+
+
+def write_gallery(
+    path: Path,
+    title: str,
+    remark: str,
+    sections: Sequence[Section],
+    tables: Sequence[Sequence[Sequence[str]]] = (),
+) -> None:
+    """Write the page whole or not at all; it needs no other file.
+
+    Args:
+        tables: above the pictures; of each its rows, a name and figures.
+    """
+    pictured = any(shot.images for section in sections for shot in section.shots)
+    parts = {"sections": sections, "tables": tables, "pictured": pictured, "thumbnail": thumbnail}
+    body = filled(PARTS / "gallery.html.jinja", **parts)
+    write_whole(path, html_page(title, remark, body, "gallery.css"))
+
+
+def picture(source: Source, index: int) -> np.ndarray | None:
+    """Return the image of a sample as uint8 (H, W, 3), small where that is cheaper; None where it cannot be read."""
+    try:
+        return decode(source[index].image, min_side=SIDE).permute(1, 2, 0).numpy()
+    except BadSample:
+        return None
+
+
+def said_of(source: Source, index: int) -> str:
+    """Return the first caption of a sample, else its class; empty where it has neither."""
+    try:
+        label = source.label(index)
+        if label is not None and source.class_names and (source.prompted or not source.captions(index)):
+            return source.class_names[label]
+        return next((text.strip() for text in source.captions(index) if text.strip()), "")
+    except (BadSample, IndexError):
+        return ""
