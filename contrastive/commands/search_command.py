@@ -127,15 +127,12 @@ def search(options: SearchOptions) -> None:
         say(f"{len(found.index):,} images of {found.name}: approximate search through {library}")
         file = cache / f"{store.key[:16]}-{len(found.index)}.{library}"
         scores, rows = nearest_by_index(features, found.features, options.top, library=library, file=file)
+    pairs = [zip(*own, strict=True) for own in zip(scores.tolist(), rows.tolist(), strict=True)]
     hits = [
         [_hit(query.said, rank, score, row, found, source) for rank, (score, row) in enumerate(own, 1) if score > -1.5]
-        for query, own in zip(queries, _pairs(scores, rows), strict=True)
+        for query, own in zip(queries, pairs, strict=True)
     ]
     report(options, queries, hits, found, source)
-
-
-def _pairs(scores: torch.Tensor, rows: torch.Tensor) -> list[list[tuple[float, int]]]:
-    return [list(zip(*own, strict=True)) for own in zip(scores.tolist(), rows.tolist(), strict=True)]
 
 
 def _is_image(query: str) -> bool:

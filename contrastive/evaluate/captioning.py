@@ -31,7 +31,6 @@ from contrastive.evaluate.tasks import (
     TASKS,
     EvaluationTask,
     Figure,
-    Need,
     Outcome,
     share_interval,
     zero_shot_outcome,
@@ -129,8 +128,7 @@ def captioning(
 
     Args:
         how: greedy when None.
-        limit: caption a fixed random subset of that many images.
-        loading: device, batch_size, num_workers, progress, as `caption_images` takes them.
+        limit, loading: as of `zero_shot`, with the device.
 
     Returns:
         A dict that JSON can hold: 'bleu4' and 'cider' against all usable captions of each image where the source has
@@ -270,6 +268,7 @@ class Captioning(EvaluationTask):
     """What the caption decoder writes of images, against their captions and class names."""
 
     title = "captions"
+    reads_embeddings = False
 
     data: str
     method: Literal["greedy", "beam", "sample"] = "greedy"
@@ -283,9 +282,6 @@ class Captioning(EvaluationTask):
 
     def check(self) -> None:
         GenerationConfig(self.method, best_of=self.best_of).check()
-
-    def needs(self) -> list[Need]:
-        return []
 
     def run(self, subject: EvaluatedModel) -> Outcome:
         captioner = captioner_of(subject.bundle, subject.device)
@@ -304,22 +300,16 @@ class Captioning(EvaluationTask):
 class CaptionLikelihood(EvaluationTask):
     """Labelled images by the class whose prompts the caption decoder finds likeliest."""
 
-    title = "zero-shot by caption likelihood"
+    title, features_title = "zero-shot by caption likelihood", "likelihoods of captions"
+    reads_embeddings = False
 
     data: str
     templates: str | None = None
     """Prompts: a set, or a file; none: those that fit the data."""
 
-    @property
-    def features_title(self) -> str:
-        return "likelihoods of captions"
-
     def check(self) -> None:
         if self.templates is not None:
             load_templates(self.templates)
-
-    def needs(self) -> list[Need]:
-        return []
 
     def run(self, subject: EvaluatedModel) -> Outcome:
         captioner, source = captioner_of(subject.bundle, subject.device), subject.source(self.data)

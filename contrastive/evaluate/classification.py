@@ -168,19 +168,11 @@ def told_of(images: EmbeddingSet, scores: torch.Tensor, templates: Sequence[str]
 def classification(bundle, source: Source, *, device: str | torch.device, limit: int | None = None, **loading) -> dict:
     """Classify the labelled images of `source` by the highest score of the model's own head.
 
-    Args:
-        bundle: anything with `model`, an ImageClassifier, and `preprocess`.
-        limit: evaluate a fixed random subset of that many images.
-        loading: batch_size, num_workers, progress, as `embed_images` takes them.
-
-    Returns:
-        A dict that JSON can hold: 'acc1', 'acc5' (more than five classes), 'mean_per_class_recall' and 'chance'
-        in percent, 'loss' in nats, 'num_images', 'num_classes', 'skipped' {reason: count}, 'confusion'.
+    As `zero_shot`, of an ImageClassifier; the result has no texts and nothing by class but 'confusion', and the 'loss'
+    in nats.
 
     Raises:
         UserError: no labels, labels the model has no score for, or no readable image.
-
-    With several ranks, call it on all of them; every rank returns the same.
     """
     num_classes = bundle.model.config.num_classes
     scorer = SimpleNamespace(model=_Scores(bundle.model), preprocess=bundle.preprocess)

@@ -17,7 +17,7 @@ from contrastive.data.sources.paths import IMAGE_SUFFIXES, read_image_file
 from contrastive.errors import UserError, did_you_mean
 from contrastive.evaluate.embeddings import check_text_tower, embed_images, embed_texts, pick_indices
 from contrastive.evaluate.evaluated_model import EvaluatedModel
-from contrastive.evaluate.tasks import TASKS, EvaluationTask, Figure, Need, Outcome, share_interval
+from contrastive.evaluate.tasks import TASKS, EvaluationTask, Figure, Outcome, share_interval
 
 ONE_IMAGE = ("filename", "caption", "negative_caption")
 TWO_IMAGES = ("image_0", "image_1", "caption_0", "caption_1")
@@ -80,11 +80,9 @@ def compositional(
     'image_score' when each caption is nearer to its own image, 'group_score' when both.
 
     Args:
-        bundle: anything with `model`, `preprocess` and `tokenizer`.
         spec_file: .json or .jsonl.
         image_root: the folder that image names start from; that of the file when None.
-        limit: score a fixed random subset of that many samples.
-        loading: batch_size, num_workers, progress, as `embed_images` takes them.
+        limit, loading: as of `zero_shot`.
 
     Returns:
         'acc1', or the three scores, in percent; 'chance' {name: percent}; 'num_samples'; 'skipped' {reason: count}:
@@ -240,6 +238,7 @@ class Compositional(EvaluationTask):
     """The right of two captions that differ in one word or their order: SugarCrepe's and Winoground's layouts."""
 
     title = "compositional"
+    reads_embeddings = False
 
     data: str
     """A JSON or JSONL file."""
@@ -249,9 +248,6 @@ class Compositional(EvaluationTask):
     def check(self) -> None:
         if not Path(self.data).expanduser().is_file():
             raise UserError(f"no file {self.data}")
-
-    def needs(self) -> list[Need]:
-        return []
 
     def run(self, subject: EvaluatedModel) -> Outcome:
         check_text_tower(subject.bundle, "the compositional choice")

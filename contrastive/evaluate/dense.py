@@ -20,7 +20,7 @@ from contrastive.data.record import BadSample, Record, Source
 from contrastive.errors import UserError
 from contrastive.evaluate.embeddings import evaluating
 from contrastive.evaluate.evaluated_model import EvaluatedModel
-from contrastive.evaluate.tasks import EvaluationTask, Need, Outcome
+from contrastive.evaluate.tasks import EvaluationTask, Outcome
 from contrastive.log import bar
 from contrastive.models.image_encoder import ImageEncoder
 from contrastive.patches import Patches, one_by_one
@@ -35,12 +35,11 @@ BLOCK_ELEMENTS = 2**26
 class DenseTask(EvaluationTask):
     """A task that reads pictures, or their masks, patch by patch; embeddings do not serve it."""
 
+    reads_embeddings = False
+
     data: str
     ignore: tuple[int, ...] = (IGNORED,)
     """Values of the masks' pixels that do not count: 255, as VOC's borders; for ADE20k 0 too."""
-
-    def needs(self) -> list[Need]:
-        return []
 
     def check(self) -> None:
         if not all(0 <= value < NUM_VALUES for value in self.ignore):

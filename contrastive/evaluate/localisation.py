@@ -164,11 +164,7 @@ class Pointing(DenseTask):
     classes. What covers no patch's centre is not asked for.
     """
 
-    title = "pointing game"
-
-    @property
-    def features_title(self) -> str:
-        return "attention of the pooling, cosine of patch and text"
+    title, features_title = "pointing game", "attention of the pooling, cosine of patch and text"
 
     def scored(self, subject: EvaluatedModel, skipped: Counter[str]) -> Outcome:
         source, tower = self.masked_source(subject, self.data), subject.bundle.model.image_tower

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from contrastive.config import flatten
 from contrastive.data.loader import eval_loader
 from contrastive.data.record import BadSample
 from contrastive.evaluate.embeddings import embed_texts, evaluating, pick_indices
@@ -69,7 +70,7 @@ def write_report(
         retrievals=retrievals,
         examples_from=examples_from,
         bad_samples=[(reason, count, (bad_keys or {}).get(reason, ())) for reason, count in bad if bad[0][1]],
-        options=list(_flattened(config)),
+        options=[(name, str(value)) for name, value in flatten(config).items()],
         thumbnail=thumbnail,
     )
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -101,15 +102,6 @@ def _heatmap(shade: np.ndarray) -> str:
     from matplotlib import colormaps
 
     return data_uri(Image.fromarray((255 * colormaps["viridis"](shade)[..., :3]).astype(np.uint8)))
-
-
-def _flattened(value, name: str = ""):
-    """(dotted name, value) of every option: the names of the command line's flags."""
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flattened(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, str(value)
 
 
 def collect_examples(

@@ -113,11 +113,9 @@ def retrieval(
     """Retrieve captions by image and images by caption within `source`.
 
     Args:
-        bundle: anything with `model`, `preprocess` and `tokenizer`.
         captions: 'first' uses one caption per image, 'all' uses every one. Name it beside the figures: they
             are not comparable with each other.
-        limit: evaluate a fixed random subset of that many images; figures rise as the set shrinks.
-        loading: batch_size, num_workers, progress, as `embed_images` takes them.
+        limit, loading: as of `zero_shot`; figures rise as the set shrinks.
 
     Returns:
         The figures of `retrieval_metrics`, and 'chance' {name: percent}, 'captions', 'num_images',

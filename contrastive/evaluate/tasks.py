@@ -100,6 +100,8 @@ class EvaluationTask(ABC):
 
     title: str
     """In tables."""
+    reads_embeddings = True
+    """Whether it scores the embeddings of its data, rather than the data themselves."""
 
     @property
     def data_title(self) -> str:
@@ -126,7 +128,7 @@ class EvaluationTask(ABC):
 
     def needs(self) -> list[Need]:
         """The embeddings it reads."""
-        return [Need(self.data, self.features)]
+        return [Need(self.data, self.features)] if self.reads_embeddings else []
 
     @abstractmethod
     def run(self, subject: EvaluatedModel) -> Outcome:
@@ -221,16 +223,10 @@ def _retrieval_interval(name: str, value: float, of: Ranks) -> tuple[float, floa
 class Classification(EvaluationTask):
     """Labelled images by a classifier's own head."""
 
-    title = "classification"
+    title, features_title = "classification", "scores of its head"
+    reads_embeddings = False
 
     data: str
-
-    @property
-    def features_title(self) -> str:
-        return "scores of its head"
-
-    def needs(self) -> list[Need]:
-        return []
 
     def run(self, subject: EvaluatedModel) -> Outcome:
         if not getattr(subject.bundle.config, "num_classes", None):
