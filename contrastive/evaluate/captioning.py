@@ -25,7 +25,7 @@ from contrastive.errors import UserError, needs
 from contrastive.evaluate.classification import embed_labelled, names_to_use, told_of
 from contrastive.evaluate.compositional import ChoiceImages
 from contrastive.evaluate.embedding_writing import has_captions
-from contrastive.evaluate.embeddings import answers_of, usable_captions
+from contrastive.evaluate.embeddings import answers_of, own_share, usable_captions
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.tasks import (
     TASKS,
@@ -95,9 +95,7 @@ def caption_images(
     how.check()
     if how.best_of > 1:
         captioner.bundle.check_text_tower("best_of compares captions with images")
-    indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-    world, rank = collectives.world_size(), collectives.rank()
-    share = indices[rank * len(indices) // world : (rank + 1) * len(indices) // world]
+    share = own_share(source, indices)
     preprocess = captioner.bundle.preprocess
     loader = eval_loader(source, preprocess, share, batch_size=batch_size, num_workers=num_workers)
     written, bad = [], []

@@ -295,10 +295,7 @@ def embed_images(
     With several ranks each embeds a contiguous share and all get every row: call it on all of them.
     Unreadable images are left out and told in `bad`. `progress` shows a bar on the first rank.
     """
-    indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-    # Contiguous shares, so that the ranks' rows, one rank after the other, are in the order asked for.
-    world, rank = collectives.world_size(), collectives.rank()
-    share = indices[rank * len(indices) // world : (rank + 1) * len(indices) // world]
+    share = own_share(source, indices)
     loading = {"device": device, "batch_size": batch_size, "num_workers": num_workers, "progress": progress}
     with evaluating(model):
         batches = list(image_batches(model, source, preprocess, share, **loading))
@@ -310,6 +307,16 @@ def embed_images(
             keys += names
             bad += faults
     return ImageEmbeddings(_gather(torch.cat(features), device), _gather(torch.cat(index), device), keys, bad)
+
+
+def own_share(source, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
+    """Return which of these samples, all when None, are this rank's.
+
+    Shares are contiguous, so that what the ranks make of them, one after the other, is in the order asked for.
+    """
+    indices = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+    world, rank = collectives.world_size(), collectives.rank()
+    return indices[rank * len(indices) // world : (rank + 1) * len(indices) // world]
 
 
 def embed_texts(

@@ -134,9 +134,8 @@ def _matched(found: dict[str, np.ndarray]) -> Outcome:
     for name in ("within_1_patch", "same_patch"):
         for where, rows in chosen.items():
             if rows.any():
-                hits, chance = found[name][rows], 100 * float(found[f"{name}_chance"][rows].mean())
-                interval = clustered_interval(hits, found["image"][rows])
-                figures[name + where] = Figure(100 * float(hits.mean()), interval, chance)
+                columns = (found[key][rows] for key in (name, f"{name}_chance", "image"))
+                figures[name + where] = _share_of_hits(*columns)
     headline = tuple(name for name in figures if name.startswith("within"))
     return Outcome(figures, headline, {"num_images": len(np.unique(found["image"]))})
 
@@ -189,11 +188,14 @@ class Pointing(DenseTask):
         figures = {}
         for name, rows in found.items():
             if rows:
-                hits, chances, images = map(np.array, zip(*rows, strict=True))
-                chance = 100 * float(chances.mean())
-                figures[name] = Figure(100 * float(hits.mean()), clustered_interval(hits, images), chance)
+                figures[name] = _share_of_hits(*map(np.array, zip(*rows, strict=True)))
         asked = {f"num_{name}": len(rows) for name, rows in found.items()}
         return Outcome(figures, tuple(figures), {"read_by": READ_BY[tower.config.pool], **asked})
+
+
+def _share_of_hits(hits: np.ndarray, chances: np.ndarray, images: np.ndarray) -> Figure:
+    """The figure of (n,) hits, each with its chance of being one, of these images."""
+    return Figure(100 * float(hits.mean()), clustered_interval(hits, images), 100 * float(chances.mean()))
 
 
 def _pointed(values: torch.Tensor, right: torch.Tensor) -> tuple[float, float]:
