@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from small_model import save_small_model, script_caller
 
+from contrastive.commands.zero_shot_command import claim_zero_shot, save_confusion, write_zero_shot
 from contrastive.data.class_joining import load_class_set
 from contrastive.data.sources.scenes import HELD_OUT_PAIRS, PAIRS
 from contrastive.errors import UserError
-from contrastive.evaluate.zero_shot_output import claim_zero_shot, save_confusion, write_zero_shot
 
 
 @pytest.fixture
