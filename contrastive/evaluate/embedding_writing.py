@@ -163,22 +163,18 @@ def _fill_texts(
     for shard in bar(shards, "embedding texts", shown=progress):
         rows, left_out = [], []
         for index in store.indices(shard).tolist():
-            texts, faults = _texts_of(source, index)
+            try:
+                texts, faults = usable_captions(source, index)
+            except BadSample as fault:
+                texts, faults = [], [fault.reason]
+            if not texts and not faults:
+                faults = ["missing_caption"]
             rows += [(index, caption, text) for caption, text in texts]
             left_out += [(fault, f"sample {index}") for fault in faults]
         texts = [text for *_, text in rows]
         with in_precision(store.options.precision, device):
             features = embed_texts(bundle.model, bundle.tokenizer, texts, device=device, batch_size=4 * batch_size)
         store.write("texts", shard, rows, features.numpy() if rows else None, left_out)
-
-
-def _texts_of(source, index: int) -> tuple[list[tuple[int, str]], list[str]]:
-    """The usable captions of a sample with their numbers, and what is wrong with the others."""
-    try:
-        texts, faults = usable_captions(source, index)
-    except BadSample as fault:
-        return [], [fault.reason]
-    return texts, faults if texts or faults else ["missing_caption"]
 
 
 def write_clip_retrieval(store: EmbeddingStore, parts: tuple[Part, ...]) -> int:

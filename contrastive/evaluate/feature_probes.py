@@ -8,7 +8,7 @@ classifiers by name. N samples, M gallery (training) samples, C classes, E embed
 import importlib
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -304,7 +304,20 @@ class Knn(ProbeTask):
         """
         used = self._used(len(given.train))
         chosen = max((number for number in used if number <= USUAL), default=min(used))
-        found = _ranked(given, used, self.temperature, probe_device(device), progress)
+        device = probe_device(device)
+        gallery, owners = F.normalize(given.train.to(device), dim=1), given.train_labels.to(device)
+        size = max(1, BLOCK_ELEMENTS // max(len(gallery), max(used) * given.num_classes))
+        blocks = list(zip(given.test.split(size), given.test_labels.split(size), strict=True))
+        parts: dict[int, list] = {number: [] for number in used}
+        for block, labels in bar(blocks, "nearest neighbours", shown=progress):
+            similarity, nearest = (F.normalize(block.to(device), dim=1) @ gallery.T).topk(max(used), dim=1)
+            # Relative to the nearest one, which changes no order and cannot overflow.
+            weights, classes = ((similarity - similarity[:, :1]) / self.temperature).exp(), owners[nearest]
+            votes = similarity.new_zeros(len(block), given.num_classes)
+            for before, number in itertools.pairwise((0, *used)):  # in rising order: each adds its further neighbours
+                votes = votes.scatter_add(1, classes[:, before:number], weights[:, before:number])
+                parts[number].append(ranked(votes.cpu(), labels))
+        found = {number: tuple(map(torch.cat, zip(*of_blocks, strict=True))) for number, of_blocks in parts.items()}
         return {
             **hit_figures(*found[chosen], given.test_labels, given.num_classes),
             **{f"k{number}_acc1": 100 * (rank < 1).double().mean().item() for number, (rank, _) in found.items()},
@@ -329,22 +342,3 @@ class Knn(ProbeTask):
 
     def headline(self, result: dict) -> tuple[str, ...]:
         return (f"k{result['k']}_acc1",)
-
-
-def _ranked(
-    given: ProbeInput, used: Sequence[int], temperature: float, device: torch.device, progress: bool
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """By k, how many classes stand before the right one (N,), and the class predicted (N,)."""
-    gallery, owners = F.normalize(given.train.to(device), dim=1), given.train_labels.to(device)
-    size = max(1, BLOCK_ELEMENTS // max(len(gallery), max(used) * given.num_classes))
-    found: dict[int, list] = {number: [] for number in used}
-    blocks = list(zip(given.test.split(size), given.test_labels.split(size), strict=True))
-    for block, labels in bar(blocks, "nearest neighbours", shown=progress):
-        similarity, nearest = (F.normalize(block.to(device), dim=1) @ gallery.T).topk(max(used), dim=1)
-        # Relative to the nearest one, which changes no order and cannot overflow.
-        weights, classes = ((similarity - similarity[:, :1]) / temperature).exp(), owners[nearest]
-        votes = similarity.new_zeros(len(block), given.num_classes)
-        for before, number in itertools.pairwise((0, *used)):  # in rising order: each adds its further neighbours
-            votes = votes.scatter_add(1, classes[:, before:number], weights[:, before:number])
-            found[number].append(ranked(votes.cpu(), labels))
-    return {number: tuple(map(torch.cat, zip(*parts, strict=True))) for number, parts in found.items()}

@@ -227,11 +227,6 @@ def _thinned(steps: Sequence[int], series: Mapping[str, Sequence[float]]) -> tup
     return steps[ends], {name: np.array([_mean(curve[run]) for run in runs]) for name, curve in curves.items()}
 
 
-def _running_mean(curve: np.ndarray, window: int) -> np.ndarray:
-    half = window // 2
-    return np.array([_mean(curve[max(0, i - half) : i + half + 1]) for i in range(len(curve))])
-
-
 def _mean(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else math.nan
@@ -255,7 +250,8 @@ def _drawn(
     dots = [point for point in zip(x, y, strict=True) if len(x) <= DOTS_TO and math.isfinite(point[1])]
     if not smooth or len(x) < SMOOTH_FROM:
         return [("", _path(x, y))], dots
-    mean = _running_mean(values, max(3, len(values) // 25))
+    half = max(3, len(values) // 25) // 2
+    mean = np.array([_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
     return [(" faint", _path(x, y)), ("", _path(x, at_y(mean)))], dots
 
 

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from contrastive.data.record import Source
 from contrastive.errors import UserError
 from contrastive.evaluate.embeddings import (
     EmbeddingSet,
@@ -128,7 +127,15 @@ def retrieval(
     With several ranks, call it on all of them; every rank returns the same.
     """
     check_text_tower(bundle, "retrieval")
-    images = _embed_captioned(bundle, source, captions, device=device, limit=limit, **loading)
+    texts_of, skipped = answers_of(source, limit, lambda index: usable_captions(source, index)[0], "missing_caption")
+    if not texts_of:
+        raise UserError(f"{source.name} has no captions; retrieval needs images with captions")
+    found = embed_source(bundle, source, dict.fromkeys(texts_of, -1), skipped, device=device, **loading)
+    number = 1 if captions == "first" else None
+    rows = [(row, *said) for row, index in enumerate(found.index.tolist()) for said in texts_of[index][:number]]
+    row, caption, texts = zip(*rows, strict=True)
+    features = embed_texts(bundle.model, bundle.tokenizer, texts, device=device)
+    images = replace(found, texts=TextEmbeddings(features, torch.tensor(row), torch.tensor(caption), texts))
     return score_retrieval(images, captions, device)[0]
 
 
@@ -153,27 +160,6 @@ def score_retrieval(
         "skipped": dict(skipped),
     }
     return result, ranks
-
-
-def _embed_captioned(
-    bundle,
-    source: Source,
-    captions: Literal["first", "all"],
-    *,
-    device: str | torch.device,
-    limit: int | None = None,
-    **loading,
-) -> EmbeddingSet:
-    """The images of `source` that have a caption that can be used, and the first such caption or all of them."""
-    number = 1 if captions == "first" else None
-    texts_of, skipped = answers_of(source, limit, lambda index: usable_captions(source, index)[0], "missing_caption")
-    if not texts_of:
-        raise UserError(f"{source.name} has no captions; retrieval needs images with captions")
-    found = embed_source(bundle, source, dict.fromkeys(texts_of, -1), skipped, device=device, **loading)
-    rows = [(row, *said) for row, index in enumerate(found.index.tolist()) for said in texts_of[index][:number]]
-    row, caption, texts = zip(*rows, strict=True)
-    features = embed_texts(bundle.model, bundle.tokenizer, texts, device=device)
-    return replace(found, texts=TextEmbeddings(features, torch.tensor(row), torch.tensor(caption), texts))
 
 
 def _ranks(
