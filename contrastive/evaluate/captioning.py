@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from contrastive.data.loader import eval_loader
 from contrastive.data.prompts import default_templates, fill, load_templates
@@ -22,7 +21,7 @@ from contrastive.data.record import Source
 from contrastive.data.sources import open_source
 from contrastive.distributed import collectives
 from contrastive.errors import UserError, needs
-from contrastive.evaluate.classification import embed_labelled, names_to_use, told_of
+from contrastive.evaluate.classification import ScoringModel, embed_labelled, names_to_use, told_of
 from contrastive.evaluate.compositional import ChoiceImages
 from contrastive.evaluate.embedding_writing import has_captions
 from contrastive.evaluate.embeddings import answers_of, own_share, usable_captions
@@ -222,24 +221,6 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+(?:['’]\w+)*", text.lower())
 
 
-class _Likelihoods(nn.Module):
-    """A captioner whose 'embeddings' of images are log-likelihoods of texts, so that one loop over images serves all.
-
-    tokens: (C · T, context_length), T texts of each class; the class's likelihood is their mean.
-    """
-
-    def __init__(self, captioner: Captioner, tokens: torch.Tensor, num_classes: int):
-        super().__init__()
-        self.captioner, self.tokens = captioner, tokens
-        self.config = SimpleNamespace(embed_dim=num_classes)
-
-    def encode_image(self, pixels: torch.Tensor | Patches) -> torch.Tensor:
-        patches, own = self.captioner.patches(pixels), self.captioner.own_tokens(pixels)
-        likely = log_likelihood(self.captioner.decoder, patches, self.tokens, own)
-        likely = likely.unflatten(1, (self.config.embed_dim, -1))
-        return likely.logsumexp(dim=2) - math.log(likely.shape[2])
-
-
 def zero_shot_by_likelihood(
     captioner: Captioner,
     source: Source,
@@ -255,7 +236,14 @@ def zero_shot_by_likelihood(
     names, bundle = names_to_use(source)["class_names"], captioner.bundle
     templates = templates or default_templates(source)
     tokens = captioner.tokenizer([text for name in names for text in fill(templates, name)]).to(device)
-    scorer = SimpleNamespace(model=_Likelihoods(captioner, tokens, len(names)), preprocess=bundle.preprocess)
+
+    def likelihoods(pixels: torch.Tensor | Patches) -> torch.Tensor:
+        patches, own = captioner.patches(pixels), captioner.own_tokens(pixels)
+        likely = log_likelihood(captioner.decoder, patches, tokens, own).unflatten(1, (len(names), -1))
+        return likely.logsumexp(dim=2) - math.log(likely.shape[2])
+
+    model = ScoringModel(captioner.decoder, len(names), likelihoods)
+    scorer = SimpleNamespace(model=model, preprocess=bundle.preprocess)
     images = embed_labelled(scorer, source, len(names), device=device, **loading)
     return told_of(images, images.features, templates)
 

@@ -4,7 +4,7 @@ N images, C classes, E embed_dim.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -175,7 +175,9 @@ def classification(bundle, source: Source, *, device: str | torch.device, limit:
         UserError: no labels, labels the model has no score for, or no readable image.
     """
     num_classes = bundle.model.config.num_classes
-    scorer = SimpleNamespace(model=_Scores(bundle.model), preprocess=bundle.preprocess)
+    # In float32, as the weights are: a run's own model, called, would use the precision of the run.
+    model = ScoringModel(bundle.model, num_classes, bundle.model.scores)
+    scorer = SimpleNamespace(model=model, preprocess=bundle.preprocess)
     images = embed_labelled(scorer, source, num_classes, device=device, limit=limit, **loading)
     metrics, confusion = classification_metrics(images.features, images.labels)
     return {
@@ -187,17 +189,13 @@ def classification(bundle, source: Source, *, device: str | torch.device, limit:
     }
 
 
-class _Scores(nn.Module):
-    """A classifier whose 'embeddings' are its scores, so that one loop over images serves both."""
+class ScoringModel(nn.Module):
+    """A model whose 'embeddings' of images are scores of classes (B, C), so that one loop over images serves all."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, num_classes: int, scores: Callable[[Any], torch.Tensor]):
         super().__init__()
-        self.model = model
-        self.config = SimpleNamespace(embed_dim=model.config.num_classes)
-
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        # In float32, as the weights are: a run's own model, called, would use the precision of the run.
-        return self.model.scores(pixels)
+        self.model, self.encode_image = model, scores
+        self.config = SimpleNamespace(embed_dim=num_classes)
 
 
 def embed_labelled(
