@@ -48,8 +48,8 @@ def write_report(
             a share (0 to 1), scores are percent.
         similarity: (n, n) cosines of held-out pairs, row the image, column the caption.
         pairs: the n pairs, (uint8 (H, W, 3), caption).
-        retrievals: {'caption', 'images' uint8 (H, W, 3), 'scores', 'correct' place of the right image, 'rank' of
-            the right one in the gallery, and 'gallery', the number of images to choose from}.
+        retrievals: {'caption', 'images' uint8 (H, W, 3), 'scores', 'correct' place of the right image among them,
+            'rank' of the right one in the gallery, from 1, and 'gallery', the number of images to choose from}.
         examples_from: the data that pairs and retrievals are of.
         bad_samples: how many samples were skipped, by reason. bad_keys: the first keys of each reason.
 
@@ -114,11 +114,9 @@ def collect_examples(
         gallery: images that the sample retrievals choose from, a fixed random subset.
 
     Returns:
-        'similarity' (num, num) float32 cosines, row the image, column the caption; 'pairs' [(uint8 (H, W, 3),
-        caption)]; 'retrievals' [{'caption', 'images', 'scores', 'correct', 'rank', 'gallery'}]: the nearest
-        images first, and the right one after them when it is not among them; `correct` is its place in the
-        list, `rank` its place in the gallery, from 1; 'examples_from', the source's name. The first three
-        are empty or None when fewer than two images have a caption.
+        'similarity', 'pairs', 'retrievals' and 'examples_from', as `write_report` takes them. Of a retrieval the
+        nearest images come first, and the right one after them when it is not among them. The first three are empty or
+        None when fewer than two images have a caption.
 
     Runs on the calling rank alone: no collectives, so the main process may call it by itself.
     """
