@@ -117,7 +117,8 @@ def compositional(
     texts = _distinct(caption for choice in kept for caption in choice.captions)
     text_features = embed_texts(bundle.model, bundle.tokenizer, texts, device=device)
     near = _nearness(embedded.keys, embedded.features, texts, text_features)
-    figures, chance, hits = (_scored_pairs if len(kept[0].images) == 2 else _scored_captions)(kept, near)
+    chance, hits = (_scored_pairs if len(kept[0].images) == 2 else _scored_captions)(kept, near)
+    figures = dict(zip(chance, (100 * hits.double().mean(dim=0)).view(-1).tolist(), strict=True))
     return {**figures, "chance": chance, "num_samples": len(kept), "skipped": dict(+skipped), "hits": hits}
 
 
@@ -136,28 +137,26 @@ def _nearness(image_names: Sequence[str], images: torch.Tensor, text_names: Sequ
     return near
 
 
-def _scored_captions(choices: list[CaptionChoice], near: Near) -> tuple[dict, dict, torch.Tensor]:
-    """Figures and chance levels in percent, and hits (N,): the right caption strictly nearer than every wrong one."""
+def _scored_captions(choices: list[CaptionChoice], near: Near) -> tuple[dict[str, float], torch.Tensor]:
+    """The chance level in percent, and hits (N,): the right caption strictly nearer than every wrong one."""
     right = near((choice.images[0], choice.captions[0]) for choice in choices)
     wrong = near((choice.images[0], text) for choice in choices for text in choice.captions[1:])
     counts = [len(choice.captions) - 1 for choice in choices]
     above = right.repeat_interleave(torch.tensor(counts)) > wrong
     hits = torch.stack([of_one.all() for of_one in above.split(counts)])
     chance = sum(100 / len(choice.captions) for choice in choices) / len(choices)
-    return {"acc1": 100 * hits.double().mean().item()}, {"acc1": chance}, hits
+    return {"acc1": chance}, hits
 
 
-def _scored_pairs(choices: list[CaptionChoice], near: Near) -> tuple[dict, dict, torch.Tensor]:
-    """Figures, their chance levels in percent, and hits (N, 3): text, image and group score of each."""
+def _scored_pairs(choices: list[CaptionChoice], near: Near) -> tuple[dict[str, float], torch.Tensor]:
+    """Chance levels in percent, and hits (N, 3): text, image and group score of each."""
     own_0, own_1, cross_01, cross_10 = (
         near((choice.images[image], choice.captions[caption]) for choice in choices)
         for image, caption in ((0, 0), (1, 1), (0, 1), (1, 0))
     )
     text = (own_0 > cross_01) & (own_1 > cross_10)
     image = (own_0 > cross_10) & (own_1 > cross_01)
-    hits = torch.stack([text, image, text & image], dim=1)
-    shares = hits.double().mean(dim=0) * 100
-    return dict(zip(PAIR_CHANCE, shares.tolist(), strict=True)), dict(PAIR_CHANCE), hits
+    return dict(PAIR_CHANCE), torch.stack([text, image, text & image], dim=1)
 
 
 def _distinct(names: Iterable[str]) -> tuple[str, ...]:
