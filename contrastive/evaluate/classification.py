@@ -140,8 +140,7 @@ def score_zero_shot(
     templates: Sequence[str] | None = None,
     device: str | torch.device,
 ) -> dict:
-    """As `zero_shot`, of images that are embedded already."""
-    check_text_tower(bundle, "zero-shot classification")
+    """As `zero_shot`, of images that are embedded already and a model that has a text tower."""
     images = replace(images, **names_to_use(images, class_names))
     names = images.class_names
     images = images.labelled("zero-shot classification", len(names))
