@@ -99,7 +99,7 @@ def caption_images(
     loader = eval_loader(source, preprocess, share, batch_size=batch_size, num_workers=num_workers)
     written, bad = [], []
     with torch.no_grad():
-        for batch in bar(loader, "captioning images", -(-len(share) // batch_size), shown=progress):
+        for batch in bar(loader, "captioning images", shown=progress):
             bad += [reason for reason, _ in batch["bad"]]
             numbers = batch["index"].tolist()
             if not numbers:

@@ -57,6 +57,10 @@ class DenseTask(EvaluationTask):
     def scored(self, subject: EvaluatedModel, skipped: Counter[str]) -> Outcome:
         """Evaluate, in eval mode and without gradients; count in `skipped` what is left out, by reason."""
 
+    def counted(self, values: torch.Tensor) -> torch.Tensor:
+        """Return which of these values of masks count, bool."""
+        return ~torch.isin(values, torch.tensor(self.ignore, dtype=torch.uint8))
+
     def masked_source(self, subject: EvaluatedModel, data: str) -> Source:
         """Return the opened data; UserError where it has no masks."""
         source = subject.source(data)
@@ -105,7 +109,7 @@ def dense_batches(
     size = min(subject.loading.get("batch_size", 256), max(1, BLOCK_ELEMENTS // (patches * NUM_VALUES)))
     more = None if ignore is None else partial(_read_mask, names=source.mask_names, ignore=ignore)
     loader = eval_loader(source, preprocess, indices, size, subject.loading.get("num_workers", 0), more=more)
-    for batch in bar(loader, text, -(-len(indices) // size), shown=subject.progress):
+    for batch in bar(loader, text, shown=subject.progress):
         skipped.update(reason for reason, _ in batch["bad"])
         # An error that a worker raised would come with its trace.
         if fault := next(filter(None, batch.get("fault", ())), None):

@@ -268,7 +268,7 @@ def image_batches(
     """
     loader = eval_loader(source, preprocess, indices, batch_size, num_workers, views)
     options = {"normalize": False, "project": False} if space == "pooled" else {}
-    for batch in bar(loader, "embedding images", -(-len(indices) // batch_size), shown=progress):
+    for batch in bar(loader, "embedding images", shown=progress):
         features = torch.empty(0, 0)
         if len(batch["index"]):
             images = batch["image"].to(device, non_blocking=True)

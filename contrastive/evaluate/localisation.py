@@ -124,7 +124,7 @@ class Correspondence(TokenTask):
         """(P,) bool: whether the mask (S, S) has an object at the places (P, 2)."""
         pixels = [((places[:, side] + 0.5) * mask.shape[side] / grid[side]).long() for side in (0, 1)]
         values = mask[pixels[0].clamp(max=mask.shape[0] - 1), pixels[1].clamp(max=mask.shape[1] - 1)]
-        return ~torch.isin(values, torch.tensor([0, *self.ignore], dtype=torch.uint8))
+        return self.counted(values) & (values != 0)
 
 
 def _matched(found: dict[str, np.ndarray]) -> Outcome:
@@ -176,7 +176,7 @@ class Pointing(DenseTask):
             maps = (pair for images in pixels for pair in zip(*pointing_maps(tower, images, texts), strict=True))
             for index, mask, (attended, similar) in zip(batch["index"].tolist(), batch["mask"], maps, strict=True):
                 at = patch_centres(mask, tower.config.patch_size)
-                counted = ~torch.isin(at, torch.tensor(self.ignore, dtype=torch.uint8))
+                counted = self.counted(at)
                 at, attended, similar = at[counted], attended[counted], similar[:, counted]
                 things = [value for value in at.unique().tolist() if value]
                 if things:

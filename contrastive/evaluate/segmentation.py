@@ -132,7 +132,7 @@ class Segmentation(TokenTask):
             tokens = to_tokens(encoder, subject, batch["image"])
             scores = score(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
             for own, mask in zip(scores, batch["mask"], strict=True):
-                counted = ~torch.isin(mask, torch.tensor(self.ignore, dtype=torch.uint8))
+                counted = self.counted(mask)
                 known = self._counts(mask, encoder).float()
                 known /= known.sum(dim=1, keepdim=True).clamp(min=1)
                 values = known.sum(dim=0).nonzero()[:, 0] if counted.any() else bank.values
