@@ -32,16 +32,7 @@ from contrastive.data.sources.subset import FORMAT, KEPT, KeptData, write_kept
 from contrastive.distributed.launching import prepare_process
 from contrastive.distributed.runtime import joined_ranks
 from contrastive.errors import UserError
-from contrastive.evaluate.curation import (
-    PAGE,
-    Curation,
-    Rules,
-    curate,
-    facts_of,
-    figures_of,
-    score_rows,
-    write_report,
-)
+from contrastive.evaluate.curation import PAGE, Curation, Rules, curate, facts_of, figures_of, score_rows, write_report
 from contrastive.evaluate.embedding_store import find_store
 from contrastive.evaluate.embedding_writing import check_texts, has_captions
 from contrastive.evaluate.embeddings import EmbeddingSet

@@ -26,14 +26,7 @@ from contrastive.evaluate.compositional import ChoiceImages
 from contrastive.evaluate.embedding_writing import has_captions
 from contrastive.evaluate.embeddings import answers_of, own_share, usable_captions
 from contrastive.evaluate.evaluated_model import EvaluatedModel
-from contrastive.evaluate.tasks import (
-    TASKS,
-    EvaluationTask,
-    Figure,
-    Outcome,
-    share_interval,
-    zero_shot_outcome,
-)
+from contrastive.evaluate.tasks import TASKS, EvaluationTask, Figure, Outcome, share_interval, zero_shot_outcome
 from contrastive.log import bar
 from contrastive.models.generate import GenerationConfig, log_likelihood
 from contrastive.objectives.captioner import Captioner, captioner_of

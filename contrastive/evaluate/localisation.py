@@ -16,14 +16,7 @@ from contrastive.data.prompts import default_templates
 from contrastive.data.record import Source
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import zero_shot_classifier
-from contrastive.evaluate.dense import (
-    BLOCK_ELEMENTS,
-    DenseTask,
-    TokenTask,
-    dense_batches,
-    patch_centres,
-    to_tokens,
-)
+from contrastive.evaluate.dense import BLOCK_ELEMENTS, DenseTask, TokenTask, dense_batches, patch_centres, to_tokens
 from contrastive.evaluate.embeddings import pick_indices
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.tasks import SEED, TASKS, Figure, Outcome, clustered_interval

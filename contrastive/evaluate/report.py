@@ -12,13 +12,7 @@ from contrastive.config import flatten
 from contrastive.data.loader import eval_loader
 from contrastive.data.record import BadSample
 from contrastive.evaluate.embeddings import embed_texts, evaluating, pick_indices
-from contrastive.evaluate.report_charts import (
-    headlines,
-    rows_of,
-    score_charts,
-    scores_of,
-    training_charts,
-)
+from contrastive.evaluate.report_charts import headlines, rows_of, score_charts, scores_of, training_charts
 from contrastive.files import write_whole
 from contrastive.page import PARTS, data_uri, filled, html_page, thumbnail
 from contrastive.patches import one_by_one
