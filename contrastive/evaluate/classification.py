@@ -153,6 +153,14 @@ def told_of(images: EmbeddingSet, scores: torch.Tensor, templates: Sequence[str]
     """Return what `zero_shot` does, of labelled images (N) and their scores (N, C) of the classes that they name."""
     names = images.class_names
     metrics, confusion = classification_metrics(scores, images.labels)
+    counts, correct = confusion.sum(dim=1), confusion.diagonal()
+    heldout = torch.zeros(len(names), dtype=torch.bool)
+    heldout[sorted(images.heldout_labels)] = True
+    told_apart = {}  # classes that training never saw, from the others
+    for name, chosen in (("seen_acc1", ~heldout), ("heldout_acc1", heldout)):
+        if heldout.any() and counts[chosen].any():
+            told_apart[name] = 100 * correct[chosen].sum().item() / counts[chosen].sum().item()
+    by_class = list(zip(names, correct.tolist(), counts.tolist(), strict=True))
     return {
         **metrics,
         "chance": 100 / len(names),
@@ -160,7 +168,10 @@ def told_of(images: EmbeddingSet, scores: torch.Tensor, templates: Sequence[str]
         "class_names": list(names),
         **({"own_names": list(images.own_names)} if images.own_names else {}),
         "templates": list(templates),
-        **_by_class(images, names, confusion),
+        **told_apart,
+        "per_class_recall": [100 * right / count if count else None for _, right, count in by_class],
+        "missing_classes": [name for name, _, count in by_class if not count],
+        "confusion": confusion.tolist(),
     }
 
 
@@ -237,21 +248,3 @@ def _check_each_once(of: str, names: Sequence[str]) -> None:
 
 def _counted(images: EmbeddingSet, num_classes: int) -> dict:
     return {"num_images": len(images.labels), "num_classes": num_classes, "skipped": dict(images.skipped)}
-
-
-def _by_class(images: EmbeddingSet, names: Sequence[str], confusion: torch.Tensor) -> dict:
-    """What the confusion matrix says of each class, and of those that training never saw."""
-    counts, correct = confusion.sum(dim=1), confusion.diagonal()
-    heldout = torch.zeros(len(names), dtype=torch.bool)
-    heldout[sorted(images.heldout_labels)] = True
-    figures = {}
-    for name, chosen in (("seen_acc1", ~heldout), ("heldout_acc1", heldout)):
-        if heldout.any() and counts[chosen].any():
-            figures[name] = 100 * correct[chosen].sum().item() / counts[chosen].sum().item()
-    recalls = zip(correct.tolist(), counts.tolist(), strict=True)
-    return {
-        **figures,
-        "per_class_recall": [100 * right / count if count else None for right, count in recalls],
-        "missing_classes": [name for name, count in zip(names, counts.tolist(), strict=True) if not count],
-        "confusion": confusion.tolist(),
-    }
