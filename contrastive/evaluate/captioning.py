@@ -265,8 +265,7 @@ class Captioning(EvaluationTask):
     def run(self, subject: EvaluatedModel) -> Outcome:
         captioner = captioner_of(subject.bundle, subject.device)
         how = GenerationConfig(self.method, best_of=self.best_of)
-        source, asked = subject.source(self.data), {"device": subject.device, "limit": subject.limit}
-        result = captioning(captioner, source, how, **asked, **subject.loading)
+        result = captioning(captioner, subject.source(self.data), how, **subject.reading)
         counts = result.pop("num_named", {})
         figures = {name: Figure(result[name], share_interval(result[name], count)) for name, count in counts.items()}
         figures |= {name: Figure(result[name]) for name in ("bleu4", "cider") if name in result}
@@ -293,6 +292,5 @@ class CaptionLikelihood(EvaluationTask):
     def run(self, subject: EvaluatedModel) -> Outcome:
         captioner, source = captioner_of(subject.bundle, subject.device), subject.source(self.data)
         templates = None if self.templates is None else load_templates(self.templates)
-        asked = {"device": subject.device, "limit": subject.limit, "templates": templates}
-        result = zero_shot_by_likelihood(captioner, source, **asked, **subject.loading)
+        result = zero_shot_by_likelihood(captioner, source, templates=templates, **subject.reading)
         return zero_shot_outcome(result, source.heldout_labels)

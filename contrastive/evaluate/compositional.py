@@ -250,8 +250,7 @@ class Compositional(EvaluationTask):
 
     def run(self, subject: EvaluatedModel) -> Outcome:
         check_text_tower(subject.bundle, "the compositional choice")
-        options = {"image_root": self.image_root, "limit": subject.limit, **subject.loading}
-        result = compositional(subject.bundle, self.data, device=subject.device, **options)
+        result = compositional(subject.bundle, self.data, image_root=self.image_root, **subject.reading)
         chance, count = result["chance"], result["num_samples"]
         names = list(chance)
         figures = {n: Figure(result[n], share_interval(result[n], count), chance[n]) for n in names}

@@ -6,6 +6,7 @@ N rows, E channels.
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,6 +67,11 @@ class EvaluatedModel:
     def progress(self) -> bool:
         """Whether to show bars."""
         return self.loading.get("progress", False)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How pictures are read where their embeddings do not serve: device, limit and loading."""
+        return {"device": self.device, "limit": self.limit, **self.loading}
 
     def source(self, data: str) -> Source:
         """Return the opened data."""

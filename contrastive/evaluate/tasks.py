@@ -232,7 +232,7 @@ class Classification(EvaluationTask):
         if not getattr(subject.bundle.config, "num_classes", None):
             raise UserError(f"{subject.name} has no classifier's head, which classification needs")
         source = in_classes_of(subject.bundle.class_names, subject.name, subject.source(self.data))
-        result = classification(subject.bundle, source, device=subject.device, limit=subject.limit, **subject.loading)
+        result = classification(subject.bundle, source, **subject.reading)
         return classification_outcome(result, _per_class(result))
 
 
