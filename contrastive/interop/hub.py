@@ -6,7 +6,7 @@ import functools
 import re
 from pathlib import Path
 
-from contrastive.errors import UserError
+from contrastive.errors import UserError, reason_of
 
 PREFIX = "hf-hub:"
 # What a model folder of a library that we read needs, or one of ours. What could run code when read (pickles, Python),
@@ -93,9 +93,9 @@ def push(folder: Path, named: Path, repo: str, private: bool) -> str:
         if status in (401, 403):
             reason = "the token may not write there: log in with `hf auth login`, or set HF_TOKEN to one that may"
         else:
-            reason = _first_line(error)
+            reason = reason_of(error)
     except Exception as error:  # no network: another class for every client and reason
-        reason = _first_line(error)
+        reason = reason_of(error)
     raise UserError(f"{named} is written, but not pushed to {repo}: {reason}; then: hf upload {repo} {named}")
 
 
@@ -126,7 +126,7 @@ def _check_repo(repo: str, where: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"{where}: the hub has no such names: {_first_line(error)}") from None
+        raise UserError(f"{where}: the hub has no such names: {reason_of(error)}") from None
 
 
 def _download(name: str, repo: str, revision: str) -> Path:
@@ -150,7 +150,7 @@ def _download(name: str, repo: str, revision: str) -> Path:
     except RepositoryNotFoundError:
         why = "no such model on the hub, or a private one: mend the name, or `hf auth login`"
     except Exception as error:  # no network: another class for every client and reason
-        folder, reason = _cached(repo, revision), _first_line(error)
+        folder, reason = _cached(repo, revision), reason_of(error)
         if folder is not None:
             return folder
         if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
@@ -176,8 +176,3 @@ def _cached(repo: str, revision: str) -> Path | None:
         if SECOND_WEIGHTS not in ignored or all((folder / file).exists() for file in OPEN_CLIP):
             return folder
     return None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -12,8 +12,7 @@ from torch import nn
 from contrastive.errors import UserError
 from contrastive.files import check_sizes, read_json
 from contrastive.interop.formats.evaluation_transform import both_sides
-from contrastive.interop.formats.key_table import TensorNames, renamed_table, to_ours, to_theirs
-from contrastive.interop.formats.state_dicts import weights_of
+from contrastive.interop.formats.state_dicts import TensorNames, renamed_table, to_ours, to_theirs, weights_of
 from contrastive.interop.formats.timm_vit import PROJECTION, build_on_meta, describe_vit, tower_to_ours, tower_to_theirs
 from contrastive.log import warn
 from contrastive.models import DualEncoder, ImageTowerConfig

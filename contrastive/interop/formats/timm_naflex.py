@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from contrastive.interop.formats.state_dicts import patch_convolution, patch_linear
 from contrastive.models.patch_embedding import Places
 from contrastive.patches import Patches
 
@@ -59,8 +60,8 @@ def as_vit(file: Mapping[str, torch.Tensor], prefix: str, patch_size: int) -> di
         prefix: what stands before each name.
     """
     made, weight, position = dict(file), f"{prefix}embeds.proj.weight", f"{prefix}embeds.pos_embed"
-    if weight in made and made[weight].ndim == 2 and made[weight].shape[1] == 3 * patch_size**2:
-        made[weight] = made[weight].unflatten(1, (patch_size, patch_size, 3)).permute(0, 3, 1, 2).contiguous()
+    if weight in made:
+        made[weight] = patch_convolution(made[weight], patch_size)
     if position in made and made[position].ndim == 4:
         made[position] = made[position].flatten(1, 2)
     return made
@@ -69,7 +70,7 @@ def as_vit(file: Mapping[str, torch.Tensor], prefix: str, patch_size: int) -> di
 def from_vit(file: Mapping[str, torch.Tensor], prefix: str, grid_size: int) -> dict[str, torch.Tensor]:
     """Return tensors of a plain ViT, by this one's names, in its shapes; a class token takes its position along."""
     weight, position, token = (f"{prefix}embeds.{name}" for name in ("proj.weight", "pos_embed", "cls_token"))
-    made = {**file, weight: file[weight].permute(0, 2, 3, 1).flatten(1)}
+    made = {**file, weight: patch_linear(file[weight])}
     if token in file:
         made[token] = file[token] + file[position][:, :1]
     made[position] = file[position][:, -(grid_size**2) :].unflatten(1, (grid_size, grid_size)).contiguous()

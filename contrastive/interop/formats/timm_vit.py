@@ -16,7 +16,7 @@ from contrastive.errors import UserError, reason_of
 from contrastive.files import check_sizes, read_json
 from contrastive.interop.formats import timm_naflex
 from contrastive.interop.formats.evaluation_transform import taken_size, whole_patches, write_timm_transform
-from contrastive.interop.formats.key_table import TensorNames, renamed_table, to_ours, to_theirs
+from contrastive.interop.formats.state_dicts import TensorNames, renamed_table, to_ours, to_theirs
 from contrastive.interop.formats.timm_naflex import is_naflex
 from contrastive.log import warn
 from contrastive.models import ImageModel, ImageModelConfig, ImageTowerConfig

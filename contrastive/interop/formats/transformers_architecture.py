@@ -10,7 +10,7 @@ from torch import nn
 
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
-from contrastive.interop.formats.key_table import TensorNames, renamed_table
+from contrastive.interop.formats.state_dicts import TensorNames, patch_convolution, patch_linear, renamed_table
 from contrastive.interop.formats.transformers_config import (
     ACTIVATIONS,
     BLOCKS,
@@ -173,8 +173,8 @@ def plain(file: Mapping[str, torch.Tensor], alone: str | None, patch_size: int) 
             key = prefix + key
         if key in SCALARS and tensor.shape == (1,):
             tensor = tensor.reshape(())
-        if key.endswith("patch_embedding.weight") and tensor.ndim == 2 and tensor.shape[1] == 3 * patch_size**2:
-            tensor = tensor.unflatten(1, (patch_size, patch_size, 3)).permute(0, 3, 1, 2).contiguous()
+        if key.endswith("patch_embedding.weight"):
+            tensor = patch_convolution(tensor, patch_size)
         tensors[key] = tensor
     return tensors
 
@@ -209,8 +209,8 @@ def adapted(
     for tensors, note in (_clip_parts if family == "clip" else _siglip_parts)(weights, towers):
         made |= tensors
         notes.append(note)
-    if family == "siglip2" and "image" in towers:  # a Linear over (row, column, channel)
-        made[PATCHES] = made[PATCHES].permute(0, 2, 3, 1).flatten(1)
+    if family == "siglip2" and "image" in towers:
+        made[PATCHES] = patch_linear(made[PATCHES])
     if family == "clip":
         made.pop("logit_bias", None)  # zero, or it would not fit
         made.pop("image_tower.patch_embed.bias", None)

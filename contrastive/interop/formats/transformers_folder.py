@@ -18,8 +18,7 @@ from contrastive.errors import UserError, needs
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle, build
 from contrastive.interop.formats.evaluation_transform import taken_size
-from contrastive.interop.formats.key_table import to_ours, to_theirs
-from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
+from contrastive.interop.formats.state_dicts import fill, read_safetensors, to_ours, to_theirs, weights_of
 from contrastive.interop.formats.tokenizer_files import read_transformers_tokenizer, write_tokenizer
 from contrastive.interop.formats.transformers_architecture import (
     HEAD,
