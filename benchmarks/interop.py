@@ -31,6 +31,7 @@ from contrastive.interop.formats.transformers_preprocess import read_preprocess
 from contrastive.models import ImageModel, ImageModelConfig, ImageTowerConfig
 
 SIZE, PATCH = 224, 16
+TOWER = ImageTowerConfig(image_size=SIZE, patch_size=PATCH)
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
@@ -62,7 +63,7 @@ def open_clip_mode(resize_mode: str, interpolation: str) -> tuple[Preprocess, Tr
 
     options = {"resize_mode": resize_mode, "interpolation": interpolation, "mean": CLIP_MEAN, "std": CLIP_STD}
     transform = image_transform_v2(PreprocessCfg(size=SIZE, **options), is_train=False)
-    return read_open_clip_transform(options, (SIZE, SIZE), PATCH, Path("these options")), transform
+    return read_open_clip_transform(options, {}, TOWER, (SIZE, SIZE), Path("these options")), transform
 
 
 def timm_mode(**options) -> tuple[Preprocess, Transform]:
@@ -70,7 +71,7 @@ def timm_mode(**options) -> tuple[Preprocess, Transform]:
 
     statistics = {"mean": CLIP_MEAN, "std": CLIP_STD}
     transform = create_transform((3, SIZE, SIZE), is_training=False, **options, **statistics)
-    return read_timm_transform({**options, **statistics}, (SIZE, SIZE), PATCH, Path("these options")), transform
+    return read_timm_transform({**options, **statistics}, TOWER, (SIZE, SIZE), Path("these options")), transform
 
 
 def modes() -> dict[str, tuple[Preprocess, Transform]]:

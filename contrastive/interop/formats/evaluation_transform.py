@@ -5,7 +5,7 @@ name the steps differently.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ def whole_patches(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     return size[0] // patch_size * patch_size, size[1] // patch_size * patch_size
 
 
+def num_patches(size: Sequence[int], patch_size: int) -> int:
+    """Return how many whole patches pixels of this (height, width) have."""
+    return size[0] // patch_size * (size[1] // patch_size)
+
+
 def taken_size(config: PreprocessConfig, patch_size: int) -> tuple[int, int]:
     """Return the (height, width) that a library's model takes, with the pixels that its patches leave out."""
     whole = config.short_side
@@ -33,20 +38,30 @@ def taken_size(config: PreprocessConfig, patch_size: int) -> tuple[int, int]:
     return config.size
 
 
-def read_timm_transform(cfg: Mapping, size: tuple[int, int], patch_size: int, where: Path) -> Preprocess | Absent:
+def read_timm_transform(
+    cfg: Mapping, image: ImageTowerConfig, size: tuple[int, int], where: Path
+) -> Preprocess | Absent:
     """Return the preprocessing of timm's evaluation transform, as `resolve_data_config` has it.
+
+    Of a tower that takes any shape: as many patches at most as an image of its input_size has.
 
     Args:
         cfg: `pretrained_cfg`.
-        size: (height, width) that the model takes; what its patches do not fill, of `patch_size`, is left out.
+        size: (height, width) that the model takes; what its patches do not fill is left out.
         where: the file with it, for messages.
 
     Raises:
-        UserError: a crop_pct, mean or std that is no number, or none above zero.
+        UserError: an input_size, crop_pct, mean or std that is no number, or none above zero.
     """
     from timm.data import resolve_data_config
 
-    cfg = resolve_data_config(pretrained_cfg=cfg)  # which fills in the library's defaults
+    cfg, patch_size = resolve_data_config(pretrained_cfg=cfg), image.patch_size  # which fills in the library's defaults
+    if image.native:
+        taken = cfg["input_size"]
+        fits = isinstance(taken, (list, tuple)) and len(taken) == 3 and all(map(is_count, taken))
+        wanted = "three whole numbers: channels, height and width"
+        check(fits, f"{where}: pretrained_cfg.input_size", taken, wanted, ";")
+        return _native_preprocess(image, num_patches(taken[1:], patch_size), "pretrained_cfg", cfg, where)
     interpolation, mode, crop_pct = cfg["interpolation"], cfg["crop_mode"], cfg["crop_pct"]
     fits = is_number(crop_pct) and crop_pct > 0.001  # far below it no size would be a whole number any more
     check(fits, f"{where}: pretrained_cfg.crop_pct", crop_pct, "a number above 0", ";")
@@ -69,19 +84,7 @@ def read_timm_transform(cfg: Mapping, size: tuple[int, int], patch_size: int, wh
     return made_preprocess(TIMM_MODES[mode], scaled, size, patch_size, statistics, interpolation)
 
 
-def read_native_timm_transform(cfg: Mapping, image: ImageTowerConfig, where: Path) -> Preprocess | Absent:
-    """As `read_timm_transform`, of a NaFlexVit: as many patches at most as an image of its input_size has."""
-    from timm.data import resolve_data_config
-
-    cfg = resolve_data_config(pretrained_cfg=cfg)
-    size = cfg["input_size"]
-    fits = isinstance(size, (list, tuple)) and len(size) == 3 and all(map(is_count, size))
-    check(fits, f"{where}: pretrained_cfg.input_size", size, "three whole numbers: channels, height and width", ";")
-    height, width = whole_patches(size[1:], image.patch_size)
-    return native_preprocess(image, height * width // image.patch_size**2, "pretrained_cfg", cfg, where)
-
-
-def native_preprocess(
+def _native_preprocess(
     image: ImageTowerConfig, patches: int, section: str, cfg: Mapping, where: Path
 ) -> Preprocess | Absent:
     """Return ours for images of any shape, of so many patches at most.
@@ -103,18 +106,26 @@ def native_preprocess(
         raise UserError(f"{where}: {error}") from None
 
 
-def read_open_clip_transform(cfg: Any, size: tuple[int, int], patch_size: int, where: Path) -> Preprocess | Absent:
+def read_open_clip_transform(
+    cfg: Any, vision: Mapping[str, Any], image: ImageTowerConfig, size: tuple[int, int], where: Path
+) -> Preprocess | Absent:
     """Return the preprocessing of open_clip's evaluation transform; what the config leaves out is CLIP's.
 
+    Of a tower that takes any shape open_clip 4 itself squashes to image_size unless its caller asks for patches; ours
+    are always patches, at most image_seq_len of them, else as many as an image of image_size has.
+
     Args:
-        cfg: `preprocess_cfg`, whatever it is.
+        cfg: `preprocess_cfg`, whatever it is. vision: `vision_cfg`.
         size: (height, width) of the image tower, which open_clip puts above the config's own.
-        patch_size, where: as above.
+        where: as above.
 
     Raises:
         UserError: preprocess_cfg or one of its options is of another kind than open_clip's.
     """
-    cfg = _open_clip_options(cfg, where)
+    cfg, patch_size = _open_clip_options(cfg, where), image.patch_size
+    if image.native:
+        patches = vision["image_seq_len"] or num_patches(both_sides(vision["image_size"]), patch_size)
+        return _native_preprocess(image, patches, "preprocess_cfg", cfg, where)
     mode = cfg["resize_mode"]
     if mode not in tuple(OPEN_CLIP_MODES) or not _is_possible(mode == "squash", size, patch_size):
         pixels = "" if _is_possible(False, size, patch_size) else f" to {size[0]}×{size[1]} pixels"
@@ -124,19 +135,6 @@ def read_open_clip_transform(cfg: Any, size: tuple[int, int], patch_size: int, w
         )
     statistics = _statistics("preprocess_cfg", cfg, where)
     return made_preprocess(OPEN_CLIP_MODES[mode], size[0], size, patch_size, statistics, cfg["interpolation"])
-
-
-def read_native_open_clip_transform(
-    cfg: Any, vision: Mapping[str, Any], image: ImageTowerConfig, where: Path
-) -> Preprocess | Absent:
-    """As `read_open_clip_transform`, of a tower that takes any shape.
-
-    open_clip 4 itself squashes to image_size unless its caller asks for patches; ours are always patches, at most
-    image_seq_len of them, else as many as an image of image_size has.
-    """
-    height, width = whole_patches(both_sides(vision["image_size"]), image.patch_size)
-    patches = vision["image_seq_len"] or height * width // image.patch_size**2
-    return native_preprocess(image, patches, "preprocess_cfg", _open_clip_options(cfg, where), where)
 
 
 def _open_clip_options(cfg: Any, where: Path) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle, build
 from contrastive.interop.formats.evaluation_transform import (
     checked_preprocess,
     notes_on_images,
-    read_native_open_clip_transform,
     read_open_clip_transform,
     size_option,
     taken_size,
@@ -80,7 +79,6 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     if "model_cfg" not in description:
         raise UserError(f"{where} has no model_cfg: put the options of the model under that key")
     model_cfg, vision, text = read_sections(description["model_cfg"], where)
-    preprocess_cfg = description.get("preprocess_cfg") or {}
     trunk = None
     if vision["timm_model_name"]:
         trunk, image, size = read_trunk(vision, model_cfg["embed_dim"], folder, where)
@@ -98,11 +96,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),
-        preprocess=(
-            read_native_open_clip_transform(preprocess_cfg, vision, image, where)
-            if image.native
-            else read_open_clip_transform(preprocess_cfg, size, image.patch_size, where)
-        ),
+        preprocess=read_open_clip_transform(description.get("preprocess_cfg") or {}, vision, image, size, where),
         tokenizer=_tokenizer(text, config, folder) if with_tokenizer else NOT_LOADED,
         config=config,
         path=folder,

@@ -22,7 +22,6 @@ from contrastive.interop.bundle import Bundle, build
 from contrastive.interop.formats.evaluation_transform import (
     checked_preprocess,
     notes_on_images,
-    read_native_timm_transform,
     read_timm_transform,
     whole_patches,
 )
@@ -96,11 +95,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),
-        preprocess=(
-            read_native_timm_transform(skeleton.pretrained_cfg, image, file)
-            if image.native
-            else read_timm_transform(skeleton.pretrained_cfg, size, image.patch_size, file)
-        ),
+        preprocess=read_timm_transform(skeleton.pretrained_cfg, image, size, file),
         tokenizer=None,
         config=model.config,
         path=folder,
