@@ -9,7 +9,7 @@ from contrastive.data.preprocess import PreprocessOptions
 from contrastive.data.record import Record, Source
 from contrastive.data.tokenizer import train_bpe
 from contrastive.files import write_folder
-from contrastive.interop.bundle import save_classifier, save_model
+from contrastive.interop.bundle import save_model
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ModelConfig
 
 PATCH = 8
@@ -65,7 +65,7 @@ def save_native(folder, classifier=False, patches=None, native=True, **tower):
     options = PreprocessOptions(resize="native" if native else "squash", interpolation="bilinear", patches=patches)
     preprocess = options.at(4 * PATCH, PATCH)
     if classifier:
-        write_folder(folder, lambda to: save_classifier(to, model.state_dict(), model.config, preprocess, NAMES))
+        write_folder(folder, lambda to: save_model(to, model.state_dict(), config, preprocess, class_names=NAMES))
     else:
         write_folder(folder, lambda to: save_model(to, model.state_dict(), config, preprocess, tokenizer))
     return folder

@@ -40,12 +40,10 @@ from contrastive.words import no_attribute
 
 M = TypeVar("M", bound=nn.Module)
 FORMAT = "contrastive-1"
-CLASSIFIER_FORMAT = "contrastive-classifier-1"
-IMAGE_FORMAT = "contrastive-image-1"
 _KINDS = {
     FORMAT: (ModelConfig, DualEncoder),
-    CLASSIFIER_FORMAT: (ClassifierConfig, ImageClassifier),
-    IMAGE_FORMAT: (ImageModelConfig, ImageModel),
+    "contrastive-classifier-1": (ClassifierConfig, ImageClassifier),
+    "contrastive-image-1": (ImageModelConfig, ImageModel),
 }
 
 
@@ -102,30 +100,21 @@ class Bundle:
 def save_model(
     folder: Path,
     weights: Mapping[str, torch.Tensor],
-    config: ModelConfig | ImageModelConfig,
+    config: ModelConfig | ClassifierConfig | ImageModelConfig,
     preprocess: PreprocessConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None = None,
     ema: Mapping[str, torch.Tensor] | None = None,
+    class_names: tuple[str, ...] | None = None,
 ) -> None:
-    """Write a model into an existing folder, so that `load` finds it; an image tower's tokenizer is its decoder's."""
-    _save(folder, IMAGE_FORMAT if isinstance(config, ImageModelConfig) else FORMAT, weights, config, preprocess, ema)
-    tokenizer.save(folder / "tokenizer")
+    """Write a model into an existing folder, so that `load` finds it.
 
+    Args:
+        tokenizer: of a dual encoder; of an image tower alone its caption decoder's.
+        class_names: of a classifier.
 
-def save_classifier(
-    folder: Path,
-    weights: Mapping[str, torch.Tensor],
-    config: ClassifierConfig,
-    preprocess: PreprocessConfig,
-    class_names: tuple[str, ...] | None,
-    ema: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """Write a classifier into an existing folder, so that `load` finds it."""
-    _save(folder, CLASSIFIER_FORMAT, weights, config, preprocess, ema, class_names=class_names)
-
-
-def _save(folder: Path, written_as: str, weights, config, preprocess: PreprocessConfig, ema, **more) -> None:
-    """Write weights and config.json. UserError where `set_input_size` changed a tower and its config does not know."""
+    Raises:
+        UserError: `set_input_size` changed the image tower and its config does not know.
+    """
     _check_patches(config.image, preprocess, f"{folder}: the model")
     positions = weights.get("image_tower.position_embedding")
     expected = config.image.num_patches + config.image.class_token
@@ -138,8 +127,13 @@ def _save(folder: Path, written_as: str, weights, config, preprocess: Preprocess
         if tensors is not None:
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             save_file(plain, folder / f"{name}.safetensors")
-    described = {"format": written_as, "model": asdict(config), "preprocess": asdict(preprocess), **more}
+    written_as = next(name for name, (options, _) in _KINDS.items() if isinstance(config, options))
+    described = {"format": written_as, "model": asdict(config), "preprocess": asdict(preprocess)}
+    if isinstance(config, ClassifierConfig):
+        described["class_names"] = class_names
     write_json(folder / "config.json", described)
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")
 
 
 def _check_patches(image: ImageTowerConfig, preprocess: PreprocessConfig, where: str) -> None:

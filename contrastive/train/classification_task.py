@@ -16,7 +16,7 @@ from contrastive.data.samples import LabelledDataset
 from contrastive.data.settings import LabelledDataConfig
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
-from contrastive.interop.bundle import save_classifier
+from contrastive.interop.bundle import save_model
 from contrastive.models import ImageClassifier
 from contrastive.option_types import NotNegative, Probability
 from contrastive.train.native import parts_of_batch
@@ -109,7 +109,7 @@ class ClassificationTask(TrainingTask):
 
     def save(self, folder: Path, weights: Weights, ema: Weights | None = None) -> None:
         names = self.source.class_names
-        save_classifier(folder, weights, self.model.config, self.preprocess.config, names, ema)
+        save_model(folder, weights, self.model.config, self.preprocess.config, ema=ema, class_names=names)
 
     def describe(self) -> list[tuple[str, str]]:
         model = self.model.config

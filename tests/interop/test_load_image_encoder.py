@@ -20,7 +20,7 @@ from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import train_bpe
 from contrastive.errors import UserError
 from contrastive.files import write_folder
-from contrastive.interop.bundle import Absent, save_classifier, save_model
+from contrastive.interop.bundle import Absent, save_model
 from contrastive.interop.encoder import ImageProcessor
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ImageTowerConfig, ModelConfig
 from contrastive.models import TextTowerConfig as Text
@@ -73,7 +73,7 @@ def test_a_classifier_folder(tmp_path):
     torch.manual_seed(0)
     config = ClassifierConfig(replace(CLIP, projection=False), embed_dim=16, num_classes=3)
     weights = ImageClassifier(config).state_dict()
-    write_folder(tmp_path / "model", lambda to: save_classifier(to, weights, config, PreprocessConfig(32), None))
+    write_folder(tmp_path / "model", lambda to: save_model(to, weights, config, PreprocessConfig(32)))
     bundle = contrastive.load(tmp_path / "model")
     encoder = contrastive.load_image_encoder(tmp_path / "model", -1, norm=True, pool="class")
     pixels = bundle.preprocess(picture())[None]

@@ -14,7 +14,7 @@ import contrastive
 from contrastive.data.preprocess import Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 from contrastive.files import write_folder
-from contrastive.interop.bundle import save_classifier, save_model
+from contrastive.interop.bundle import save_model
 from contrastive.interop.export import export
 from contrastive.interop.formats.transformers_preprocess import FILE
 from contrastive.models import ClassifierConfig, ImageClassifier
@@ -121,7 +121,7 @@ def test_our_own_folder(tmp_path):
     refused(other, "resize 'native'.*image tower of squares: set model.image.native true")
     config = ClassifierConfig(replace(bundle.config.image, native=False), num_classes=2)
     with pytest.raises(UserError, match="image tower of squares"):
-        save_classifier(tmp_path, ImageClassifier(config).state_dict(), config, bundle.preprocess.config, None)
+        save_model(tmp_path, ImageClassifier(config).state_dict(), config, bundle.preprocess.config)
 
 
 @pytest.mark.parametrize(

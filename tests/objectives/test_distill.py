@@ -219,7 +219,7 @@ def test_what_is_saved_and_how_a_run_goes_on(folder, teachers, tmp_path):
 def no_text_tower(folder):
     from contrastive.data.preprocess import PreprocessConfig
     from contrastive.files import write_folder
-    from contrastive.interop.bundle import save_classifier
+    from contrastive.interop.bundle import save_model
     from contrastive.models import ClassifierConfig, ImageClassifier
 
     image = replace(ClassifierConfig().image, image_size=16, patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=16)
@@ -227,7 +227,7 @@ def no_text_tower(folder):
     weights = ImageClassifier(config).state_dict()
     out = folder / "classifier"
     if not out.exists():
-        write_folder(out, lambda to: save_classifier(to, weights, config, PreprocessConfig(image_size=16), None))
+        write_folder(out, lambda to: save_model(to, weights, config, PreprocessConfig(image_size=16)))
     return str(out)
 
 

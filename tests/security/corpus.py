@@ -53,12 +53,13 @@ def _native(kind: str) -> Made:
         from small_bundles import small_bundle
 
         from contrastive.files import write_folder
-        from contrastive.interop.bundle import save_classifier, save_model
+        from contrastive.interop.bundle import save_model
 
         bundle = small_bundle(kind)
         parts = bundle.model.state_dict(), bundle.config, bundle.preprocess.config
-        save, last = (save_model, bundle.tokenizer) if bundle.tokenizer else (save_classifier, bundle.class_names)
-        write_folder(folder / "final", lambda to: save(to, *parts, last))
+        write_folder(
+            folder / "final", lambda to: save_model(to, *parts, bundle.tokenizer, class_names=bundle.class_names)
+        )
         (folder / "config.yaml").write_text(yaml.safe_dump(OPTIONS | {"run_folder": "x"}))
         rows = [
             {"kind": "step", "step": 1, "loss": 2.0},

@@ -230,11 +230,11 @@ def test_a_run_that_was_mended_by_hand(tmp_path):
     from interop.small_bundles import small_bundle
 
     from contrastive.files import write_folder
-    from contrastive.interop.bundle import save_classifier
+    from contrastive.interop.bundle import save_model
 
     bundle = small_bundle("classifier")
-    parts = bundle.model.state_dict(), bundle.config, bundle.preprocess.config, bundle.class_names
-    write_folder(tmp_path / "final", lambda to: save_classifier(to, *parts))
+    parts = bundle.model.state_dict(), bundle.config, bundle.preprocess.config
+    write_folder(tmp_path / "final", lambda to: save_model(to, *parts, class_names=bundle.class_names))
     for text in ("data: {augment: {crop_scale: [1]}}", "train: {steps: x, global_batch_size: []}", "&a {loss: *a}"):
         (tmp_path / "config.yaml").write_text(text)
         try:

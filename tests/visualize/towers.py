@@ -12,7 +12,7 @@ import torch
 from contrastive.data.preprocess import PreprocessConfig
 from contrastive.data.tokenizer import train_bpe
 from contrastive.files import write_folder
-from contrastive.interop.bundle import save_classifier, save_model
+from contrastive.interop.bundle import save_model
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ModelConfig
 from contrastive.models.image_tower import ImageTower, ImageTowerConfig
 from contrastive.models.init import initialise_tower
@@ -62,7 +62,7 @@ def save_plain(folder):
     torch.manual_seed(0)
     config = ClassifierConfig(image=KINDS["class"], embed_dim=16, num_classes=3)
     weights, seen = ImageClassifier(config).state_dict(), PreprocessConfig(image_size=24)
-    write_folder(folder, lambda to: save_classifier(to, weights, config, seen, ("a", "b", "c")))
+    write_folder(folder, lambda to: save_model(to, weights, config, seen, class_names=("a", "b", "c")))
     return folder
 
 
