@@ -16,8 +16,8 @@ from transformers_models import refused
 import contrastive
 from contrastive.errors import UserError
 from contrastive.interop.export import export
-from contrastive.interop.formats.timm_naflex import naflex_inputs, naflex_pixels
-from contrastive.interop.formats.timm_vit import timm_name
+from contrastive.interop.formats.timm_architecture import timm_name
+from contrastive.interop.formats.timm_folder import naflex_inputs, naflex_pixels
 from contrastive.models import ImageModel, ImageTowerConfig
 
 NAME = "naflexvit_base_patch16_siglip"

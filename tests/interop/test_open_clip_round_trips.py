@@ -29,7 +29,7 @@ from contrastive.data.tokenizer import clip_tokenizer, train_bpe
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent, Bundle
 from contrastive.interop.formats import open_clip_folder as writing
-from contrastive.interop.formats.timm_vit import timm_name
+from contrastive.interop.formats.timm_architecture import timm_name
 from contrastive.interop.parity import Probe
 from contrastive.models import (
     DualEncoder,

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 import contrastive
 from contrastive.errors import UserError
 from contrastive.interop.formats.open_clip_config import image_options, model_options, read_sections
-from contrastive.interop.formats.open_clip_weights import read_trunk
+from contrastive.interop.formats.timm_vit import read_trunk
 from contrastive.models import classifier_config, model_config, model_table
 from contrastive.models.presets import num_parameters
 

@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from contrastive.errors import UserError, did_you_mean
 from contrastive.interop.formats.evaluation_transform import both_sides, size_option, whole_patches
-from contrastive.interop.formats.timm_vit import mlp_ratio
+from contrastive.interop.formats.timm_architecture import mlp_ratio
 from contrastive.interop.formats.tokenizer_files import CLIP_EOS_ID, CLIP_PAD_ID, CLIP_VOCABULARY
 from contrastive.models import ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.models.transformer import Activation

@@ -9,13 +9,14 @@ the name is the place of that file: `local-dir:FOLDER`, or `hf-hub:ORGANISATION/
 folder that is moved has to be told where it lies: `retarget`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from contrastive.data.tokenizer import Tokenizer, TransformersTokenizer
 from contrastive.errors import UserError
@@ -38,16 +39,24 @@ from contrastive.interop.formats.open_clip_config import (
     write_model,
     write_native_image,
 )
-from contrastive.interop.formats.open_clip_weights import (
-    HUB,
-    LOCAL,
-    PLACES,
-    read_trunk,
-    read_weights,
-    written_weights,
+from contrastive.interop.formats.state_dicts import (
+    TensorNames,
+    fill,
+    read_safetensors,
+    renamed_table,
+    to_ours,
+    to_theirs,
+    weights_of,
 )
-from contrastive.interop.formats.state_dicts import fill, read_safetensors
-from contrastive.interop.formats.timm_vit import THEIR_POOLS, timm_description, timm_problems
+from contrastive.interop.formats.timm_architecture import (
+    PROJECTION,
+    THEIR_POOLS,
+    timm_description,
+    timm_problems,
+    tower_to_ours,
+    tower_to_theirs,
+)
+from contrastive.interop.formats.timm_vit import HUB, LOCAL, PLACES, read_trunk
 from contrastive.interop.formats.tokenizer_files import read_open_clip_tokenizer, write_open_clip_tokenizer
 from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.log import warn
@@ -56,6 +65,27 @@ from contrastive.models import DualEncoder, ModelConfig
 CONFIG = "open_clip_config.json"
 # In open_clip's own order; without the pickles among them.
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+TRUNK = "visual.trunk."
+TEXT_PREFIX = "text."
+DERIVED = ("attn_mask", "text.attn_mask")  # buffers that old files hold
+# From our names to theirs, in this order: each pattern sees what those before it have made.
+RENAMES = (
+    (r"^text_tower\.norm", "text_tower.ln_final"),
+    (r"^text_tower\.projection", "text_tower.text_projection"),
+    (r"^image_tower\.norm", "visual.ln_post"),
+    (r"^image_tower\.projection\.weight", "visual.proj"),
+    (r"^image_tower\.", "visual."),
+    (r"transformer\.blocks\.", "transformer.resblocks."),
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"attention\.[qkv]_proj\.", "attn.in_proj_"),
+    (r"attention\.out_proj", "attn.out_proj"),
+    (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"),
+    (r"patch_embed", "conv1"),
+    (r"pre_norm", "ln_pre"),
+    (r"class_token", "class_embedding"),
+    (r"position_embedding", "positional_embedding"),
+)
 CLAMP_NOTE = "the factor on the similarities is above 100: open_clip's training clamps it to 100 at its first step"
 
 
@@ -92,7 +122,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
     except UserError as error:  # sizes that do not go together
         raise UserError(f"{where}: {error}") from None
     model.image_tower.set_input_size(whole_patches(size, image.patch_size))
-    weights, theirs = read_weights(file_weights, model, vision, text, trunk, folder)
+    weights, theirs = _read_weights(file_weights, model, vision, text, trunk, folder)
     fill(model, weights, folder, theirs)
     return Bundle(
         model=model.eval(),
@@ -116,6 +146,72 @@ def _tokenizer(text: Mapping[str, Any], config: ModelConfig, folder: Path) -> To
     if isinstance(tokenizer, Absent) and text["hf_tokenizer_name"]:
         warn(f"{folder}: pool_type 'argmax' is taken as: each text ends with id {config.text.eos_id}")
     return tokenizer
+
+
+def _read_weights(
+    file: Mapping[str, torch.Tensor],
+    model: DualEncoder,
+    vision: Mapping[str, Any],
+    text: Mapping[str, Any],
+    trunk: nn.Module | None,
+    where: Path,
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the weights of a file by our names and what each is called in it; other keys stay as they are.
+
+    Args:
+        model: ours, which they are for.
+        vision, text: open_clip's options of the towers.
+        trunk: timm's model, on the meta device, where the image tower is one.
+
+    Raises:
+        UserError: a projection behind such a tower has a bias other than zero, which ours has not.
+    """
+    file = {name: tensor for name, tensor in file.items() if name not in DERIVED}
+    # CustomTextCLIP's names, which open_clip also reads where the config asks for them and the file has CLIP's.
+    prefix = TEXT_PREFIX if any(name.startswith(TEXT_PREFIX) for name in file) else ""
+    scaled = [tower for tower, cfg in (("visual.", vision), (prefix, text)) if cfg["ls_init_value"] is not None]
+    table = _table(model.state_dict(), prefix, trunk is not None, scaled, unit_axes=1)
+    weights, theirs = to_ours(table, file, where)
+    if trunk is not None:
+        layers = {"linear": "visual.head.proj", "none": None}  # open_clip's; else timm's own
+        projection = layers.get(vision["timm_proj"], f"{TRUNK}head")
+        weights, more = tower_to_ours(weights, trunk, model, where, TRUNK, projection)
+        theirs |= more
+    return weights, theirs
+
+
+def _written_weights(model: DualEncoder, native: bool) -> dict[str, torch.Tensor]:
+    """Return the weights by open_clip's names; `native`: with its own image tower, not one of timm."""
+    state, image = weights_of(model), model.image_tower.config
+    weights = to_theirs(_table(state, "" if native else TEXT_PREFIX, not native), state)
+    if native:
+        return weights
+    if image.projection:
+        weights["visual.head.proj.weight"] = state[PROJECTION].clone()
+    return weights | tower_to_theirs(state, image, TRUNK)
+
+
+def _table(
+    names: Iterable[str], prefix: str, has_trunk: bool, scaled: Sequence[str] = (), unit_axes: int = 0
+) -> list[TensorNames]:
+    """The table of all but a tower of timm.
+
+    Args:
+        prefix: of the text tower: '' of open_clip's class CLIP, 'text.' of its CustomTextCLIP (`custom_text`).
+        scaled: prefixes of the towers whose blocks scale what they add (LayerScale).
+        unit_axes: those of the scale and the bias of the logits.
+    """
+    names = [name for name in names if not (has_trunk and name.startswith("image_tower."))]
+    renames = [*RENAMES, (r"^text_tower\.", prefix)]
+    if "text_tower.projection.bias" not in names:  # a plain matrix of theirs, else a Linear
+        renames.append((r"text_projection\.weight", "text_projection"))
+    scales = []
+    for tower in scaled:
+        block = rf"^({tower}transformer\.resblocks\.\d+\.)"
+        scales.append((rf"{block}attn\.out_proj\.\w+$", r"\1ls_1.gamma"))
+        scales.append((rf"{block}mlp\.c_proj\.\w+$", r"\1ls_2.gamma"))
+    axes = dict.fromkeys(("logit_scale", "logit_bias"), unit_axes)
+    return renamed_table(names, renames, ("visual.proj", f"{prefix}text_projection"), axes, scales)
 
 
 def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
@@ -154,7 +250,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     model_cfg = write_model(model.config, native, vision_cfg, tokenizer_cfg)
     preprocess_cfg = write_open_clip_transform(preprocess, image.patch_size)
     write_json(folder / CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
-    save_file(written_weights(model, native), folder / WEIGHTS[0])
+    save_file(_written_weights(model, native), folder / WEIGHTS[0])
     return notes + notes_on_images(image, preprocess) + [CLAMP_NOTE] * bool(model.logit_scale.exp() > 100)
 
 

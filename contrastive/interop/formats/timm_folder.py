@@ -7,7 +7,7 @@ image towers and classifiers.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,20 +26,19 @@ from contrastive.interop.formats.evaluation_transform import (
     whole_patches,
 )
 from contrastive.interop.formats.state_dicts import fill, read_safetensors, weights_of
-from contrastive.interop.formats.timm_naflex import naflex_inputs, naflex_pixels
-from contrastive.interop.formats.timm_vit import (
+from contrastive.interop.formats.timm_architecture import (
     PROJECTION,
-    build_on_meta,
-    describe_vit,
     timm_description,
     timm_problems,
     tower_to_ours,
     tower_to_theirs,
 )
+from contrastive.interop.formats.timm_vit import build_on_meta, describe_vit
 from contrastive.interop.parity import Outputs, Probe, cropped, padded
 from contrastive.log import warn
 from contrastive.models import ClassifierConfig, DualEncoder, ImageClassifier, ImageModel, ImageModelConfig
 from contrastive.models.encoders import unit_length
+from contrastive.models.patch_embedding import Places
 from contrastive.patches import Patches
 
 HeadKind = Literal["none", "projection", "classifier"]
@@ -220,6 +219,19 @@ def outputs(folder: Path, probe: Probe) -> Outputs:
         logits=head if is_classifier else None,
         pixels=naflex_pixels(made) if native else cropped(made, probe.pixels),
     )
+
+
+def naflex_inputs(images: Patches) -> dict[str, torch.Tensor]:
+    """Return images as the `forward` of a NaFlexVit takes them, by name."""
+    places = Places.of(images.grids[:, None], torch.arange(images.values.shape[1]))
+    coordinates = torch.stack([places.row, places.column], dim=-1)
+    coordinates = torch.where(images.mask[..., None], coordinates, 0)  # the largest is taken for the image's own
+    return {"patches": images.values, "patch_coord": coordinates, "patch_valid": images.mask}
+
+
+def naflex_pixels(made: Sequence[Mapping[str, torch.Tensor]]) -> Patches:
+    """Return what a NaFlexVit's transform makes of each image, {'patches': (N, P·P·3), 'patch_coord': (N, 2)}."""
+    return Patches.batch([Patches(one["patches"], one["patch_coord"].amax(dim=0) + 1) for one in made])
 
 
 def _classifier_problems(model: ImageClassifier) -> list[str]:

@@ -1,56 +1,34 @@
-"""timm's ViTs and our options and weights: what a name of timm's stands for, and which name a tower of ours has.
+"""timm's ViTs as our options: what a name of timm's stands for, of a folder of timm's or of open_clip's.
 
 Hyper-parameters of a name live in timm's code alone. They are read off a model that timm builds on the meta device:
 it has shapes and no memory.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from contrastive.data.preprocess import PreprocessConfig
 from contrastive.errors import UserError, reason_of
 from contrastive.files import check_sizes, read_json
-from contrastive.interop.formats import timm_naflex
-from contrastive.interop.formats.evaluation_transform import taken_size, whole_patches, write_timm_transform
-from contrastive.interop.formats.state_dicts import TensorNames, renamed_table, to_ours, to_theirs
-from contrastive.interop.formats.timm_naflex import is_naflex
+from contrastive.interop.formats.evaluation_transform import both_sides, whole_patches
 from contrastive.log import warn
-from contrastive.models import ImageModel, ImageModelConfig, ImageTowerConfig
+from contrastive.models import ImageTowerConfig
 from contrastive.models.transformer import MOST
 
 POOLS = {"token": "class", "avg": "average", "map": "attention"}
-THEIR_POOLS = {ours: theirs for theirs, ours in POOLS.items()}
-# timm takes the epsilon of norms from the code of a name alone; the rest can be given as arguments. The first name
-# is for attention pooling: timm fills a 'siglip' model of another pooling without complaint over missing weights.
-BASES = {1e-6: ("vit_base_patch16_siglip_224", "vit_base_patch16_224"), 1e-5: ("vit_base_patch16_clip_224",) * 2}
-# What has to agree for a name to be a tower's: neither how it is trained nor where its positions come from. Without
-# pre_norm timm's patches have a bias, which can be zero.
-SHAPE = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "pool", "class_token", "pre_norm")
-SHAPE += ("activation", "norm_eps")
-TOWER = "image_tower."
-PROJECTION = f"{TOWER}projection.weight"
-# From our names to theirs, in this order: each pattern sees what those before it have made.
-RENAMES = (
-    (rf"^{TOWER}", ""),
-    (r"^transformer\.", ""),
-    (r"^head\.attention\.q_proj", "attn_pool.q"),
-    (r"^head\.attention\.[kv]_proj", "attn_pool.kv"),
-    (r"^head\.attention\.out_proj", "attn_pool.proj"),
-    (r"^head\.probe", "attn_pool.latent"),
-    (r"^head\.", "attn_pool."),
-    (r"attention\.[qkv]_proj", "attn.qkv"),
-    (r"attention\.out_proj", "attn.proj"),
-    (r"^patch_embed", "patch_embed.proj"),
-    (r"^position_embedding", "pos_embed"),
-    (r"^class_token", "cls_token"),
-    (r"^pre_norm", "norm_pre"),
-)
-# LayerScale multiplies what attention and MLP add, which is as if it multiplied their last layer.
-SCALES = ((r"(blocks\.\d+\.)attn\.proj\.\w+$", r"\1ls1.gamma"), (r"(blocks\.\d+\.)mlp\.fc2\.\w+$", r"\1ls2.gamma"))
+LOCAL, HUB = "local-dir:", "hf-hub:"
+PLACES = (LOCAL, HUB)
+"""What a name of an image tower begins with where it is the place of timm's config.json."""
+
+
+def is_naflex(model: nn.Module) -> bool:
+    """Whether a model of timm is a NaFlexVit."""
+    return type(model).__name__ == "NaFlexVit"
 
 
 def build_on_meta(name: str, where: Path, **arguments) -> nn.Module:
@@ -93,7 +71,7 @@ def describe_vit(
     """
     problems, native = _strange_parts(model), is_naflex(model)
     if not problems:  # the options of such a model can be read off
-        size = timm_naflex.position_size(model) if native else tuple(size or model.patch_embed.img_size)
+        size = _position_size(model) if native else tuple(size or model.patch_embed.img_size)
         problems = _strange_options(model, size)
     if problems:
         raise UserError(f"{where}: our ViT has no {', no '.join(problems)}; timm itself can load this model")
@@ -167,8 +145,37 @@ def _strange_options(model: nn.Module, size: tuple[int, int]) -> list[str]:
             pool in ("map", "avg") and model.num_prefix_tokens > 0 and not takes_prefix
         ),
     }
-    found |= timm_naflex.strange_naflex(model) if native else {}
+    found |= _strange_naflex(model) if native else {}
     return [name for name, is_so in found.items() if is_so]
+
+
+def _position_size(model: nn.Module) -> tuple[int, int]:
+    """Return the (height, width) in pixels of an image with as many patches as there are positions; learned ones."""
+    if model.embeds.pos_embed is None:
+        return model.embeds.patch_size
+    return tuple(n * side for n, side in zip(model.embeds.pos_embed.shape[1:3], model.embeds.patch_size, strict=True))
+
+
+def _strange_naflex(model: nn.Module) -> dict[str, bool]:
+    """What the embedding and the pooling of a NaFlexVit may have that ours has not, by name."""
+    embeds, block, pool = model.embeds, model.blocks[0], model.attn_pool
+    height, width = _position_size(model)
+    mode = embeds.pos_embed_interp_mode
+    switches = ("pos_embed_ar_preserving", "pos_embed_align_corners", "pos_embed_use_grid_sample")
+    return {
+        "patch embedding by a convolution (embed_proj_type)": not embeds.is_linear,
+        "patches with the channel first (patchify_channels_last=False)": not embeds.channels_last,
+        "norm of the patches (input_norm_layer)": embeds.norm_input is not None,
+        f"patches of {embeds.patch_size[0]} pixels": embeds.patch_size[0] < 1,
+        f"positions of another kind (pos_embed='{embeds.pos_embed_type}')": embeds.pos_embed_type != "learned",
+        f"oblong grid of positions ({height}×{width} pixels)": height != width,
+        f"resampling of positions by pos_embed_interp_mode='{mode}'": mode != "bilinear",
+        "resampling of positions without pos_embed_antialias": not embeds.pos_embed_antialias,
+        **{f"resampling of positions with {name}": getattr(embeds, name) for name in switches},
+        "rotary positions (rope_type)": model.rope is not None,
+        "pooling of other heads than the blocks' (attn_pool_num_heads, attn_pool_mlp_ratio)": pool is not None
+        and (pool.num_heads, pool.mlp.fc1.out_features) != (block.attn.num_heads, block.mlp.fc1.out_features),
+    }
 
 
 def _activation(module: nn.Module) -> str | None:
@@ -178,173 +185,68 @@ def _activation(module: nn.Module) -> str | None:
     return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(type(module).__name__)
 
 
-def timm_problems(config: ImageTowerConfig) -> list[str]:
-    """Return the options that timm's ViT cannot express, each with what to do."""
-    problems, possible = [], (1e-6,) if config.native else tuple(BASES)
-    if config.norm_eps not in possible:
-        known = " or ".join(map(str, possible))
-        problems.append(f"model.image.norm_eps {config.norm_eps} (timm's ViTs have {known}; train with one of them)")
-    if config.pre_norm and config.patch_bias:
-        problems.append("model.image.pre_norm with model.image.patch_bias true (train with patch_bias false)")
-    return problems
+def read_trunk(
+    cfg: Mapping[str, Any], embed_dim: int, folder: Path, where: Path
+) -> tuple[nn.Module, ImageTowerConfig, tuple[int, int]]:
+    """Return timm's tower on the meta device, our options for it, and the (height, width) of its images: vision_cfg's.
 
+    It is made with the calls that open_clip's TimmModel makes.
 
-def timm_name(config: ImageTowerConfig, size: tuple[int, int]) -> tuple[str, dict]:
-    """Return timm's name and the arguments that make it this tower; none where a name of the registry is it already.
-
-    Args:
-        config: one that `timm_problems` finds nothing in.
-        size: (height, width) in pixels that the model takes.
-    """
-    registered = _registered_name(config, size)
-    if registered is not None:
-        return registered, {}
-    base, sized = BASES[config.norm_eps][config.pool != "attention"], {"img_size": list(size)}
-    if config.native:
-        base, sized = timm_naflex.BASE, {"pos_embed_grid_size": [config.grid_size] * 2}
-    return base, {
-        **sized,
-        "patch_size": config.patch_size,
-        "embed_dim": config.width,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "mlp_ratio": mlp_ratio(config.width, config.mlp_dim),
-        "class_token": config.class_token,
-        "global_pool": THEIR_POOLS[config.pool],
-        "fc_norm": False,
-        "pool_include_prefix": config.pool == "attention" and config.class_token,
-        "pre_norm": config.pre_norm,
-        "act_layer": config.activation,
-    }
-
-
-def timm_description(config: ImageTowerConfig, preprocess: PreprocessConfig, num_classes: int = 0) -> dict:
-    """Return timm's config.json; its model_args are empty where a name of the registry is this tower already."""
-    name, arguments = timm_name(config, taken_size(preprocess, config.patch_size))
-    return {
-        "architecture": name,
-        "num_classes": num_classes,
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "num_classes": num_classes,
-            "fixed_input_size": not config.native,
-            "first_conv": "embeds.proj" if config.native else "patch_embed.proj",
-            "classifier": "head",
-            **write_timm_transform(preprocess, config.patch_size),
-        },
-    }
-
-
-def _registered_name(config: ImageTowerConfig, size: tuple[int, int]) -> str | None:
-    """Return the name in timm's registry whose model has exactly this architecture and input size, or None."""
-    import timm
-
-    if size[0] != size[1]:
-        return None
-    # The keys tell of LayerScale, missing biases and the like, which can be read but not written.
-    keys = {entry.theirs for entry in _table(_names(config), native=config.native)}
-    kind = "siglip" if config.pool == "attention" else "siglip_gap" if not config.class_token else "clip*"
-    patterns = (f"vit_*_patch{config.patch_size}_{kind}_{size[0]}", f"vit_*_patch{config.patch_size}_{size[0]}")
-    for pattern in ("naflexvit_*_siglip",) if config.native else patterns:
-        for name in timm.list_models(pattern):
-            model = build_on_meta(name, Path(name), num_classes=0)
-            try:
-                found, taken = describe_vit(model, Path(name))
-            except UserError:  # a ViT of another kind
-                continue
-            same = all(getattr(found, option) == getattr(config, option) for option in SHAPE) and taken == tuple(size)
-            if same and keys == model.state_dict().keys() and not getattr(model, "no_embed_class", False):
-                return name
-    return None
-
-
-def mlp_ratio(width: int, mlp_dim: int) -> float:
-    """Return the factor for which int(width · factor), as both libraries compute it, is mlp_dim."""
-    ratio = mlp_dim / width
-    return ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width
-
-
-def _names(config: ImageTowerConfig) -> list[str]:
-    """Return our names of the tensors that timm has of such a tower, without projection or classifier.
-
-    Positions are learned ones, and patches have a bias exactly where there is no pre_norm.
-    """
-    plain = replace(config, position="learned", projection=False, patch_bias=not config.pre_norm)
-    with torch.device("meta"):
-        return list(ImageModel(ImageModelConfig(config.width, plain)).state_dict())
-
-
-def _table(
-    names: Iterable[str], prefix: str = "", layer_scale: bool = False, native: bool = False
-) -> list[TensorNames]:
-    """Return the table of an image tower.
-
-    Args:
-        names: ours.
-        prefix: what stands before each of timm's names.
-        layer_scale: whether the blocks scale what they add (`init_values`).
-        native: of a NaFlexVit, as `timm_naflex.as_vit` makes its tensors.
-    """
-    axes = timm_naflex.UNIT_AXES if native else {"pos_embed": 1, "cls_token": 2}
-    renames = (*RENAMES, *(timm_naflex.RENAMES if native else ()), ("^", prefix))
-    unit_axes = {f"{prefix}{name}": count for name, count in axes.items()}
-    return renamed_table(names, renames, (), unit_axes, SCALES if layer_scale else ())
-
-
-def tower_to_theirs(
-    weights: Mapping[str, torch.Tensor], config: ImageTowerConfig, prefix: str = ""
-) -> dict[str, torch.Tensor]:
-    """Return an image tower's weights by timm's names; sin-cos positions are written out, a bias it lacks is zero.
-
-    Args:
-        weights: by our names, with `image_tower.position_embedding` where that is a buffer too.
-    """
-    bias, table = f"{TOWER}patch_embed.bias", _table(_names(config), prefix, native=config.native)
-    made = to_theirs(table, {bias: torch.zeros(config.width), **weights})
-    return timm_naflex.from_vit(made, prefix, config.grid_size) if config.native else made
-
-
-def tower_to_ours(
-    file: Mapping[str, torch.Tensor],
-    skeleton: nn.Module,
-    model: nn.Module,
-    where: Path,
-    prefix: str = "",
-    projection: str | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tower's weights by our names and what each is called in the file; other keys stay as they are.
-
-    LayerScale is folded into the layer before it, a missing bias is zero, and a class token without a position gets
-    the position zero: the features stay what they are.
-
-    Args:
-        skeleton: timm's model, on the meta device; it says which of these there are.
-        model: ours, which the weights are for.
-        projection: the layer of the file that is our projection.
+    A name that is a place ('local-dir:...', 'hf-hub:...') stands for timm's config.json beside the weights, so that
+    a folder can be moved.
 
     Raises:
-        UserError: that layer has a bias other than zero, which ours has not.
+        UserError: timm cannot build it, config.json is missing, or its pooling or projection is none of ours.
     """
-    known = {f"{prefix}{name}" for name in skeleton.state_dict()}
-    own = {name: value for name, value in model.state_dict().items() if name.startswith(TOWER) and name != PROJECTION}
-    native = is_naflex(skeleton)
-    if native:
-        file = timm_naflex.as_vit(file, prefix, skeleton.embeds.patch_size[0])
-    table = _table(own, prefix, not isinstance(skeleton.blocks[0].ls1, nn.Identity), native)
-    there = [entry for entry in table if entry.theirs in known]
-    if projection is not None:
-        there.append(TensorNames(f"{projection}.weight", (PROJECTION,)))
-    weights, theirs = to_ours(there, file, where)
-    for entry in table:
-        if entry.theirs not in known:  # a layer without bias
-            weights |= {name: torch.zeros(own[name].shape) for name in entry.ours}
-    position = f"{TOWER}position_embedding"
-    if f"{TOWER}class_token" in own and (native or skeleton.no_embed_class) and position in weights:
-        weights[position] = torch.cat([torch.zeros_like(weights[position][:1]), weights[position]])
-    bias = None if projection is None else weights.pop(f"{projection}.bias", None)
-    if bias is not None and bias.any():
+    name, pool, projection = cfg["timm_model_name"], cfg["timm_pool"], cfg["timm_proj"]
+    if projection not in ("linear", "none", "", None):
+        raise UserError(f"{where}: vision_cfg.timm_proj '{projection}' is no projection of ours; open_clip can load it")
+    if pool in ("abs_attn", "rot_attn"):
+        raise UserError(f"{where}: vision_cfg.timm_pool '{pool}' is no pooling of ours; open_clip can load it")
+    if name.startswith(PLACES):
+        if not (folder / "config.json").exists():
+            raise UserError(f"{where} names its image tower '{name}', but timm's config.json is not in {folder}")
+        _compare_places(name, folder, where)
+        name = f"local-dir:{folder}"
+    arguments = {"patch_drop_rate": cfg["patch_dropout"]} if cfg["patch_dropout"] > 0 else {}
+    arguments |= _timm_arguments(cfg["timm_model_kwargs"] or {}, where)
+    if projection == "linear":
+        trunk = build_on_meta(name, where, **arguments)
+        try:
+            trunk.reset_classifier(0, **({"global_pool": pool} if pool else {}))
+        except AssertionError as error:
+            raise UserError(f"{where}: vision_cfg.timm_pool '{pool}' does not fit '{name}': {error}") from None
+    else:
+        num_classes = 0 if projection else embed_dim
+        trunk = build_on_meta(name, where, **arguments | {"num_classes": num_classes, "global_pool": pool})
+    image, size = describe_vit(trunk, where, both_sides(cfg["image_size"]))
+    if cfg["image_seq_len"] and not image.native:
         raise UserError(
-            f"{where}: '{projection}.bias' is not zero, and our projection has no bias; "
-            f"{'open_clip' if prefix else 'timm'} can load this model"
+            f"{where}: vision_cfg.image_seq_len {cfg['image_seq_len']} is for image towers that take any shape, and "
+            f"'{cfg['timm_model_name']}' takes one size; leave it out"
         )
-    return weights, theirs
+    return trunk, replace(image, projection=projection != "none"), size
+
+
+def _timm_arguments(given: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
+    """Return `timm_model_kwargs`, if they say what the tower is; UserError where they say what to read or run."""
+    files = [name for name in given if re.search("pretrained|checkpoint|cache|cfg", name)]
+    if files:
+        raise UserError(
+            f"{where}: vision_cfg.timm_model_kwargs has '{files[0]}', which is no option of the tower; leave it out"
+        )
+    check_sizes(given, where, MOST)
+    return given
+
+
+def _compare_places(name: str, folder: Path, where: Path) -> None:
+    """Warn where a folder that is named describes another tower than the config.json beside the weights."""
+    own, other = read_json(folder / "config.json"), Path(name.removeprefix(LOCAL)) / "config.json"
+    if not name.startswith(LOCAL) or not other.is_file():
+        return
+    try:
+        named = read_json(other)
+    except UserError:
+        return
+    if any(named.get(key) != own.get(key) for key in ("architecture", "num_classes", "model_args")):
+        warn(f"{where}: open_clip would take the image tower of {other}, another one; {folder / 'config.json'} is used")
