@@ -38,7 +38,7 @@ from contrastive.evaluate.embedding_writing import check_texts, has_captions
 from contrastive.evaluate.embeddings import EmbeddingSet
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.files import claim_folder
-from contrastive.interop.hub import results_folder
+from contrastive.interop.loading import results_folder
 from contrastive.log import is_main_process, say
 from contrastive.option_types import Share
 

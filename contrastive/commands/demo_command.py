@@ -34,7 +34,7 @@ from contrastive.errors import UserError, needs
 from contrastive.evaluate.demo_page import Demo, page, trained_on
 from contrastive.evaluate.embedding_store import find_store
 from contrastive.evaluate.evaluated_model import EvaluatedModel
-from contrastive.interop.hub import results_folder
+from contrastive.interop.loading import results_folder
 from contrastive.log import say, warn
 from contrastive.option_types import Positive
 from contrastive.page import PARTS

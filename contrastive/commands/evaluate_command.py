@@ -32,7 +32,7 @@ from contrastive.evaluate.comparison import ModelEntry, claim_output, print_comp
 from contrastive.evaluate.evaluated_model import EvaluatedModel
 from contrastive.evaluate.suite import Suite, embed_suite, read_suite, run_suite, task_from
 from contrastive.evaluate.tasks import TASKS
-from contrastive.interop.hub import is_hub_name, results_folder
+from contrastive.interop.loading import is_hub_name, results_folder
 from contrastive.log import is_main_process, say
 from contrastive.option_types import Positive
 from contrastive.results import folder_name

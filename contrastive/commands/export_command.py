@@ -22,8 +22,7 @@ from tyro.conf import Positional, arg
 from contrastive.command_line import CheckedOptions
 from contrastive.config import parse
 from contrastive.errors import UserError
-from contrastive.interop.export import check_out, export, push_export
-from contrastive.interop.hub import check_push
+from contrastive.interop.export import check_out, check_push, export, push_export
 from contrastive.interop.parity import parity_table
 from contrastive.log import console
 

@@ -42,7 +42,7 @@ from contrastive.evaluate.search import (
     said_of,
     write_gallery,
 )
-from contrastive.interop.hub import results_folder
+from contrastive.interop.loading import results_folder
 from contrastive.log import say, warn
 from contrastive.option_types import Positive
 

@@ -31,7 +31,7 @@ from contrastive.data.sources import announce, open_source
 from contrastive.errors import UserError
 from contrastive.evaluate.classification import names_to_use, zero_shot
 from contrastive.files import claim_folder, write_json, write_whole
-from contrastive.interop.hub import is_hub_name, results_folder
+from contrastive.interop.loading import is_hub_name, results_folder
 from contrastive.log import say
 from contrastive.option_types import Positive
 from contrastive.results import ZERO_SHOT_FIGURES, ZERO_SHOT_FILE, figure_title, folder_name

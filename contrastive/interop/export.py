@@ -22,11 +22,10 @@ import torch
 import yaml
 from torch import nn
 
-from contrastive.errors import UserError, did_you_mean
+from contrastive.errors import UserError, did_you_mean, reason_of
 from contrastive.files import check_writable, write_new_folder
 from contrastive.interop.bundle import Absent, Bundle
-from contrastive.interop.hub import PREFIX, push
-from contrastive.interop.loading import load
+from contrastive.interop.loading import PREFIX, check_repo, load
 from contrastive.interop.parity import Check, Probe, compare
 from contrastive.interop.run_record import RunRecord, public_name
 from contrastive.models import DualEncoder, ImageClassifier, TextModel
@@ -96,13 +95,16 @@ def export(
 
 
 def push_export(folder: Path, to: str, repo: str, private: bool = False) -> str:
-    """Push an exported folder to ORG/NAME; return the address of the commit. UserError as `hub.push`.
+    """Push an exported folder to ORG/NAME; return the address of the commit.
 
     Files that name the place of the folder name the repository there.
+
+    Raises:
+        UserError: no right to write there, or no network; the folder stays as it is.
     """
     writing = _format(to)
     if not hasattr(writing, "retarget"):
-        return push(folder, folder, repo, private)
+        return _push(folder, folder, repo, private)
     # What names the folder's place is changed in a copy; the weights, which may be large, are only linked.
     with tempfile.TemporaryDirectory() as place:
         for file in folder.iterdir():
@@ -111,7 +113,35 @@ def push_export(folder: Path, to: str, repo: str, private: bool = False) -> str:
             else:
                 (Path(place) / file.name).symlink_to(file.resolve())
         writing.retarget(Path(place), f"{PREFIX}{repo}")
-        return push(Path(place), folder, repo, private)
+        return _push(Path(place), folder, repo, private)
+
+
+def _push(folder: Path, named: Path, repo: str, private: bool) -> str:
+    """Upload a folder, called `named` in messages, to ORG/NAME, which is made where it does not exist."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Exported by contrastive"))
+    except Exception as error:  # no network: another class for every client and reason
+        reason = reason_of(error)
+        if isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", None) in (401, 403):
+            reason = "the token may not write there: log in with `hf auth login`, or set HF_TOKEN to one that may"
+    raise UserError(f"{named} is written, but not pushed to {repo}: {reason}; then: hf upload {repo} {named}")
+
+
+def check_push(repo: str) -> None:
+    """Raise UserError where `push_export` to `repo` cannot work, before any work is done."""
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import is_offline_mode
+
+    check_repo(repo, f"--push {repo}")
+    if is_offline_mode():
+        raise UserError(f"--push {repo}: HF_HUB_OFFLINE is set; unset it")
+    if get_token() is None:
+        raise UserError(f"--push {repo}: not logged in to the hub; use `hf auth login`, or set HF_TOKEN")
 
 
 def check_out(out: Path) -> Path:

@@ -164,9 +164,14 @@ def own_outputs(bundle: Bundle, probe: Probe) -> Outputs:
         if isinstance(model, ImageClassifier):
             logits = model.scores(probe.pixels)
         elif image is not None and text is not None:
-            logits = model.logit_scale.exp() * image @ text.T
-            logits = logits if model.logit_bias is None else logits + model.logit_bias
+            logits = logits_of(model, image, text)
     return Outputs(image, text, logits)
+
+
+def logits_of(model: torch.nn.Module, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Return the (B, T) logits of embeddings by a model's scale and bias, which open_clip calls as we do."""
+    logits = model.logit_scale.exp() * image @ text.T
+    return logits if model.logit_bias is None else logits + model.logit_bias
 
 
 def embedding_limit(bundle: Bundle) -> float:

@@ -12,8 +12,8 @@ import contrastive
 from contrastive.commands import evaluate_command, zero_shot_command
 from contrastive.commands.export_command import main as export_script
 from contrastive.errors import UserError
-from contrastive.interop import hub
 from contrastive.interop.export import export
+from contrastive.interop.loading import fetch
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    hub.fetch.cache_clear()
+    fetch.cache_clear()
     yield server
     server.close()
 
@@ -110,7 +110,7 @@ def test_without_a_network_the_cache_is_used(server, model_folder, monkeypatch):
     contrastive.load("hf-hub:me/model")
     at("http://127.0.0.1:9", monkeypatch)  # nobody listens there
     for name in ("hf-hub:me/model", f"hf-hub:me/model@{commit}"):
-        hub.fetch.cache_clear()
+        fetch.cache_clear()
         assert same(contrastive.load(name), contrastive.load(model_folder))
     assert "hf-hub:me/other: the hub cannot be reached, and the cache does not have it" in refused("hf-hub:me/other")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -121,7 +121,7 @@ def test_a_pinned_commit_in_the_cache_asks_nobody(server, model_folder):
     commit = server.add_folder("me/model", model_folder)
     contrastive.load("hf-hub:me/model")
     server.repos.clear()
-    hub.fetch.cache_clear()
+    fetch.cache_clear()
     assert same(contrastive.load(f"hf-hub:me/model@{commit}"), contrastive.load(model_folder))
 
 

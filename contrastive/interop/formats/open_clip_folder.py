@@ -9,8 +9,7 @@ the name is the place of that file: `local-dir:FOLDER`, or `hf-hub:ORGANISATION/
 folder that is moved has to be told where it lies: `retarget`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ from contrastive.interop.formats.timm_architecture import (
 )
 from contrastive.interop.formats.timm_vit import HUB, LOCAL, PLACES, read_trunk
 from contrastive.interop.formats.tokenizer_files import read_open_clip_tokenizer, write_open_clip_tokenizer
-from contrastive.interop.parity import Outputs, Probe, cropped, padded
+from contrastive.interop.parity import Outputs, Probe, cropped, logits_of, padded
 from contrastive.log import warn
 from contrastive.models import DualEncoder, ModelConfig
 
@@ -301,18 +300,20 @@ def outputs(folder: Path, probe: Probe) -> Outputs:
     """What open_clip makes of the folder, wherever the folder believes that it lies."""
     import open_clip
 
-    with _lying_in(folder):
+    before, tokenizer = (folder / CONFIG).read_bytes(), None
+    retarget(folder, folder)
+    try:
         model, _, transform = open_clip.create_model_and_transforms(f"{LOCAL}{folder}")
         named = read_json(folder / CONFIG)["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
-        tokenizer = None
         if not named or (folder / "tokenizer_config.json").exists():
             tokenizer = open_clip.get_tokenizer(f"{LOCAL}{folder}")
+    finally:
+        (folder / CONFIG).write_bytes(before)
     model.eval()
     with torch.inference_mode():
         image = model.encode_image(padded(probe.pixels, model.visual.image_size), normalize=True)
         text = model.encode_text(probe.tokens, normalize=True)
-        logits = model.logit_scale.exp() * image @ text.T
-        logits = logits if model.logit_bias is None else logits + model.logit_bias
+        logits = logits_of(model, image, text)
     return Outputs(
         image=image,
         text=text,
@@ -320,13 +321,3 @@ def outputs(folder: Path, probe: Probe) -> Outputs:
         pixels=cropped([transform(image) for image in probe.images], probe.pixels),
         tokens=None if tokenizer is None else tokenizer(probe.texts),
     )
-
-
-@contextmanager
-def _lying_in(folder: Path) -> Iterator[None]:
-    before = (folder / CONFIG).read_bytes()
-    retarget(folder, folder)
-    try:
-        yield
-    finally:
-        (folder / CONFIG).write_bytes(before)
