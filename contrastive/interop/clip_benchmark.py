@@ -125,7 +125,9 @@ def _evaluate(cli: types.ModuleType, options: argparse.Namespace) -> None:
         raise UserError("give a model: --model PATH")
     _loaded.cache_clear()  # the folder may hold other weights than last time
     if options.model_type == MODEL_TYPE:
-        cli.model_collection[_COLLECTION] = [(ModelPath(path), _weights_of(path)) for path in _paths(options)]
+        cli.model_collection[_COLLECTION] = [
+            (ModelPath(path), f"sha256-{weights_key(_loaded(path).model)[:12]}") for path in _paths(options)
+        ]
         options.pretrained_model = [_COLLECTION]
     folder = Path(options.output).parent
     if "{" not in str(folder):
@@ -151,10 +153,6 @@ def _paths(options: argparse.Namespace) -> list[str]:
 def _loaded(path: str) -> Bundle:
     """A model on the CPU. It is wanted for its name and again for each dataset: the last one is kept."""
     return load(path)
-
-
-def _weights_of(path: str) -> str:
-    return f"sha256-{weights_key(_loaded(path).model)[:12]}"
 
 
 def _load_for_clip_benchmark(model_name: str, pretrained: str, cache_dir: str | None, device: str):

@@ -66,8 +66,8 @@ class RunRecord:
         if not isinstance(config, dict) or not (is_checkpoint or model_folder.name == "final"):
             return None
         # A final model has no state of its own; how many samples there were, any checkpoint of the run knows.
-        states = [model_folder] if is_checkpoint else sorted(folder.glob("checkpoints/step-*"), reverse=True)
-        state = next((found for found in map(_state, states) if found), {})
+        checkpoints = [model_folder] if is_checkpoint else sorted(folder.glob("checkpoints/step-*"), reverse=True)
+        state = next(filter(None, (_content(checkpoint / "state.json") for checkpoint in checkpoints)), {})
         train = config["train"] if isinstance(config.get("train"), dict) else {}
         step = state.get("step") if is_checkpoint else train.get("steps")
         results = _logged(folder, step) if is_checkpoint else [*_logged(folder, step), *_evaluated(folder)]
@@ -177,9 +177,10 @@ def _augmentation(options: dict) -> str:
     return ", ".join(said) or "none"
 
 
-def _state(checkpoint: Path) -> dict:
+def _content(file: Path) -> dict:
+    """What a JSON file holds; nothing where it cannot be read."""
     try:
-        return read_json(checkpoint / "state.json")
+        return read_json(file)
     except UserError:
         return {}
 
@@ -211,9 +212,6 @@ def _results_of_final(folder: Path, pattern: str) -> Iterator[dict]:
     """The JSON files of evaluations that are not older than the final weights."""
     weights = max((file.stat().st_mtime for file in (folder / "final").glob("*.safetensors")), default=0.0)
     for file in sorted(folder.glob(pattern)):
-        try:
-            found = read_json(file)
-        except UserError:
-            continue
-        if file.stat().st_mtime >= weights - STALE_SECONDS:
+        found = _content(file)
+        if found and file.stat().st_mtime >= weights - STALE_SECONDS:
             yield found

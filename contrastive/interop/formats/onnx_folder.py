@@ -75,22 +75,16 @@ def image_graph(bundle: Bundle, dtype: torch.dtype) -> tuple["ImageGraph", tuple
     """Return the graph of the image tower and what it takes, of two images."""
     tower = bundle.model.image_tower
     if not tower.config.native:
-        return ImageGraph(bundle.model, dtype), (torch.zeros(2, 3, *input_size(bundle)),)
+        size = tower.input_size if isinstance(bundle.preprocess, Absent) else bundle.preprocess.config.size
+        return ImageGraph(bundle.model, dtype), (torch.zeros(2, 3, *size),)
     patches = torch.zeros(2, 6, 3 * tower.config.patch_size**2)
     return NativeGraph(bundle.model, dtype), (patches, torch.tensor([[2, 3], [1, 4]]))
-
-
-def input_size(bundle: Bundle) -> tuple[int, int]:
-    """Height and width of the pixels that the image graph takes."""
-    if isinstance(bundle.preprocess, Absent):
-        return bundle.model.image_tower.input_size
-    return bundle.preprocess.config.size
 
 
 def description_of(bundle: Bundle) -> dict:
     """What config.json holds: all that is not in the graphs."""
     model, preprocess = bundle.model, None
-    if bundle.preprocess is not None and not isinstance(bundle.preprocess, Absent):
+    if bundle.preprocess:
         options = bundle.preprocess.config
         short_side = options.short_side or (min(options.size) if options.resize == "crop" else None)
         preprocess = {**asdict(options.options), "size": list(options.size), "short_side": short_side}

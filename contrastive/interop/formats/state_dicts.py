@@ -190,7 +190,8 @@ def to_ours(
         if entry.scale is not None:
             rest.pop(entry.scale, None)
             tensor = _scaled(tensor, entry, file, where)
-        tensor = _without_unit_axes(tensor, entry.unit_axes)
+        if tensor.shape[: entry.unit_axes] == (1,) * entry.unit_axes:  # another shape is for `fill` to report
+            tensor = tensor.reshape(tensor.shape[entry.unit_axes :])
         if entry.transposed and tensor.ndim == 2:
             tensor = tensor.T.contiguous()
         weights |= dict(zip(entry.ours, _parts(tensor, entry, where), strict=True))
@@ -227,11 +228,6 @@ def _scaled(tensor: torch.Tensor, entry: TensorNames, file: Mapping[str, torch.T
         problem = "is missing" if scale is None else f"is {tuple(scale.shape)}, not {tuple(tensor.shape[:1])}"
         raise UserError(f"{where} does not fit the architecture that its config names: key '{entry.scale}' {problem}")
     return tensor * scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
-
-
-def _without_unit_axes(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    # Another shape is left as it is, for `fill` to report.
-    return tensor.reshape(tensor.shape[count:]) if tensor.shape[:count] == (1,) * count else tensor
 
 
 def _parts(tensor: torch.Tensor, entry: TensorNames, where: Path) -> tuple[torch.Tensor, ...]:

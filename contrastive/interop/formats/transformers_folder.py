@@ -16,7 +16,7 @@ from contrastive import models
 from contrastive.data.preprocess import Preprocess
 from contrastive.errors import UserError, needs
 from contrastive.files import read_json, write_json
-from contrastive.interop.bundle import NOT_LOADED, Absent, Bundle, build
+from contrastive.interop.bundle import NOT_LOADED, Bundle, build
 from contrastive.interop.formats.evaluation_transform import taken_size
 from contrastive.interop.formats.state_dicts import fill, read_safetensors, to_ours, to_theirs, weights_of
 from contrastive.interop.formats.tokenizer_files import read_transformers_tokenizer, write_tokenizer
@@ -105,9 +105,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     """
     needs("the export to transformers", "transformers")
     family, towers = fitting_family(bundle.model, str(bundle.path)), towers_of(bundle.model)
-    preprocess, tokenizer = (
-        None if isinstance(part, Absent) else part for part in (bundle.preprocess, bundle.tokenizer)
-    )
+    preprocess, tokenizer = bundle.preprocess or None, bundle.tokenizer or None  # one that is Absent too
     state = {name: tensor for name, tensor in weights_of(bundle.model).items() if not name.startswith("head.")}
     state, notes = adapted(state, towers, family)
     size = 0
