@@ -18,9 +18,8 @@ from contrastive.errors import UserError, did_you_mean, reason_of
 from contrastive.interop.bundle import Bundle, load_native, native_folder
 from contrastive.models import model_config
 
-# Each has a module formats/NAME_folder.py: `recognises(folder) -> bool`, `load(folder, with_tokenizer) -> Bundle`. They
-# are asked in this order: a folder can hold the files of several libraries, and then the first says the most about the
-# model.
+# The modules formats/NAME_folder.py are asked in this order: a folder can hold the files of several libraries, and then
+# the first says the most about the model.
 FOREIGN = ("open_clip", "timm", "transformers")
 PREFIX = "hf-hub:"
 # What a model folder of a library that we read needs, or one of ours. What could run code when read (pickles, Python),

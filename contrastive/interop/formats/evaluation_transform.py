@@ -259,7 +259,7 @@ def write_timm_transform(config: PreprocessConfig, patch_size: int) -> dict:
 
 
 def write_open_clip_transform(config: PreprocessConfig, patch_size: int) -> dict:
-    """Return the `preprocess_cfg` of what `transform_problems` finds nothing in."""
+    """Return the `preprocess_cfg` of what `checked_preprocess` finds nothing in."""
     return {
         "size": size_option(taken_size(config, patch_size)),
         "mode": "RGB",

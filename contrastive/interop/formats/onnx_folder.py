@@ -45,11 +45,7 @@ VALUES, SHAPES = "pixel_values", "spatial_shapes"
 
 
 def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
-    """Write the model into the existing, empty `folder`. Every model of ours can be expressed.
-
-    Raises:
-        UserError: onnx, onnxscript or onnxruntime is not installed.
-    """
+    """Write graphs and what goes with them. Every model of ours can be expressed."""
     needs("the export to ONNX", "onnx", "onnxscript", "onnxruntime")
     notes = []
     for suffix, dtype in PRECISIONS.items():

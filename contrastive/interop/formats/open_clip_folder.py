@@ -94,14 +94,10 @@ def recognises(folder: Path) -> bool:
 
 
 def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
-    """Load the model in eval mode on the CPU, with its preprocessing and tokenizer.
+    """Load a model of open_clip.
 
     LayerScale is folded into the layers before it. Fixed sin-cos positions, whose formula differs from ours, are kept
     as learned ones. A tokenizer whose files are missing, or that ours cannot be, is Absent.
-
-    Raises:
-        UserError: options that our towers have not (all are named), an unknown option, a missing or damaged file,
-            or weights that do not fit.
     """
     where = folder / CONFIG
     description = read_json(where)
@@ -214,14 +210,7 @@ def _table(
 
 
 def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
-    """Write the model for open_clip into an existing empty folder; return notes for the user.
-
-    Args:
-        place: where the folder will lie; an image tower of timm without a name of its own is looked for there.
-
-    Raises:
-        UserError: not both towers, or options that open_clip cannot express (all are named).
-    """
+    """Write a dual encoder; open_clip looks in `place` for an image tower of timm without a name of its own."""
     model = bundle.model
     if not isinstance(model, DualEncoder):
         raise UserError(f"{bundle.path}: open_clip holds an image and a text tower; use --to timm or transformers")

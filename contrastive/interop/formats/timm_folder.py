@@ -66,12 +66,7 @@ def recognises(folder: Path) -> bool:
 
 
 def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
-    """Load the model in eval mode on the CPU, with the preprocessing of its evaluation transform.
-
-    Raises:
-        UserError: the architecture is not a plain ViT, or has parts that ours has not (all are named); a missing or
-            damaged file; weights that do not fit.
-    """
+    """Load a ViT of timm, with the preprocessing of its evaluation transform."""
     file = folder / "config.json"
     if not file.exists():
         raise UserError(f"{folder} holds weights of a ViT of timm, which alone do not say its shape: {HOW_TO_NAME_IT}")
@@ -160,15 +155,9 @@ def head_kind(
 
 
 def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
-    """Write the image tower for timm into an existing empty folder; return notes for the user.
+    """Write the image tower, which there has to be.
 
     A projection becomes timm's `head` with a zero bias, as timm itself keeps CLIP's; a classifier's head is `head`.
-
-    Args:
-        place: where the folder will lie, for the commands in the notes.
-
-    Raises:
-        UserError: no image tower, or options that timm's ViT cannot express (all are named).
     """
     bundle.check_image_tower("timm holds image towers")
     model, config = bundle.model, bundle.model.image_tower.config

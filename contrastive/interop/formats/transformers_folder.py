@@ -62,11 +62,7 @@ def recognises(folder: Path) -> bool:
 
 
 def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
-    """Load a model or a tower alone: float32, eval mode, on the CPU.
-
-    Raises:
-        UserError: another architecture, an option that our towers lack, or weights that do not fit.
-    """
+    """Load a model or a tower alone."""
     found = read_description(folder)
     file = read_safetensors(folder, (WEIGHTS,))
     if found.projected is None:
@@ -92,17 +88,7 @@ def load(folder: Path, with_tokenizer: bool = True) -> Bundle:
 
 
 def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
-    """Write the model, its preprocessing and its tokenizer into an existing, empty folder.
-
-    Args:
-        place: where the folder will be in the end.
-
-    Returns:
-        What a user should know, in plain sentences.
-
-    Raises:
-        UserError: the format cannot hold the model exactly; it names each option that does not fit, and the way out.
-    """
+    """Write the model, its preprocessing and its tokenizer, as far as it has them."""
     needs("the export to transformers", "transformers")
     family, towers = fitting_family(bundle.model, str(bundle.path)), towers_of(bundle.model)
     preprocess, tokenizer = bundle.preprocess or None, bundle.tokenizer or None  # one that is Absent too
