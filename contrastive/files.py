@@ -14,10 +14,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from contrastive.errors import UserError
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 MOST_NUMBER = 2**24
@@ -181,8 +182,8 @@ def mend_folder(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_new_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """As `write_folder`, without a manifest, in a place of the user's.
+def write_new_folder(folder: Path, fill: Callable[[Path], T]) -> T:
+    """As `write_folder`, without a manifest, in a place of the user's; return what `fill` returns.
 
     What is there stays as it is (OSError), if it is not empty; no sibling is touched, whatever it is called.
     """
@@ -191,10 +192,11 @@ def write_new_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     try:
         temporary = aside / folder.name  # with the permissions of a new folder, which mkdtemp's has not
         temporary.mkdir()
-        fill(temporary)
+        filled = fill(temporary)
         _settle(temporary)
         os.rename(temporary, folder)
         _sync(folder.parent)
+        return filled
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

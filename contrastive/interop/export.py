@@ -71,10 +71,11 @@ def export(
     """
     writing, out = _format(to), Path(out).expanduser()
     place = check_out(out)
-    bundle = _with_name(_as_loaded(source if isinstance(source, Bundle) else load(source)))
-    exported = []
+    bundle = _as_loaded(source if isinstance(source, Bundle) else load(source))
+    if bundle.path.name in ("", ".."):  # '.' says nothing to a reader of the card
+        bundle = replace(bundle, path=bundle.path.resolve())
 
-    def fill(temporary: Path) -> None:
+    def fill(temporary: Path) -> Exported:
         on_step(f"writing for {to}")
         notes = writing.write(bundle, temporary, out)
         on_step(f"checking with {to}")
@@ -88,10 +89,9 @@ def export(
         for file in temporary.rglob("*"):
             if file.is_file():  # safetensors are for their owner alone; the folder is for others
                 file.chmod(card.stat().st_mode)
-        exported.append(Exported(out, checks, notes))
+        return Exported(out, checks, notes)
 
-    write_new_folder(place, fill)
-    return exported[0]
+    return write_new_folder(place, fill)
 
 
 def push_export(folder: Path, to: str, repo: str, private: bool = False) -> str:
@@ -169,11 +169,6 @@ def _format(to: str):
     if to not in FORMATS:
         raise UserError(f"unknown format '{to}'.{did_you_mean(to, FORMATS)} Known: {', '.join(FORMATS)}")
     return importlib.import_module(f"contrastive.interop.formats.{to}_folder")
-
-
-def _with_name(bundle: Bundle) -> Bundle:
-    """The bundle with a path that ends in a name: '.' says nothing to a reader of the card."""
-    return replace(bundle, path=bundle.path.resolve()) if bundle.path.name in ("", "..") else bundle
 
 
 def _as_loaded(bundle: Bundle) -> Bundle:

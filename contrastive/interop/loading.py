@@ -88,31 +88,13 @@ def read(path: str | Path, with_tokenizer: bool = True) -> Bundle:
     """As `load`, on the CPU. Without the tokenizer (it is `Absent` then) no model code of transformers is imported."""
     if is_hub_name(path):
         folder, pinned = fetch(str(path))
-        return replace(read_folder(folder, with_tokenizer), path=Path(pinned))
+        return replace(read(folder, with_tokenizer), path=Path(pinned))
     folder = Path(path).expanduser()
     if not folder.exists():
         raise UserError(f"no model at {path}: no such file or folder{_what_is_meant(path, folder)}")
     lone_weights = folder.suffix == ".safetensors" and not any(folder.parent.glob("*config.json"))
     if folder.is_file() and not lone_weights:  # timm's reader says what a file of weights alone lacks
         raise UserError(f"no model at {path}: that is a file; give its folder, {folder.parent}")
-    return read_folder(folder, with_tokenizer)
-
-
-def _what_is_meant(path: str | Path, folder: Path) -> str:
-    """A hint at what a path that is not there was meant to be; empty without an idea."""
-    on_hub = f". For the hub: hf-hub:{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
-    with suppress(UserError):
-        model_config(str(path))
-        made = f"contrastive.create_model('{path}') makes it, with random weights"
-        return on_hub or f". That is an architecture: {made}; with weights: hf-hub:ORGANISATION/NAME"
-    if folder.parent.is_dir():
-        hint = did_you_mean(folder.name, (other.name for other in folder.parent.iterdir()))
-        return f".{hint}" if hint else ""
-    return on_hub
-
-
-def read_folder(folder: Path, with_tokenizer: bool = True) -> Bundle:
-    """As `read`, of a folder that is there."""
     own = native_folder(folder)
     if own is not None:
         return load_native(own, with_tokenizer)
@@ -126,6 +108,19 @@ def read_folder(folder: Path, with_tokenizer: bool = True) -> Bundle:
         f"no model at {folder}: neither a run (final/ or checkpoints/) nor a model folder of ours, transformers, "
         "open_clip or timm (config.json or open_clip_config.json beside safetensors)"
     )
+
+
+def _what_is_meant(path: str | Path, folder: Path) -> str:
+    """A hint at what a path that is not there was meant to be; empty without an idea."""
+    on_hub = f". For the hub: hf-hub:{path}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
+    with suppress(UserError):
+        model_config(str(path))
+        made = f"contrastive.create_model('{path}') makes it, with random weights"
+        return on_hub or f". That is an architecture: {made}; with weights: hf-hub:ORGANISATION/NAME"
+    if folder.parent.is_dir():
+        hint = did_you_mean(folder.name, (other.name for other in folder.parent.iterdir()))
+        return f".{hint}" if hint else ""
+    return on_hub
 
 
 def is_hub_name(path: str | Path) -> bool:

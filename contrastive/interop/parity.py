@@ -147,7 +147,9 @@ def compare(bundle: Bundle, probe: Probe, outputs: Callable[[Probe], Outputs], h
     if half:
         return checks
     if theirs.tokens is not None and bundle.tokenizer:
-        checks.append(Check("tokens", "ids that differ", _different(probe.tokens, theirs.tokens), 0))
+        alike = probe.tokens.shape == theirs.tokens.shape
+        differing = (probe.tokens != theirs.tokens).sum().item() if alike else float("nan")
+        checks.append(Check("tokens", "ids that differ", differing, 0))
     if theirs.pixels is not None and bundle.preprocess:
         checks += _pixel_checks(bundle, probe.pixels, theirs.pixels)
     return checks
@@ -311,8 +313,3 @@ def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def _cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The lowest over rows; float32 rounding can put it a little above 1, float64 hardly."""
     return torch.cosine_similarity(ours.double(), theirs.double(), dim=-1).min().item()
-
-
-def _different(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """How many ids differ; NaN where rows have another length."""
-    return float("nan") if ours.shape != theirs.shape else (ours != theirs).sum().item()

@@ -38,7 +38,7 @@ def test_our_own_folder_needs_no_other_library(model_folder):
         "names = [name for name in sys.modules if name.startswith('contrastive.interop.')]; print(*sorted(names))"
     )
     done = subprocess.run([sys.executable, "-c", code, model_folder], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [f"contrastive.interop.{name}" for name in ("bundle", "hub", "loading")]
+    assert done.stdout.split() == [f"contrastive.interop.{name}" for name in ("bundle", "loading")]
 
 
 def test_public_names_are_listed():

@@ -10,7 +10,7 @@ from transformers_models import EOS, LENGTH, SHAPES, VOCABULARY, edit_json, patc
 import contrastive
 from contrastive.errors import UserError
 from contrastive.interop.formats import transformers_config as ours
-from contrastive.interop.loading import read_folder
+from contrastive.interop.loading import read
 
 WHOLE = ("SiglipModel", "Siglip2Model", "CLIPModel")
 VISION = ("SiglipVisionModel", "Siglip2VisionModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
@@ -175,7 +175,7 @@ def test_clip_with_the_old_eos_pools_at_the_highest_id(tmp_path, capsys):
         expected = theirs.get_text_features(input_ids=tokens).pooler_output
         same(bundle.model.encode_text(tokens, normalize=False), expected)
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": EOS}))  # a padded vocabulary: 41 is the highest used
-    assert read_folder(tmp_path, with_tokenizer=False).config.text.eos_id == EOS
+    assert read(tmp_path, with_tokenizer=False).config.text.eos_id == EOS
 
 
 def test_positions_of_another_size_differ_a_little_from_theirs(tmp_path):
@@ -303,8 +303,8 @@ def test_reading_imports_no_model_of_transformers(originals):
     import sys
 
     code = (
-        "import sys; from pathlib import Path; from contrastive.interop.loading import read_folder;"
-        f"read_folder(Path({str(originals / 'CLIPModel')!r}), with_tokenizer=False);"
+        "import sys; from pathlib import Path; from contrastive.interop.loading import read;"
+        f"read(Path({str(originals / 'CLIPModel')!r}), with_tokenizer=False);"
         "print('transformers.modeling_utils' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

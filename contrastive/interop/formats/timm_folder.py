@@ -162,13 +162,15 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
     bundle.check_image_tower("timm holds image towers")
     model, config = bundle.model, bundle.model.image_tower.config
     preprocess, unlike = checked_preprocess(bundle, scales=True)
-    problems = timm_problems(config) + unlike
-    if isinstance(model, ImageClassifier):
-        problems += _classifier_problems(model)
+    problems, is_classifier = timm_problems(config) + unlike, isinstance(model, ImageClassifier)
+    if is_classifier and model.config.unit_features:
+        problems.append("model.unit_features true (its head reads features as they are)")
+    if is_classifier and config.projection:
+        problems.append("model.image.projection true below a classifier (it has one linear layer there)")
     if problems:
         raise UserError(f"{bundle.path}: timm cannot express {'; '.join(problems)}; --to onnx can")
     state, kind, head = weights_of(model), "none", {}
-    if isinstance(model, ImageClassifier):
+    if is_classifier:
         kind, head = "classifier", {name: state[name] for name in ("head.weight", "head.bias")}
     elif PROJECTION in state:
         kind, head = "projection", {"head.weight": state[PROJECTION], "head.bias": torch.zeros(len(state[PROJECTION]))}
@@ -221,15 +223,6 @@ def naflex_inputs(images: Patches) -> dict[str, torch.Tensor]:
 def naflex_pixels(made: Sequence[Mapping[str, torch.Tensor]]) -> Patches:
     """Return what a NaFlexVit's transform makes of each image, {'patches': (N, P·P·3), 'patch_coord': (N, 2)}."""
     return Patches.batch([Patches(one["patches"], one["patch_coord"].amax(dim=0) + 1) for one in made])
-
-
-def _classifier_problems(model: ImageClassifier) -> list[str]:
-    problems = []
-    if model.config.unit_features:
-        problems.append("model.unit_features true (its head reads features as they are)")
-    if model.image_tower.projection is not None:
-        problems.append("model.image.projection true below a classifier (it has one linear layer there)")
-    return problems
 
 
 def _notes(bundle: Bundle) -> list[str]:

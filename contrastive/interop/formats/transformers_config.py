@@ -237,8 +237,10 @@ def _embed_dim(found: Description, tower: str, config: ImageTowerConfig | TextTo
 def _tower_config(found: Description, tower: str) -> ImageTowerConfig | TextTowerConfig:
     """Our options of a tower; images that patches do not fill count up to the last whole patch."""
     options, where, is_clip = found.towers[tower], found.where(tower), found.family == "clip"
-    if tower == "image":
-        _check_image(found, where)
+    if tower == "image" and options["num_channels"] != 3:
+        raise UserError(f"{where}num_channels is {options['num_channels']}: only models of RGB images can be read")
+    if tower == "image" and found.lacks_head and found.whole:
+        raise UserError(f"{where}vision_use_head is false: such a model has no image embedding to compare with texts")
     activation = options["hidden_act"]
     if activation not in ACTIVATIONS:
         raise UserError(f"{where}hidden_act '{activation}' is not supported; known: {', '.join(ACTIVATIONS)}")
@@ -253,14 +255,6 @@ def _tower_config(found: Description, tower: str) -> ImageTowerConfig | TextTowe
     return TextTowerConfig(**words, eos_id=_pooled_id(found), **ours)
 
 
-def _check_image(found: Description, where: str) -> None:
-    channels = found.towers["image"]["num_channels"]
-    if channels != 3:
-        raise UserError(f"{where}num_channels is {channels}: only models of RGB images can be read")
-    if found.lacks_head and found.whole:
-        raise UserError(f"{where}vision_use_head is false: such a model has no image embedding to compare with texts")
-
-
 def _pooled_id(found: Description) -> int | None:
     """The id at which the text tower pools, None where it is no id; where it is a guess that is said.
 
@@ -271,27 +265,19 @@ def _pooled_id(found: Description) -> int | None:
         return None
     eos, vocab_size = found.towers["text"]["eos_token_id"], found.towers["text"]["vocab_size"]
     if eos == LEGACY_EOS:
-        return _highest_pooled_id(found.file, vocab_size - 1)
+        # The highest id of each text is that of its end, if no other token of the tokenizer has a higher one.
+        highest, is_end = highest_id(found.file.parent)
+        eos = vocab_size - 1 if highest is None else min(highest, vocab_size - 1)  # a vocabulary can be padded
+        if not (is_end and highest == eos):
+            warn(
+                f"{found.file}: eos_token_id {LEGACY_EOS} means the highest id of each text to the library; here it "
+                f"is always {eos}, a guess, as no tokenizer here has its end-of-text token as its highest id: set "
+                "eos_token_id to that token's id"
+            )
+        return eos
     if type(eos) is not int or not 0 <= eos < vocab_size:
         raise UserError(
             f"{found.where('text')}eos_token_id is {eos}, which is no id of a vocabulary of {vocab_size}: set "
             "it to the id of the tokenizer's end-of-text token"
         )
     return eos
-
-
-def _highest_pooled_id(file: Path, last: int) -> int:
-    """What a tower that pools at the highest id of each text pools at: the end of text, if that is the highest.
-
-    Args:
-        last: the last id of the vocabulary, which can be padded.
-    """
-    highest, is_end = highest_id(file.parent)
-    eos_id = last if highest is None else min(highest, last)
-    if not (is_end and highest == eos_id):
-        warn(
-            f"{file}: eos_token_id {LEGACY_EOS} means the highest id of each text to the library; here it "
-            f"is always {eos_id}, a guess, as no tokenizer here has its end-of-text token as its highest id: set "
-            "eos_token_id to that token's id"
-        )
-    return eos_id

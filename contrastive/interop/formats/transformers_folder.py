@@ -39,7 +39,6 @@ from contrastive.models.encoders import unit_length
 from contrastive.patches import Patches
 
 WEIGHTS = "model.safetensors"
-PROCESSORS = {"siglip": "SiglipProcessor", "siglip2": "Siglip2Processor", "clip": "CLIPProcessor"}
 MODELS = {
     models.ModelConfig: models.DualEncoder,
     models.ImageModelConfig: models.ImageModel,
@@ -104,7 +103,7 @@ def write(bundle: Bundle, folder: Path, place: Path) -> list[str]:
                     f"{'of any shape as patches' if towers['image'].native else 'of one size'}, and its preprocessing "
                     f"is '{preprocess.config.resize}': give the bundle a Preprocess that goes with the tower"
                 )
-            processor_class = PROCESSORS[family] if len(towers) == 2 else None
+            processor_class = f"{STEMS[family]}Processor" if len(towers) == 2 else None
             notes += write_preprocess(preprocess.config, size, patch_size, processor_class, folder)
             size = taken_size(preprocess.config, patch_size)[0]
         else:
