@@ -62,9 +62,8 @@ def help_text(
     summary, examples, remarks = _parts(doc)
     extra_options = [_Option(_dashed(flag), *told, "") for flag, told in extra.items()]
     named_options = _named_sections(cls, start, named)
-    known = {
-        one.flag: one for one in (*(one for _, options in sections for one in options), *named_options, *extra_options)
-    }
+    of_sections = [one for _, options in sections for one in options]
+    known = {one.flag: one for one in (*of_sections, *named_options, *extra_options)}
     short = getattr(cls, "SHORT_FLAGS", {})
     for flag, long in short.items():
         if one := known.get(_dashed(long)):
@@ -117,24 +116,23 @@ def _parts(doc: str) -> tuple[str, list[str], list[str]]:
 def _options(cls: type, start: Any, recipe: str) -> tuple[list[_Option], list[tuple[str, list[_Option]]]]:
     """The positional arguments, and for each section of the options its title and what is in it."""
     positional, sections = [], []
-    for prefix, section, instance, usual in _sections(cls, start if start is not None else None):
+    for prefix, section, instance, usual in _sections(cls, start):
         texts, own, inherited = field_texts(section), [], []
         hints = typing.get_type_hints(section, include_extras=True)
         for field in dataclasses.fields(section):
             if field in hidden_fields(section) or dataclasses.is_dataclass(_bare(hints[field.name])):
                 continue
-            value, metavar, stands_alone = _value(hints[field.name])
-            text = texts.get(field.name, "")
-            if stands_alone:
-                positional.append(_Option(metavar or field.name.upper(), "", text, ""))
+            value, text = _value(hints[field.name]), texts.get(field.name, "")
+            if is_positional(hints[field.name]):
+                positional.append(_Option(value, "", text, ""))
                 continue
-            default = _told(usual, field.name, hints[field.name])
+            default = _told(usual, field.name)
             if instance is not None and usual is not None:
                 here = getattr(instance, field.name)
                 if here != getattr(usual, field.name, here):
                     default = f"{default or 'none'}; {recipe} {_word(here)}"
             name = f"no_{field.name}" if default == "on" else field.name
-            one = _Option(_dashed(prefix + name), metavar or value, text, "" if default in ("on", "off") else default)
+            one = _Option(_dashed(prefix + name), value, text, "" if default in ("on", "off") else default)
             # The first class may be one made on the way, which repeats what was chosen.
             is_own = any(field.name in base.__dict__.get("__annotations__", {}) for base in section.__mro__[:2])
             (own if is_own else inherited).append(one)
@@ -170,13 +168,10 @@ def field_texts(cls: type) -> dict[str, str]:
         except (OSError, TypeError):  # made on the way, from one that has the docstrings
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-        for field, below in zip(body, body[1:], strict=False):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                texts[field.target.id] = " ".join(str(below.value.value).split())
+        for pair in zip(body, body[1:], strict=False):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=text)):
+                    texts[name] = " ".join(str(text).split())
     return texts
 
 
@@ -184,11 +179,10 @@ def _bare(hint: Any) -> Any:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
 
 
-def _value(hint: Any) -> tuple[str, str, bool]:
-    """What stands for a value of this type; the metavar that the type itself has; whether it is positional."""
+def _value(hint: Any) -> str:
+    """What stands for a value of this type: the metavar that it has, as positional ones do, else a word for it."""
     notes = getattr(hint, "__metadata__", ())
-    metavar = next((note.metavar for note in notes if getattr(note, "metavar", None)), "")
-    return _word_for(_bare(hint)), metavar, is_positional(hint)
+    return next((note.metavar for note in notes if getattr(note, "metavar", None)), None) or _word_for(_bare(hint))
 
 
 def _word_for(hint: Any) -> str:
@@ -203,7 +197,7 @@ def _word_for(hint: Any) -> str:
     return {int: "N", float: "X", bool: "", str: "TEXT"}.get(hint, "PATH" if hint.__name__ == "Path" else "VALUE")
 
 
-def _told(usual: Any, name: str, hint: Any) -> str:
+def _told(usual: Any, name: str) -> str:
     value = getattr(usual, name, None)
     return ("on" if value else "off") if isinstance(value, bool) else _word(value)
 
