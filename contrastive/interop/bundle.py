@@ -160,7 +160,7 @@ def is_native(folder: Path) -> bool:
         return False
 
 
-def load_native(folder: Path, with_tokenizer: bool = True) -> Bundle:
+def load_native(folder: Path, with_tokenizer: bool) -> Bundle:
     """Load one of our model folders: the model in eval mode on the CPU.
 
     Raises:

@@ -85,7 +85,7 @@ def export(
         for lies, called in ((out, out.name), (bundle.path, public_name(str(bundle.path)))):
             of_card = [note.replace(str(lies), called) for note in of_card]
         card = temporary / "README.md"
-        card.write_text(model_card(bundle, to, temporary, name or out.name, checks, of_card), encoding="utf-8")
+        card.write_text(_model_card(bundle, to, temporary, name or out.name, checks, of_card), encoding="utf-8")
         for file in temporary.rglob("*"):
             if file.is_file():  # safetensors are for their owner alone; the folder is for others
                 file.chmod(card.stat().st_mode)
@@ -201,9 +201,7 @@ def _check(bundle: Bundle, writing, folder: Path, notes: list[str], to: str) -> 
     return checks
 
 
-def model_card(
-    bundle: Bundle, to: str, folder: Path, name: str, checks: Sequence[Check], notes: Sequence[str] = ()
-) -> str:
+def _model_card(bundle: Bundle, to: str, folder: Path, name: str, checks: Sequence[Check], notes: Sequence[str]) -> str:
     """Return the card.
 
     Args:

@@ -194,8 +194,7 @@ def made_preprocess(
 def checked_preprocess(bundle: Bundle, scales: bool) -> tuple[PreprocessConfig, list[str]]:
     """Return how images become pixels, and what of that an evaluation transform cannot do, with what to do instead.
 
-    Args:
-        scales: whether it can scale to more than the size of the images, as timm's by its crop_pct.
+    scales: whether it can scale to more than the size of the images, as timm's by its crop_pct.
 
     Raises:
         UserError: there is no preprocessing, which timm and open_clip cannot do without, or it makes images of another

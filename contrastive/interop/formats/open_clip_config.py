@@ -220,13 +220,10 @@ def model_options(
 
 
 def _text_options(text: Mapping[str, Any], given: Mapping[str, Any], quick_gelu: bool, where: Path) -> TextTowerConfig:
-    """Return our options for a text tower.
+    """Return our options for a text tower; `given` is what the file itself says, without open_clip's defaults.
 
     Pooling at the highest id of a text ('argmax') is pooling at its end-of-text token exactly where that is the
     highest id that texts have: 49,407 of CLIP's tokenizer, else the last of the vocabulary.
-
-    Args:
-        given: what the file itself says, without open_clip's defaults.
     """
     vocabulary = range(text["vocab_size"])
     clip = not text["hf_tokenizer_name"] and text["vocab_size"] >= CLIP_VOCABULARY

@@ -63,10 +63,7 @@ def towers_of(model: nn.Module) -> Towers:
 
 
 def fitting_family(model: nn.Module, name: str) -> str:
-    """Return 'siglip', 'siglip2' (images of any shape) or 'clip', whichever can hold the model exactly.
-
-    Args:
-        name: of the model, for the message.
+    """Return 'siglip', 'siglip2' (images of any shape) or 'clip', whichever can hold the model called `name` exactly.
 
     Raises:
         UserError: neither can; all that does not fit the nearer one is named.

@@ -199,13 +199,9 @@ def _check_options(options: dict, where: str, tower: str) -> None:
 
 
 def our_config(found: Description, mean_head: bool) -> ModelConfig | ImageModelConfig | TextModelConfig:
-    """Return our options for a model of theirs.
+    """Return our options for a model of theirs; UserError for one that our towers do not have.
 
-    Args:
-        mean_head: the attention head of the image tower is a plain mean (see `is_mean_head`).
-
-    Raises:
-        UserError: an option that our towers do not have.
+    mean_head: the attention head of the image tower is a plain mean (see `is_mean_head`).
     """
     image, text = (_tower_config(found, tower) if tower in found.towers else None for tower in SECTIONS)
     if mean_head:
