@@ -1,16 +1,12 @@
-"""The types of options: what fits one, what it is called, and tyro, which reads flags by them.
-
-Also whether an option of another library's config is of the kind that it has to be: JSON holds anything.
-"""
+"""The types of options: what fits one, what it is called, and tyro, which reads flags by them."""
 
 import contextlib
 import dataclasses
 import io
-import math
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from contrastive.errors import UserError
@@ -110,36 +106,6 @@ def type_name(annotation: Any) -> str:
     if dataclasses.is_dataclass(annotation):
         return ",".join(f"{name}={type_name(hint)}" for name, hint in typing.get_type_hints(annotation).items())
     return "none" if annotation is types.NoneType else annotation.__name__
-
-
-def check(fits: bool, name: str, value: object, wanted: str, mark: str = ":") -> None:
-    """Raise UserError where the value of the option `name` does not fit; `mark` stands before what is wanted."""
-    if not fits:
-        raise UserError(f"{name} is {value!r}{mark} it has to be {wanted}")
-
-
-def is_count(value: object) -> bool:
-    """Whether it is a whole number above 0."""
-    return type(value) is int and value > 0
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite number; true and false are none."""
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def is_positive(value: object) -> bool:
-    """Whether it is a finite number above 0."""
-    return is_number(value) and value > 0
-
-
-def per_channel(
-    name: str, value: float | Sequence[float], wanted: str = "three numbers, one for each channel", mark: str = ";"
-) -> tuple[float, ...]:
-    """Return a number, or a list of one or three of them, as one for each of three channels; UserError for another."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    check(len(values) in (1, 3) and all(map(is_number, values)), name, value, wanted, mark)
-    return tuple(map(float, values)) * (3 // len(values))
 
 
 def is_positional(hint: Any) -> bool:

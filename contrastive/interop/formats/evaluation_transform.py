@@ -12,8 +12,8 @@ from typing import Any
 from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, PreprocessConfig
 from contrastive.errors import UserError
 from contrastive.interop.bundle import Absent, Bundle
+from contrastive.interop.formats import check, is_count, is_number, per_channel
 from contrastive.models import ImageTowerConfig
-from contrastive.option_types import check, is_count, is_number, per_channel
 
 TIMM_MODES = {"center": "crop", "squash": "squash"}
 OPEN_CLIP_MODES = {"shortest": "crop", "squash": "squash"}

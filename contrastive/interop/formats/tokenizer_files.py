@@ -28,8 +28,8 @@ from contrastive.data.tokenizer import (
 from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent
+from contrastive.interop.formats import is_number
 from contrastive.models import TextTowerConfig
-from contrastive.option_types import is_number
 
 MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 VOCABULARIES = (MODEL_FILE, "spiece.model", "tokenizer.model", "vocab.json")

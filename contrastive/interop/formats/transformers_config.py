@@ -11,10 +11,10 @@ from pathlib import Path
 
 from contrastive.errors import UserError, needs
 from contrastive.files import read_json
+from contrastive.interop.formats import check, is_count, is_number
 from contrastive.interop.formats.tokenizer_files import highest_id
 from contrastive.log import warn
 from contrastive.models import ImageModelConfig, ImageTowerConfig, ModelConfig, TextModelConfig, TextTowerConfig
-from contrastive.option_types import check, is_count, is_number
 
 Towers = Mapping[str, ImageTowerConfig | TextTowerConfig]
 """Options by 'image' and 'text', of the towers that there are."""

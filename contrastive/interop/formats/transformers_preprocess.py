@@ -6,8 +6,8 @@ from contrastive.data.preprocess import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP
 from contrastive.errors import UserError
 from contrastive.files import read_json, write_json
 from contrastive.interop.bundle import Absent
+from contrastive.interop.formats import check, is_count, is_positive, per_channel
 from contrastive.interop.formats.evaluation_transform import made_preprocess, taken_size
-from contrastive.option_types import check, is_count, is_positive, per_channel
 
 FILE, NESTED_FILE = "preprocessor_config.json", "processor_config.json"
 SQUASH, CROP, NAFLEX = "SiglipImageProcessor", "CLIPImageProcessor", "Siglip2ImageProcessor"
