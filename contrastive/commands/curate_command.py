@@ -17,6 +17,7 @@ from typing import Annotated
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tyro.conf import Positional, arg
 
 import contrastive
@@ -158,7 +159,7 @@ def _print(rows: list[tuple[str, ...]], heading: bool = False) -> None:
     for place, name in enumerate(rows[0]):
         table.add_column(name if heading else None, justify="right" if place else "left", overflow="fold")
     for row in rows[heading:]:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 

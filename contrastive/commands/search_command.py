@@ -19,6 +19,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tyro.conf import Positional, arg
 
 import contrastive
@@ -27,7 +28,7 @@ from contrastive.config import parse
 from contrastive.data.record import Source
 from contrastive.data.sources import announce, open_source
 from contrastive.data.sources.image_files import open_images
-from contrastive.data.sources.paths import IMAGE_SUFFIXES
+from contrastive.data.sources.paths import is_image
 from contrastive.errors import UserError
 from contrastive.evaluate.embedding_store import EmbeddingStore, find_store
 from contrastive.evaluate.embeddings import EmbeddingSet, check_text_tower, embed_images, embed_texts
@@ -106,7 +107,7 @@ def search(options: SearchOptions) -> None:
     device = chosen_device(options.device)
     store = find_store(Path(options.images).expanduser())
     source = open_images([options.images]) if store is None else _data_of(store)
-    shown = open_images(pictures) if (pictures := [query for query in options.queries if _is_image(query)]) else None
+    shown = open_images(pictures) if (pictures := [query for query in options.queries if is_image(query)]) else None
     bundle = contrastive.load(options.model, device=device)
     if len(pictures) < len(options.queries):
         check_text_tower(bundle, "a text as the query")
@@ -135,10 +136,6 @@ def search(options: SearchOptions) -> None:
     report(options, queries, hits, found, source)
 
 
-def _is_image(query: str) -> bool:
-    return query.rpartition(".")[2].lower() in IMAGE_SUFFIXES
-
-
 def _data_of(store: EmbeddingStore) -> Source | None:
     """The data that a store is of, where they are still at hand as they were: for the pictures, and what is in them."""
     said = store.config["data"]
@@ -158,7 +155,7 @@ def read_queries(asked: tuple[str, ...], shown: Source | None, bundle, device) -
     Raises:
         UserError: an image that cannot be read.
     """
-    texts = [query for query in asked if not _is_image(query)]
+    texts = [query for query in asked if not is_image(query)]
     features = iter(embed_texts(bundle.model, bundle.tokenizer, texts, device=device) if texts else ())
     images = iter(())
     if shown is not None:
@@ -166,7 +163,7 @@ def read_queries(asked: tuple[str, ...], shown: Source | None, bundle, device) -
         for reason, key in embedded.bad:
             raise UserError(f"{key}: the image cannot be read ({reason})")
         images = iter([(own, picture(shown, place)) for place, own in enumerate(embedded.features)])
-    return [Query(said, *next(images)) if _is_image(said) else Query(said, next(features), None) for said in asked]
+    return [Query(said, *next(images)) if is_image(said) else Query(said, next(features), None) for said in asked]
 
 
 def _hit(query: str, rank: int, score: float, row: int, found: EmbeddingSet, source: Source | None) -> Hit:
@@ -194,11 +191,11 @@ def report(options: SearchOptions, queries: list[Query], hits: list[list[Hit]], 
 
 
 def _print(query: Query, hits: list[Hit]) -> None:
-    table = Table(title=query.said, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=Text(query.said), box=box.SIMPLE_HEAD, title_justify="left")
     for name in ("rank", "score", "image", "caption or class"):
         table.add_column(name, justify="right" if name in ("rank", "score") else "left", overflow="fold")
     for hit in hits:
-        table.add_row(str(hit.rank), f"{hit.score:.3f}", hit.key, hit.text)
+        table.add_row(str(hit.rank), f"{hit.score:.3f}", Text(hit.key), Text(hit.text))
     Console().print(table)
 
 

@@ -76,6 +76,15 @@ def open_images_of(folder):
     return open_images([str(folder)])
 
 
+def test_what_looks_like_markup_or_a_suffix_is_text(search, model_folder, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "[bold] a.png")
+    done = search(model_folder, folder, "png", "[/x] a dog", "--out", tmp_path / "page.html", "--cache", tmp_path / "e")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[bold] a.png") == 2 and "[/x] a dog" in done.stdout
+
+
 def test_over_embeddings_of_this_model_with_the_captions_of_the_data(search, embed, model_folder, tmp_path):
     out = tmp_path / "out"
     assert embed(model_folder, "scenes:val", out, "--limit", 40, "--only", "images").returncode == 0

@@ -86,7 +86,8 @@ def table_suffix(path: str) -> str:
 
 def is_image(path: str) -> bool:
     """Whether a file is called as images are."""
-    return path.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+    _, dot, suffix = path.rpartition(".")
+    return dot != "" and suffix.lower() in IMAGE_SUFFIXES
 
 
 def read_image_file(path: str, key: str) -> bytes:
