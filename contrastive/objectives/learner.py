@@ -2,13 +2,17 @@
 
 import itertools
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from contrastive.files import write_json
 from contrastive.models import DualEncoder, Features, ImageModel, ImageModelConfig, ModelConfig, PackedTokens
 from contrastive.models.init import initialise_tower
 from contrastive.objectives.objective import MicroBatch, Objective, Tensors
@@ -115,3 +119,21 @@ def objective_weights(weights: Tensors, objectives: Iterable[Objective]) -> dict
     """Return those of these objectives."""
     prefixes = tuple(f"{PREFIX}{one.name}." for one in objectives)
     return {name: tensor for name, tensor in weights.items() if name.startswith(prefixes)}
+
+
+def save_objectives(folder: Path, objectives: Iterable[Objective], weights: Tensors, ema: Tensors | None) -> None:
+    """Write the folder objectives/ with those of the objectives whose weights are there; nothing where there are none.
+
+    model.safetensors   weights by parameter name, 'objectives.NAME. ...'
+    ema.safetensors     averaged ones, where the run keeps them
+    config.json         the options of each, by its name
+    """
+    found = {one.name: one for one in objectives if objective_weights(weights, [one])}
+    if not found:
+        return
+    folder.mkdir()
+    for name, tensors in (("model", weights), ("ema", ema)):
+        if tensors is not None:
+            own = objective_weights(tensors, found.values())
+            save_file({k: v.detach().cpu().contiguous() for k, v in own.items()}, folder / f"{name}.safetensors")
+    write_json(folder / "config.json", {name: asdict(one.options) for name, one in found.items()})

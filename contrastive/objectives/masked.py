@@ -9,7 +9,7 @@ from torch import nn
 from contrastive.data.extras import DrawnPlaces
 from contrastive.models.image_tower import Hidden
 from contrastive.objectives.objective import MicroBatch, Setting, Tensors
-from contrastive.objectives.prototypes import PrototypeConfig, PrototypeObjective, at_places
+from contrastive.objectives.self_taught import PrototypeConfig, PrototypeObjective, at_places
 from contrastive.option_types import Probability
 
 

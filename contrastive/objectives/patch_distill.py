@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from contrastive.data.extras import DrawnPlaces
 from contrastive.errors import UserError
 from contrastive.objectives.objective import MicroBatch, Setting, Tensors
-from contrastive.objectives.prototypes import PrototypeConfig, PrototypeObjective, at_places
+from contrastive.objectives.self_taught import PrototypeConfig, PrototypeObjective, at_places
 from contrastive.option_types import Positive, Probability
 
 

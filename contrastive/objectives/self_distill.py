@@ -9,7 +9,7 @@ from contrastive.data.augment import AugmentConfig
 from contrastive.data.extras import Crops
 from contrastive.errors import UserError
 from contrastive.objectives.objective import MicroBatch, Setting, Tensors
-from contrastive.objectives.prototypes import PrototypeConfig, PrototypeObjective
+from contrastive.objectives.self_taught import PrototypeConfig, PrototypeObjective
 from contrastive.option_types import Positive
 
 LOCAL_SHARE = 3 / 7

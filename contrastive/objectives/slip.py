@@ -12,7 +12,7 @@ from contrastive.losses.softmax import SoftmaxLoss
 from contrastive.models import Features
 from contrastive.models.encoders import unit_length
 from contrastive.objectives.objective import MicroBatch, Objective, ObjectiveConfig, Setting, Tensors
-from contrastive.objectives.prototypes import three_layers
+from contrastive.objectives.self_taught import three_layers
 from contrastive.option_types import Positive
 
 

@@ -24,8 +24,7 @@ from contrastive.losses import LOSSES, LossConfig, NoLossConfig, SoftmaxLossConf
 from contrastive.models import DualEncoder, ModelConfig
 from contrastive.named_sections import Chosen, by_name, preset, several, slot
 from contrastive.objectives import OBJECTIVES, Objective, Setting
-from contrastive.objectives.learner import Learner, Learning, objective_weights, own_weights
-from contrastive.objectives.saving import save_objectives
+from contrastive.objectives.learner import Learner, Learning, objective_weights, own_weights, save_objectives
 from contrastive.option_types import NotNegative
 from contrastive.train.gradient import Batch, forward_backward
 from contrastive.train.native import parts_of_batch, resolve_native

@@ -27,7 +27,7 @@ from contrastive.models.generate import GenerationConfig, generate, log_likeliho
 from contrastive.objectives import captioner as captioner_module
 from contrastive.objectives.caption import CaptionConfig, decoder_for
 from contrastive.objectives.captioner import Captioner
-from contrastive.objectives.saving import save_objectives
+from contrastive.objectives.learner import save_objectives
 
 
 def test_bleu_by_hand():

@@ -22,8 +22,8 @@ from contrastive.objectives.learner import Learner
 from contrastive.objectives.masked import MaskedConfig
 from contrastive.objectives.patch_distill import PatchDistillConfig
 from contrastive.objectives.patch_mean import PatchMeanConfig
-from contrastive.objectives.prototypes import PrototypeObjective
 from contrastive.objectives.self_distill import SelfDistillConfig
+from contrastive.objectives.self_taught import PrototypeObjective
 from contrastive.train.gradient import Batch, forward_backward
 
 CONFIG = ModelConfig(

@@ -81,7 +81,7 @@ def _captioner(folder: Path) -> None:
     from contrastive.files import write_folder
     from contrastive.interop.bundle import save_model
     from contrastive.objectives.caption import CaptionConfig, decoder_for
-    from contrastive.objectives.saving import save_objectives
+    from contrastive.objectives.learner import save_objectives
 
     bundle = small_bundle("siglip")
     options = CaptionConfig(width=8, depth=1, num_heads=1, mlp_dim=8)
