@@ -19,8 +19,7 @@ from pathlib import Path
 from rows import append, run_benchmark
 
 from contrastive.option_types import Positive
-from contrastive.train.hang_watch import HangWatch
-from contrastive.train.health import Judge
+from contrastive.train.health import HangWatch, Judge
 from contrastive.train.loop import Trainer
 from contrastive.train.pretrain import PretrainConfig, pretrain
 from contrastive.train.run import command

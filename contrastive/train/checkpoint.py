@@ -20,6 +20,7 @@ from typing import TypedDict
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -32,7 +33,6 @@ from contrastive.interop.bundle import fill_model, newest_whole, tensors_in
 from contrastive.log import warn
 from contrastive.objectives.learner import PREFIX
 from contrastive.optim import ExponentialMovingAverage
-from contrastive.train.retention import check_room
 
 Optimizers = list[torch.optim.Optimizer]
 Tensors = Mapping[str, torch.Tensor]
@@ -117,6 +117,17 @@ def write_checkpoint(
         ) from error
 
 
+def check_room(folder: Path, needed: int, what: str, mend: str) -> None:
+    """Raise UserError where the disk of `folder` has less than `needed` bytes free.
+
+    what: is to be written, mend: what to do about it; for the message.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(nearest).free
+    if free < needed:
+        raise UserError(f"{folder} has {decimal(free)} free, and {what} needs {decimal(needed)}; {mend}")
+
+
 def _on_the_first(call: Callable[[], None], group: dist.ProcessGroup) -> None:
     """Call on the first rank what has to be done before the others go on; what fails there fails on all."""
     failure: list[Exception | None] = [None]
@@ -161,6 +172,12 @@ def load_model(folder: Path, model: nn.Module) -> None:
 def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Return all weights of a checkpoint by parameter name, those of objectives with the model's."""
     return tensors_in(folder / "model.safetensors") | _beside(folder / "objectives/model.safetensors")
+
+
+def reload_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Put a verified checkpoint's weights into a model, sharded or not, that may be compiled and wrapped."""
+    saved, own = saved_weights(checkpoint), model.state_dict()
+    model.load_state_dict({name: like(saved[name].to(tensor.device), tensor) for name, tensor in own.items()})
 
 
 def load_training_state(

@@ -21,14 +21,11 @@ from contrastive.models.transformer import Transformer
 from contrastive.optim import ExponentialMovingAverage, set_learning_rates, step_unless
 from contrastive.results import figure_told, key_parts
 from contrastive.train.bad_samples import BadSamples
-from contrastive.train.checkpoint import load_model, load_training_state, read_cursor
-from contrastive.train.hang_watch import HangWatch
-from contrastive.train.health import Judge, TroubleError
-from contrastive.train.norms import BlockNorms
+from contrastive.train.checkpoint import load_model, load_training_state, read_cursor, reload_weights
+from contrastive.train.health import BlockNorms, HangWatch, Judge, TroubleError
 from contrastive.train.options import num_workers
 from contrastive.train.progress import Advice, Epochs, LateFigures, ProgressBar, StepTimer
-from contrastive.train.roll_back import last_good, reload_weights
-from contrastive.train.saver import CheckpointSaver
+from contrastive.train.saver import CheckpointSaver, last_good
 from contrastive.train.stopping import record_stop, stop_requests
 from contrastive.train.task import TrainingTask
 

@@ -1,6 +1,11 @@
-"""When a run's checkpoints are written: beside training, by one thread, from a copy of the state in host memory."""
+"""A run's checkpoints: when they are written, which of them stay, which one is gone back to.
 
+They are written beside training, by one thread, from a copy of the state in host memory.
+"""
+
+import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -13,12 +18,20 @@ from torch.distributed.tensor import DTensor
 
 from contrastive.distributed.collectives import gather_objects, rank
 from contrastive.errors import UserError, reason_of
-from contrastive.files import check_writable
+from contrastive.files import check_writable, problem
 from contrastive.log import warn
 from contrastive.optim import ExponentialMovingAverage, Muon
-from contrastive.train.checkpoint import Optimizers, SaveModel, TrainingState, training_state, write_checkpoint
+from contrastive.train.checkpoint import (
+    Optimizers,
+    SaveModel,
+    TrainingState,
+    check_room,
+    read_cursor,
+    training_state,
+    write_checkpoint,
+)
+from contrastive.train.health import TroubleError
 from contrastive.train.options import CheckpointConfig
-from contrastive.train.retention import Verification, check_room, checkpoints_in, expendable, step_of
 
 BESIDE_TENSORS = 2**24  # bytes at most of what else is in a checkpoint: the tokenizer, chiefly
 
@@ -54,7 +67,7 @@ class CheckpointSaver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
         self._failure: BaseException | None = None
-        self._wrong = Verification()
+        self._whole: dict[Path, dict] = {}  # files of the folders that were read back whole, with size and time
 
     def begin(self, done: int, steps: int) -> None:
         """Raise UserError where the checkpoints of steps `done` to `steps` cannot be written, or have no room."""
@@ -135,6 +148,17 @@ class CheckpointSaver:
             for old in expendable(until_now, self._config.keep, self._config.keep_every, self._wrong):
                 shutil.rmtree(old, ignore_errors=True)
 
+    def _wrong(self, folder: Path) -> str | None:
+        """As `problem`; a folder that was whole is read again only when its files have another size or time."""
+        found = {path: path.lstat() for path in folder.rglob("*")}
+        seen = {path: (status.st_size, status.st_mtime_ns) for path, status in found.items()}
+        if self._whole.get(folder) == seen:
+            return None
+        wrong = problem(folder)
+        if wrong is None:
+            self._whole[folder] = seen
+        return wrong
+
     def _check_room_ahead(self, done: int, steps: int) -> None:
         check_writable(self._checkpoints, "name another folder with --out")
         config, (model, optimizers, ema) = self._config, self._parts
@@ -159,3 +183,60 @@ def _expected_bytes(optimizer: torch.optim.Optimizer) -> int:
     """What it will keep when it has done a step: Muon one tensor for each it learns, AdamW two."""
     learning = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     return (1 if isinstance(optimizer, Muon) else 2) * _bytes(learning)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder of them, damaged ones too, oldest first."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def is_milestone(checkpoint: Path, keep_every: int | None) -> bool:
+    """Whether a checkpoint is kept for ever. That of step 0, with nothing learned, is not."""
+    step = step_of(checkpoint)
+    return keep_every is not None and step > 0 and step % keep_every == 0
+
+
+def expendable(
+    checkpoints: list[Path], keep: int, keep_every: int | None, wrong: Callable[[Path], str | None]
+) -> list[Path]:
+    """Return those that may be deleted: all that are older than the `keep` newest whole ones, but for milestones.
+
+    Args:
+        checkpoints: oldest first. wrong: what is wrong with one, None where it is whole. Damaged ones do not count.
+    """
+    kept = 0
+    for place in reversed(range(len(checkpoints))):
+        kept += wrong(checkpoints[place]) is None
+        if kept == keep:
+            return [path for path in checkpoints[:place] if not is_milestone(path, keep_every)]
+    return []
+
+
+def last_good(checkpoints: Path, trouble: TroubleError, max_roll_backs: int) -> Path:
+    """Return the newest whole checkpoint from before the trouble, and delete those that are newer: no resume is to find
+    them.
+
+    Raises:
+        UserError: there is none, or the run went back to it too often already.
+    """
+    folders = checkpoints_in(checkpoints)[::-1]
+    before = [folder for folder in folders if step_of(folder) < trouble.first]
+    good = next((folder for folder in before if problem(folder) is None), None)
+    if good is None:
+        raise UserError(
+            f"step {trouble.last}: {trouble.what}, and no whole checkpoint from before step {trouble.first} is left to "
+            "go back to; raise checkpoint.keep"
+        )
+    times = read_cursor(good).get("run", {}).get("rolled_back", 0)
+    if times >= max_roll_backs:
+        raise UserError(
+            f"step {trouble.last}: {trouble.what}, after {times} times back to {good.name} (health.max_roll_backs); "
+            "lower optimizer.lr, or look at the data"
+        )
+    for folder in folders[: folders.index(good)]:
+        shutil.rmtree(folder)
+    return good

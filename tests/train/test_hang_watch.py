@@ -1,6 +1,6 @@
 import time
 
-from contrastive.train.hang_watch import HangWatch
+from contrastive.train.health import HangWatch
 
 
 def hangs_here():

@@ -12,8 +12,8 @@ from test_checkpoint import build, flip_bit, tokenizer  # noqa: F401 - a fixture
 from test_checkpoint import saver as make_saver
 
 from contrastive.errors import UserError
-from contrastive.train import checkpoint, retention
-from contrastive.train.retention import expendable
+from contrastive.train import checkpoint
+from contrastive.train.saver import expendable
 
 Disk = namedtuple("Disk", "total used free")
 
@@ -171,7 +171,7 @@ def test_damaged_ones_do_not_count_among_the_kept(saver, tmp_path):
 def test_one_that_does_not_read_back_replaces_nothing(saver, tmp_path, monkeypatch):
     beside = saver(keep=1)
     beside.save({"step": 1}, in_background=False)
-    monkeypatch.setattr(retention, "problem", lambda folder: "model.safetensors is damaged")
+    monkeypatch.setattr("contrastive.train.saver.problem", lambda folder: "model.safetensors is damaged")
     with pytest.raises(UserError, match="step-00000002, just written: model.safetensors is damaged; earlier"):
         beside.save({"step": 2}, in_background=False)
     assert "step-00000001" in names(tmp_path / "checkpoints")
