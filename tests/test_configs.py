@@ -11,8 +11,7 @@ from contrastive.config import parse, to_dict
 from contrastive.data.preprocess import CLIP_MEAN, PreprocessConfig, PreprocessOptions
 from contrastive.errors import UserError
 from contrastive.models import DualEncoder, ImageClassifier
-from contrastive.train.classification_task import check_supervised
-from contrastive.train.classify import TrainClassifierConfig
+from contrastive.train.classify import TrainClassifierConfig, check_supervised
 from contrastive.train.contrastive_task import PretrainConfig, check
 from contrastive.train.finetune import FinetuneConfig
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from contrastive import models
 from contrastive.data.order import SampleOrder
-from contrastive.data.preprocess import Preprocess
 from contrastive.data.record import Source
 from contrastive.data.samples import PairDataset
 from contrastive.data.settings import DataConfig
@@ -30,7 +29,6 @@ from contrastive.train.gradient import Batch, forward_backward
 from contrastive.train.native import parts_of_batch, resolve_native
 from contrastive.train.options import RunConfig, check_run, resolve_run
 from contrastive.train.task import (
-    Curriculum,
     Inputs,
     Losses,
     TrainingTask,
@@ -202,15 +200,12 @@ class ContrastiveTask(TrainingTask):
     )
 
     def __init__(self, config: PretrainConfig, source: Source, tokenizer: Tokenizer, held_out: list[Source]):
-        self.config, self.source, self.tokenizer, self.held_out = config, source, tokenizer, held_out
         torch.manual_seed(config.train.seed)
-        options = by_name(config.objectives)
-        self.model = self.new_model()
+        model = self.new_model(config)
         if config.lock == "image":
-            self.model.image_tower.requires_grad_(False).eval()
-        self.curriculum = Curriculum(config.curriculum, config.train.steps, self.model.image_tower)
-        image = config.model.image
-        self.preprocess = Preprocess(config.data.preprocess.at(image.image_size, image.patch_size))
+            model.image_tower.requires_grad_(False).eval()
+        super().__init__(config, model, source, held_out)
+        self.tokenizer = tokenizer
         self.loss = (replace(config.loss, duplicates="positive") if config.all_captions else config.loss).build()
         batch = config.train.global_batch_size
         # With many matches in a row the loss of guessing is another one for each loss: no advice is given then.
@@ -218,14 +213,14 @@ class ContrastiveTask(TrainingTask):
         self.chance_loss = math.inf if few else config.loss.chance_loss(batch) * (1 + config.between_captions)
         if config.all_captions:  # one of B·K texts for half of the loss
             self.chance_loss += math.log(config.data.captions_per_image) / 2
-        for name, own in options.items():
+        for name, own in by_name(config.objectives).items():
             self.model.objectives[name] = built = own.build(self._setting(name))
             if own.keep and next(built.parameters(), None) is None:
                 raise UserError(f"objectives.{name}.keep: it has no modules that could be kept; leave it out")
 
-    def new_model(self) -> nn.Module:
+    def new_model(self, config: PretrainConfig) -> nn.Module:
         """Return the model with fresh weights, its objectives still to come."""
-        return Learner(self.config.model) if by_name(self.config.objectives) else DualEncoder(self.config.model)
+        return Learner(config.model) if by_name(config.objectives) else DualEncoder(config.model)
 
     def _setting(self, name: str) -> Setting:
         config, data = self.config, self.config.data

@@ -19,8 +19,7 @@ from contrastive.interop.loading import load
 from contrastive.log import say
 from contrastive.models import ClassifierConfig, ImageClassifier
 from contrastive.option_types import Bound, Positive, Probability
-from contrastive.train.classification_task import ClassificationTask, SupervisedConfig, check_supervised
-from contrastive.train.classify import num_classes, open_data
+from contrastive.train.classify import ClassificationTask, SupervisedConfig, check_supervised, num_classes, open_data
 from contrastive.train.given import at_size, check_brought
 from contrastive.train.native import resolve_native
 from contrastive.train.options import resolve_run

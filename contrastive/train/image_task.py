@@ -43,8 +43,8 @@ class ImageTask(ContrastiveTask):
                 raise UserError("data.eval is scored by captions with --loss none: add --objectives caption")
             scorers()
 
-    def new_model(self) -> ImageLearner:
-        return ImageLearner(self.config.model)
+    def new_model(self, config: PretrainConfig) -> ImageLearner:
+        return ImageLearner(config.model)
 
     def inputs(self, batch: dict) -> Inputs:
         inputs = {

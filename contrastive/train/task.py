@@ -69,20 +69,16 @@ class Curriculum:
 
 
 class TrainingTask(ABC):
-    """A model with its data and its loss. Subclasses: ContrastiveTask, ClassificationTask."""
+    """A model with its data and its loss. Subclasses: ContrastiveTask, ClassificationTask.
 
-    config: RunConfig
-    """Resolved: nothing in it is left open."""
-    source: Source
-    """What it is trained on."""
-    held_out: list[Source]
-    """What it is evaluated on."""
-    model: nn.Module
-    """The weights, not wrapped for several ranks."""
-    preprocess: Preprocess
-    """How its images are made."""
-    curriculum: Curriculum
-    """At which size they are, in training."""
+    preprocess: how its images are made. curriculum: at which size they are, in training.
+
+    Args:
+        config: resolved, nothing in it is left open.
+        model: the weights, not wrapped for several ranks.
+        source: what it is trained on. held_out: what it is evaluated on.
+    """
+
     tokenizer: Tokenizer | None = None
     """How its texts are made, where it has any."""
     chance_loss: float
@@ -91,6 +87,12 @@ class TrainingTask(ABC):
     """What to look at when the loss stays there."""
     chooses: bool = True
     """Whether `score` counts right choices, which guessing hits at times."""
+
+    def __init__(self, config: RunConfig, model: nn.Module, source: Source, held_out: list[Source]):
+        self.config, self.model, self.source, self.held_out = config, model, source, held_out
+        self.curriculum = Curriculum(config.curriculum, config.train.steps, model.image_tower)
+        image = model.config.image
+        self.preprocess = Preprocess(config.data.preprocess.at(image.image_size, image.patch_size))
 
     def image_size(self, order: SampleOrder) -> ImageSize:
         """Return how large the images of a step are, or of all."""

@@ -24,8 +24,14 @@ from contrastive.evaluate.classification import classification
 from contrastive.log import read_metrics
 from contrastive.models import ClassifierConfig, ImageClassifier, ImageTowerConfig
 from contrastive.optim import MuonConfig
-from contrastive.train.classification_task import Mixing
-from contrastive.train.classify import TrainClassifierConfig, num_classes, open_data, parameter_rows, train_classifier
+from contrastive.train.classify import (
+    Mixing,
+    TrainClassifierConfig,
+    num_classes,
+    open_data,
+    parameter_rows,
+    train_classifier,
+)
 from contrastive.train.options import CheckpointConfig, EvaluationConfig, TrainConfig
 from contrastive.train.run import command
 
