@@ -134,24 +134,24 @@ def gather_integers(values: list[int]) -> list[list[int]]:
     return all_gather_even(torch.tensor([values], device=device)).tolist()
 
 
-def gather_objects(value: T) -> list[T]:
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Return every rank's picklable `value`, in rank order. For small things: counts, messages."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
-def together(call: Callable[[], T]) -> T:
+def together(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Return what `call` does, and wait for the other ranks; what fails on one of them fails on all."""
     result, failure = None, None
     try:
         result = call()
-    except UserError as error:
-        failure = str(error)
-    failures = [message for message in gather_objects(failure) if message]
+    except (OSError, UserError) as error:
+        failure = error
+    failures = [error for error in gather_objects(failure, group) if error is not None]
     if failures:
-        raise UserError(failures[0])
+        raise failures[0]
     return result
 
 

@@ -11,7 +11,6 @@ import psutil
 import torch
 
 from contrastive.distributed import end_with_parent
-from contrastive.distributed.sharding import asked_to_shard
 from contrastive.errors import UserError
 from contrastive.words import answers
 
@@ -106,6 +105,31 @@ def check_environment() -> None:
                     f"{name} is {given(name)}, but these processes would not meet: start torchrun once a machine, "
                     f"with --nnodes and --rdzv_endpoint, or unset {name} for runs of their own"
                 )
+
+
+def asked_to_shard() -> bool:
+    """Whether the launcher asks for FSDP2.
+
+    Raises:
+        UserError: FSDP1, a single process, or a setting of FSDP that has no effect here.
+    """
+    given = os.environ.get
+    if given("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return False
+    if given("FSDP_VERSION", "1") != "2":
+        raise UserError(f"FSDP{given('FSDP_VERSION', '1')} is not supported; use fsdp_version: 2 (--fsdp_version 2)")
+    if int(given("WORLD_SIZE", 1)) == 1:
+        raise UserError("FSDP with one process shards nothing; leave --use_fsdp out, or start more (--num_processes)")
+    for name, value, how in (
+        ("OFFLOAD_PARAMS", "true", "leave it out"),
+        ("ACTIVATION_CHECKPOINTING", "true", "use --train.gradient_checkpointing 1"),
+        ("STATE_DICT_TYPE", "FULL_STATE_DICT", "checkpoints are sharded, final/ is whole"),
+        ("AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "the blocks of the towers are sharded, one by one"),
+        ("AUTO_WRAP_POLICY", "NO_WRAP", "the blocks of the towers are sharded, one by one"),
+    ):
+        if given(f"FSDP_{name}", "").lower() == value.lower():
+            raise UserError(f"fsdp_{name.lower()} {value} is not supported; {how}")
+    return True
 
 
 def asked_precision() -> Literal["fp32", "bf16"] | None:

@@ -27,8 +27,8 @@ from torch import nn
 from contrastive.command_line import chosen_device
 from contrastive.distributed import keep_freed_memory
 from contrastive.distributed.collectives import waiting_at_most
-from contrastive.distributed.launching import asked_precision, check_environment, has_gpu, launched
-from contrastive.distributed.sharding import asked_to_shard, shard
+from contrastive.distributed.launching import asked_precision, asked_to_shard, check_environment, has_gpu, launched
+from contrastive.distributed.sharding import shard
 from contrastive.errors import UserError, reason_of
 from contrastive.log import warn
 from contrastive.patches import Patches

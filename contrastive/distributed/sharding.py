@@ -14,32 +14,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from contrastive.distributed.collectives import all_reduce_sum, world_size
-from contrastive.errors import UserError
-
-
-def asked_to_shard() -> bool:
-    """Whether the launcher asks for FSDP2.
-
-    Raises:
-        UserError: FSDP1, a single process, or a setting of FSDP that has no effect here.
-    """
-    given = os.environ.get
-    if given("ACCELERATE_USE_FSDP", "").lower() != "true":
-        return False
-    if given("FSDP_VERSION", "1") != "2":
-        raise UserError(f"FSDP{given('FSDP_VERSION', '1')} is not supported; use fsdp_version: 2 (--fsdp_version 2)")
-    if int(given("WORLD_SIZE", 1)) == 1:
-        raise UserError("FSDP with one process shards nothing; leave --use_fsdp out, or start more (--num_processes)")
-    for name, value, how in (
-        ("OFFLOAD_PARAMS", "true", "leave it out"),
-        ("ACTIVATION_CHECKPOINTING", "true", "use --train.gradient_checkpointing 1"),
-        ("STATE_DICT_TYPE", "FULL_STATE_DICT", "checkpoints are sharded, final/ is whole"),
-        ("AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "the blocks of the towers are sharded, one by one"),
-        ("AUTO_WRAP_POLICY", "NO_WRAP", "the blocks of the towers are sharded, one by one"),
-    ):
-        if given(f"FSDP_{name}", "").lower() == value.lower():
-            raise UserError(f"fsdp_{name.lower()} {value} is not supported; {how}")
-    return True
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], device: torch.device, bf16: bool) -> None:

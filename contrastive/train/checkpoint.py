@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from contrastive.distributed.collectives import rank, world_size
+from contrastive.distributed.collectives import rank, together, world_size
 from contrastive.distributed.sharding import like, whole_tensors
 from contrastive.errors import UserError, reason_of
 from contrastive.files import read_json, write_folder
@@ -104,7 +104,7 @@ def write_checkpoint(
         if group is None:
             begin()
         else:
-            _on_the_first(begin, group)
+            together(lambda: begin() if rank() == 0 else None, group)
             writer = dcp.HuggingFaceStorageWriter(str(shards), save_distributed=True)
             dcp.save(state["optimizer"], storage_writer=writer, process_group=group)
         if rank() == 0:
@@ -126,19 +126,6 @@ def check_room(folder: Path, needed: int, what: str, mend: str) -> None:
     free = shutil.disk_usage(nearest).free
     if free < needed:
         raise UserError(f"{folder} has {decimal(free)} free, and {what} needs {decimal(needed)}; {mend}")
-
-
-def _on_the_first(call: Callable[[], None], group: dist.ProcessGroup) -> None:
-    """Call on the first rank what has to be done before the others go on; what fails there fails on all."""
-    failure: list[Exception | None] = [None]
-    if rank() == 0:
-        try:
-            call()
-        except (OSError, UserError) as error:
-            failure = [error]
-    dist.broadcast_object_list(failure, src=0, group=group)
-    if failure[0] is not None:
-        raise failure[0]
 
 
 def find_checkpoint(checkpoints: Path) -> Path:

@@ -124,7 +124,7 @@ class ClassificationTask(TrainingTask):
     def describe(self) -> list[tuple[str, str]]:
         model = self.model.config
         return [
-            describe_image_tower(self.model.image_tower, model.image, "frozen"),
+            describe_image_tower(self.model.image_tower, "frozen"),
             ("head", f"{model.num_classes} classes on {model.embed_dim} channels"),
         ]
 

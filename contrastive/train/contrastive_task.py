@@ -322,7 +322,7 @@ class ContrastiveTask(TrainingTask):
         save_objectives(folder / "objectives", self.objectives.values(), weights, ema)
 
     def describe(self) -> list[tuple[str, str]]:
-        towers = [describe_image_tower(self.model.image_tower, self.config.model.image, "locked")]
+        towers = [describe_image_tower(self.model.image_tower, "locked")]
         if self.loss is not None:
             text = self.config.model.text
             size = f"{text.vocab_size:,} tokens, length {text.context_length}, width {text.width}, depth {text.depth}"

@@ -23,7 +23,7 @@ from contrastive.optim import COOLED_DOWN, ScheduleConfig
 from contrastive.option_types import as_option
 from contrastive.train.contrastive_task import PretrainConfig
 from contrastive.train.native import native_options
-from contrastive.train.options import LENGTHS, ONLY_IN_TRAINING, RunConfig, Stage, num_workers
+from contrastive.train.options import LENGTHS, RunConfig, Stage, num_workers
 from contrastive.train.task import Curriculum, TrainingTask
 
 # What may differ when a run is resumed: nothing that decides which samples come, in what form, for what loss. The data
@@ -34,6 +34,7 @@ MAY_CHANGE = re.compile(
     r"train\.(steps|seed|global_batch_size|accumulate|micro_batch_tokens|precision|compile|gradient_checkpointing|max_grad_norm|log_every|max_skipped)|"
     r"data\.(train|eval|window|lanes|replacement|num_workers|timeout|max_bad_share|bad_window)"
 )
+ONLY_IN_TRAINING = ("dropout", "patch_dropout")  # of a tower, and no part of its architecture
 # What a file says of its own data alone: what they are scored on and prompted with, how small images are cut up.
 OF_DATA = ("data.eval", "data.templates", "patch_size")
 # Options that another one leaves without any effect: which, the other one, and its value then.

@@ -17,7 +17,6 @@ from contrastive.train.health import HealthConfig
 
 # Three ways to say how long to train; one of them is given.
 LENGTHS = ("steps", "epochs", "samples")
-ONLY_IN_TRAINING = ("dropout", "patch_dropout")  # of a tower, and no part of its architecture
 
 
 @dataclass(frozen=True)

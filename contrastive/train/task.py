@@ -17,7 +17,6 @@ from contrastive.data.samples import DrawnSize, ImageSize, SampleDataset
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.distributed.runtime import Runtime
 from contrastive.errors import UserError
-from contrastive.models import ImageTowerConfig
 from contrastive.models.image_tower import ImageTower
 from contrastive.train.options import RunConfig, Stage
 
@@ -192,9 +191,10 @@ def millions(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
 
 
-def describe_image_tower(tower: nn.Module, image: ImageTowerConfig, when_fixed: str) -> tuple[str, str]:
+def describe_image_tower(tower: ImageTower, when_fixed: str) -> tuple[str, str]:
     """Return a line of `describe`; `when_fixed` ends that of a tower that does not learn."""
     fixed = "" if any(p.requires_grad for p in tower.parameters()) else f", {when_fixed}"
+    image = tower.config
     size = f"{image.image_size} px, patch {image.patch_size}, width {image.width}, depth {image.depth}"
     return "image tower", f"{millions(tower)}: {size}{fixed}"
 

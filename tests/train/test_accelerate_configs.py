@@ -13,8 +13,7 @@ from launching import ROOT, rows
 from rank_processes import script_on_ranks
 
 from contrastive.distributed import launching
-from contrastive.distributed.launching import asked_precision, prepare_process
-from contrastive.distributed.sharding import asked_to_shard
+from contrastive.distributed.launching import asked_precision, asked_to_shard, prepare_process
 
 FOLDER = ROOT / "configs" / "accelerate"
 NAMES = {  # ranks on each machine, machines, whether the model is sharded
