@@ -17,7 +17,7 @@ from contrastive.errors import UserError
 from contrastive.files import write_folder, write_manifest
 from contrastive.interop.bundle import save_model
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
-from contrastive.train.starting import RunLock
+from contrastive.train.launches import RunLock
 
 
 @pytest.fixture(scope="module")

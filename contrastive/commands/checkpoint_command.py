@@ -35,9 +35,9 @@ from contrastive.files import MANIFEST, mend_folders, problem, read_yaml
 from contrastive.log import warn
 from contrastive.option_types import Positive, check_bounds
 from contrastive.train.averaging import write_average
+from contrastive.train.launches import RunLock
 from contrastive.train.options import CheckpointConfig
 from contrastive.train.saver import checkpoints_in, expendable, is_milestone, step_of
-from contrastive.train.starting import RunLock
 
 FOR = {"prune": ("keep", "keep_every", "dry_run"), "average": ("last", "steps", "out")}
 

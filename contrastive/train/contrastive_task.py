@@ -26,8 +26,7 @@ from contrastive.objectives import OBJECTIVES, Objective, Setting
 from contrastive.objectives.learner import Learner, Learning, objective_weights, own_weights, save_objectives
 from contrastive.option_types import NotNegative
 from contrastive.train.gradient import Batch, forward_backward
-from contrastive.train.native import parts_of_batch, resolve_native
-from contrastive.train.options import RunConfig, check_run, resolve_run
+from contrastive.train.options import RunConfig, check_run, parts_of_batch, resolve_native, resolve_run
 from contrastive.train.task import (
     Inputs,
     Losses,

@@ -28,7 +28,7 @@ from contrastive.named_sections import by_name
 from contrastive.objectives import Setting
 from contrastive.objectives.learner import Learner
 from contrastive.train.contrastive_task import PretrainConfig
-from contrastive.train.native import most_patches
+from contrastive.train.options import most_patches
 
 
 class Allocations(TorchDispatchMode):

@@ -21,8 +21,7 @@ from contrastive.models import ClassifierConfig, ImageClassifier
 from contrastive.option_types import Bound, Positive, Probability
 from contrastive.train.classify import ClassificationTask, SupervisedConfig, check_supervised, num_classes, open_data
 from contrastive.train.given import at_size, check_brought
-from contrastive.train.native import resolve_native
-from contrastive.train.options import resolve_run
+from contrastive.train.options import resolve_native, resolve_run
 from contrastive.train.run import open_run, run
 
 N = TypeVar("N")

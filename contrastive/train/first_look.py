@@ -26,8 +26,7 @@ from contrastive.data.record import BadSample, Source
 from contrastive.distributed.runtime import Runtime
 from contrastive.log import console, warn
 from contrastive.train.contrastive_task import ContrastiveTask
-from contrastive.train.native import most_patches
-from contrastive.train.options import RunConfig
+from contrastive.train.options import RunConfig, most_patches
 from contrastive.train.task import TrainingTask
 
 Rows = list[tuple[str, str]]

@@ -22,8 +22,7 @@ from contrastive.objectives.learner import PREFIX
 from contrastive.optim import COOLED_DOWN, ScheduleConfig
 from contrastive.option_types import as_option
 from contrastive.train.contrastive_task import PretrainConfig
-from contrastive.train.native import native_options
-from contrastive.train.options import LENGTHS, RunConfig, Stage, num_workers
+from contrastive.train.options import LENGTHS, RunConfig, Stage, native_options, num_workers
 from contrastive.train.task import Curriculum, TrainingTask
 
 # What may differ when a run is resumed: nothing that decides which samples come, in what form, for what loss. The data

@@ -7,7 +7,7 @@ from contrastive.data.tokenizer import Tokenizer
 from contrastive.errors import UserError
 from contrastive.objectives.learner import ImageLearner
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig
-from contrastive.train.native import parts_of_batch
+from contrastive.train.options import parts_of_batch
 from contrastive.train.task import Inputs
 
 CAPTION = "caption"

@@ -23,10 +23,10 @@ from contrastive.results import figure_told, key_parts
 from contrastive.train.bad_samples import BadSamples
 from contrastive.train.checkpoint import load_model, load_training_state, read_cursor, reload_weights
 from contrastive.train.health import BlockNorms, HangWatch, Judge, TroubleError
+from contrastive.train.launches import record_stop, stop_requests
 from contrastive.train.options import num_workers
 from contrastive.train.progress import Advice, Epochs, LateFigures, ProgressBar, StepTimer
 from contrastive.train.saver import CheckpointSaver, last_good
-from contrastive.train.stopping import record_stop, stop_requests
 from contrastive.train.task import TrainingTask
 
 

@@ -12,8 +12,7 @@ from contrastive.objectives import OBJECTIVES
 from contrastive.option_types import Positive
 from contrastive.train.contrastive_task import PretrainConfig, check
 from contrastive.train.counting import Weights, count_weights, model_of, one_pass
-from contrastive.train.native import micro_batches, most_patches, resolve_native
-from contrastive.train.options import check_division
+from contrastive.train.options import check_division, micro_batches, most_patches, resolve_native
 from contrastive.train.pretrain import CLIP_VOCABULARY
 from contrastive.train.traffic import Exchange, step_traffic
 

@@ -29,10 +29,18 @@ from contrastive.named_sections import take_option
 from contrastive.results import folder_name
 from contrastive.train.bad_samples import merged
 from contrastive.train.checkpoint import find_checkpoint, read_cursor
+from contrastive.train.launches import (
+    LOCK,
+    STOPPED,
+    RunLock,
+    check_start,
+    ending_at_once,
+    goes_on,
+    stop_requests,
+    stopped_status,
+)
 from contrastive.train.loop import Trainer
 from contrastive.train.options import LENGTHS, RunConfig, check_division
-from contrastive.train.starting import LOCK, RunLock, check_start, goes_on
-from contrastive.train.stopping import STOPPED, ending_at_once, stop_requests, stopped_status
 from contrastive.train.task import TrainingTask
 from contrastive.words import flags_of
 

@@ -15,7 +15,7 @@ from rank_processes import script_on_mortal_ranks, script_on_ranks, start_script
 from contrastive.errors import UserError
 from contrastive.files import problem, sha256
 from contrastive.train.checkpoint import find_checkpoint
-from contrastive.train.starting import LOCK
+from contrastive.train.launches import LOCK
 
 FAULTY = ROOT / "tests" / "faults" / "faulty.py"
 LONG = ("--train.steps", "60")

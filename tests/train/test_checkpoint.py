@@ -16,9 +16,9 @@ from contrastive.interop.bundle import save_model
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig, ExponentialMovingAverage, MuonConfig
 from contrastive.train.checkpoint import find_checkpoint, load_model, load_training_state, read_cursor
+from contrastive.train.launches import RunLock, check_folder
 from contrastive.train.options import CheckpointConfig
 from contrastive.train.saver import CheckpointSaver
-from contrastive.train.starting import RunLock, check_folder
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,7 @@ from contrastive.train.classify import TrainClassifierConfig, train_classifier
 from contrastive.train.counting import one_pass
 from contrastive.train.finetune import FinetuneConfig, finetune
 from contrastive.train.gradient import Batch, forward_backward
-from contrastive.train.native import micro_batches
-from contrastive.train.options import TrainConfig
+from contrastive.train.options import TrainConfig, micro_batches
 from contrastive.train.plan import PlanConfig, make_plan
 from contrastive.train.run import command
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import contrastive
 from contrastive.errors import UserError
-from contrastive.train.starting import RunLock
+from contrastive.train.launches import RunLock
 
 SCRIPT = ROOT / "scripts" / "pretrain.py"
 

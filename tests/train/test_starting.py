@@ -15,14 +15,14 @@ from launching import pretrain_here, rows
 
 from contrastive.errors import UserError
 from contrastive.files import read_json
-from contrastive.train import starting
-from contrastive.train.starting import LOCK, STARTS, RunLock, goes_on
+from contrastive.train import launches
+from contrastive.train.launches import LOCK, STARTS, RunLock, goes_on
 
 HOLD = """
 import sys, time, pathlib
-from contrastive.train import starting
-starting.BEAT, starting.SILENT = 0.1, 1.0
-with starting.RunLock(pathlib.Path(sys.argv[1])) as lock:
+from contrastive.train import launches
+launches.BEAT, launches.SILENT = 0.1, 1.0
+with launches.RunLock(pathlib.Path(sys.argv[1])) as lock:
     lock.begin(0, None)
     print("holds", flush=True)
     sys.stdin.readline()
@@ -32,8 +32,8 @@ with starting.RunLock(pathlib.Path(sys.argv[1])) as lock:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(starting, "BEAT", 0.1)
-    monkeypatch.setattr(starting, "SILENT", 1.0)
+    monkeypatch.setattr(launches, "BEAT", 0.1)
+    monkeypatch.setattr(launches, "SILENT", 1.0)
 
 
 @pytest.fixture

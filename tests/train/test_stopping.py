@@ -13,12 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from contrastive.files import read_json
 from contrastive.train.bad_samples import BadSamples
-from contrastive.train.starting import LOCK
-from contrastive.train.stopping import STOPPED, record_stop, stop_requests, stopped_status
+from contrastive.train.launches import LOCK, STOPPED, record_stop, stop_requests, stopped_status
 
 
 def test_requests_that_come_again_change_nothing_but_a_second_ctrl_c(monkeypatch, capfd):
-    monkeypatch.setattr("contrastive.train.stopping.AGAIN", 0.2)
+    monkeypatch.setattr("contrastive.train.launches.AGAIN", 0.2)
     with stop_requests() as received:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             os.kill(os.getpid(), number)

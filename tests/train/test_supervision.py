@@ -11,8 +11,7 @@ from rank_processes import script_on_ranks
 from safetensors.torch import load_file
 
 from contrastive.files import read_json
-from contrastive.train.starting import LOCK, STARTS
-from contrastive.train.stopping import STOPPED
+from contrastive.train.launches import LOCK, STARTS, STOPPED
 
 FLAGS = ("--train.steps", "60", "--checkpoint.every", "5", "--checkpoint.keep", "20", "--evaluation.every", "60")
 # Neither does without the other: a group that is started again hangs in what the first one left in a store they share.
