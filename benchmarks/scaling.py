@@ -5,7 +5,7 @@
 
 Every case trains on the same global batches of rendered scenes, in float32, a thread a process. `loss_difference` is
 the largest over the steps, relative to one process of the same loss and optimizer; above 1e-5 the benchmark fails, as
-it does where a rank sends other bytes in a step than contrastive/train/traffic.py computes. What is measured is what
+it does where a rank sends other bytes in a step than contrastive/train/counting.py computes. What is measured is what
 reaches torch's process group, under the usual ring algorithm; `control` are the few numbers by which ranks agree.
 Processes share this machine's cores: samples per second say what the exchange costs here, and nothing of other
 machines. A row for each case goes to results/scaling.jsonl.

@@ -23,8 +23,8 @@ from contrastive.models.presets import model_config
 from contrastive.models.transformer import Transformer
 from contrastive.optim import OPTIMIZERS
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig, resolve
+from contrastive.train.counting import Exchange, step_traffic
 from contrastive.train.options import TrainConfig
-from contrastive.train.traffic import Exchange, step_traffic
 
 WARM_UP = 2  # steps; the first allocates what the others find
 TINY = {"width": 64, "depth": 2, "num_heads": 2, "mlp_dim": 128}

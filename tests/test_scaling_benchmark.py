@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py at a tiny size, and what contrastive/train/traffic.py computes for other machines."""
+"""benchmarks/scaling.py at a tiny size, and what contrastive/train/counting.py computes for other machines."""
 
 import json
 
@@ -9,7 +9,7 @@ from launching import ROOT
 from contrastive.errors import UserError
 from contrastive.models import DualEncoder, ImageTowerConfig, ModelConfig, TextTowerConfig
 from contrastive.optim import AdamWConfig, MuonConfig
-from contrastive.train.traffic import Exchange, step_traffic
+from contrastive.train.counting import Exchange, step_traffic
 
 TOWER = {"width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 16}
 

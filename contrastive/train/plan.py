@@ -11,10 +11,9 @@ from contrastive.named_sections import by_name, chosen
 from contrastive.objectives import OBJECTIVES
 from contrastive.option_types import Positive
 from contrastive.train.contrastive_task import PretrainConfig, check
-from contrastive.train.counting import Weights, count_weights, model_of, one_pass
+from contrastive.train.counting import Exchange, Weights, count_weights, model_of, one_pass, step_traffic
 from contrastive.train.options import check_division, micro_batches, most_patches, resolve_native
 from contrastive.train.pretrain import CLIP_VOCABULARY
-from contrastive.train.traffic import Exchange, step_traffic
 
 FLOAT, HALF = 4, 2  # bytes
 GIB = 2**30
