@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from contrastive.data.captions import caption_fault
 from contrastive.data.extras import DrawnSample, Extra
 from contrastive.data.record import BadSample, Source, evenly_spread
+from contrastive.data.sources import open_source
 from contrastive.data.tokenizer import Tokenizer
 from contrastive.distributed.collectives import all_gather_even, all_gather_with_grad
 from contrastive.errors import UserError
@@ -109,8 +110,6 @@ class HardNegatives(Objective):
 
 def _open(option: str, column: str, setting: Setting) -> Source:
     """The run's data once more, with this column for captions."""
-    from contrastive.data.sources import open_source
-
     source = open_source(setting.source.name, image_column=setting.image_column, caption_column=column)
     for part in source.parts:
         if "caption_column" not in part.columns_read or part.prompted:

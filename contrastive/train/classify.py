@@ -28,7 +28,7 @@ from contrastive.log import console, is_main_process
 from contrastive.models import ClassifierConfig, ImageClassifier, classifier_config, classifier_table
 from contrastive.named_sections import preset
 from contrastive.option_types import NotNegative, Positive, Probability
-from contrastive.train.options import RunConfig, check_run, parts_of_batch, resolve_native, resolve_run
+from contrastive.train.options import RunConfig, check_run, given_options, parts_of_batch, resolve_native, resolve_run
 from contrastive.train.run import open_run, run
 from contrastive.train.task import Inputs, Losses, TrainingTask, Weights, describe_image_tower, seed_step
 
@@ -233,8 +233,6 @@ def fit_image(config: TrainClassifierConfig, source: Source) -> ClassifierConfig
     Raises:
         UserError: a size that is not a multiple of the patch size.
     """
-    from contrastive.train.given import given_options
-
     image, given = config.model.image, given_options(config)
     sizes: dict[str, Any] = {}
     for name in ("image_size", "patch_size"):

@@ -27,14 +27,7 @@ from contrastive.objectives.learner import Learner, Learning, objective_weights,
 from contrastive.option_types import NotNegative
 from contrastive.train.gradient import Batch, forward_backward
 from contrastive.train.options import RunConfig, check_run, parts_of_batch, resolve_native, resolve_run
-from contrastive.train.task import (
-    Inputs,
-    Losses,
-    TrainingTask,
-    Weights,
-    describe_image_tower,
-    millions,
-)
+from contrastive.train.task import Inputs, Losses, TrainingTask, Weights, describe_image_tower, millions
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Read by a run, not by importing one.
 """
 
 import re
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from contrastive.objectives.learner import PREFIX
 from contrastive.optim import COOLED_DOWN, ScheduleConfig
 from contrastive.option_types import as_option
 from contrastive.train.contrastive_task import PretrainConfig
-from contrastive.train.options import LENGTHS, RunConfig, Stage, native_options, num_workers
+from contrastive.train.options import LENGTHS, RunConfig, Stage, counts, given_options, native_options, num_workers
 from contrastive.train.task import Curriculum, TrainingTask
 
 # What may differ when a run is resumed: nothing that decides which samples come, in what form, for what loss. The data
@@ -59,19 +59,6 @@ NO_EFFECT = (
 )
 
 
-def given_options(config: RunConfig) -> dict[str, bool]:
-    """The config's `given`; of one that was made in Python, all that is not as it is by default."""
-    if config.given is not None:
-        return config.given
-    usual = type(config)()
-    for part in fields(config):  # of a chosen loss or optimizer, its own defaults
-        value = getattr(config, part.name)
-        if is_dataclass(value) and type(value) is not type(getattr(usual, part.name)):
-            usual = replace(usual, **{part.name: type(value)()})
-    before = flatten(to_dict(usual))
-    return {name: True for name, value in flatten(to_dict(config)).items() if value != before.get(name)}
-
-
 def for_other_data(config: RunConfig, file: Path) -> RunConfig:
     """Return the options without what `file`, which nobody named, has for its own data: see OF_DATA."""
     usual, its = type(config)(), written_options(type(config), file)
@@ -86,15 +73,6 @@ def for_other_data(config: RunConfig, file: Path) -> RunConfig:
         else:
             config = replace(config, **{option: getattr(usual, option)})
     return config
-
-
-def counts(config: RunConfig, name: str, cause: str) -> bool:
-    """Whether option `name` was given and has to take effect though option `cause` keeps it from that.
-
-    A flag has to. A file serves several choices: what it gives has to where the file itself gives the cause.
-    """
-    given = given_options(config)
-    return given.get(name, False) or (name in given and given.get(cause) is False)
 
 
 def check_preset(asked: RunConfig, config: RunConfig) -> None:

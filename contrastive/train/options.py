@@ -2,10 +2,10 @@
 
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, TypeVar
 
-from contrastive.config import Gone
+from contrastive.config import Gone, flatten, to_dict
 from contrastive.data.preprocess import MOST_PATCHES, PreprocessOptions
 from contrastive.data.record import Source
 from contrastive.data.settings import ImageDataConfig
@@ -155,6 +155,28 @@ class RunConfig:
 C = TypeVar("C", bound=RunConfig)
 
 
+def given_options(config: RunConfig) -> dict[str, bool]:
+    """The config's `given`; of one that was made in Python, all that is not as it is by default."""
+    if config.given is not None:
+        return config.given
+    usual = type(config)()
+    for part in fields(config):  # of a chosen loss or optimizer, its own defaults
+        value = getattr(config, part.name)
+        if is_dataclass(value) and type(value) is not type(getattr(usual, part.name)):
+            usual = replace(usual, **{part.name: type(value)()})
+    before = flatten(to_dict(usual))
+    return {name: True for name, value in flatten(to_dict(config)).items() if value != before.get(name)}
+
+
+def counts(config: RunConfig, name: str, cause: str) -> bool:
+    """Whether option `name` was given and has to take effect though option `cause` keeps it from that.
+
+    A flag has to. A file serves several choices: what it gives has to where the file itself gives the cause.
+    """
+    given = given_options(config)
+    return given.get(name, False) or (name in given and given.get(cause) is False)
+
+
 def check_run(config: RunConfig) -> None:
     """Raise UserError for options that no data can make right."""
     check_bounds(config)
@@ -230,8 +252,6 @@ def resolve_native(config: C, image: ImageTowerConfig) -> C:
     Raises:
         UserError: an option that is for native images alone, or for others alone.
     """
-    from contrastive.train.given import counts
-
     data, train = config.data, config.train
     if not image.native:
         asked = {"data.preprocess.resize native": data.preprocess.resize == "native"}

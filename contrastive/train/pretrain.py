@@ -9,6 +9,7 @@ from contrastive.data.tokenizer import Tokenizer, load_tokenizer
 from contrastive.interop.bundle import Bundle
 from contrastive.losses import NoLossConfig
 from contrastive.train.contrastive_task import ContrastiveTask, PretrainConfig, check, resolve
+from contrastive.train.options import given_options
 from contrastive.train.run import open_run, run
 
 CLIP_VOCABULARY = 49_408
@@ -39,7 +40,6 @@ def pretrain(config: PretrainConfig) -> bool:
     for other in held_out:
         announce(other, "data.eval")
     from contrastive.data.class_joining import check_classes
-    from contrastive.train.given import given_options
 
     # What the default file says, or a run that goes on, nobody has asked for.
     templates = data.templates if data.templates != "auto" and "data.templates" in given_options(config) else None
