@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
@@ -68,6 +69,12 @@ class Family:
 
 def run(*args, file=None):
     return parse(Family, list(args), file, prog="test", description="A test.")
+
+
+def test_components_are_imported_when_they_are_asked_for():
+    means = Registry("mean", {"plain": "statistics:mean", "absent": "no_such_module:mean"})
+    assert means.names() == ("plain", "absent")
+    assert means.get("plain") is statistics.mean and means.name_of(statistics.mean) == "plain"
 
 
 def test_defaults_file_flags(file):

@@ -28,7 +28,7 @@ from contrastive.log import console, is_main_process
 from contrastive.models import ClassifierConfig, ImageClassifier, classifier_config, classifier_table
 from contrastive.named_sections import preset
 from contrastive.option_types import NotNegative, Positive, Probability
-from contrastive.train.options import RunConfig, check_run, given_options, parts_of_batch, resolve_native, resolve_run
+from contrastive.train.options import RunConfig, check_run, given_options, parts_of_batch, resolve_run
 from contrastive.train.run import open_run, run
 from contrastive.train.task import Inputs, Losses, TrainingTask, Weights, describe_image_tower, seed_step
 
@@ -177,7 +177,7 @@ def train_classifier(config: TrainClassifierConfig) -> bool:
     model_config = replace(model_config, num_classes=num_classes(source, config.model.num_classes))
     image = model_config.image
     config = replace(config, model=model_config, image_size=image.image_size, patch_size=image.patch_size)
-    config = resolve_native(resolve_run(config, source), image)
+    config = resolve_run(config, source, image)
     torch.manual_seed(config.train.seed)
     model = ImageClassifier(model_config)
     show_parameters(model)

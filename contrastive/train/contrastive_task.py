@@ -26,7 +26,7 @@ from contrastive.objectives import OBJECTIVES, Objective, Setting
 from contrastive.objectives.learner import Learner, Learning, objective_weights, own_weights, save_objectives
 from contrastive.option_types import NotNegative
 from contrastive.train.gradient import Batch, forward_backward
-from contrastive.train.options import RunConfig, check_run, parts_of_batch, resolve_native, resolve_run
+from contrastive.train.options import RunConfig, check_run, parts_of_batch, resolve_run
 from contrastive.train.task import Inputs, Losses, TrainingTask, Weights, describe_image_tower, millions
 
 
@@ -107,7 +107,7 @@ def resolve(config: PretrainConfig, source: Source, tokenizer: Tokenizer) -> Pre
         UserError: the tokenizer does not fit the model, options do not fit together, or there are fewer samples than
             one batch.
     """
-    config = resolve_native(resolve_run(config, source), config.model.image)
+    config = resolve_run(config, source, config.model.image)
     _check_objectives(config)
     loss, model = config.loss, config.model
     if loss.duplicates == "auto":

@@ -21,7 +21,7 @@ from contrastive.models import ClassifierConfig, ImageClassifier
 from contrastive.option_types import Bound, Positive, Probability
 from contrastive.train.classify import ClassificationTask, SupervisedConfig, check_supervised, num_classes, open_data
 from contrastive.train.given import at_size, check_brought
-from contrastive.train.options import resolve_native, resolve_run
+from contrastive.train.options import resolve_run
 from contrastive.train.run import open_run, run
 
 N = TypeVar("N")
@@ -84,8 +84,8 @@ def finetune(config: FinetuneConfig) -> bool:
     source, held_out, config = open_data(config)
     data = replace(config.data, preprocess=bundle.preprocess.config.options)
     check_brought(config, replace(config, data=data), "init")
-    config = resolve_run(replace(config, data=data, head=_kind_of_head(config, bundle, source)), source)
-    config = resolve_native(config, bundle.config.image)
+    config = replace(config, data=data, head=_kind_of_head(config, bundle, source))
+    config = resolve_run(config, source, bundle.config.image)
     torch.manual_seed(config.train.seed)
     model = _classifier_from(bundle, config, source)
     if config.tune == "head":

@@ -217,11 +217,11 @@ def parts_of_batch(train: TrainConfig, batch: dict) -> int:
     return micro_batches(train, len(batch["image"]), None if patches is None else int(patches[0]))
 
 
-def resolve_run(config: C, source: Source) -> C:
-    """Fill in what follows from the length of the data: how many steps of what.
+def resolve_run(config: C, source: Source, image: ImageTowerConfig) -> C:
+    """Fill in what follows from the length of the data, how many steps of what, and from the images' tower.
 
     Raises:
-        UserError: there are fewer samples than one batch.
+        UserError: there are fewer samples than one batch, or as `resolve_native`.
     """
     batch = config.train.global_batch_size
     if batch > len(source):
@@ -232,13 +232,14 @@ def resolve_run(config: C, source: Source) -> C:
     steps = _steps(config.train, len(source))
     each_epoch = 2 <= round(steps * batch / len(source)) <= 10
     evaluate_every = config.evaluation.every or (None if each_epoch else math.ceil(steps / 4))
-    return replace(
+    config = replace(
         config,
         train=replace(config.train, steps=steps, epochs=None, samples=None),
         schedule=config.schedule.resolved(steps),
         evaluation=replace(config.evaluation, every=evaluate_every),
         checkpoint=replace(config.checkpoint, every=config.checkpoint.every or math.ceil(steps / 10)),
     )
+    return resolve_native(config, image)
 
 
 def native_options(options: PreprocessOptions) -> PreprocessOptions:
