@@ -1,7 +1,7 @@
 """Local crops are to tell what the whole image does (Naeem et al. 2024, "SILC"; SigLIP 2, section 2.3)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -26,14 +26,8 @@ class SelfDistillConfig(PrototypeConfig):
     """Local crops of each image."""
     crop_size: Positive[int | None] = None
     """Their height and width in pixels, a multiple of the patch size; none: the one nearest 3/7 of the image's."""
-    augment: AugmentConfig = field(
-        default_factory=lambda: AugmentConfig(
-            crop_scale=(0.05, 0.4),
-            flip=True,
-            color_jitter=(0.4, 0.4, 0.2, 0.1),
-            color_jitter_prob=0.8,
-            gray_prob=0.2,
-        )
+    augment: AugmentConfig = AugmentConfig(
+        crop_scale=(0.05, 0.4), flip=True, color_jitter=(0.4, 0.4, 0.2, 0.1), color_jitter_prob=0.8, gray_prob=0.2
     )
     """How they are varied; the whole image is as the contrastive loss has it."""
 

@@ -1,6 +1,6 @@
 """Two further views of an image are told from those of all other images (Mu et al. 2022, "SLIP"; SimCLR)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -30,14 +30,8 @@ class SlipConfig(ObjectiveConfig):
     """Channels of the two hidden layers of the head."""
     out: Positive[int] = 256
     """Channels in which views are compared."""
-    augment: AugmentConfig = field(
-        default_factory=lambda: AugmentConfig(
-            crop_scale=(0.08, 1.0),
-            flip=True,
-            color_jitter=(0.4, 0.4, 0.4, 0.1),
-            color_jitter_prob=0.8,
-            gray_prob=0.2,
-        )
+    augment: AugmentConfig = AugmentConfig(
+        crop_scale=(0.08, 1.0), flip=True, color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_prob=0.8, gray_prob=0.2
     )
     """How the two are varied; the image that captions are compared with is as it is without them."""
 
