@@ -162,12 +162,13 @@ class Runtime:
             return False
         return True
 
-    def without_gradient_sync(self, model: nn.Module):
-        """A context whose backward passes keep gradients local: all but the last micro-batch.
+    def gradient_sync(self, model: nn.Module, now: bool):
+        """A context whose backward pass averages gradients `now`, after the last micro-batch, or keeps them local.
 
-        Not with FSDP, where local ones would be as large as the whole model.
+        With FSDP it always averages: local ones would be as large as the whole model.
         """
-        return self._accelerator.no_sync(model) if self.world_size > 1 and not self.shards else nullcontext()
+        waits = not now and self.world_size > 1 and not self.shards
+        return self._accelerator.no_sync(model) if waits else nullcontext()
 
     def barrier(self) -> None:
         self._accelerator.wait_for_everyone()

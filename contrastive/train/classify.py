@@ -1,7 +1,6 @@
 """Supervised classification: labelled images in, cross entropy over the global batch; a ViT classifier from scratch."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,8 +94,7 @@ class ClassificationTask(TrainingTask):
         for number, (images, own) in enumerate(parts):
             seed_step(train.seed, step, runtime.rank, number)
             mixed, targets = self.mixing(images, own)
-            is_last = number == len(parts) - 1
-            with nullcontext() if is_last else runtime.without_gradient_sync(wrapped):
+            with runtime.gradient_sync(wrapped, now=number == len(parts) - 1):
                 scores = wrapped(mixed).float()
                 # Parts are of one size, so the mean of their means is the batch's.
                 loss = F.cross_entropy(scores, targets, label_smoothing=self.config.label_smoothing) / len(parts)

@@ -7,7 +7,6 @@ the towers (Gao et al. 2021, "GradCache"). Loss and gradient are the same, with 
 
 import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -131,8 +130,7 @@ class _Step:
         more_grads = in_parts({name: {k: v.grad for k, v in own.items()} for name, own in more.items()}, n)
         means: dict[str, torch.Tensor] = {}
         for part in range(n):
-            is_last = part == n - 1
-            with nullcontext() if is_last else self.runtime.without_gradient_sync(self.model):
+            with self.runtime.gradient_sync(self.model, now=part == n - 1):
                 outputs = self._embed(part)
                 # Its gradient is the loss's: features times the gradients they were given.
                 told = [pair for pair in zip(outputs.features, grads, strict=False) if pair[1] is not None]
