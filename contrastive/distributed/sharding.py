@@ -6,14 +6,21 @@ does it. A sharded tensor is a DTensor; scalars, which have no rows to share out
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from contrastive.distributed.collectives import all_reduce_sum, world_size
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether each rank has a part of it."""
+    # What makes DTensors imports them, which takes a second that the help and evaluations do not wait for.
+    dtensors = sys.modules.get("torch.distributed.tensor")
+    return dtensors is not None and isinstance(tensor, dtensors.DTensor)
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], device: torch.device, bf16: bool) -> None:
@@ -47,25 +54,27 @@ def reshard(model: nn.Module) -> None:
 def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average over ranks the gradients of what is not sharded, as those of the rest have been in backward."""
     for parameter in parameters:
-        if parameter.grad is not None and not isinstance(parameter, DTensor):
+        if parameter.grad is not None and not is_sharded(parameter):
             dist.all_reduce(parameter.grad)
             parameter.grad /= world_size()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor, sharing its memory; of one that is not sharded, itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor from all ranks' parts, all of which must call; one that is not sharded as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def like(tensor: torch.Tensor, sharded: torch.Tensor) -> torch.Tensor:
     """The whole `tensor` as `sharded` is: this rank's part of it where that is sharded. Nothing is exchanged."""
-    if not isinstance(sharded, DTensor):
+    if not is_sharded(sharded):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
@@ -75,13 +84,13 @@ def whole_tensors(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> Map
     They are gathered one at a time, so that a GPU needs room for the largest alone, and share no memory with those
     given. Without sharded ones nothing is copied.
     """
-    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+    if not any(is_sharded(tensor) for tensor in tensors.values()):
         return tensors
     gathered = {}
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
         if keep:
-            gathered[name] = full.cpu() if isinstance(tensor, DTensor) else full.to("cpu", copy=True)
+            gathered[name] = full.cpu() if is_sharded(tensor) else full.to("cpu", copy=True)
     return gathered
 
 
@@ -98,8 +107,8 @@ def unsharded(model: nn.Module, plain: nn.Module, device: torch.device) -> nn.Mo
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale all gradients so that their norm over all ranks is `max_norm` at most; return what it was, 0-dim."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    parts = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
-    rest = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    parts = [gradient.to_local() for gradient in gradients if is_sharded(gradient)]
+    rest = [gradient for gradient in gradients if not is_sharded(gradient)]
     norm = nn.utils.get_total_norm(rest)
     if parts:
         norm = (norm**2 + all_reduce_sum(nn.utils.get_total_norm(parts) ** 2)).sqrt()
@@ -117,8 +126,10 @@ def by_whole_matrices(call: Callable[[torch.Tensor], torch.Tensor], parts: torch
         call: its result has the shape of its argument. one: a matrix (m, n) sharded as all of them are, by rows; if it
             is not, all ranks call it with all.
     """
-    if not isinstance(one, DTensor):
+    if not is_sharded(one):
         return call(parts)
+    from torch.distributed.tensor import DTensor, Shard
+
     mesh, shape = one.device_mesh, (len(parts), *one.shape)
     strides = shape[1] * shape[2], shape[2], 1
     stack = DTensor.from_local(parts, mesh, [Shard(1)], shape=torch.Size(shape), stride=strides)

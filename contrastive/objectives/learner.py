@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from contrastive.distributed.sharding import is_sharded
 from contrastive.files import write_json
 from contrastive.models import DualEncoder, Features, ImageModel, ImageModelConfig, ModelConfig, PackedTokens
 from contrastive.models.init import initialise_tower
@@ -75,7 +75,7 @@ class Learning(nn.Module):
         if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):
             return None
         idle = [p for p in self.idle_parameters(inputs) if p.requires_grad]
-        if any(isinstance(p, DTensor) for p in self.parameters()):  # FSDP waits for nothing
+        if any(map(is_sharded, self.parameters())):  # FSDP waits for nothing
             return None
         return sum(p.sum() for p in idle) * 0 if idle else None
 

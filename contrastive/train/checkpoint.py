@@ -19,7 +19,6 @@ from typing import TypedDict
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from rich.filesize import decimal
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -83,6 +82,8 @@ def write_checkpoint(
     Raises:
         UserError: the disk is full or cannot be written; earlier checkpoints are as they were.
     """
+    import torch.distributed.checkpoint as dcp  # half a second, which neither --help nor a bad flag waits for
+
     shards = folder.parent / ".tmp-optimizer"
 
     def begin() -> None:
@@ -213,6 +214,8 @@ def _read_optimizer(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[s
             key: tensor if found[key] is None else like(tensor.to(found[key].device), found[key])
             for key, tensor in tensors.items()
         }
+    import torch.distributed.checkpoint as dcp
+
     reader = dcp.HuggingFaceStorageReader(str(folder / "optimizer"))
     tensors = {}
     try:

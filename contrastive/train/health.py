@@ -15,10 +15,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from contrastive.distributed.collectives import all_reduce_sum, world_size
-from contrastive.distributed.sharding import local
+from contrastive.distributed.sharding import is_sharded, local
 from contrastive.errors import UserError
 from contrastive.log import warn
 from contrastive.models.transformer import Transformer
@@ -179,7 +178,7 @@ class BlockNorms:
         squares: dict[str, list[torch.Tensor]] = {}  # by part: of what this rank has of it
         norms = torch._foreach_norm([local(gradient) for _, gradient in with_gradient], dtype=torch.float32)
         for (name, gradient), norm in zip(with_gradient, norms, strict=True):
-            share = 1 if isinstance(gradient, DTensor) else 1 / world_size()  # every rank has the whole
+            share = 1 if is_sharded(gradient) else 1 / world_size()  # every rank has the whole
             squares.setdefault(self._part(name), []).append(share * norm.square())
         if not squares:
             return {}

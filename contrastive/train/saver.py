@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 from rich.filesize import decimal
 from torch import nn
-from torch.distributed.checkpoint.staging import StateDictStager
-from torch.distributed.tensor import DTensor
 
 from contrastive.distributed.collectives import gather_objects, rank
+from contrastive.distributed.sharding import is_sharded
 from contrastive.errors import UserError, reason_of
 from contrastive.files import check_writable, problem
 from contrastive.log import warn
@@ -56,9 +55,11 @@ class CheckpointSaver:
         ema: ExponentialMovingAverage | None,
         save_model: SaveModel,
     ):
+        from torch.distributed.checkpoint.staging import StateDictStager  # see write_checkpoint
+
         self._checkpoints, self._config, self._save_model = checkpoints, config, save_model
         self._parts = model, optimizers, ema
-        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        sharded = any(map(is_sharded, model.parameters()))
         self._writes = sharded or rank() == 0
         # Of its own: the ranks' threads meet while training goes on over the others.
         self._group = dist.new_group(backend="gloo") if sharded else None
