@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torchvision.transforms.v2.functional import to_pil_image
 
 from contrastive.data.augment import AugmentConfig
 from contrastive.data.inspection import QUANTITIES, Seen, facts, first_samples
@@ -106,7 +105,7 @@ def _page(figures: dict[str, Any], seen: Sequence[Seen], tokenizer: Tokenizer) -
         seen=seen,
         tokenizer=tokenizer,
         captions_shown=CAPTIONS_SHOWN,
-        to_pil_image=to_pil_image,
+        as_image=Image.fromarray,
         data_uri=data_uri,
     )
     return html_page(figures["source"], "", body, "inspection.css")
