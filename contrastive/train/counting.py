@@ -6,6 +6,7 @@ of n bytes sends 2·(W − 1)/W·n from every rank, an all-gather or a reduce-sc
 few numbers by which ranks agree are left out.
 """
 
+import functools
 import math
 import weakref
 from collections.abc import Iterable, Iterator
@@ -81,6 +82,7 @@ class Pass:
     """Bytes at most, gradients of the weights included if they are kept."""
 
 
+@functools.lru_cache(maxsize=64)  # seconds each, and the forecasts for several numbers of GPUs ask for many again
 def one_pass(config: PretrainConfig, batch: int, tokens: int, bf16: bool, keeps: bool, sharded: bool = False) -> Pass:
     """Count a forward and backward pass of `batch` pairs of `tokens` tokens each.
 

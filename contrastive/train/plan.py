@@ -71,7 +71,7 @@ def rank_memory(
     Without FSDP it is a single process, or DDP where there are several.
     """
     keeps = gpus == 1
-    seen = one_pass(config, batch, tokens, bf16, keeps=keeps, sharded=fsdp)
+    seen = one_pass(config, batch, tokens, bf16, keeps=keeps, sharded=fsdp and bf16)
     gradients, ranks = FLOAT * weights.trainable, gpus if fsdp else 1
     beside = max(seen.peak - (gradients if keeps else 0), weights.optimizer_peak / ranks, 0)
     parts = {
