@@ -58,17 +58,24 @@ def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> tuple[
     num_classes = scores.shape[1]
     rank, predicted = ranked(scores, labels)
     cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    return hit_figures(rank, predicted, labels, num_classes), cells.view(num_classes, num_classes)
+    figures = hit_figures(rank, predicted, labels, num_classes, recall=torch.float32)
+    return figures, cells.view(num_classes, num_classes)
 
 
 def hit_figures(
-    rank: torch.Tensor, predicted: torch.Tensor, labels: torch.Tensor, num_classes: int
+    rank: torch.Tensor,
+    predicted: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    *,
+    recall: torch.dtype = torch.float64,
 ) -> dict[str, float]:
     """'acc1', 'acc5' for more than five classes, and 'mean_per_class_recall' over the classes that have samples.
 
     Args:
         rank: (N,), how many classes stand before the right one.
         predicted: (N,), the class chosen; labels: (N,), the right one.
+        recall: what each class's is rounded to before the mean.
     """
     right = predicted == labels
     figures = {"acc1": 100 * right.double().mean().item()}
@@ -76,7 +83,7 @@ def hit_figures(
         figures["acc5"] = 100 * ((rank < 5) | right).double().mean().item()
     hits, totals = per_class_counts(predicted, labels, num_classes)
     there = totals > 0
-    figures["mean_per_class_recall"] = 100 * (hits[there] / totals[there].double()).mean().item()
+    figures["mean_per_class_recall"] = 100 * (hits[there] / totals[there].to(recall)).double().mean().item()
     return figures
 
 

@@ -82,7 +82,7 @@ def compositional(
     Args:
         spec_file: .json or .jsonl.
         image_root: the folder that image names start from; that of the file when None.
-        limit, loading: as of `zero_shot`.
+        bundle, limit, loading: as of `zero_shot`.
 
     Returns:
         'acc1', or the three scores, in percent; 'chance' {name: percent}; 'num_samples'; 'skipped' {reason: count}:

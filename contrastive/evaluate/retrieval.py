@@ -114,7 +114,7 @@ def retrieval(
     Args:
         captions: 'first' uses one caption per image, 'all' uses every one. Name it beside the figures: they
             are not comparable with each other.
-        limit, loading: as of `zero_shot`; figures rise as the set shrinks.
+        bundle, limit, loading: as of `zero_shot`; figures rise as the set shrinks.
 
     Returns:
         The figures of `retrieval_metrics`, and 'chance' {name: percent}, 'captions', 'num_images',

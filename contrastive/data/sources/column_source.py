@@ -169,7 +169,9 @@ class ColumnSource(Source):
         return read_image_file(path, f"{key}: column '{column}', {os.path.abspath(path)}")
 
     def _paths_that_lead(self, paths: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str]]:
-        r"""Return the paths as they lead to images, told by 100 of them, and what was decided: '\' may become '/'.
+        r"""Return the paths as they lead to images, told by 100 of them, and what was decided.
+
+        '\' may become '/', '#0' go.
 
         Raises:
             UserError: they hold something else than paths, or none of them leads to a file.

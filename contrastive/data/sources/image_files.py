@@ -102,7 +102,7 @@ def _walk(root: str) -> Iterator[str]:
 
 
 def is_hidden(path: str) -> bool:
-    return path.startswith(".") or f"{os.sep}." in path
+    return path.startswith(".") or f"{os.sep}." in path  # no hidden folder is looked into
 
 
 # Images and their masks

@@ -1,4 +1,4 @@
-"""From a path, a URL, a glob or a brace range to the files it names; and to the bytes of one image file."""
+"""From a path, a URL, a glob or a brace range to the files it names; what names tell; the bytes of one image file."""
 
 import glob
 import os
