@@ -191,7 +191,7 @@ def report(options: SearchOptions, queries: list[Query], hits: list[list[Hit]], 
 
 
 def _print(query: Query, hits: list[Hit]) -> None:
-    table = Table(title=Text(query.said), box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=Text(query.said, "table.title"), box=box.SIMPLE_HEAD, title_justify="left")
     for name in ("rank", "score", "image", "caption or class"):
         table.add_column(name, justify="right" if name in ("rank", "score") else "left", overflow="fold")
     for hit in hits:

@@ -94,7 +94,10 @@ def per_class_counts(predicted: torch.Tensor, labels: torch.Tensor, num_classes:
 
 
 def ranked(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many classes stand before the right one (N,), and the class predicted (N,); ties and NaNs as above."""
+    """How many classes stand before the right one (N,), and the class predicted (N,).
+
+    Ties and NaNs are as `classification_metrics` says.
+    """
     own = scores.gather(1, labels[:, None])
     # Not strictly below: ties and NaNs are ahead of the right class. It counts itself once.
     rank = (~(scores < own)).sum(dim=1) - 1
