@@ -143,7 +143,11 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def together(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Return what `call` does, and wait for the other ranks; what fails on one of them fails on all."""
+    """Return what `call` does, and wait for the other ranks; what fails on one of them fails on all.
+
+    Raises:
+        OSError, UserError: as from `call`, of this rank or of the first that has one; other errors stay on their rank.
+    """
     result, failure = None, None
     try:
         result = call()
@@ -151,7 +155,7 @@ def together(call: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
         failure = error
     failures = [error for error in gather_objects(failure, group) if error is not None]
     if failures:
-        raise failures[0]
+        raise failure or failures[0]  # a rank's own, with the traceback that does not travel
     return result
 
 

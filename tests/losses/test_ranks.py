@@ -149,3 +149,20 @@ def test_what_one_rank_is_given_wrongly_all_ranks_refuse(tmp_path):
     assert (
         "logit_scale must be one number" in words[1] and "rank 1 refused" in words[0] and "rank 1 refused" in words[2]
     )
+
+
+def fails(rank):
+    if rank == 1:
+        raise FileNotFoundError(2, "no such file", "gone")
+
+
+def run_failing_rank(rank, world_size, folder):
+    join(rank, world_size, folder)
+    with pytest.raises(FileNotFoundError, match="no such file: 'gone'") as caught:
+        collectives.together(lambda: fails(rank))
+    assert any(entry.name == "fails" for entry in caught.traceback) == (rank == 1), "where it failed is lost"
+    dist.destroy_process_group()
+
+
+def test_what_fails_on_one_rank_fails_on_all_and_says_there_where(tmp_path):
+    run_on_ranks(2, run_failing_rank, 2, str(tmp_path))
