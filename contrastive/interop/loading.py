@@ -163,6 +163,7 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def check_repo(repo: str, where: str) -> None:
+    """Raise UserError where it cannot be the name of a repository of the hub; `where` it stands begins the message."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
