@@ -40,8 +40,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 # What the whole and its parts may measure. Lower them when something went; a change that needs more looks first for
 # what it can take away.
 MOST_LINES_OF_A_FILE = 350
-MOST_FILES, MOST_LINES = 240, 39_460  # of the package
-MOST_FILES_TO_TRAIN, MOST_LINES_TO_TRAIN = 95, 14_250  # that `import contrastive.train.pretrain` reads
+MOST_FILES, MOST_LINES = 199, 38_720  # of the package
+MOST_FILES_TO_TRAIN, MOST_LINES_TO_TRAIN = 71, 12_900  # that `import contrastive.train.pretrain` reads
 HEAVY = {"transformers", "open_clip", "datasets", "pyarrow", "pandas", "sklearn", "matplotlib", "onnx", "webdataset"}
 HEAVY |= {"gradio"}
 
