@@ -32,12 +32,13 @@ from contrastive.command_line import print_json
 from contrastive.config import from_dict, parse
 from contrastive.errors import UserError
 from contrastive.files import MANIFEST, mend_folders, problem, read_yaml
+from contrastive.interop.bundle import checkpoints_in, step_of
 from contrastive.log import warn
 from contrastive.option_types import Positive, check_bounds
 from contrastive.train.averaging import write_average
 from contrastive.train.launches import RunLock
 from contrastive.train.options import CheckpointConfig
-from contrastive.train.saver import checkpoints_in, expendable, is_milestone, step_of
+from contrastive.train.saver import expendable, is_milestone
 
 FOR = {"prune": ("keep", "keep_every", "dry_run"), "average": ("last", "steps", "out")}
 

@@ -8,6 +8,7 @@ tokenizer/          as data.tokenizer saves it; a classifier has none, an image 
 
 import hashlib
 import json
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -235,11 +236,20 @@ def fill_model(model: nn.Module, weights: Mapping[str, torch.Tensor], file: Path
         raise UserError(f"{file} does not fit the model: {textwrap.shorten(str(error), 400)}") from None
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder of them, damaged ones too, oldest first."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint folder that verifies, and what was wrong with those passed over."""
     passed = []
     # The newest may be the one that a crash or a full disk spoilt; the one before it is whole then.
-    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
+    for folder in reversed(checkpoints_in(checkpoints)):
         wrong = problem(folder)
         if wrong is None:
             return folder, passed

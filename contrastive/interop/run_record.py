@@ -7,7 +7,7 @@ from pathlib import Path
 
 from contrastive.errors import UserError
 from contrastive.files import read_json, read_yaml
-from contrastive.interop.bundle import is_native
+from contrastive.interop.bundle import checkpoints_in, is_native
 from contrastive.log import read_metrics
 from contrastive.results import (
     EVALUATION_FILE,
@@ -66,7 +66,7 @@ class RunRecord:
         if not isinstance(config, dict) or not (is_checkpoint or model_folder.name == "final"):
             return None
         # A final model has no state of its own; how many samples there were, any checkpoint of the run knows.
-        checkpoints = [model_folder] if is_checkpoint else sorted(folder.glob("checkpoints/step-*"), reverse=True)
+        checkpoints = [model_folder] if is_checkpoint else checkpoints_in(folder / "checkpoints")[::-1]
         state = next(filter(None, (_content(checkpoint / "state.json") for checkpoint in checkpoints)), {})
         train = config["train"] if isinstance(config.get("train"), dict) else {}
         step = state.get("step") if is_checkpoint else train.get("steps")

@@ -3,7 +3,6 @@
 They are written beside training, by one thread, from a copy of the state in host memory.
 """
 
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,6 +17,7 @@ from contrastive.distributed.collectives import gather_objects, rank
 from contrastive.distributed.sharding import is_sharded
 from contrastive.errors import UserError, reason_of
 from contrastive.files import check_writable, problem
+from contrastive.interop.bundle import checkpoints_in, step_of
 from contrastive.log import warn
 from contrastive.optim import ExponentialMovingAverage, Muon
 from contrastive.train.checkpoint import (
@@ -184,15 +184,6 @@ def _expected_bytes(optimizer: torch.optim.Optimizer) -> int:
     """What it will keep when it has done a step: Muon one tensor for each it learns, AdamW two."""
     learning = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     return (1 if isinstance(optimizer, Muon) else 2) * _bytes(learning)
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in a run's folder of them, damaged ones too, oldest first."""
-    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def is_milestone(checkpoint: Path, keep_every: int | None) -> bool:

@@ -107,6 +107,12 @@ def test_damaged_newest_is_passed_over(damage, name, tokenizer, tmp_path, capsys
         find_checkpoint(tmp_path)
 
 
+def test_a_copy_by_another_name_is_none_of_the_run(tokenizer, tmp_path):
+    folder = save(tmp_path, 20, tokenizer, build(tokenizer))
+    shutil.copytree(folder, tmp_path / "step-00000020-before-the-long-run")
+    assert find_checkpoint(tmp_path) == folder
+
+
 def test_no_checkpoint_is_an_error(tmp_path):
     with pytest.raises(UserError, match="there is none yet"):
         find_checkpoint(tmp_path)
